@@ -1,0 +1,41 @@
+"""`python -m lm_lightning COMMAND ...`: hands the command line to the command that owns it."""
+
+import importlib
+import os
+import sys
+
+from lm_lightning.errors import UserError
+
+# command -> module with a main() that reads sys.argv, and what it does
+COMMANDS = {
+    "fit": ("lm_lightning.cli", "train a model, resume with --ckpt_path last"),
+    "validate": ("lm_lightning.cli", "metrics on the validation split"),
+    "test": ("lm_lightning.cli", "metrics on the test split"),
+    "predict": ("lm_lightning.cli", "predictions on the test split"),
+    "prepare": ("lm_lightning.commands.prepare", "tokenize a corpus, show what is in it"),
+    "generate": ("lm_lightning.commands.generate", "continue prompts with a trained model, or chat"),
+    "export": ("lm_lightning.commands.export", "make a from_pretrained folder of a checkpoint"),
+}
+
+
+def main() -> None:
+    """Runs the command that `sys.argv` names. A `UserError` becomes one sentence and exit status 2."""
+    command = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if command in ("-h", "--help"):
+        print("usage: python -m lm_lightning COMMAND [OPTIONS]\n\ncommands (each has its --help):")
+        for name, (_, summary) in COMMANDS.items():
+            print(f"  {name:10}{summary}")
+        return
+    try:
+        if command not in COMMANDS:
+            raise UserError(f"there is no command {command}; the commands are {', '.join(COMMANDS)}")
+        # asked for, so that the tokenizers library does not warn of the loader's forks
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+        importlib.import_module(COMMANDS[command][0]).main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Callbacks: what happens beside the training loop."""

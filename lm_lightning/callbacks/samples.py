@@ -1,0 +1,50 @@
+"""Samples: what the network writes, at each validation."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from lm_lightning.generation import Sampling, generate, prompt_ids
+
+
+class Samples(Callback):
+    """Generates text after each validation, prints it and appends it to `samples.jsonl` in the run folder.
+
+    The same prompts and seed are used each time, so that the samples show the training and not chance.
+
+    Args:
+        prompts: Beginnings to go on from; an empty one starts a new document.
+        max_new_tokens: Tokens of a sample, at most.
+        sampling: How tokens are drawn.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[str] = ("",),
+        max_new_tokens: int = 50,
+        sampling: Sampling = Sampling(temperature=0.8, top_k=50),
+    ) -> None:
+        self.prompts, self.max_new_tokens, self.sampling = prompts, max_new_tokens, sampling
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking or not trainer.is_global_zero:
+            return
+        network, tokenizer = pl_module.network, trainer.datamodule.tokenizer
+        with torch.random.fork_rng():
+            prompts = [prompt_ids(tokenizer, prompt) for prompt in self.prompts]
+            texts = generate(
+                network, tokenizer, prompts, self.max_new_tokens, self.sampling, vocab_size=pl_module.vocab_size
+            )
+        with open(Path(trainer.default_root_dir) / "samples.jsonl", "a", encoding="utf-8") as file:
+            for prompt, text in zip(self.prompts, texts):
+                row = {"step": trainer.global_step, "prompt": prompt, "text": text}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                pl_module.print(f"sample: {prompt}|{text}")
+        text = "\n\n".join(f"**{prompt}**{text}" for prompt, text in zip(self.prompts, texts))
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_text("samples", text, trainer.global_step)

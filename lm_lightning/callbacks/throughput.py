@@ -1,0 +1,72 @@
+"""Throughput: how many tokens a second, and how much of the device's arithmetic that uses."""
+
+import time
+from typing import Any, Optional
+
+import torch
+from lightning.fabric.utilities.throughput import get_available_flops
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+
+class Throughput(Callback):
+    """Logs `train/tokens_per_second` over all processes and `train/mfu`, the model FLOPs utilization.
+
+    MFU is the arithmetic that the network needs for these tokens, 6 FLOPs a parameter and token and 12 a layer, hidden
+    unit, context token and token for attention (Chowdhery et al., 2022, arXiv:2204.02311, appendix B), divided by what
+    the device can do: the data sheet's figure of a GPU, or what a large matrix product reaches on this CPU.
+    """
+
+    def __init__(self) -> None:
+        self.tokens = 0  # of this process since `since`
+        self.since = 0.0
+        self.peak: Optional[float] = None
+        self.flops_per_token = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        network = pl_module.network
+        config = network.config
+        embeddings = network.get_input_embeddings().weight
+        head = network.get_output_embeddings()
+        parameters = sum(p.numel() for p in network.parameters())
+        if head is None or head.weight is not embeddings:
+            parameters -= embeddings.numel()  # a lookup costs no arithmetic; a tied matrix is used as the head
+        context = trainer.datamodule.block_size
+        self.flops_per_token = 6 * parameters + 12 * config.num_hidden_layers * config.hidden_size * context
+        self.peak = peak_flops(pl_module.device, trainer.precision_plugin.precision)
+        self.restart()
+
+    def restart(self) -> None:
+        self.tokens, self.since = 0, time.perf_counter()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: dict, batch_idx: int) -> None:
+        self.tokens += batch["input_ids"].numel()
+        if (batch_idx + 1) % (trainer.log_every_n_steps * trainer.accumulate_grad_batches) or trainer.sanity_checking:
+            return
+        rate = self.tokens / (time.perf_counter() - self.since)
+        metrics = {"train/tokens_per_second": rate * trainer.world_size}
+        if self.peak:
+            metrics["train/mfu"] = rate * self.flops_per_token / self.peak
+        pl_module.log_dict(metrics)
+        self.restart()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.restart()  # other callbacks may still come, but validation itself is out
+
+
+def peak_flops(device: torch.device, precision: str) -> Optional[float]:
+    """Floating-point operations a second that a device can do, None if unknown.
+
+    Args:
+        device: A GPU's figure is its data sheet's; a CPU's is measured in a quarter of a second.
+        precision: Lightning's name of the precision, such as `bf16-mixed`.
+    """
+    dtype = {"bf16": torch.bfloat16, "16": torch.float16}.get(precision.split("-")[0], torch.float32)
+    if device.type != "cpu":
+        return get_available_flops(device, dtype)
+    a = torch.ones(1024, 1024, dtype=dtype)
+    a @ a
+    best, begin = float("inf"), time.perf_counter()
+    while (start := time.perf_counter()) - begin < 0.25:
+        a @ a
+        best = min(best, time.perf_counter() - start)
+    return 2 * 1024**3 / best

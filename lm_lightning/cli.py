@@ -1,0 +1,170 @@
+"""The LightningCLI: options in, a run folder, a trainer and its parts out."""
+
+import json
+import platform
+import sys
+import warnings
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+import transformers
+import lightning.pytorch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+import lm_lightning
+from lm_lightning import run as runs
+from lm_lightning.callbacks.export import Export
+from lm_lightning.callbacks.progress import RunProgress
+from lm_lightning.callbacks.throughput import Throughput
+from lm_lightning.data.pretraining import PretrainingData  # noqa: F401 (imported, so that its short name works as class_path)
+from lm_lightning.errors import UserError
+from lm_lightning.models.gpt import CausalLM  # noqa: F401
+from lm_lightning.models.module import LanguageModule
+
+CHECKPOINTS = {"dirpath": f"{runs.PLACEHOLDER}/checkpoints", "auto_insert_metric_name": False, "enable_version_counter": False}
+TRAINER_DEFAULTS = {
+    "default_root_dir": runs.PLACEHOLDER,
+    "use_distributed_sampler": False,  # ours knows about ranks, and keeps the order
+    "gradient_clip_val": 1.0,
+    "logger": [
+        {"class_path": "lm_lightning.callbacks.tracking.MetricsFile", "init_args": {"save_dir": runs.PLACEHOLDER}},
+        {
+            "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+            "init_args": {"save_dir": runs.PLACEHOLDER, "name": "", "version": "tensorboard"},
+        },
+    ],
+}
+EXPECTED_WARNINGS = (
+    "Experiment logs directory",  # MetricsFile goes on with what is there
+    "Checkpoint directory .* exists and is not empty",  # so it is on a resume
+    "You're resuming from a checkpoint that ended before the epoch ended",  # the order goes on by itself
+    "The '.*_dataloader' does not have many workers",  # blocks come from a memory map
+    "`isinstance\\(treespec, LeafSpec\\)` is deprecated",
+    "The dirpath has changed",
+)
+
+
+class CLI(LightningCLI):
+    """`python -m lm_lightning fit | validate | test | predict`."""
+
+    def __init__(self) -> None:
+        for message in EXPECTED_WARNINGS:
+            warnings.filterwarnings("ignore", message=message)
+        super().__init__(
+            LanguageModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=RunFolder,
+            trainer_defaults=TRAINER_DEFAULTS,
+            seed_everything_default=1,
+            auto_configure_optimizers=False,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--name", type=Optional[str], help="Name of the experiment. Default: that of the first config file."
+        )
+        parser.add_argument("--runs_dir", type=str, default="runs", help="Folder of all runs: <runs_dir>/<name>/<time>.")
+        parser.add_lightning_class_args(ModelCheckpoint, "best")
+        parser.set_defaults({f"best.{k}": v for k, v in CHECKPOINTS.items()})
+        parser.set_defaults({"best.filename": "best", "best.monitor": "val/loss"})
+        parser.add_lightning_class_args(ModelCheckpoint, "last")
+        parser.set_defaults({f"last.{k}": v for k, v in CHECKPOINTS.items()})
+        parser.set_defaults({"last.filename": "last"})
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning would put a checkpoint's settings over those of the command line."""
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.subcommand]
+        name = config.name or (Path(str(config.config[0])).stem if config.config else "run")
+        run = None
+        if config.ckpt_path is not None:
+            checkpoint = runs.last_checkpoint(config.runs_dir, name) if config.ckpt_path == "last" else Path(config.ckpt_path)
+            runs.check_checkpoint(checkpoint)
+            config.ckpt_path = str(checkpoint.absolute())
+            run = runs.run_of(checkpoint)
+        run = run or runs.new_run(config.runs_dir, name)
+        if config.trainer.precision is None:
+            config.trainer.precision = best_precision(config.trainer.accelerator)
+        self.config[self.subcommand] = fill_in(config, str(run))
+        rank_zero_info(f"run folder: {run}, precision: {config.trainer.precision}")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        config = self.config_init[self.subcommand].trainer
+        callbacks = config.callbacks or []
+        extra = [Throughput(), Export()]
+        if config.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
+            extra.append(RunProgress())
+        return super().instantiate_trainer(callbacks=[*callbacks, *extra], **kwargs)
+
+
+class RunFolder(SaveConfigCallback):
+    """Writes into the run folder what the run is made of: config, environment, tokenizer, data."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit" or not trainer.is_global_zero:
+            return
+        run = Path(trainer.default_root_dir)
+        config = run / "config.yaml"
+        if config.exists():  # resumed: the old one stays under another name
+            config.rename(next(p for n in range(1, 10**6) if not (p := run / f"config.{n}.yaml").exists()))
+        self.parser.save(self.config, config, skip_none=False)
+        (run / "environment.json").write_text(json.dumps(environment(), indent=2))
+        (run / "data.json").write_text(json.dumps(trainer.datamodule.prepared.info, indent=2))
+        trainer.datamodule.tokenizer.save_pretrained(run / "tokenizer")
+
+
+def environment() -> dict:
+    """Versions and machine, as far as they matter for a result."""
+    return {
+        "command": sys.argv,
+        "lm_lightning": lm_lightning.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "lightning": lightning.pytorch.__version__,
+        "transformers": transformers.__version__,
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }
+
+
+def fill_in(config: Any, run: str) -> Any:
+    """Puts the run folder where the options say `<run>`."""
+    if isinstance(config, str):
+        return config.replace(runs.PLACEHOLDER, run)
+    if isinstance(config, list):
+        return [fill_in(value, run) for value in config]
+    if isinstance(config, dict):
+        return {key: fill_in(value, run) for key, value in config.items()}
+    if hasattr(config, "items"):  # jsonargparse's Namespace
+        for key, value in config.items(branches=False):
+            config[key] = fill_in(value, run)
+    return config
+
+
+def best_precision(accelerator: Any) -> str:
+    """bf16 with float32 weights where the machine computes it natively, else float32."""
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif accelerator in ("auto", "gpu", "mps") and torch.backends.mps.is_available():
+        native = False  # autocast to bf16 needs a recent macOS: ask for it with --trainer.precision bf16-mixed
+    else:
+        checks = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+        native = any(check() for check in checks if check is not None)
+    return "bf16-mixed" if native else "32-true"
+
+
+def main() -> None:
+    """Parses the command line and runs the subcommand."""
+    try:
+        CLI()
+    except MisconfigurationException as error:
+        raise UserError(" ".join(str(error).split())) from error

@@ -1,0 +1,1 @@
+"""Commands that do not train: typed functions, one file a command."""

@@ -1,0 +1,76 @@
+"""`export`: a checkpoint in, a folder that plain `transformers` loads out, checked."""
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Optional
+
+from lm_lightning.errors import UserError
+from lm_lightning.run import check_checkpoint
+
+
+def export(run: str, checkpoint: str = "last", output: Optional[str] = None) -> None:
+    """Makes a `from_pretrained` folder of a checkpoint and checks that it reloads to the same logits.
+
+    Args:
+        run: Run folder.
+        checkpoint: `last`, `best` or another name in the run's `checkpoints/`, or the path of a checkpoint file.
+        output: Folder to write, which may not exist. Default: `model/` in the run folder, which is replaced.
+    """
+    if not (Path(run) / "tokenizer").is_dir():
+        raise UserError(f"{run} is no run folder: it has no tokenizer/")
+    file = Path(checkpoint)
+    if not file.is_file():
+        file = Path(run) / "checkpoints" / f"{checkpoint.removesuffix('.ckpt')}.ckpt"
+    check_checkpoint(file)
+    if output is not None and Path(output).exists():
+        raise UserError(f"the output folder {output} exists already: remove it or name another one")
+    folder = Path(output or Path(run) / "model")
+    partial = folder.with_name(folder.name + ".partial")
+    if partial.exists():
+        shutil.rmtree(partial)
+    try:
+        write(file, Path(run) / "tokenizer", partial)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if folder.exists():
+        shutil.rmtree(folder)
+    partial.rename(folder)
+    print(folder)
+
+
+def write(checkpoint: Path, tokenizer: Path, folder: Path) -> None:
+    """Writes network and tokenizer into `folder` and refuses it if it does not give the checkpoint's logits."""
+    import torch
+    import transformers
+
+    from lm_lightning.models.module import save_network
+
+    saved = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    description = saved["network"]
+    network_class = getattr(transformers, description["class"])
+    config = network_class.config_class.from_dict(description["config"])
+    weights = {k.removeprefix("network."): w for k, w in saved["state_dict"].items() if k.startswith("network.")}
+    with torch.device("meta"):
+        network = network_class(config)
+    save_network(network, weights, description["vocab_size"], folder)
+    transformers.AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+
+    network = network_class(config)
+    network.load_state_dict(weights)
+    reloaded = network_class.from_pretrained(folder)
+    tokens = torch.arange(min(16, description["vocab_size"])).unsqueeze(0)
+    with torch.no_grad():
+        before = network.eval()(input_ids=tokens).logits[..., : description["vocab_size"]]
+        after = reloaded.eval()(input_ids=tokens).logits
+    difference = (before - after).abs().max().item()
+    if not difference < 1e-5:
+        raise UserError(f"the exported model's logits differ from the checkpoint's by {difference:.2g}: nothing is exported")
+
+
+def main() -> None:
+    """Reads the command line."""
+    from jsonargparse import auto_cli
+
+    auto_cli(export, args=sys.argv[2:], prog="lm_lightning export")

@@ -1,0 +1,174 @@
+"""`generate`: prompts in, text out."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Optional
+
+from lm_lightning import hub
+from lm_lightning.errors import UserError
+from lm_lightning.run import model_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+    from lm_lightning.generation import Sampling
+
+
+def generate(
+    model: str,
+    prompt: str = "",
+    prompts_file: Optional[str] = None,
+    chat: bool = False,
+    max_new_tokens: int = 200,
+    greedy: bool = False,
+    temperature: float = 0.8,
+    top_k: int = 50,
+    top_p: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 8,
+    device: str = "auto",
+) -> None:
+    """Continues prompts with a causal language model until it ends the text.
+
+    Args:
+        model: Run folder, `from_pretrained` folder or Hub name.
+        prompt: Text to continue; the answer is streamed. Default: a new document.
+        prompts_file: File with a prompt a line, instead of `prompt`. Prints a line of JSON for each, with the answer
+            that it would get alone.
+        chat: Talk: reads your turns from the terminal and remembers the dialogue, until an empty line.
+        max_new_tokens: Tokens of an answer, at most.
+        greedy: Always take the most probable token, instead of drawing one.
+        temperature: Under 1 sharpens, over 1 flattens the distribution.
+        top_k: Draw from the so many most probable tokens; 0: from all.
+        top_p: Draw from the most probable tokens that together have this probability.
+        seed: The same seed and prompt give the same text.
+        batch_size: Prompts of the file that are answered at once.
+        device: `cpu`, `cuda`, `mps`, ...; `auto` takes the fastest.
+    """
+    if (prompt != "") + (prompts_file is not None) + chat > 1:
+        raise UserError("give only one of --prompt, --prompts_file and --chat")
+    prompts = read_prompts(prompts_file) if prompts_file is not None else []
+    network, tokenizer = load(model, device)  # first, so that a wrong path needs no wait for the imports
+
+    from lm_lightning.generation import Sampling
+
+    sampling = Sampling(greedy, temperature, top_k, top_p, seed)
+    if chat:
+        talk(network, tokenizer, max_new_tokens, sampling)
+    elif prompts_file is not None:
+        answer(network, tokenizer, prompts, batch_size, max_new_tokens, sampling)
+    else:
+        from lm_lightning.generation import prompt_ids
+
+        print(prompt, end="", flush=True)
+        stream(network, tokenizer, prompt_ids(tokenizer, prompt), max_new_tokens, sampling)
+
+
+def read_prompts(path: str) -> list[str]:
+    """The lines of a file, of which none may be empty."""
+    try:
+        prompts = Path(path).read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the prompts of {path}: {error}") from error
+    for number, prompt in enumerate(prompts, 1):
+        if not prompt.strip():
+            raise UserError(f"{path}:{number}: the prompt is empty")
+    return [prompt.removesuffix("\r") for prompt in prompts]
+
+
+def load(model: str, device: str) -> "tuple[PreTrainedModel, PreTrainedTokenizerFast]":
+    """The network and tokenizer of a run folder, a `from_pretrained` folder or a Hub name."""
+    folder = str(model_folder(model)) if Path(model).exists() else model
+    local = hub.local_only(folder)
+    from transformers import AutoModelForCausalLM
+
+    from lm_lightning.data import tokenizer as tokenizers
+
+    try:
+        network = AutoModelForCausalLM.from_pretrained(folder, local_files_only=local)
+    except (OSError, ValueError) as error:
+        raise hub.explain(folder, error) from error
+    if device == "auto":
+        import torch
+
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        device = accelerator.type if accelerator is not None else "cpu"
+    return network.to(device), tokenizers.load(folder)
+
+
+def say(text: str) -> None:
+    """Tells the user something beside the generated text."""
+    print(f"[{text}]", file=sys.stderr)
+
+
+def stream(
+    network: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerFast",
+    ids: list[int],
+    max_new_tokens: int,
+    sampling: "Sampling",
+) -> str:
+    """Prints an answer as it comes and returns it."""
+    from transformers import TextStreamer
+
+    from lm_lightning.generation import generate
+
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    return generate(network, tokenizer, [ids], max_new_tokens, sampling, streamer=streamer, notice=say)[0]
+
+
+def answer(
+    network: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerFast",
+    prompts: list[str],
+    batch_size: int,
+    max_new_tokens: int,
+    sampling: "Sampling",
+) -> None:
+    """Prints a line of JSON for each prompt."""
+    from lm_lightning.generation import generate, prompt_ids
+
+    rows = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    for start in range(0, len(rows), batch_size):
+        texts = generate(network, tokenizer, rows[start : start + batch_size], max_new_tokens, sampling, notice=say)
+        for prompt, text in zip(prompts[start:], texts):
+            print(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False), flush=True)
+
+
+def talk(
+    network: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast", max_new_tokens: int, sampling: "Sampling"
+) -> None:
+    """Answers the user's lines, each with the dialogue so far as its context, until an empty one."""
+    from lm_lightning.generation import context_limit, prompt_ids
+
+    if tokenizer.chat_template is None:
+        say("this model has no chat template: it sees your turns and its own as lines of one text")
+
+    def tokens(turns: list[dict]) -> list[int]:
+        if tokenizer.chat_template is None:
+            return prompt_ids(tokenizer, "".join(turn["content"] + "\n" for turn in turns))
+        return tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
+
+    turns: list[dict] = []
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            return
+        if not line:
+            return
+        turns.append({"role": "user", "content": line})
+        dropped = 0
+        while len(tokens(turns)) + max_new_tokens > context_limit(network) and len(turns) > 2:
+            turns, dropped = turns[2:], dropped + 2
+        if dropped:
+            say(f"the context is full: the oldest {dropped} turns are forgotten")
+        turns.append({"role": "assistant", "content": stream(network, tokenizer, tokens(turns), max_new_tokens, sampling)})
+
+
+def main() -> None:
+    """Reads the command line."""
+    from jsonargparse import auto_cli
+
+    auto_cli(generate, args=sys.argv[2:], prog="lm_lightning generate")

@@ -1,0 +1,482 @@
+"""Corpora: where the documents come from, how they are read and which split each belongs to.
+
+Everything here streams. A document comes as one or more consecutive `Piece`s, so neither a huge corpus nor a huge
+document lies in memory whole (rows of JSON, CSV and Parquet files do, one at a time).
+"""
+
+import contextlib
+import csv
+import glob
+import gzip
+import hashlib
+import importlib
+import io
+import itertools
+import json
+import os
+import platform
+import re
+import shutil
+import sys
+import tempfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any, BinaryIO, Literal, NamedTuple
+
+from lm_lightning.data import builtin
+from lm_lightning.errors import UserError
+
+_PIECE = 65536  # characters; longer texts are cut
+_SURROGATE = re.compile("[\ud800-\udfff]")  # "surrogateescape" turns a bad byte into one
+
+# Where a text may be cut, best first. No pre-tokenization joins a letter or digit to the space after it. A text without
+# such spaces is cut at a line break or after CJK punctuation, else at the limit, where a token boundary may be moved.
+_CUTS = (
+    re.compile(r"(?<=[^\W_]) (?=[^\W\d_])"),
+    re.compile(r"(?<=\n)(?=\S)"),
+    re.compile(r"(?<=[。！？；，、])"),
+)
+
+
+@dataclass
+class Corpus:
+    """The documents to train on, and how they are split into training, validation and test documents.
+
+    The format of a file is that of its suffix: .jsonl and .ndjson, .csv, .tsv, .parquet, and plain UTF-8 text for all
+    others; each may be compressed as .gz or .zst. Documents fall into a split by a hash of their name (whole files,
+    rows with a name, the built-in corpus) or else of their text, so the same text is never in two splits.
+
+    Args:
+        paths: Files, folders (read recursively, without hidden files) and patterns such as `books/**/*.txt`. Without
+            any, and without `hub`, the corpus is the built-in one: the documentation that comes with Python.
+        validation_paths: Files, folders and patterns for the validation split only. If given, no document of `paths`
+            or `hub` goes into that split.
+        test_paths: The same for the test split.
+        document: What one document of a plain text file is: the file, a paragraph (paragraphs are separated by blank
+            lines) or a line.
+        text_column: The column with the text, in every format but plain text.
+        name_column: The column of strings that names the document. All rows of one name fall into the same split.
+        hub: Name of a data set of the Hugging Face Hub.
+        hub_config: Its configuration.
+        hub_split: Its split to read, whose documents are then split again like all others.
+        hub_revision: Its branch, tag or commit; a commit makes the corpus reproducible.
+        streaming: Read the data set over the network instead of downloading it first.
+        validation_fraction: Share of the documents that go into the validation split.
+        test_fraction: Share of the documents that go into the test split.
+        max_line: Longest line of plain text in characters, as longer ones are mostly not prose. 0 allows any length.
+        encoding_errors: What to do with bytes that are not UTF-8: stop (`strict`), or `replace` each by U+FFFD and
+            report their number.
+    """
+
+    paths: list[str] = field(default_factory=list)
+    validation_paths: list[str] = field(default_factory=list)
+    test_paths: list[str] = field(default_factory=list)
+    document: Literal["file", "paragraph", "line"] = "paragraph"
+    text_column: str = "text"
+    name_column: str | None = None
+    hub: str | None = None
+    hub_config: str | None = None
+    hub_split: str = "train"
+    hub_revision: str | None = None
+    streaming: bool = True
+    validation_fraction: float = 0.05
+    test_fraction: float = 0.05
+    max_line: int = 65536
+    encoding_errors: Literal["strict", "replace"] = "strict"
+
+
+class Piece(NamedTuple):
+    """A part of a document, at most 65,536 characters long. Joining a document's pieces gives its text.
+
+    Attributes:
+        split: "train", "validation" or "test"; the same for all pieces of a document.
+        name: The document's name, for messages. Not unique.
+        text: The characters. Where possible a cut is before a space between two words, so that tokenizing the pieces
+            one by one gives the document's tokens.
+        last: Whether the document ends here.
+    """
+
+    split: str
+    name: str
+    text: str
+    last: bool
+
+
+class _File(NamedTuple):
+    path: Path
+    name: str  # relative to what the user gave, so that moving a folder changes no split
+    split: str | None  # None: the hash decides
+
+
+class _Line(NamedTuple):
+    """A line without its line break, or a part of a line over `_PIECE` characters."""
+
+    number: int
+    text: str
+    blank: bool  # the whole line is white space
+
+
+class _Document(NamedTuple):
+    split: str | None  # None: the hash decides
+    name: str
+    named: bool  # the hash is that of the name, not of the text
+    parts: Iterable[str]
+
+
+_Rows = Iterator[tuple[int, Mapping[str, Any]]]  # with their line or row number
+
+
+@dataclass
+class _Counts:
+    replaced_bytes: int = 0
+    empty_rows: int = 0
+
+
+def read(corpus: Corpus, cache_dir: Path) -> Iterator[Piece]:
+    """Yield the pieces of all documents, in the same order on every call.
+
+    At the end the numbers of replaced bytes and of skipped rows, if there are any, are printed to stderr.
+
+    Raises:
+        UserError: The corpus has no document, or part of it is missing, damaged or not in the expected form.
+    """
+    _check(corpus)
+    counts = _Counts()
+    empty = True
+    for document in _documents(corpus, cache_dir, counts):
+        split = document.split
+        for text, last in _cut(document.parts):
+            # The first piece stands for the text: the whole of a huge document is not known yet.
+            split = split or _hash_split(corpus, document.name if document.named else text)
+            empty = False
+            yield Piece(split, document.name, text, last)
+    if empty:
+        raise UserError("The corpus holds no text at all; check --data.corpus.paths.")
+    if counts.replaced_bytes:
+        print(f"corpus: {counts.replaced_bytes} bytes that are not UTF-8 were replaced by U+FFFD", file=sys.stderr)
+    if counts.empty_rows:
+        print(f"corpus: {counts.empty_rows} rows without text were skipped", file=sys.stderr)
+
+
+def inputs(corpus: Corpus, cache_dir: Path) -> dict[str, Any]:
+    """Return all that decides what `read` yields, as data for `json.dumps`: the key of what is computed from it.
+
+    Files count as changed when their name, size or modification time does, data sets of the Hub when their revision
+    is given and does.
+    """
+    _check(corpus)
+    result = asdict(corpus)
+    del result["streaming"]
+    for option in ("paths", "validation_paths", "test_paths"):
+        result[option] = bool(result[option])  # the folders' places do not matter, only whether a split has files
+    stats = [(file, file.path.stat()) for file in _files(corpus)]
+    result["files"] = [[file.split, file.name, stat.st_size, stat.st_mtime_ns] for file, stat in stats]
+    if _is_builtin(corpus):
+        result["builtin"] = [platform.python_version(), builtin.fingerprint(builtin.documents(cache_dir))]
+    return result
+
+
+def total_bytes(corpus: Corpus, cache_dir: Path) -> int | None:
+    """Return about how many bytes of UTF-8 `read` yields (markup such as JSON's counts too), None if unknown."""
+    files = _files(corpus)
+    if corpus.hub or any(_suffixes(file.path)[0] == ".parquet" or _suffixes(file.path)[1] for file in files):
+        return None
+    texts = [text for _, text in builtin.documents(cache_dir)] if _is_builtin(corpus) else []
+    return sum(file.path.stat().st_size for file in files) + sum(len(text.encode()) for text in texts)
+
+
+def _check(corpus: Corpus) -> None:
+    validation, test = corpus.validation_fraction, corpus.test_fraction
+    if not (validation >= 0 and test >= 0 and validation + test < 1):
+        raise UserError(
+            f"--data.corpus.validation_fraction ({validation}) and --data.corpus.test_fraction ({test}) "
+            "must not be negative, and their sum must be less than 1."
+        )
+
+
+def _is_builtin(corpus: Corpus) -> bool:
+    return not corpus.paths and not corpus.hub
+
+
+def _hash_split(corpus: Corpus, key: str) -> str:
+    validation = 0 if corpus.validation_paths else corpus.validation_fraction
+    test = 0 if corpus.test_paths else corpus.test_fraction
+    digest = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    position = int.from_bytes(digest, "big") / 2**64
+    return "validation" if position < validation else "test" if position < validation + test else "train"
+
+
+def _cut(parts: Iterable[str]) -> Iterator[tuple[str, bool]]:
+    """Yield the joined `parts` as pieces of at most `_PIECE` characters, and whether a piece is the last.
+
+    Where the cuts are depends on the text only, not on how it is divided into `parts`.
+    """
+    pending: list[str] = []
+    size = 0
+    for part in parts:
+        pending.append(part)
+        size += len(part)
+        if size <= _PIECE:
+            continue
+        text, start = "".join(pending), 0
+        while len(text) - start > _PIECE:
+            end = start + _PIECE
+            matches = (pattern.search(text, end - _PIECE // 2, end) for pattern in _CUTS)
+            cut = next((match.start() for match in matches if match), end)
+            yield text[start:cut], False
+            start = cut
+        pending, size = [text[start:]], len(text) - start
+    if size:
+        yield "".join(pending), True
+
+
+# Which files
+
+
+def _files(corpus: Corpus) -> list[_File]:
+    """Return the files in the order of reading; one reached twice only once."""
+    found: dict[str, _File] = {}
+    options = (("validation", corpus.validation_paths), ("test", corpus.test_paths), (None, corpus.paths))
+    for split, patterns in options:
+        for name, path in itertools.chain.from_iterable(map(_expand, patterns)):
+            first = found.setdefault(os.path.realpath(path), _File(path, name, split))
+            if split and first.split != split:
+                raise UserError(f"{path} is in both --data.corpus.validation_paths and --data.corpus.test_paths.")
+    return list(found.values())
+
+
+def _expand(pattern: str) -> list[tuple[str, Path]]:
+    """Return the files of a path or pattern, each with its name relative to it, sorted by name."""
+    given = os.path.expanduser(pattern)
+    if os.path.isfile(given):
+        return [(os.path.basename(given), Path(given))]
+    if os.path.isdir(given):
+        root, pattern_below = Path(given), "**/*"
+    else:
+        steps = Path(given).parts
+        fixed = list(itertools.takewhile(lambda step: not re.search(r"[*?[]", step), steps))
+        if len(fixed) == len(steps):
+            raise UserError(f"{pattern} does not exist.")
+        root, pattern_below = Path(*fixed), os.path.join(*steps[len(fixed) :])
+    names = sorted(set(glob.glob(pattern_below, root_dir=root, recursive=True)))
+    files = [(Path(name).as_posix(), root / name) for name in names if os.path.isfile(root / name)]
+    if not files:
+        raise UserError(f"{pattern} holds no file (hidden files do not count).")
+    return files
+
+
+def _suffixes(path: Path) -> tuple[str, str]:
+    """Return the suffixes for format and compression: (".jsonl", ".gz") for a.jsonl.gz, ("", "") for a file "a"."""
+    *_, form, last = ["", ""] + [suffix.lower() for suffix in path.suffixes]
+    return (form, last) if last in _OPENERS else (last, "")
+
+
+# From files to documents
+
+
+def _documents(corpus: Corpus, cache_dir: Path, counts: _Counts) -> Iterator[_Document]:
+    for file in _files(corpus):
+        if rows := _ROWS.get(_suffixes(file.path)[0]):
+            yield from _of_rows(rows(file.path, corpus, counts), file, corpus, counts)
+        else:
+            yield from _of_text(file, corpus, counts)
+    if corpus.hub:
+        yield from _of_rows(_hub_rows(corpus), _File(Path(corpus.hub), corpus.hub, None), corpus, counts)
+    if _is_builtin(corpus):
+        for name, text in builtin.documents(cache_dir):
+            yield _Document(None, name, True, [text])
+
+
+def _of_text(file: _File, corpus: Corpus, counts: _Counts) -> Iterator[_Document]:
+    """Yield a text file's documents: its lines without the last line break, and without blank lines at the start."""
+    lines = _lines(file.path, corpus, counts, plain=True)
+    keys = {"file": lambda line: None, "paragraph": lambda line: line.blank, "line": lambda line: line.number}
+    lines = itertools.dropwhile(lambda line: line.blank, lines)
+    for _, group in itertools.groupby(lines, keys[corpus.document]):
+        first = next(group)
+        if not first.blank:
+            named = corpus.document == "file"
+            name = file.name if named else f"{file.name}:{first.number}"
+            group = itertools.chain([first], group)
+            yield _Document(file.split, name, named, _joined(group))
+
+
+def _joined(lines: Iterable[_Line]) -> Iterator[str]:
+    number = None
+    for line in lines:
+        yield line.text if number in (None, line.number) else "\n" + line.text
+        number = line.number
+
+
+def _of_rows(rows: _Rows, file: _File, corpus: Corpus, counts: _Counts) -> Iterator[_Document]:
+    for number, row in rows:
+        where = f"{file.path}:{number}"
+        text = _encodable(_string(row, corpus.text_column, "text_column", where), where, corpus, counts)
+        name = ""
+        if corpus.name_column is not None:
+            name = _string(row, corpus.name_column, "name_column", where)
+        if text.strip():
+            yield _Document(file.split, name or f"{file.name}:{number}", bool(name), [text])
+        else:
+            counts.empty_rows += 1
+
+
+def _string(row: Mapping[str, Any], column: str, option: str, where: str) -> str:
+    value = row.get(column)
+    if not isinstance(value, str):
+        raise UserError(
+            f"{where}: the row has no string in column {column!r} but {value!r:.40}; its columns are "
+            f"{', '.join(map(str, row))}: choose one with --data.corpus.{option}."
+        )
+    return value
+
+
+def _encodable(text: str, where: str, corpus: Corpus, counts: _Counts, column: int = 0) -> str:
+    """Return `text` without what UTF-8 cannot express: the bytes that were not UTF-8, and JSON's lone surrogates."""
+    if not (bad := _SURROGATE.search(text)):
+        return text
+    if corpus.encoding_errors == "strict":
+        code = ord(bad[0])
+        what = f"byte 0x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"character U+{code:04X}"
+        raise UserError(
+            f"{where}: {what} at column {column + bad.start() + 1} is not UTF-8; convert the file, or replace such "
+            "bytes with --data.corpus.encoding_errors replace."
+        )
+    text, replaced = _SURROGATE.subn("\ufffd", text)
+    counts.replaced_bytes += replaced
+    return text
+
+
+# From files to lines and rows
+
+
+def _import(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        package = name.partition(".")[0]
+        raise UserError(f'This corpus needs the package {package}: pip install "lm_lightning[data]".') from None
+
+
+def _open_zst(path: Path) -> Any:
+    # Unlike the zstandard package, pyarrow reports truncated files and reads those of several frames to their end.
+    return _import("pyarrow").input_stream(str(path), compression="zstd")
+
+
+_OPENERS: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".zst": _open_zst}
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for its uncompressed bytes; what goes wrong until it is closed is a UserError."""
+    try:
+        with _OPENERS.get(_suffixes(path)[1], partial(open, mode="rb"))(path) as stream:
+            yield stream
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path} cannot be read ({error}); is it damaged or incomplete?") from None
+
+
+def _lines(path: Path, corpus: Corpus, counts: _Counts, plain: bool = False) -> Iterator[_Line]:
+    """Yield the lines of a file; for `plain` text, long ones in parts or, over `max_line`, not at all."""
+    with _opened(path) as stream:
+        # newline="\n", as by default a lone carriage return, too, would end a line.
+        text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="\n")
+        size = _PIECE if plain else -1
+        number, length = 1, 0
+        while part := text.readline(size):
+            while part[-1] == "\r" and (following := text.readline(1)):
+                part += following  # a part must not end within a CRLF
+            ended = part[-1] == "\n"
+            if ended:
+                part = part[: -2 if part.endswith("\r\n") else -1]
+            if not part.isascii():
+                part = _encodable(part, f"{path}:{number}", corpus, counts, column=length)
+            blank = length == 0 and not part.strip() and (ended or len(part) < _PIECE)
+            length += len(part)
+            if plain and 0 < corpus.max_line < length:
+                while not ended and (part := text.readline(size)):
+                    ended = part.endswith("\n")
+                    length += len(part) - ended
+                raise UserError(
+                    f"{path}:{number}: the line has {length} characters, more than --data.corpus.max_line "
+                    f"({corpus.max_line}); if it is text after all, give --data.corpus.max_line 0."
+                )
+            yield _Line(number, part, blank)
+            if ended:
+                number, length = number + 1, 0
+
+
+def _jsonl_rows(path: Path, corpus: Corpus, counts: _Counts) -> _Rows:
+    for line in _lines(path, corpus, counts):
+        if line.blank:
+            continue
+        try:
+            row = json.loads(line.text)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}:{line.number}: not valid JSON ({error}); mend or remove the line.") from None
+        if not isinstance(row, dict):
+            raise UserError(f'{path}:{line.number}: not a JSON object such as {{"{corpus.text_column}": "..."}}.')
+        yield line.number, row
+
+
+def _csv_rows(path: Path, corpus: Corpus, counts: _Counts, delimiter: str = ",") -> _Rows:
+    csv.field_size_limit(2**31 - 1)  # the largest that every platform accepts
+    lines = (line.text + "\n" for line in _lines(path, corpus, counts))
+    reader = csv.DictReader(lines, delimiter=delimiter, strict=True)  # strict: an open quote would swallow the rest
+    try:
+        for row in reader:
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise UserError(f"{path}:{reader.line_num}: not valid CSV ({error}); mend it or convert it to JSONL.") from None
+
+
+def _parquet_rows(path: Path, corpus: Corpus, counts: _Counts) -> _Rows:
+    pyarrow, parquet = _import("pyarrow"), _import("pyarrow.parquet")
+    columns = {column for column in (corpus.text_column, corpus.name_column) if column}
+    with _opened(path) as stream, contextlib.ExitStack() as stack:
+        if _suffixes(path)[1]:  # Parquet needs random access, which a compressed file does not give
+            plain = stack.enter_context(tempfile.TemporaryFile())
+            shutil.copyfileobj(stream, plain)
+            stream = plain
+        try:
+            file = parquet.ParquetFile(stream)
+            # If one is missing, read all columns: the message about the first row will list them.
+            known = sorted(columns) if columns <= set(file.schema_arrow.names) else None
+            rows = (row for batch in file.iter_batches(256, columns=known) for row in batch.to_pylist())
+            yield from enumerate(rows, start=1)
+        except pyarrow.ArrowException as error:
+            raise UserError(f"{path} is not a readable Parquet file ({error}).") from None
+
+
+_ROWS: dict[str, Callable[[Path, Corpus, _Counts], _Rows]] = {
+    ".jsonl": _jsonl_rows,
+    ".ndjson": _jsonl_rows,
+    ".csv": _csv_rows,
+    ".tsv": partial(_csv_rows, delimiter="\t"),
+    ".parquet": _parquet_rows,
+}
+
+
+def _hub_rows(corpus: Corpus) -> _Rows:
+    datasets, hub = _import("datasets"), _import("huggingface_hub")
+    try:
+        if corpus.streaming:  # without a network, fail at once instead of after half a minute of retries
+            hub.get_session().head(hub.constants.ENDPOINT, timeout=10)
+        dataset = datasets.load_dataset(
+            corpus.hub,
+            corpus.hub_config,
+            split=corpus.hub_split,
+            revision=corpus.hub_revision,
+            streaming=corpus.streaming,
+        )
+        yield from enumerate(dataset, start=1)
+    except Exception as error:  # the packages raise whatever their own dependencies do
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"The data set {corpus.hub!r} cannot be read from the Hugging Face Hub ({reason:.300}); check its name and "
+            "the network (a downloaded one needs none: HF_HUB_OFFLINE=1 and --data.corpus.streaming false)."
+        ) from error

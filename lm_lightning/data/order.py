@@ -1,0 +1,125 @@
+"""Order: which sample comes at which step.
+
+The samples of a split form an endless stream: epoch 0 shuffled, then epoch 1 shuffled anew, and so on. The sample at
+a position of the stream is a pure function of (seed, epoch, index), so a run that has consumed `n` samples goes on at
+position `n`, whatever the number of workers, ranks or micro-batches, and nothing but `n` has to be saved.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+from torch.utils.data import Sampler
+
+PADDING = -1  # position of a sample without targets: it fills the last batches, so that all ranks have equally many
+
+
+def shuffle(indices: np.ndarray, size: int, key: int) -> np.ndarray:
+    """Permutes [0, size) pseudo-randomly and returns where `indices` go; no permutation is kept in memory.
+
+    A Feistel network permutes the next power of four; whatever lands outside [0, size) is sent through it again
+    ("cycle walking"), which keeps it a permutation. Source: Black and Rogaway, Ciphers with Arbitrary Finite Domains,
+    2002.
+
+    Args:
+        indices: Integers in [0, size), any shape.
+        size: Number of things to permute.
+        key: Another key gives another permutation.
+
+    Returns:
+        int64, the shape of `indices`.
+    """
+    half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))  # bits on each side of the network
+    mask = np.uint64((1 << int(half)) - 1)
+    keys = mix(np.arange(6, dtype=np.uint64) + mix(np.array([key % 2**64], dtype=np.uint64)))
+    result = np.array(indices, dtype=np.uint64)
+    walking = np.ones(result.shape, dtype=bool)
+    while walking.any():
+        left, right = result[walking] >> half, result[walking] & mask
+        for round_key in keys:
+            left, right = right, left ^ (mix(right ^ round_key) & mask)
+        result[walking] = (left << half) | right
+        walking = result >= np.uint64(size)
+    return result.astype(np.int64)
+
+
+def mix(x: np.ndarray) -> np.ndarray:
+    """A hash of 64-bit integers: the finalizer of SplitMix64 (Steele, Lea and Flood, 2014)."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def samples_at(positions: np.ndarray, size: int, seed: int) -> np.ndarray:
+    """The samples at some positions of the endless stream.
+
+    Args:
+        positions: Positions of the stream, non-negative integers.
+        size: Number of samples in an epoch.
+        seed: Seed of the run.
+
+    Returns:
+        int64 sample indices in [0, size), the shape of `positions`.
+    """
+    epochs, indices = np.divmod(np.asarray(positions, dtype=np.int64), size)
+    result = np.empty_like(indices)
+    for epoch in np.unique(epochs):
+        chosen = epochs == epoch
+        result[chosen] = shuffle(indices[chosen], size, int(mix(np.array([seed % 2**64], dtype=np.uint64))[0]) + int(epoch))
+    return result
+
+
+class StreamSampler(Sampler[list[int]]):
+    """Batch sampler of training: yields this rank's positions of the stream, one list a micro-batch.
+
+    An optimizer step uses the next `world_size * accumulate * batch_size` positions, however they are split; a
+    micro-batch is a contiguous piece of them. One pass over the sampler is about one epoch of the data, rounded up to
+    whole optimizer steps: no step is cut short, none is padded. The next pass goes on where the steps have come to.
+
+    Args:
+        size: Number of samples in an epoch.
+        batch_size: Samples in a micro-batch of one rank.
+        accumulate: Micro-batches in an optimizer step.
+        rank: This process.
+        world_size: Number of processes.
+        consumed: Called at the start of a pass: the samples that finished steps have consumed, over all ranks.
+    """
+
+    def __init__(self, size: int, batch_size: int, accumulate: int, rank: int, world_size: int, consumed) -> None:
+        self.batch_size, self.accumulate, self.rank, self.world_size = batch_size, accumulate, rank, world_size
+        self.consumed = consumed
+        self.steps = -(-size // (batch_size * accumulate * world_size))
+
+    def __len__(self) -> int:
+        return self.steps * self.accumulate
+
+    def __iter__(self) -> Iterator[list[int]]:
+        start = self.consumed() + self.rank * self.batch_size
+        for _ in range(len(self)):
+            yield list(range(start, start + self.batch_size))
+            start += self.world_size * self.batch_size
+
+
+class SequentialBatches(Sampler[list[int]]):
+    """Batch sampler of evaluation: every sample once, over all ranks together.
+
+    The ranks take turns, and the last batches are filled up with `PADDING`, so that all ranks do equally many batches
+    of one shape (collectives need the first, compiled networks the second) without counting any sample twice.
+
+    Args:
+        size: Number of samples.
+        batch_size: Samples in a batch of one rank.
+        rank: This process.
+        world_size: Number of processes.
+    """
+
+    def __init__(self, size: int, batch_size: int, rank: int, world_size: int) -> None:
+        self.size, self.batch_size, self.rank, self.world_size = size, batch_size, rank, world_size
+
+    def __len__(self) -> int:
+        return -(-self.size // (self.batch_size * self.world_size))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in range(len(self)):
+            start = (batch * self.world_size + self.rank) * self.batch_size
+            yield [i if i < self.size else PADDING for i in range(start, start + self.batch_size)]

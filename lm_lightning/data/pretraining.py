@@ -1,0 +1,191 @@
+"""Data of pretraining: tokens of the shards in, full blocks out.
+
+The tokens of a split are one long row, its documents one after the other, each ended by the end-of-text token. Block
+`i` reads tokens [i·T, i·T + T], so that inputs and targets, which are the inputs shifted by one, both have T tokens
+and every token of the split is a target once. Nothing is padded.
+"""
+
+import os
+from typing import Optional
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader, Dataset
+
+from lm_lightning.data import shards
+from lm_lightning.data.corpus import Corpus
+from lm_lightning.data.order import PADDING, SequentialBatches, StreamSampler, samples_at
+from lm_lightning.data.tokenizer import Tokenizer
+from lm_lightning.errors import UserError
+
+
+class Blocks(Dataset):
+    """Blocks of `block_size` tokens with their targets.
+
+    Args:
+        split: Tokens and document bounds.
+        block_size: T, tokens of a block.
+        mask_documents: Adds `position_ids` that start again at each document, which is how `transformers`' networks
+            are told of packed sequences: no document attends to another.
+        seed: Seed of the order, or None for the split's own order.
+
+    Items are dicts of `input_ids` (T,) int64, `targets` (T,) int64 with -100 where there is none, `id` int and, with
+    `mask_documents`, `position_ids` (T,) int64.
+    """
+
+    def __init__(self, split: shards.Split, block_size: int, mask_documents: bool, seed: Optional[int]) -> None:
+        self.split, self.block_size, self.mask_documents, self.seed = split, block_size, mask_documents, seed
+        # A training block is full. For evaluation the last one is moved back to be full, too; see `__getitem__`.
+        targets = len(split.tokens) - 1
+        self.size = targets // block_size if seed is not None else -(-targets // block_size)
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, position: int) -> dict:
+        if position == PADDING:
+            item = self[0]
+            item["targets"] = torch.full_like(item["targets"], -100)
+            return item | {"id": PADDING}
+        sample = position if self.seed is None else int(samples_at(np.array([position]), self.size, self.seed)[0])
+        start = min(sample * self.block_size, len(self.split.tokens) - 1 - self.block_size)
+        row = torch.from_numpy(self.split.tokens[start : start + self.block_size + 1].astype(np.int64))
+        item = {"input_ids": row[:-1], "targets": row[1:].clone(), "id": sample}
+        item["targets"][: sample * self.block_size - start] = -100  # the block before has counted these
+        if self.mask_documents:
+            item["position_ids"] = torch.from_numpy(self.positions(start))
+        return item
+
+    def positions(self, start: int) -> np.ndarray:
+        """Positions within the document of each input of the block at token `start`: (T,) int64."""
+        index = np.arange(start, start + self.block_size)
+        documents = self.split.documents
+        first = np.searchsorted(documents, index, side="right") - 1
+        return index - np.maximum(documents[first], start)
+
+
+def collate(items: list[dict]) -> dict:
+    """Stacks items to a batch: tensors (B, T), and `id` as a list, which stays on the host."""
+    batch = {key: torch.stack([item[key] for item in items]) for key in items[0] if key != "id"}
+    return batch | {"id": [item["id"] for item in items]}
+
+
+class PretrainingData(LightningDataModule):
+    """Packed blocks of a corpus for causal language modelling.
+
+    Args:
+        corpus: Where the documents come from; by default the built-in corpus.
+        tokenizer: Which tokenizer turns them into tokens; by default one trained on the corpus.
+        block_size: Tokens of a block, which is the length of the context that the network sees in training.
+        batch_size: Blocks in a micro-batch of one process.
+        mask_documents: Whether attention stops at the bounds of documents within a block.
+        num_workers: Processes that load batches ahead. Blocks are read from a memory map, which is fast enough
+            for none, except beside a fast GPU.
+        cache_dir: Folder that keeps trained tokenizers and tokenized corpora for the next run.
+    """
+
+    special = "gpt"  # special tokens of a tokenizer that is trained
+
+    def __init__(
+        self,
+        corpus: Corpus = Corpus(),
+        tokenizer: Tokenizer = Tokenizer(),
+        block_size: int = 256,
+        batch_size: int = 16,
+        mask_documents: bool = False,
+        num_workers: int = 0,
+        cache_dir: str = "~/.cache/lm_lightning",
+    ) -> None:
+        super().__init__()
+        self.corpus, self.tokenizer_options = corpus, tokenizer
+        self.block_size, self.batch_size, self.mask_documents = block_size, batch_size, mask_documents
+        self.num_workers, self.cache_dir = num_workers, cache_dir
+        self.consumed = 0  # samples of the stream that finished optimizer steps have used, over all ranks
+
+    @property
+    def tokens_per_batch(self) -> int:
+        """Input tokens of a micro-batch of one process."""
+        return self.batch_size * self.block_size
+
+    def prepare_data(self) -> None:
+        shards.prepare(self.corpus, self.tokenizer_options, self.special, self.cache_dir)
+
+    def setup(self, stage: str) -> None:
+        """Opens the shards; every process does."""
+        self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
+        self.prepared = shards.prepare(self.corpus, self.tokenizer_options, self.special, self.cache_dir)
+        self.tokenizer = self.prepared.tokenizer
+        self.splits = {name: self.prepared.split(name) for name in shards.SPLITS}
+        needed = {"fit": ["train", "validation"], "validate": ["validation"], "test": ["test"], "predict": ["test"]}
+        for name in needed[stage]:
+            if name == "validation" and not self.trainer.limit_val_batches:
+                continue
+            remedy = "lower data.block_size, give more text or " + (
+                "a larger share of it" if name == "train" else f"raise data.corpus.{name}_fraction (or name files in "
+                f"data.corpus.{name}_paths)"
+            )
+            shards.need(self.splits[name], name, self.block_size, remedy)
+
+    def blocks(self, name: str) -> Blocks:
+        """The blocks of a split; those of `train` in the order of the run's seed."""
+        return Blocks(
+            self.splits[name], self.block_size, self.mask_documents, self.seed if name == "train" else None
+        )
+
+    def train_dataloader(self) -> DataLoader:
+        trainer = self.trainer
+        blocks = self.blocks("train")
+        sampler = StreamSampler(
+            len(blocks),
+            self.batch_size,
+            trainer.accumulate_grad_batches,
+            trainer.global_rank,
+            trainer.world_size,
+            lambda: self.consumed,
+        )
+        return self.loader(blocks, sampler)
+
+    def val_dataloader(self) -> DataLoader:
+        return self.evaluation_loader("validation")
+
+    def test_dataloader(self) -> DataLoader:
+        return self.evaluation_loader("test")
+
+    def predict_dataloader(self) -> DataLoader:
+        return self.evaluation_loader("test")
+
+    def evaluation_loader(self, name: str) -> DataLoader:
+        blocks = self.blocks(name)
+        sampler = SequentialBatches(len(blocks), self.batch_size, self.trainer.global_rank, self.trainer.world_size)
+        return self.loader(blocks, sampler)
+
+    def loader(self, blocks: Blocks, sampler: StreamSampler | SequentialBatches) -> DataLoader:
+        return DataLoader(
+            blocks,
+            batch_sampler=sampler,
+            collate_fn=collate,
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def identity(self) -> dict:
+        """What decides the stream of samples: a checkpoint's position in it has a meaning only if these are equal."""
+        return {
+            "corpus and tokenizer": self.prepared.folder.name,
+            "data.block_size": self.block_size,
+            "seed_everything": self.seed,
+        }
+
+    def state_dict(self) -> dict:
+        return {"consumed": self.consumed, "identity": self.identity()}
+
+    def load_state_dict(self, state: dict) -> None:
+        for name, value in self.identity().items():
+            if state["identity"][name] != value:
+                raise UserError(
+                    f"the checkpoint was made with {name} {state['identity'][name]}, this run has {value}, so its "
+                    "position in the data has no meaning here: take the old value, or start a new run from the "
+                    "weights with --model.pretrained RUN/model"
+                )
+        self.consumed = state["consumed"]

@@ -1,0 +1,66 @@
+"""Loading by name: from a local folder, from the local Hub cache or from the Hub itself.
+
+Without a network, `from_pretrained("gpt2")` tries again for the better part of a minute before it fails. So the Hub is
+asked for an answer first, once per process: `from_pretrained(name, local_files_only=local_only(name))`.
+"""
+
+import contextlib
+import functools
+import os
+import socket
+import textwrap
+import threading
+from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+from lm_lightning.errors import UserError
+
+TIMEOUT = 3.0  # seconds the Hub has to answer
+
+
+def local_only(name: str) -> bool:
+    """Whether `name` has to be found on this machine: it is a path, or the Hub is switched off or does not answer."""
+    from huggingface_hub import constants
+
+    return os.path.isdir(name) or _is_path(name) or constants.HF_HUB_OFFLINE or not _answers(constants.ENDPOINT)
+
+
+def explain(name: str, error: Exception) -> UserError:
+    """The error to raise for `error`, with which `from_pretrained(name)` failed: one sentence that names the remedy."""
+    from huggingface_hub import constants
+
+    if not os.path.exists(name) and (_is_path(name) or ("/" in name and Path(name).parent.exists())):
+        return UserError(f"the folder {name!r} does not exist")
+    # What is not found is an OSError; anything else means that something was found, but cannot be used.
+    if isinstance(error, OSError) and not os.path.exists(name) and local_only(name):
+        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} cannot be reached"
+        return UserError(
+            f"{name!r} is neither a folder here nor in the local Hub cache, and {why}: "
+            "give a local folder or try again with a network"
+        )
+    return UserError(f"{name!r} cannot be loaded: {textwrap.shorten(str(error), 300) or type(error).__name__}")
+
+
+def _is_path(name: str) -> bool:
+    """Whether `name` can only be a path, since a Hub name is `name` or `owner/name`."""
+    return name.startswith((".", "/", "~")) or len(Path(name).parts) > 2
+
+
+@functools.cache
+def _answers(endpoint: str) -> bool:
+    """Whether `endpoint` takes a connection within `TIMEOUT`; taken for granted behind a proxy."""
+    url, answered = urlsplit(endpoint), threading.Event()
+    if getproxies().keys() & {url.scheme, "all"}:
+        return True
+
+    def connect() -> None:
+        with contextlib.suppress(OSError):
+            socket.create_connection((url.hostname, url.port or (80 if url.scheme == "http" else 443)), TIMEOUT).close()
+            answered.set()
+
+    # In a thread because the look-up of the host's name knows no timeout.
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(TIMEOUT)
+    return answered.is_set()

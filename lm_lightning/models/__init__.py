@@ -1,0 +1,1 @@
+"""LightningModules: batches in, losses and predictions out."""

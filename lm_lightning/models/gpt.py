@@ -1,0 +1,63 @@
+"""GPT: causal language models."""
+
+import math
+
+import torch
+import transformers
+from torch import Tensor
+
+from lm_lightning.losses import linear_cross_entropy
+from lm_lightning.models.module import LanguageModule
+
+
+class CausalLM(LanguageModule):
+    """Any causal network of `transformers` (GPT-2, Llama, Qwen, ...), trained to predict the next token."""
+
+    auto_class = transformers.AutoModelForCausalLM
+
+    def configure_model(self) -> None:
+        made = self.network is None
+        super().configure_model()
+        if made:
+            self.separable = self.head_is_last()
+
+    @torch.no_grad()
+    def head_is_last(self) -> bool:
+        """Whether the logits are nothing but the head applied to the last hidden states, tried on a few tokens.
+
+        Some networks scale or cap the logits after the head (Gemma 2, Granite, Cohere, ...); the loss of these is
+        computed from their own logits.
+        """
+        network = self.network.eval()
+        tokens = torch.arange(4, device=network.device).unsqueeze(0)
+        try:
+            hidden = network.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+            expected = network(input_ids=tokens, use_cache=False).logits
+            return torch.allclose(network.get_output_embeddings()(hidden), expected, atol=1e-5)
+        except (AttributeError, TypeError, RuntimeError):  # another layout: its own forward is what we have
+            return False
+        finally:
+            network.train()
+
+    def loss(self, batch: dict) -> tuple[Tensor, Tensor]:
+        inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch}
+        targets = batch["targets"]
+        tokens = (targets != -100).sum()
+        if self.separable:
+            hidden = self.network.base_model(**inputs, use_cache=False).last_hidden_state
+            head = self.network.get_output_embeddings()
+            loss = linear_cross_entropy(
+                hidden.flatten(0, 1), head.weight, head.bias, targets.flatten(), self.vocab_size
+            )
+        else:
+            logits = self.network(**inputs, use_cache=False).logits[..., : self.vocab_size]
+            loss = torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum"
+            )
+        return loss, tokens
+
+    def metrics(self, loss: Tensor, split: str) -> dict[str, Tensor]:
+        """Adds perplexity, and bits per UTF-8 byte of the text, by which networks with other tokenizers compare."""
+        counts = self.trainer.datamodule.splits[split]
+        tokens_per_byte = (len(counts.tokens) - 1) / max(1, counts.bytes)
+        return {"loss": loss, "perplexity": loss.exp(), "bits_per_byte": loss / math.log(2) * tokens_per_byte}

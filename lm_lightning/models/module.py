@@ -1,0 +1,334 @@
+"""The LightningModule that all models share: network, optimizer, token-exact gradients, metrics.
+
+A batch flows in; a subclass says what its loss is, as a sum over target tokens and their number; out flow gradients
+that belong to the mean over all target tokens of an optimizer step, however these were split into micro-batches and
+over processes.
+"""
+
+import copy
+import difflib
+import math
+from pathlib import Path
+from typing import Any, NamedTuple, Optional
+
+import torch
+import transformers
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torchmetrics import MeanMetric
+
+from lm_lightning import hub
+from lm_lightning.data.order import PADDING
+from lm_lightning.data.tokenizer import document_ids
+from lm_lightning.errors import UserError
+from lm_lightning.optim import OptimizerFactory, Schedule, parameter_groups
+
+# Settings of a network that training may change on resuming: they decide no weight and no output in evaluation.
+HARMLESS_KEYS = ("drop", "use_cache", "transformers_version", "dtype", "_name_or_path", "token_id", "architectures")
+
+
+class Window(NamedTuple):
+    """What an optimizer step has seen so far."""
+
+    step: int
+    samples: list[int]
+    loss_sum: Tensor
+    tokens: Tensor
+
+
+class LanguageModule(LightningModule):
+    """Base of all models; a subclass sets `auto_class` and defines `loss`.
+
+    Args:
+        network: Settings of a new `transformers` network, such as `{model_type: gpt2, n_layer: 4}`; whatever is left
+            out has that model type's default. The vocabulary and its special tokens come from the tokenizer.
+        pretrained: Folder or Hub name of weights to start from, instead of `network`.
+        optimizer: A `torch.optim.Optimizer` class with its settings; it gets the groups of `parameter_groups`.
+        schedule: Learning rate over the steps.
+        attention: Attention implementation of `transformers` (`sdpa`, `eager`, `flash_attention_2`, ...).
+            Default: the best that `transformers` finds.
+        compile: Whether to compile the network's body with `torch.compile`: slower to start, then faster.
+    """
+
+    auto_class: type  # of transformers, such as AutoModelForCausalLM
+
+    def __init__(
+        self,
+        network: Optional[dict[str, Any]] = None,
+        pretrained: Optional[str] = None,
+        optimizer: OptimizerFactory = lambda params: torch.optim.AdamW(params, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1),
+        schedule: Schedule = Schedule(),
+        attention: Optional[str] = None,
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        if (network is None) == (pretrained is None):
+            raise UserError(
+                "give one of model.network (a new network, such as {model_type: gpt2, n_layer: 4}) and "
+                f"model.pretrained (weights to start from), not {'both' if network else 'neither'}"
+            )
+        self.settings, self.pretrained = network, pretrained
+        self.optimizer_factory, self.schedule = optimizer, schedule
+        self.attention, self.compile_body = attention, compile
+        self.network: Optional[transformers.PreTrainedModel] = None
+        self.val_loss = MeanMetric()
+        self.window: Optional[Window] = None  # the optimizer step in progress
+        self.finished: Optional[Window] = None  # the last one, until it is known to be finite
+
+    def loss(self, batch: dict) -> tuple[Tensor, Tensor]:
+        """The loss of a batch: its sum over target tokens, () float32, and their number, () int64."""
+        raise NotImplementedError
+
+    # Network
+
+    def configure_model(self) -> None:
+        """Makes the network, which needs the tokenizer; Lightning calls it once the data is set up."""
+        if self.network is not None:
+            return
+        data = self.trainer.datamodule
+        self.network = self.new_network() if self.settings is not None else self.pretrained_network()
+        limit = getattr(self.network.config, "max_position_embeddings", None)
+        if limit is not None and data.block_size > limit:
+            raise UserError(
+                f"data.block_size is {data.block_size}, but this network has positions for {limit} tokens: lower it, "
+                "or make a network with more of them"
+            )
+        self.network.train()  # `from_pretrained` leaves it in evaluation mode
+        if self.compile_body:
+            self.network.base_model.compile()
+
+    def new_network(self) -> transformers.PreTrainedModel:
+        """A network with new weights, from the settings and the tokenizer's vocabulary."""
+        tokenizer, settings = self.trainer.datamodule.tokenizer, dict(self.settings)
+        model_type = settings.pop("model_type", None)
+        if model_type not in transformers.CONFIG_MAPPING:
+            close = difflib.get_close_matches(str(model_type), list(transformers.CONFIG_MAPPING))
+            raise UserError(
+                f"model.network has model_type {model_type}, which transformers {transformers.__version__} does not "
+                f"know; {'did you mean ' + ' or '.join(close) if close else 'examples are gpt2, llama, qwen3, bert'}?"
+            )
+        known = transformers.AutoConfig.for_model(model_type)
+        for key in settings:
+            if not hasattr(known, key):
+                names = [*known.to_dict(), *known.attribute_map]
+                close = difflib.get_close_matches(key, names, n=1)
+                raise UserError(
+                    f"model.network has {key}, which is no setting of {model_type}"
+                    + (f": did you mean {close[0]}?" if close else "")
+                )
+        special = {
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": document_ids(tokenizer)[1][-1],
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+        # Rows padded to a multiple of 64 are faster; they are no tokens, are left out of the loss and not exported.
+        settings = {"vocab_size": -(-len(tokenizer) // 64) * 64} | special | settings
+        if settings["vocab_size"] < len(tokenizer):
+            raise UserError(
+                f"model.network.vocab_size is {settings['vocab_size']}, but the tokenizer has {len(tokenizer)} tokens: "
+                "leave it out"
+            )
+        config = transformers.AutoConfig.for_model(model_type, **settings)
+        return self.auto_class.from_config(config, attn_implementation=self.attention)
+
+    def pretrained_network(self) -> transformers.PreTrainedModel:
+        """The network of `pretrained`, with rows added if the tokenizer has more tokens."""
+        tokenizer = self.trainer.datamodule.tokenizer
+        try:
+            network, info = self.auto_class.from_pretrained(
+                self.pretrained,
+                local_files_only=hub.local_only(self.pretrained),
+                attn_implementation=self.attention,
+                dtype=torch.float32,
+                output_loading_info=True,
+            )
+        except (OSError, ValueError) as error:
+            raise hub.explain(self.pretrained, error) from error
+        if info["missing_keys"]:
+            missing = sorted(info["missing_keys"])
+            self.print(f"{self.pretrained} has no weights for {len(missing)} tensors, which are new: {', '.join(missing)}")
+        rows = network.get_input_embeddings().weight.shape[0]
+        if rows < len(tokenizer):
+            self.print(f"{self.pretrained} has {rows} tokens, the tokenizer {len(tokenizer)}: the others' rows are new")
+            network.resize_token_embeddings(len(tokenizer))
+        return network
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the vocabulary that are tokens; a new network has up to 63 more."""
+        if self.settings is None:
+            return self.network.get_input_embeddings().weight.shape[0]
+        return len(self.trainer.datamodule.tokenizer)
+
+    def export(self, folder: Path) -> None:
+        """Writes the network and its tokenizer as a `from_pretrained` folder."""
+        save_network(self.network, self.network.state_dict(), self.vocab_size, folder)
+        self.trainer.datamodule.tokenizer.save_pretrained(folder)
+
+    # Training
+
+    def on_train_start(self) -> None:
+        # A checkpoint brings back the optimizer's settings of its run; those of this run were asked for.
+        for group, settings in zip(self.optimizers().param_groups, self.group_settings):
+            group.update(settings)
+            group["lr"] = group["initial_lr"] * self.schedule.factor(self.trainer.global_step, self.total_steps())
+        self.lr_schedulers().base_lrs = [settings["initial_lr"] for settings in self.group_settings]
+        if self.trainer.global_step >= self.total_steps():
+            raise UserError(
+                f"the checkpoint is at step {self.trainer.global_step} and the run ends at step "
+                f"{self.total_steps():.0f}: raise trainer.max_steps to train further"
+            )
+
+    def on_train_batch_start(self, batch: dict, batch_idx: int) -> None:
+        # Dropout is a function of (seed, step, micro-batch, rank), so that a resumed run draws what it would have.
+        data = self.trainer.datamodule
+        micro_batch = len(self.window.samples) if self.window else 0
+        # (The hash of integers is the same in every process.)
+        torch.manual_seed(hash((data.seed, self.trainer.global_step, micro_batch, self.global_rank)) % 2**63)
+
+    def training_step(self, batch: dict, batch_idx: int) -> Tensor:
+        loss_sum, tokens = self.loss(batch)
+        seen = self.window or Window(self.trainer.global_step, [], torch.zeros_like(loss_sum), torch.zeros_like(tokens))
+        self.window = Window(
+            seen.step, seen.samples + batch["id"], seen.loss_sum + loss_sum.detach(), seen.tokens + tokens
+        )
+        # The right divisor is known when the window is complete; a constant keeps the sums near 1 until then.
+        return loss_sum / self.trainer.datamodule.tokens_per_batch
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Turns the accumulated gradient into that of the mean over the window's target tokens."""
+        window, self.window = self.window, None
+        totals = torch.stack([window.loss_sum, window.tokens.float()])
+        totals = self.trainer.strategy.reduce(totals, reduce_op="sum")
+        loss_sum, tokens = totals[0], totals[1].clamp(min=1)
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        # Lightning has divided by the micro-batches, the strategy by the processes, `training_step` by its constant.
+        divided = self.trainer.accumulate_grad_batches * self.trainer.world_size * self.trainer.datamodule.tokens_per_batch
+        torch._foreach_mul_(gradients, divided / tokens)
+        self.gradient_norm = torch.nn.utils.get_total_norm(gradients)
+
+        self.check_finite()
+        self.finished = window._replace(loss_sum=loss_sum + 0 * self.gradient_norm)
+        if self.device.type == "cpu":
+            self.check_finite()
+        self.trainer.datamodule.consumed += len(window.samples) * self.trainer.world_size
+        self.log_dict({"train/loss": loss_sum / tokens, "train/gradient_norm": self.gradient_norm})
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: Optional[float] = None,
+        gradient_clip_algorithm: Optional[str] = None,
+    ) -> None:
+        if not gradient_clip_val:
+            return
+        if gradient_clip_algorithm == "value":
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        else:  # the norm is known already
+            torch.nn.utils.clip_grads_with_norm_(self.parameters(), gradient_clip_val, self.gradient_norm)
+
+    def check_finite(self) -> None:
+        """Stops the run if the last finished step's loss or gradient is not finite.
+
+        An accelerator is asked one step late, when it has the answer anyway: asking at once would make it wait.
+        """
+        window, self.finished = self.finished, None
+        if window is not None and not math.isfinite(window.loss_sum.item()):
+            samples = [sample for sample in window.samples if sample != PADDING]
+            raise UserError(
+                f"the loss or its gradient is not finite at step {window.step}, on the training samples {samples}: lower the "
+                "learning rate, or look at the samples with `python -m lm_lightning prepare --config ... --show ID`"
+            )
+
+    # Optimizer
+
+    def total_steps(self) -> float:
+        """Optimizer steps of the whole run, `inf` if it has no end."""
+        trainer = self.trainer
+        if trainer.max_steps > 0 and trainer.max_epochs == -1:
+            return trainer.max_steps
+        return trainer.estimated_stepping_batches
+
+    def configure_optimizers(self) -> dict:
+        total = self.total_steps()
+        if not self.trainer.fast_dev_run:
+            self.schedule.check(total)
+        optimizer = self.optimizer_factory(parameter_groups(self.network))
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.schedule.factor(step, total))
+        self.group_settings = [
+            {key: copy.copy(value) for key, value in group.items() if key not in ("params", "lr")}
+            for group in optimizer.param_groups
+        ]
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    # Evaluation
+
+    def validation_step(self, batch: dict, batch_idx: int) -> None:
+        loss_sum, tokens = self.loss(batch)
+        self.val_loss.update(loss_sum / tokens.clamp(min=1), weight=tokens)
+
+    def on_validation_epoch_end(self) -> None:
+        self.log_evaluation("val", "validation")
+
+    def test_step(self, batch: dict, batch_idx: int) -> None:
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        self.log_evaluation("test", "test")
+
+    def log_evaluation(self, prefix: str, split: str) -> None:
+        """Logs the metrics of a finished evaluation of a split; the loss is the mean over all its target tokens."""
+        loss = self.val_loss.compute()
+        self.val_loss.reset()
+        self.log_dict({f"{prefix}/{name}": value for name, value in self.metrics(loss, split).items()})
+
+    def metrics(self, loss: Tensor, split: str) -> dict[str, Tensor]:
+        """The metrics that follow from the mean loss, in nats a token, of a split."""
+        return {"loss": loss}
+
+    # Checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        self.check_finite()
+        checkpoint["network"] = {
+            "class": type(self.network).__name__,
+            "config": self.network.config.to_dict(),
+            "vocab_size": self.vocab_size,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        saved, own = checkpoint["network"]["config"], self.network.config.to_dict()
+        different = [
+            f"{key} {saved.get(key)} (here {own.get(key)})"
+            for key in sorted(saved.keys() | own.keys())
+            if saved.get(key) != own.get(key) and not any(part in key for part in HARMLESS_KEYS)
+        ]
+        if different:
+            raise UserError(
+                f"the checkpoint's network has {', '.join(different)}: take the model.network that it was made with"
+            )
+
+
+def save_network(network: transformers.PreTrainedModel, weights: dict[str, Tensor], vocab_size: int, folder: Path) -> None:
+    """Writes a network as a `from_pretrained` folder, without the padding rows of its vocabulary.
+
+    Args:
+        network: Gives the class, the config and which tensors belong to the vocabulary; may be on the meta device.
+        weights: State dict of the network; kept as it is.
+        vocab_size: Rows that are tokens.
+        folder: Is made if it does not exist.
+    """
+    rows = network.get_input_embeddings().weight.shape[0]
+    if rows != vocab_size:
+        vocabulary = [network.get_input_embeddings(), network.get_output_embeddings()]
+        padded = {id(p) for module in vocabulary if module is not None for p in module.parameters()}
+        names = {name for name, p in network.named_parameters(remove_duplicate=False) if id(p) in padded}
+        weights = {name: w[:vocab_size].clone() if name in names else w for name, w in weights.items()}
+    config = copy.deepcopy(network.config)
+    config.vocab_size = vocab_size
+    with torch.device("meta"):
+        exported = type(network)(config)
+    exported.load_state_dict(weights, assign=True)
+    exported.tie_weights()
+    exported.generation_config = network.generation_config
+    exported.save_pretrained(folder)

@@ -1,0 +1,145 @@
+"""Optimizers and schedules: parameters in, groups with their settings out."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, Optional
+
+import torch
+from torch import nn
+
+from lm_lightning.errors import UserError
+
+OptimizerFactory = Callable[[Iterable], torch.optim.Optimizer]
+
+
+def parameter_groups(network: nn.Module) -> list[dict[str, Any]]:
+    """Groups the trainable parameters of a network by what an optimizer should do with them.
+
+    Args:
+        network: A `transformers` network.
+
+    Returns:
+        Groups named `hidden` (matrices between the layers, which Muon can take), `embeddings` (token and position
+        embeddings and the head) and `vectors` (biases and norms, never decayed). Empty groups are left out.
+    """
+    groups: dict[str, dict[str, Any]] = {
+        "hidden": {"params": []},
+        "embeddings": {"params": []},
+        "vectors": {"params": [], "weight_decay": 0.0},
+    }
+    outside = {id(p) for m in network.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    head = network.get_output_embeddings()
+    outside |= {id(p) for p in head.parameters()} if head is not None else set()
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            name = "vectors" if parameter.ndim < 2 else "embeddings" if id(parameter) in outside else "hidden"
+            groups[name]["params"].append(parameter)
+    return [{"name": name, **group} for name, group in groups.items() if group["params"]]
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon for the hidden matrices and AdamW for everything else, as one optimizer.
+
+    Muon makes each update of a matrix orthogonal (Jordan et al., 2024, https://kellerjordan.github.io/posts/muon);
+    its step size is scaled to the root mean square of AdamW's (Liu et al., 2025, arXiv:2502.16982), so that one
+    learning rate serves both.
+
+    Args:
+        params: Parameter groups; those with the name `hidden` go to Muon. Other iterables are refused.
+        lr: Learning rate, of both.
+        weight_decay: Decoupled weight decay of matrices.
+        momentum: Of Muon.
+        betas: Decay rates of AdamW's running averages.
+        eps: Of AdamW.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[dict[str, Any]],
+        lr: float = 1e-3,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+    ) -> None:
+        groups = list(params)
+        hidden = [g for g in groups if g["name"] == "hidden" and all(p.ndim == 2 for p in g["params"])]
+        others = [g for g in groups if not any(g is h for h in hidden)]
+        self.parts: list[torch.optim.Optimizer] = []
+        if hidden:
+            self.parts.append(
+                torch.optim.Muon(
+                    hidden, lr=lr, weight_decay=weight_decay, momentum=momentum, adjust_lr_fn="match_rms_adamw"
+                )
+            )
+        if others:
+            self.parts.append(torch.optim.AdamW(others, lr=lr, weight_decay=weight_decay, betas=betas, eps=eps))
+        # The parts' groups and states are this optimizer's own, so that schedulers and checkpoints see one optimizer.
+        super().__init__([group for part in self.parts for group in part.param_groups], {})
+        self._share()
+
+    def _share(self) -> None:
+        start = 0
+        for part in self.parts:
+            stop = start + len(part.param_groups)
+            part.param_groups, part.state = self.param_groups[start:stop], self.state
+            start = stop
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._share()  # loading made new groups and a new state
+
+    @torch.no_grad()
+    def step(self, closure: Optional[Callable[[], Any]] = None) -> Any:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part in self.parts:
+            part.step()
+        return loss
+
+
+@dataclass
+class Schedule:
+    """Learning rate over the optimizer steps, as a factor of the optimizer's own.
+
+    Args:
+        shape: After the warm-up: `cosine` and `linear` fall to `final` over all remaining steps, `constant` stays,
+            `wsd` (warmup, stable, decay) stays and falls linearly over the last `decay_fraction` of the steps.
+        warmup_steps: Optimizer steps in which the rate rises linearly from nearly 0.
+        final: Factor at the last step.
+        decay_fraction: Share of all steps in which `wsd` falls.
+    """
+
+    shape: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    warmup_steps: int = 100
+    final: float = 0.1
+    decay_fraction: float = 0.2
+
+    def factor(self, step: int, total_steps: int) -> float:
+        """The factor of optimizer step `step`, counted from 0, of a run of `total_steps`."""
+        if step < self.warmup_steps:
+            return (step + 1) / (self.warmup_steps + 1)
+        if self.shape == "constant":
+            return 1.0
+        begin = self.warmup_steps
+        if self.shape == "wsd":
+            begin = max(begin, total_steps - round(self.decay_fraction * total_steps))
+        progress = min(1.0, max(0, step - begin) / max(1, total_steps - 1 - begin))
+        fall = (1 + math.cos(math.pi * progress)) / 2 if self.shape == "cosine" else 1 - progress
+        return self.final + (1 - self.final) * fall
+
+    def check(self, total_steps: float) -> None:
+        """Refuses a schedule that a run of `total_steps` optimizer steps cannot follow."""
+        if self.shape != "constant" and math.isinf(total_steps):
+            raise UserError(
+                f"the {self.shape} schedule needs to know the length of the run: set trainer.max_steps or "
+                "trainer.max_epochs, or take model.schedule.shape constant"
+            )
+        if self.warmup_steps >= total_steps:
+            raise UserError(
+                f"the warm-up of {self.warmup_steps} steps is as long as the run of {total_steps:.0f} steps or longer: "
+                "lower model.schedule.warmup_steps"
+            )

@@ -1,0 +1,97 @@
+"""Run folder: `runs/<name>/<time>/`, which holds all that a run is.
+
+    config.yaml        complete; `fit --config` of it runs the run again
+    data.json          where the tokens came from and how many there are
+    environment.json   versions and machine
+    tokenizer/         from_pretrained folder
+    checkpoints/       last.ckpt to go on from, best.ckpt of the lowest validation loss
+    metrics.csv        and tensorboard/: what was logged
+    samples.jsonl      what a GPT wrote at each validation
+    model/             from_pretrained folder: the trained network with its tokenizer
+"""
+
+import os
+import zipfile
+from datetime import datetime
+from pathlib import Path
+from typing import Optional
+
+from lm_lightning.errors import UserError
+
+PLACEHOLDER = "<run>"  # in the value of an option: the run folder
+ENVIRONMENT = "LM_LIGHTNING_RUN"  # tells processes that are started by the first one which folder it has made
+
+
+def new_run(runs_dir: str, name: str) -> Path:
+    """Makes a run folder, named by the time, and tells processes started from here.
+
+    Args:
+        runs_dir: Folder of all runs.
+        name: Name of the experiment, a folder in it.
+    """
+    if ENVIRONMENT in os.environ:
+        return Path(os.environ[ENVIRONMENT])
+    time = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    number = 1
+    while True:
+        run = Path(runs_dir).absolute() / name / (time if number == 1 else f"{time}-{number}")
+        try:
+            run.mkdir(parents=True)
+        except FileExistsError:  # another run of this second
+            number += 1
+            continue
+        os.environ[ENVIRONMENT] = str(run)
+        return run
+
+
+def last_checkpoint(runs_dir: str, name: str) -> Path:
+    """The newest `last.ckpt` of the runs of a name.
+
+    Raises:
+        UserError: If there is none.
+    """
+    checkpoints = list((Path(runs_dir).absolute() / name).glob("*/checkpoints/last.ckpt"))
+    if not checkpoints:
+        raise UserError(
+            f"there is no checkpoint to go on from: no {runs_dir}/{name}/*/checkpoints/last.ckpt; start without --ckpt_path, or name "
+            "a checkpoint file"
+        )
+    return max(checkpoints, key=lambda path: path.stat().st_mtime)
+
+
+def run_of(checkpoint: Path) -> Optional[Path]:
+    """The run folder that a checkpoint lies in, None if it lies elsewhere."""
+    run = checkpoint.absolute().parent.parent
+    return run if (run / "config.yaml").is_file() else None
+
+
+def check_checkpoint(path: Path) -> None:
+    """Refuses a checkpoint file that is missing or not whole.
+
+    Raises:
+        UserError: Names the file and what is wrong with it.
+    """
+    if not path.exists():
+        raise UserError(f"there is no checkpoint {path}")
+    if path.is_file() and not zipfile.is_zipfile(path):  # the table of contents is at the file's end
+        raise UserError(
+            f"the checkpoint {path} ({path.stat().st_size:,} bytes) is cut short or no checkpoint: take another one of {path.parent}"
+        )
+
+
+def model_folder(path: str) -> Path:
+    """The `from_pretrained` folder that a run or a folder of weights means.
+
+    Raises:
+        UserError: If it is neither.
+    """
+    folder = Path(path)
+    for candidate in (folder / "model", folder):
+        if (candidate / "config.json").is_file():
+            return candidate
+    if (folder / "checkpoints").is_dir():
+        raise UserError(
+            f"{path} is a run that has not finished, so it has no model/ yet: make it with "
+            f"`python -m lm_lightning export {path}`"
+        )
+    raise UserError(f"{path} is neither a run folder nor a from_pretrained folder: it has no model/config.json and no config.json")
