@@ -1,10 +1,11 @@
 """`python -m lm_lightning COMMAND ...`: hands the command line to the command that owns it."""
 
+import argparse
 import importlib
 import os
 import sys
 
-from lm_lightning.errors import UserError
+from lm_lightning.errors import UserError, of_command_line
 
 # command -> module with a main() that reads sys.argv, and what it does
 COMMANDS = {
@@ -31,10 +32,22 @@ def main() -> None:
             raise UserError(f"there is no command {command}; the commands are {', '.join(COMMANDS)}")
         # asked for, so that the tokenizers library does not warn of the loader's forks
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-        importlib.import_module(COMMANDS[command][0]).main()
+        run(command)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def run(command: str) -> None:
+    """Runs a command on the rest of `sys.argv`.
+
+    Raises:
+        UserError: Whatever the user can mend.
+    """
+    try:
+        importlib.import_module(COMMANDS[command][0]).main()
+    except argparse.ArgumentError as error:
+        raise of_command_line(error, sys.argv[1:]) from error
 
 
 if __name__ == "__main__":

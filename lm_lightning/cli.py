@@ -1,22 +1,23 @@
 """The LightningCLI: options in, a run folder, a trainer and its parts out."""
 
 import json
+import logging
 import platform
 import sys
 import warnings
 from pathlib import Path
 from typing import Any, Optional
 
+import lightning.pytorch
 import torch
 import transformers
-import lightning.pytorch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import lm_lightning
+from lm_lightning import hub
 from lm_lightning import run as runs
 from lm_lightning.callbacks.export import Export
 from lm_lightning.callbacks.progress import RunProgress
@@ -26,11 +27,16 @@ from lm_lightning.errors import UserError
 from lm_lightning.models.gpt import CausalLM  # noqa: F401
 from lm_lightning.models.module import LanguageModule
 
-CHECKPOINTS = {"dirpath": f"{runs.PLACEHOLDER}/checkpoints", "auto_insert_metric_name": False, "enable_version_counter": False}
+CHECKPOINTS = {
+    "dirpath": f"{runs.PLACEHOLDER}/checkpoints",
+    "auto_insert_metric_name": False,
+    "enable_version_counter": False,
+}
 TRAINER_DEFAULTS = {
     "default_root_dir": runs.PLACEHOLDER,
     "use_distributed_sampler": False,  # ours knows about ranks, and keeps the order
     "gradient_clip_val": 1.0,
+    "enable_model_summary": False,  # the network is one line of it
     "logger": [
         {"class_path": "lm_lightning.callbacks.tracking.MetricsFile", "init_args": {"save_dir": runs.PLACEHOLDER}},
         {
@@ -53,6 +59,9 @@ class CLI(LightningCLI):
     """`python -m lm_lightning fit | validate | test | predict`."""
 
     def __init__(self) -> None:
+        hub.quiet()
+        for library in ("lightning.pytorch", "lightning.fabric"):
+            logging.getLogger(library).setLevel(logging.WARNING)  # of what they report, we tell what matters
         for message in EXPECTED_WARNINGS:
             warnings.filterwarnings("ignore", message=message)
         super().__init__(
@@ -64,13 +73,16 @@ class CLI(LightningCLI):
             trainer_defaults=TRAINER_DEFAULTS,
             seed_everything_default=1,
             auto_configure_optimizers=False,
+            parser_kwargs={"prog": "lm_lightning", "exit_on_error": False},
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
             "--name", type=Optional[str], help="Name of the experiment. Default: that of the first config file."
         )
-        parser.add_argument("--runs_dir", type=str, default="runs", help="Folder of all runs: <runs_dir>/<name>/<time>.")
+        parser.add_argument(
+            "--runs_dir", type=str, default="runs", help="Folder of all runs: <runs_dir>/<name>/<time>."
+        )
         parser.add_lightning_class_args(ModelCheckpoint, "best")
         parser.set_defaults({f"best.{k}": v for k, v in CHECKPOINTS.items()})
         parser.set_defaults({"best.filename": "best", "best.monitor": "val/loss"})
@@ -86,17 +98,31 @@ class CLI(LightningCLI):
         name = config.name or (Path(str(config.config[0])).stem if config.config else "run")
         run = None
         if config.ckpt_path is not None:
-            checkpoint = runs.last_checkpoint(config.runs_dir, name) if config.ckpt_path == "last" else Path(config.ckpt_path)
+            checkpoint = (
+                runs.last_checkpoint(config.runs_dir, name) if config.ckpt_path == "last" else Path(config.ckpt_path)
+            )
             runs.check_checkpoint(checkpoint)
             config.ckpt_path = str(checkpoint.absolute())
             run = runs.run_of(checkpoint)
         run = run or runs.new_run(config.runs_dir, name)
+        config.weights_only = True  # of what a checkpoint holds, nothing is run
         if config.trainer.precision is None:
             config.trainer.precision = best_precision(config.trainer.accelerator)
+        self.run_folder, self.checkpoint = run, config.ckpt_path
+        self.reusable_config = config.clone()  # with `<run>` in it, it can be run again
+        self.reusable_config.ckpt_path = None
         self.config[self.subcommand] = fill_in(config, str(run))
-        rank_zero_info(f"run folder: {run}, precision: {config.trainer.precision}")
+
+    def after_instantiate_classes(self) -> None:
+        trainer = self.trainer
+        if trainer.is_global_zero:
+            print(f"run folder: {self.run_folder}")
+            print(f"device: {trainer.strategy.root_device} x {trainer.world_size}, precision: {trainer.precision}")
+            if self.checkpoint:
+                print(f"checkpoint: {self.checkpoint}")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        self.config[self.subcommand] = self.reusable_config  # for RunFolder; the classes are made already
         config = self.config_init[self.subcommand].trainer
         callbacks = config.callbacks or []
         extra = [Throughput(), Export()]

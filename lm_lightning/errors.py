@@ -1,5 +1,26 @@
-"""The one exception that is meant for the user."""
+"""The one exception that is meant for the user, and how others become it."""
+
+import re
 
 
 class UserError(Exception):
     """A mistake of the user's that one sentence explains; `main()` prints it without a traceback and exits with 2."""
+
+
+# Lines in which jsonargparse tells of its own inner life.
+NOISE = re.compile(
+    r"Does not validate|Subtypes:|Errors:|- Expected a <class 'NoneType'>|Given value|- Problems? with given class_path"
+)
+
+
+def of_command_line(error: Exception, arguments: list[str]) -> UserError:
+    """The sentence for a command line or a YAML file that the parser refused.
+
+    Args:
+        error: The parser's, of many lines.
+        arguments: The command and its arguments.
+    """
+    text = " ".join(line.strip() for line in str(error).splitlines() if line.strip() and not NOISE.search(line))
+    files = [value for flag, value in zip(arguments, arguments[1:]) if flag in ("-c", "--config")]
+    where = f" (the config is {', '.join(files)})" if files else ""
+    return UserError(f"{text}{where}; `python -m lm_lightning {arguments[0]} --help` tells what is accepted")

@@ -8,6 +8,7 @@ import contextlib
 import functools
 import os
 import socket
+import sys
 import textwrap
 import threading
 from pathlib import Path
@@ -40,6 +41,14 @@ def explain(name: str, error: Exception) -> UserError:
             "give a local folder or try again with a network"
         )
     return UserError(f"{name!r} cannot be loaded: {textwrap.shorten(str(error), 300) or type(error).__name__}")
+
+
+def quiet() -> None:
+    """Switches off the progress bars of `transformers` where there is no terminal to see them."""
+    if not sys.stderr.isatty():
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
 
 
 def _is_path(name: str) -> bool:

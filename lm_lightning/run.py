@@ -1,13 +1,13 @@
 """Run folder: `runs/<name>/<time>/`, which holds all that a run is.
 
-    config.yaml        complete; `fit --config` of it runs the run again
-    data.json          where the tokens came from and how many there are
-    environment.json   versions and machine
-    tokenizer/         from_pretrained folder
-    checkpoints/       last.ckpt to go on from, best.ckpt of the lowest validation loss
-    metrics.csv        and tensorboard/: what was logged
-    samples.jsonl      what a GPT wrote at each validation
-    model/             from_pretrained folder: the trained network with its tokenizer
+config.yaml        complete; `fit --config` of it runs the run again
+data.json          where the tokens came from and how many there are
+environment.json   versions and machine
+tokenizer/         from_pretrained folder
+checkpoints/       last.ckpt to go on from, best.ckpt of the lowest validation loss
+metrics.csv        and tensorboard/: what was logged
+samples.jsonl      what a GPT wrote at each validation
+model/             from_pretrained folder: the trained network with its tokenizer
 """
 
 import os
@@ -19,17 +19,17 @@ from typing import Optional
 from lm_lightning.errors import UserError
 
 PLACEHOLDER = "<run>"  # in the value of an option: the run folder
-ENVIRONMENT = "LM_LIGHTNING_RUN"  # tells processes that are started by the first one which folder it has made
+ENVIRONMENT = "LM_LIGHTNING_RUN"  # tells the processes of the other ranks which folder the first one has made
 
 
 def new_run(runs_dir: str, name: str) -> Path:
-    """Makes a run folder, named by the time, and tells processes started from here.
+    """Makes a run folder, named by the time; a process that was started as another rank gets that of the first.
 
     Args:
         runs_dir: Folder of all runs.
         name: Name of the experiment, a folder in it.
     """
-    if ENVIRONMENT in os.environ:
+    if "LOCAL_RANK" in os.environ and ENVIRONMENT in os.environ:
         return Path(os.environ[ENVIRONMENT])
     time = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     number = 1
@@ -53,8 +53,8 @@ def last_checkpoint(runs_dir: str, name: str) -> Path:
     checkpoints = list((Path(runs_dir).absolute() / name).glob("*/checkpoints/last.ckpt"))
     if not checkpoints:
         raise UserError(
-            f"there is no checkpoint to go on from: no {runs_dir}/{name}/*/checkpoints/last.ckpt; start without --ckpt_path, or name "
-            "a checkpoint file"
+            f"there is no checkpoint to go on from: no {runs_dir}/{name}/*/checkpoints/last.ckpt; start without "
+            "--ckpt_path, or name a checkpoint file"
         )
     return max(checkpoints, key=lambda path: path.stat().st_mtime)
 
@@ -75,7 +75,8 @@ def check_checkpoint(path: Path) -> None:
         raise UserError(f"there is no checkpoint {path}")
     if path.is_file() and not zipfile.is_zipfile(path):  # the table of contents is at the file's end
         raise UserError(
-            f"the checkpoint {path} ({path.stat().st_size:,} bytes) is cut short or no checkpoint: take another one of {path.parent}"
+            f"the checkpoint {path} ({path.stat().st_size:,} bytes) is cut short or no checkpoint: take another "
+            f"one of {path.parent}"
         )
 
 
@@ -94,4 +95,6 @@ def model_folder(path: str) -> Path:
             f"{path} is a run that has not finished, so it has no model/ yet: make it with "
             f"`python -m lm_lightning export {path}`"
         )
-    raise UserError(f"{path} is neither a run folder nor a from_pretrained folder: it has no model/config.json and no config.json")
+    raise UserError(
+        f"{path} is neither a run folder nor a from_pretrained folder: it has no model/config.json and no config.json"
+    )

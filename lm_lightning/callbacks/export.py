@@ -2,7 +2,13 @@
 
 from pathlib import Path
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+
+
+def load(checkpoint: Path) -> dict:
+    """A checkpoint, its tensors left on disk until they are used."""
+    return torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
 
 
 class Export(Callback):
@@ -10,6 +16,9 @@ class Export(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         run = Path(trainer.default_root_dir)
-        trainer.save_checkpoint(run / "checkpoints" / "last.ckpt")
+        last = run / "checkpoints" / "last.ckpt"
+        if not last.exists() or load(last)["global_step"] != trainer.global_step:
+            trainer.save_checkpoint(last)
         if trainer.is_global_zero:
             pl_module.export(run / "model")
+            print(f"model: {run / 'model'}")

@@ -67,7 +67,9 @@ class RunProgress(ProgressBar):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.steps is not None and not trainer.sanity_checking:
             self.advance(trainer)
-        self.start(sum(trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches), "validate")
+        self.start(
+            sum(trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches), "validate"
+        )
 
     def on_validation_batch_end(self, *_: Any) -> None:
         self.batches.update()

@@ -38,9 +38,11 @@ class Throughput(Callback):
     def restart(self) -> None:
         self.tokens, self.since = 0, time.perf_counter()
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: dict, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: dict, batch_idx: int
+    ) -> None:
         self.tokens += batch["input_ids"].numel()
-        if (batch_idx + 1) % (trainer.log_every_n_steps * trainer.accumulate_grad_batches) or trainer.sanity_checking:
+        if trainer.global_step % trainer.log_every_n_steps or (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         rate = self.tokens / (time.perf_counter() - self.since)
         metrics = {"train/tokens_per_second": rate * trainer.world_size}

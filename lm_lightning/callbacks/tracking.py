@@ -20,11 +20,20 @@ class MetricsFile(CSVLogger):
 
     def __init__(self, save_dir: str) -> None:
         super().__init__(save_dir, name="", version="")
+        self.earlier: list[dict[str, Any]] = []  # rows of the run that this one goes on with
+
+    @property
+    def experiment(self) -> Any:  # noqa: D102 (as in Lightning)
+        file = Path(self.log_dir) / "metrics.csv"
+        if self._experiment is None and file.exists():  # Lightning is about to remove it
+            with file.open(newline="") as rows:
+                self.earlier = list(csv.DictReader(rows))
+        return super().experiment
 
     @rank_zero_only
-    def log_metrics(self, metrics: Mapping[str, Any], step: Optional[int] = None) -> None:
-        if self._experiment is None:
-            file = Path(self.log_dir) / "metrics.csv"
-            rows = list(csv.DictReader(file.open(newline=""))) if file.exists() else []
-            self.experiment.metrics = [row for row in rows if int(row["step"]) < (step or 0)]
-        super().log_metrics(metrics, step)
+    def log_metrics(self, metrics: Mapping[str, Any], step: Optional[int] = None) -> None:  # noqa: D102
+        writer = self.experiment
+        if self.earlier:
+            writer.metrics = [row for row in self.earlier if int(row["step"]) < (step or 0)]
+            self.earlier = []
+        super().log_metrics(dict(metrics), step)

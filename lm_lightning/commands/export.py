@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Optional
 
+from lm_lightning import hub
 from lm_lightning.errors import UserError
 from lm_lightning.run import check_checkpoint
 
@@ -47,6 +48,7 @@ def write(checkpoint: Path, tokenizer: Path, folder: Path) -> None:
 
     from lm_lightning.models.module import save_network
 
+    hub.quiet()
     saved = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
     description = saved["network"]
     network_class = getattr(transformers, description["class"])
@@ -62,15 +64,21 @@ def write(checkpoint: Path, tokenizer: Path, folder: Path) -> None:
     reloaded = network_class.from_pretrained(folder)
     tokens = torch.arange(min(16, description["vocab_size"])).unsqueeze(0)
     with torch.no_grad():
-        before = network.eval()(input_ids=tokens).logits[..., : description["vocab_size"]]
-        after = reloaded.eval()(input_ids=tokens).logits
+        before, after = (
+            model.eval()(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits[
+                ..., : description["vocab_size"]
+            ]
+            for model in (network, reloaded)
+        )
     difference = (before - after).abs().max().item()
     if not difference < 1e-5:
-        raise UserError(f"the exported model's logits differ from the checkpoint's by {difference:.2g}: nothing is exported")
+        raise UserError(
+            f"the exported model's logits differ from the checkpoint's by {difference:.2g}: nothing is exported"
+        )
 
 
 def main() -> None:
     """Reads the command line."""
     from jsonargparse import auto_cli
 
-    auto_cli(export, args=sys.argv[2:], prog="lm_lightning export")
+    auto_cli(export, args=sys.argv[2:], prog="lm_lightning export", exit_on_error=False)

@@ -85,6 +85,7 @@ def load(model: str, device: str) -> "tuple[PreTrainedModel, PreTrainedTokenizer
 
     from lm_lightning.data import tokenizer as tokenizers
 
+    hub.quiet()
     try:
         network = AutoModelForCausalLM.from_pretrained(folder, local_files_only=local)
     except (OSError, ValueError) as error:
@@ -164,11 +165,13 @@ def talk(
             turns, dropped = turns[2:], dropped + 2
         if dropped:
             say(f"the context is full: the oldest {dropped} turns are forgotten")
-        turns.append({"role": "assistant", "content": stream(network, tokenizer, tokens(turns), max_new_tokens, sampling)})
+        turns.append(
+            {"role": "assistant", "content": stream(network, tokenizer, tokens(turns), max_new_tokens, sampling)}
+        )
 
 
 def main() -> None:
     """Reads the command line."""
     from jsonargparse import auto_cli
 
-    auto_cli(generate, args=sys.argv[2:], prog="lm_lightning generate")
+    auto_cli(generate, args=sys.argv[2:], prog="lm_lightning generate", exit_on_error=False)

@@ -39,7 +39,9 @@ def prepare(
                 raise UserError(f"there is no sample {sample}: the training split has {len(tokens) // block_size}")
             print(f"--- sample {sample}\n{prepared.tokenizer.decode(text)}")
         return
-    print(f"{prepared.folder}\n{'split':12}{'documents':>12}{'tokens':>14}{'bytes':>14}{'bytes/token':>13}{'blocks':>10}")
+    print(
+        f"{prepared.folder}\n{'split':12}{'documents':>12}{'tokens':>14}{'bytes':>14}{'bytes/token':>13}{'blocks':>10}"
+    )
     for name in SPLITS:
         counts = prepared.info["splits"][name]
         print(
@@ -60,9 +62,11 @@ def main() -> None:
     recipes.add_argument("-c", "--config", action="append", default=[])
     known, rest = recipes.parse_known_args(sys.argv[2:])
 
-    parser = ArgumentParser(prog="lm_lightning prepare", description=prepare.__doc__.split("\n\n")[0])
+    parser = ArgumentParser(
+        prog="lm_lightning prepare", description=prepare.__doc__.split("\n\n")[0], exit_on_error=False
+    )
     parser.add_argument("-c", "--config", type=str, help="Recipe as for fit; of it, the options of the data count.")
-    parser.add_argument("--show", type=list[int], default=[], help="Training samples to print, by their numbers.")
+    parser.add_argument("--show", type=int, nargs="+", default=[], help="Training samples to print, by their numbers.")
     added = parser.add_function_arguments(prepare, "data", skip={"show"})
     options = {name.removeprefix("data.") for name in added}
     for recipe in known.config:

@@ -157,5 +157,4 @@ def _is_prose(paragraph: str) -> bool:
         and letters >= 0.8 * len(paragraph)
         and _SENTENCES.fullmatch(paragraph) is not None
         and _CODE.search(paragraph) is None
-        and _MARKUP.match(paragraph) is None
     )

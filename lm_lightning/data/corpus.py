@@ -4,34 +4,21 @@ Everything here streams. A document comes as one or more consecutive `Piece`s, s
 document lies in memory whole (rows of JSON, CSV and Parquet files do, one at a time).
 """
 
-import contextlib
-import csv
 import glob
-import gzip
 import hashlib
-import importlib
-import io
 import itertools
-import json
 import os
 import platform
 import re
-import shutil
 import sys
-import tempfile
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
-from types import ModuleType
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from lm_lightning.data import builtin
+from lm_lightning.data import builtin, formats
+from lm_lightning.data.formats import PIECE, Counts, Line, Rows, encodable, suffixes
 from lm_lightning.errors import UserError
-
-_PIECE = 65536  # characters; longer texts are cut
-_SURROGATE = re.compile("[\ud800-\udfff]")  # "surrogateescape" turns a bad byte into one
 
 # Where a text may be cut, best first. No pre-tokenization joins a letter or digit to the space after it. A text without
 # such spaces is cut at a line break or after CJK punctuation, else at the limit, where a token boundary may be moved.
@@ -72,9 +59,9 @@ class Corpus:
             report their number.
     """
 
-    paths: list[str] = field(default_factory=list)
-    validation_paths: list[str] = field(default_factory=list)
-    test_paths: list[str] = field(default_factory=list)
+    paths: list[str] | str = field(default_factory=list)
+    validation_paths: list[str] | str = field(default_factory=list)
+    test_paths: list[str] | str = field(default_factory=list)
     document: Literal["file", "paragraph", "line"] = "paragraph"
     text_column: str = "text"
     name_column: str | None = None
@@ -87,6 +74,11 @@ class Corpus:
     test_fraction: float = 0.05
     max_line: int = 65536
     encoding_errors: Literal["strict", "replace"] = "strict"
+
+    def __post_init__(self) -> None:
+        for option in ("paths", "validation_paths", "test_paths"):
+            value = getattr(self, option)
+            setattr(self, option, [value] if isinstance(value, str) else value)
 
 
 class Piece(NamedTuple):
@@ -112,28 +104,11 @@ class _File(NamedTuple):
     split: str | None  # None: the hash decides
 
 
-class _Line(NamedTuple):
-    """A line without its line break, or a part of a line over `_PIECE` characters."""
-
-    number: int
-    text: str
-    blank: bool  # the whole line is white space
-
-
 class _Document(NamedTuple):
     split: str | None  # None: the hash decides
     name: str
     named: bool  # the hash is that of the name, not of the text
     parts: Iterable[str]
-
-
-_Rows = Iterator[tuple[int, Mapping[str, Any]]]  # with their line or row number
-
-
-@dataclass
-class _Counts:
-    replaced_bytes: int = 0
-    empty_rows: int = 0
 
 
 def read(corpus: Corpus, cache_dir: Path) -> Iterator[Piece]:
@@ -145,7 +120,7 @@ def read(corpus: Corpus, cache_dir: Path) -> Iterator[Piece]:
         UserError: The corpus has no document, or part of it is missing, damaged or not in the expected form.
     """
     _check(corpus)
-    counts = _Counts()
+    counts = Counts()
     empty = True
     for document in _documents(corpus, cache_dir, counts):
         split = document.split
@@ -183,7 +158,7 @@ def inputs(corpus: Corpus, cache_dir: Path) -> dict[str, Any]:
 def total_bytes(corpus: Corpus, cache_dir: Path) -> int | None:
     """Return about how many bytes of UTF-8 `read` yields (markup such as JSON's counts too), None if unknown."""
     files = _files(corpus)
-    if corpus.hub or any(_suffixes(file.path)[0] == ".parquet" or _suffixes(file.path)[1] for file in files):
+    if corpus.hub or any(suffixes(file.path)[0] == ".parquet" or suffixes(file.path)[1] for file in files):
         return None
     texts = [text for _, text in builtin.documents(cache_dir)] if _is_builtin(corpus) else []
     return sum(file.path.stat().st_size for file in files) + sum(len(text.encode()) for text in texts)
@@ -211,7 +186,7 @@ def _hash_split(corpus: Corpus, key: str) -> str:
 
 
 def _cut(parts: Iterable[str]) -> Iterator[tuple[str, bool]]:
-    """Yield the joined `parts` as pieces of at most `_PIECE` characters, and whether a piece is the last.
+    """Yield the joined `parts` as pieces of at most `PIECE` characters, and whether a piece is the last.
 
     Where the cuts are depends on the text only, not on how it is divided into `parts`.
     """
@@ -220,12 +195,12 @@ def _cut(parts: Iterable[str]) -> Iterator[tuple[str, bool]]:
     for part in parts:
         pending.append(part)
         size += len(part)
-        if size <= _PIECE:
+        if size <= PIECE:
             continue
         text, start = "".join(pending), 0
-        while len(text) - start > _PIECE:
-            end = start + _PIECE
-            matches = (pattern.search(text, end - _PIECE // 2, end) for pattern in _CUTS)
+        while len(text) - start > PIECE:
+            end = start + PIECE
+            matches = (pattern.search(text, end - PIECE // 2, end) for pattern in _CUTS)
             cut = next((match.start() for match in matches if match), end)
             yield text[start:cut], False
             start = cut
@@ -269,31 +244,25 @@ def _expand(pattern: str) -> list[tuple[str, Path]]:
     return files
 
 
-def _suffixes(path: Path) -> tuple[str, str]:
-    """Return the suffixes for format and compression: (".jsonl", ".gz") for a.jsonl.gz, ("", "") for a file "a"."""
-    *_, form, last = ["", ""] + [suffix.lower() for suffix in path.suffixes]
-    return (form, last) if last in _OPENERS else (last, "")
-
-
 # From files to documents
 
 
-def _documents(corpus: Corpus, cache_dir: Path, counts: _Counts) -> Iterator[_Document]:
+def _documents(corpus: Corpus, cache_dir: Path, counts: Counts) -> Iterator[_Document]:
     for file in _files(corpus):
-        if rows := _ROWS.get(_suffixes(file.path)[0]):
+        if rows := formats.ROWS.get(suffixes(file.path)[0]):
             yield from _of_rows(rows(file.path, corpus, counts), file, corpus, counts)
         else:
             yield from _of_text(file, corpus, counts)
     if corpus.hub:
-        yield from _of_rows(_hub_rows(corpus), _File(Path(corpus.hub), corpus.hub, None), corpus, counts)
+        yield from _of_rows(formats.hub_rows(corpus), _File(Path(corpus.hub), corpus.hub, None), corpus, counts)
     if _is_builtin(corpus):
         for name, text in builtin.documents(cache_dir):
             yield _Document(None, name, True, [text])
 
 
-def _of_text(file: _File, corpus: Corpus, counts: _Counts) -> Iterator[_Document]:
+def _of_text(file: _File, corpus: Corpus, counts: Counts) -> Iterator[_Document]:
     """Yield a text file's documents: its lines without the last line break, and without blank lines at the start."""
-    lines = _lines(file.path, corpus, counts, plain=True)
+    lines = formats.lines(file.path, corpus, counts, plain=True)
     keys = {"file": lambda line: None, "paragraph": lambda line: line.blank, "line": lambda line: line.number}
     lines = itertools.dropwhile(lambda line: line.blank, lines)
     for _, group in itertools.groupby(lines, keys[corpus.document]):
@@ -305,17 +274,17 @@ def _of_text(file: _File, corpus: Corpus, counts: _Counts) -> Iterator[_Document
             yield _Document(file.split, name, named, _joined(group))
 
 
-def _joined(lines: Iterable[_Line]) -> Iterator[str]:
+def _joined(lines: Iterable[Line]) -> Iterator[str]:
     number = None
     for line in lines:
         yield line.text if number in (None, line.number) else "\n" + line.text
         number = line.number
 
 
-def _of_rows(rows: _Rows, file: _File, corpus: Corpus, counts: _Counts) -> Iterator[_Document]:
+def _of_rows(rows: Rows, file: _File, corpus: Corpus, counts: Counts) -> Iterator[_Document]:
     for number, row in rows:
         where = f"{file.path}:{number}"
-        text = _encodable(_string(row, corpus.text_column, "text_column", where), where, corpus, counts)
+        text = encodable(_string(row, corpus.text_column, "text_column", where), where, corpus, counts)
         name = ""
         if corpus.name_column is not None:
             name = _string(row, corpus.name_column, "name_column", where)
@@ -333,150 +302,3 @@ def _string(row: Mapping[str, Any], column: str, option: str, where: str) -> str
             f"{', '.join(map(str, row))}: choose one with --data.corpus.{option}."
         )
     return value
-
-
-def _encodable(text: str, where: str, corpus: Corpus, counts: _Counts, column: int = 0) -> str:
-    """Return `text` without what UTF-8 cannot express: the bytes that were not UTF-8, and JSON's lone surrogates."""
-    if not (bad := _SURROGATE.search(text)):
-        return text
-    if corpus.encoding_errors == "strict":
-        code = ord(bad[0])
-        what = f"byte 0x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"character U+{code:04X}"
-        raise UserError(
-            f"{where}: {what} at column {column + bad.start() + 1} is not UTF-8; convert the file, or replace such "
-            "bytes with --data.corpus.encoding_errors replace."
-        )
-    text, replaced = _SURROGATE.subn("\ufffd", text)
-    counts.replaced_bytes += replaced
-    return text
-
-
-# From files to lines and rows
-
-
-def _import(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        package = name.partition(".")[0]
-        raise UserError(f'This corpus needs the package {package}: pip install "lm_lightning[data]".') from None
-
-
-def _open_zst(path: Path) -> Any:
-    # Unlike the zstandard package, pyarrow reports truncated files and reads those of several frames to their end.
-    return _import("pyarrow").input_stream(str(path), compression="zstd")
-
-
-_OPENERS: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".zst": _open_zst}
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for its uncompressed bytes; what goes wrong until it is closed is a UserError."""
-    try:
-        with _OPENERS.get(_suffixes(path)[1], partial(open, mode="rb"))(path) as stream:
-            yield stream
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} cannot be read ({error}); is it damaged or incomplete?") from None
-
-
-def _lines(path: Path, corpus: Corpus, counts: _Counts, plain: bool = False) -> Iterator[_Line]:
-    """Yield the lines of a file; for `plain` text, long ones in parts or, over `max_line`, not at all."""
-    with _opened(path) as stream:
-        # newline="\n", as by default a lone carriage return, too, would end a line.
-        text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="\n")
-        size = _PIECE if plain else -1
-        number, length = 1, 0
-        while part := text.readline(size):
-            while part[-1] == "\r" and (following := text.readline(1)):
-                part += following  # a part must not end within a CRLF
-            ended = part[-1] == "\n"
-            if ended:
-                part = part[: -2 if part.endswith("\r\n") else -1]
-            if not part.isascii():
-                part = _encodable(part, f"{path}:{number}", corpus, counts, column=length)
-            blank = length == 0 and not part.strip() and (ended or len(part) < _PIECE)
-            length += len(part)
-            if plain and 0 < corpus.max_line < length:
-                while not ended and (part := text.readline(size)):
-                    ended = part.endswith("\n")
-                    length += len(part) - ended
-                raise UserError(
-                    f"{path}:{number}: the line has {length} characters, more than --data.corpus.max_line "
-                    f"({corpus.max_line}); if it is text after all, give --data.corpus.max_line 0."
-                )
-            yield _Line(number, part, blank)
-            if ended:
-                number, length = number + 1, 0
-
-
-def _jsonl_rows(path: Path, corpus: Corpus, counts: _Counts) -> _Rows:
-    for line in _lines(path, corpus, counts):
-        if line.blank:
-            continue
-        try:
-            row = json.loads(line.text)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}:{line.number}: not valid JSON ({error}); mend or remove the line.") from None
-        if not isinstance(row, dict):
-            raise UserError(f'{path}:{line.number}: not a JSON object such as {{"{corpus.text_column}": "..."}}.')
-        yield line.number, row
-
-
-def _csv_rows(path: Path, corpus: Corpus, counts: _Counts, delimiter: str = ",") -> _Rows:
-    csv.field_size_limit(2**31 - 1)  # the largest that every platform accepts
-    lines = (line.text + "\n" for line in _lines(path, corpus, counts))
-    reader = csv.DictReader(lines, delimiter=delimiter, strict=True)  # strict: an open quote would swallow the rest
-    try:
-        for row in reader:
-            yield reader.line_num, row
-    except csv.Error as error:
-        raise UserError(f"{path}:{reader.line_num}: not valid CSV ({error}); mend it or convert it to JSONL.") from None
-
-
-def _parquet_rows(path: Path, corpus: Corpus, counts: _Counts) -> _Rows:
-    pyarrow, parquet = _import("pyarrow"), _import("pyarrow.parquet")
-    columns = {column for column in (corpus.text_column, corpus.name_column) if column}
-    with _opened(path) as stream, contextlib.ExitStack() as stack:
-        if _suffixes(path)[1]:  # Parquet needs random access, which a compressed file does not give
-            plain = stack.enter_context(tempfile.TemporaryFile())
-            shutil.copyfileobj(stream, plain)
-            stream = plain
-        try:
-            file = parquet.ParquetFile(stream)
-            # If one is missing, read all columns: the message about the first row will list them.
-            known = sorted(columns) if columns <= set(file.schema_arrow.names) else None
-            rows = (row for batch in file.iter_batches(256, columns=known) for row in batch.to_pylist())
-            yield from enumerate(rows, start=1)
-        except pyarrow.ArrowException as error:
-            raise UserError(f"{path} is not a readable Parquet file ({error}).") from None
-
-
-_ROWS: dict[str, Callable[[Path, Corpus, _Counts], _Rows]] = {
-    ".jsonl": _jsonl_rows,
-    ".ndjson": _jsonl_rows,
-    ".csv": _csv_rows,
-    ".tsv": partial(_csv_rows, delimiter="\t"),
-    ".parquet": _parquet_rows,
-}
-
-
-def _hub_rows(corpus: Corpus) -> _Rows:
-    datasets, hub = _import("datasets"), _import("huggingface_hub")
-    try:
-        if corpus.streaming:  # without a network, fail at once instead of after half a minute of retries
-            hub.get_session().head(hub.constants.ENDPOINT, timeout=10)
-        dataset = datasets.load_dataset(
-            corpus.hub,
-            corpus.hub_config,
-            split=corpus.hub_split,
-            revision=corpus.hub_revision,
-            streaming=corpus.streaming,
-        )
-        yield from enumerate(dataset, start=1)
-    except Exception as error:  # the packages raise whatever their own dependencies do
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"The data set {corpus.hub!r} cannot be read from the Hugging Face Hub ({reason:.300}); check its name and "
-            "the network (a downloaded one needs none: HF_HUB_OFFLINE=1 and --data.corpus.streaming false)."
-        ) from error

@@ -5,7 +5,7 @@ a position of the stream is a pure function of (seed, epoch, index), so a run th
 position `n`, whatever the number of workers, ranks or micro-batches, and nothing but `n` has to be saved.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -63,9 +63,10 @@ def samples_at(positions: np.ndarray, size: int, seed: int) -> np.ndarray:
     """
     epochs, indices = np.divmod(np.asarray(positions, dtype=np.int64), size)
     result = np.empty_like(indices)
+    seed_key = int(mix(np.array([seed % 2**64], dtype=np.uint64))[0])  # far apart for neighbouring seeds
     for epoch in np.unique(epochs):
         chosen = epochs == epoch
-        result[chosen] = shuffle(indices[chosen], size, int(mix(np.array([seed % 2**64], dtype=np.uint64))[0]) + int(epoch))
+        result[chosen] = shuffle(indices[chosen], size, seed_key + int(epoch))
     return result
 
 
@@ -85,7 +86,9 @@ class StreamSampler(Sampler[list[int]]):
         consumed: Called at the start of a pass: the samples that finished steps have consumed, over all ranks.
     """
 
-    def __init__(self, size: int, batch_size: int, accumulate: int, rank: int, world_size: int, consumed) -> None:
+    def __init__(
+        self, size: int, batch_size: int, accumulate: int, rank: int, world_size: int, consumed: Callable[[], int]
+    ) -> None:
         self.batch_size, self.accumulate, self.rank, self.world_size = batch_size, accumulate, rank, world_size
         self.consumed = consumed
         self.steps = -(-size // (batch_size * accumulate * world_size))

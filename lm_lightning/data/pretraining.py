@@ -122,16 +122,27 @@ class PretrainingData(LightningDataModule):
             if name == "validation" and not self.trainer.limit_val_batches:
                 continue
             remedy = "lower data.block_size, give more text or " + (
-                "a larger share of it" if name == "train" else f"raise data.corpus.{name}_fraction (or name files in "
-                f"data.corpus.{name}_paths)"
+                "a larger share of it"
+                if name == "train"
+                else f"raise data.corpus.{name}_fraction (or name files in data.corpus.{name}_paths)"
             )
             shards.need(self.splits[name], name, self.block_size, remedy)
+            if self.trainer.is_global_zero:
+                self.report(name)
+
+    def report(self, name: str) -> None:
+        """Prints what a split has, and what of it is left out."""
+        split, blocks = self.splits[name], self.blocks(name)
+        left = len(split.tokens) - 1 - len(blocks) * self.block_size
+        print(
+            f"{name}: {len(split.documents):,} documents, {split.bytes:,} bytes, {len(split.tokens):,} tokens of "
+            f"{len(self.tokenizer):,} kinds, unigram perplexity {split.unigram_perplexity:.1f}, {len(blocks):,} blocks "
+            f"of {self.block_size}" + (f", {left} tokens at the end that fill no block" if left > 0 else "")
+        )
 
     def blocks(self, name: str) -> Blocks:
         """The blocks of a split; those of `train` in the order of the run's seed."""
-        return Blocks(
-            self.splits[name], self.block_size, self.mask_documents, self.seed if name == "train" else None
-        )
+        return Blocks(self.splits[name], self.block_size, self.mask_documents, self.seed if name == "train" else None)
 
     def train_dataloader(self) -> DataLoader:
         trainer = self.trainer
@@ -181,6 +192,8 @@ class PretrainingData(LightningDataModule):
         return {"consumed": self.consumed, "identity": self.identity()}
 
     def load_state_dict(self, state: dict) -> None:
+        if self.trainer.state.fn != "fit":
+            return  # a checkpoint's weights may be measured on any data
         for name, value in self.identity().items():
             if state["identity"][name] != value:
                 raise UserError(

@@ -15,7 +15,6 @@ import json
 import math
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -130,6 +129,7 @@ def fingerprint(*parts: object) -> str:
 
 
 def lock_folder(cache: Path) -> Path:
+    """Where the locks of a cache lie."""
     (cache / "locks").mkdir(exist_ok=True)
     return cache / "locks"
 
@@ -159,11 +159,16 @@ def tokenize(
     dtype = np.dtype("uint16" if vocabulary <= 1 << 16 else "uint32")
     counts = {split: {"documents": 0, "tokens": 0, "bytes": 0} for split in SPLITS}
     frequencies = {split: np.zeros(vocabulary, np.int64) for split in SPLITS}
-    files = {(split, kind): open(folder / f"{split}.{kind}", "wb") for split in SPLITS for kind in ("tokens", "documents")}
     inside: dict[str, bool] = dict.fromkeys(SPLITS, False)  # has a document begun whose last piece is still to come?
 
     total = corpora.total_bytes(corpus, cache)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="tokenize", file=sys.stderr, leave=False) as bar:
+    with contextlib.ExitStack() as stack:
+        bar = stack.enter_context(tqdm(total=total, unit="B", unit_scale=True, desc="tokenize", leave=False))
+        files = {
+            (split, kind): stack.enter_context(open(folder / f"{split}.{kind}", "wb"))
+            for split in SPLITS
+            for kind in ("tokens", "documents")
+        }
         for pieces in batches(corpora.read(corpus, cache)):
             encodings = backend.encode_batch_fast([piece.text for piece in pieces], add_special_tokens=False)
             ids: dict[str, list[int]] = {split: [] for split in SPLITS}
@@ -187,8 +192,6 @@ def tokenize(
                 frequencies[split] += np.bincount(array, minlength=vocabulary)
                 counts[split]["tokens"] += len(array)
                 counts[split]["documents"] += len(starts[split])
-    for file in files.values():
-        file.close()
 
     for split in SPLITS:
         counts[split]["unigram_perplexity"] = unigram_perplexity(frequencies["train"], frequencies[split])

@@ -38,8 +38,7 @@ class Tokenizer:
     """Which tokenizer to use: an existing one, or one that is trained on the corpus.
 
     Args:
-        path: Folder or Hub name of an existing tokenizer; the other options are for a trained one, which is made
-            without it.
+        path: Folder or Hub name of an existing tokenizer. Without it one is trained, as the other options say.
         algorithm: `bpe` (byte-level), `wordpiece` (as in BERT), `unigram` (byte-level), `characters` (a token per
             Unicode character) or `bytes` (a token per byte). All but `wordpiece`, which drops white space, give back
             the exact text; `wordpiece` and `characters` know only the characters of the training text.
@@ -64,7 +63,7 @@ def load(path: str) -> "PreTrainedTokenizerFast":
     Raises:
         UserError: There is none, it cannot be read, or it has no fast implementation.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     path = os.path.expanduser(path)
     try:
@@ -73,7 +72,7 @@ def load(path: str) -> "PreTrainedTokenizerFast":
         )
     except Exception as error:  # a damaged file is a bare `Exception` of the `tokenizers` library
         raise hub.explain(path, error) from error
-    if not tokenizer.is_fast:
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(f"{path!r} is a {type(tokenizer).__name__}, which has no fast version: give a fast tokenizer")
     # `transformers` makes a tokenizer without a vocabulary from a folder that only has a model in it.
     if len(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)) < 2:
@@ -105,7 +104,8 @@ def train(options: Tokenizer, texts: Iterator[str], special: SpecialTokens) -> "
     tokens = list(dict.fromkeys(names.values()))
 
     learn = {"bpe": _bpe, "wordpiece": _wordpiece, "unigram": _unigram, "characters": _characters, "bytes": _bytes}
-    backend = learn[options.algorithm](options, _sample(texts, options.training_megabytes), tokens)
+    sample = [] if options.algorithm == "bytes" else _sample(texts, options.training_megabytes)
+    backend = learn[options.algorithm](options, sample, tokens)
     backend.add_special_tokens(tokens)
     inputs = ["input_ids", "attention_mask"]
     if special == "bert":
@@ -238,7 +238,7 @@ def _characters(options: Tokenizer, texts: list[str], special: list[str]) -> "to
     from tokenizers.models import BPE
 
     _require(options, len(special) + 1)
-    counts = Counter()
+    counts: Counter[str] = Counter()
     for text in texts:
         counts.update(text)
     kept = [character for character, _ in counts.most_common(options.vocab_size - len(special))]
@@ -273,7 +273,8 @@ def _wordpiece(options: Tokenizer, texts: list[str], special: list[str]) -> "tok
         learner.train_from_iterator(texts, trainer)
         return learner.get_vocab()
 
-    counts, normalizer = Counter(), wordpiece({}).normalizer
+    counts: Counter[str] = Counter()
+    normalizer = wordpiece({}).normalizer
     for text in texts:
         counts.update(normalizer.normalize_str(text))
     least = RARE * counts.total()

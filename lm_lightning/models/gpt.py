@@ -30,9 +30,10 @@ class CausalLM(LanguageModule):
         """
         network = self.network.eval()
         tokens = torch.arange(4, device=network.device).unsqueeze(0)
+        inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "use_cache": False}
         try:
-            hidden = network.base_model(input_ids=tokens, use_cache=False).last_hidden_state
-            expected = network(input_ids=tokens, use_cache=False).logits
+            hidden = network.base_model(**inputs).last_hidden_state
+            expected = network(**inputs).logits
             return torch.allclose(network.get_output_embeddings()(hidden), expected, atol=1e-5)
         except (AttributeError, TypeError, RuntimeError):  # another layout: its own forward is what we have
             return False

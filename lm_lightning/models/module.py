@@ -56,7 +56,9 @@ class LanguageModule(LightningModule):
         self,
         network: Optional[dict[str, Any]] = None,
         pretrained: Optional[str] = None,
-        optimizer: OptimizerFactory = lambda params: torch.optim.AdamW(params, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1),
+        optimizer: OptimizerFactory = lambda params: torch.optim.AdamW(
+            params, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1
+        ),
         schedule: Schedule = Schedule(),
         attention: Optional[str] = None,
         compile: bool = False,
@@ -94,6 +96,7 @@ class LanguageModule(LightningModule):
                 "or make a network with more of them"
             )
         self.network.train()  # `from_pretrained` leaves it in evaluation mode
+        self.print(f"network: {type(self.network).__name__}, {self.network.num_parameters():,} parameters")
         if self.compile_body:
             self.network.base_model.compile()
 
@@ -146,7 +149,9 @@ class LanguageModule(LightningModule):
             raise hub.explain(self.pretrained, error) from error
         if info["missing_keys"]:
             missing = sorted(info["missing_keys"])
-            self.print(f"{self.pretrained} has no weights for {len(missing)} tensors, which are new: {', '.join(missing)}")
+            self.print(
+                f"{self.pretrained} has no weights for {len(missing)} tensors, which are new: {', '.join(missing)}"
+            )
         rows = network.get_input_embeddings().weight.shape[0]
         if rows < len(tokenizer):
             self.print(f"{self.pretrained} has {rows} tokens, the tokenizer {len(tokenizer)}: the others' rows are new")
@@ -173,11 +178,6 @@ class LanguageModule(LightningModule):
             group.update(settings)
             group["lr"] = group["initial_lr"] * self.schedule.factor(self.trainer.global_step, self.total_steps())
         self.lr_schedulers().base_lrs = [settings["initial_lr"] for settings in self.group_settings]
-        if self.trainer.global_step >= self.total_steps():
-            raise UserError(
-                f"the checkpoint is at step {self.trainer.global_step} and the run ends at step "
-                f"{self.total_steps():.0f}: raise trainer.max_steps to train further"
-            )
 
     def on_train_batch_start(self, batch: dict, batch_idx: int) -> None:
         # Dropout is a function of (seed, step, micro-batch, rank), so that a resumed run draws what it would have.
@@ -203,7 +203,9 @@ class LanguageModule(LightningModule):
         loss_sum, tokens = totals[0], totals[1].clamp(min=1)
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         # Lightning has divided by the micro-batches, the strategy by the processes, `training_step` by its constant.
-        divided = self.trainer.accumulate_grad_batches * self.trainer.world_size * self.trainer.datamodule.tokens_per_batch
+        divided = (
+            self.trainer.accumulate_grad_batches * self.trainer.world_size * self.trainer.datamodule.tokens_per_batch
+        )
         torch._foreach_mul_(gradients, divided / tokens)
         self.gradient_norm = torch.nn.utils.get_total_norm(gradients)
 
@@ -212,7 +214,14 @@ class LanguageModule(LightningModule):
         if self.device.type == "cpu":
             self.check_finite()
         self.trainer.datamodule.consumed += len(window.samples) * self.trainer.world_size
-        self.log_dict({"train/loss": loss_sum / tokens, "train/gradient_norm": self.gradient_norm})
+        self.log_dict(
+            {
+                "step": float(window.step + 1),  # Lightning's name for the x-axis of the loggers: finished steps
+                "train/loss": loss_sum / tokens,
+                "train/gradient_norm": self.gradient_norm,
+                "train/learning_rate": optimizer.param_groups[0]["lr"],
+            }
+        )
 
     def configure_gradient_clipping(
         self,
@@ -236,8 +245,8 @@ class LanguageModule(LightningModule):
         if window is not None and not math.isfinite(window.loss_sum.item()):
             samples = [sample for sample in window.samples if sample != PADDING]
             raise UserError(
-                f"the loss or its gradient is not finite at step {window.step}, on the training samples {samples}: lower the "
-                "learning rate, or look at the samples with `python -m lm_lightning prepare --config ... --show ID`"
+                f"the loss or its gradient is not finite at step {window.step}, on the training samples "
+                f"{samples}: lower the learning rate, or look at the samples with `python -m lm_lightning prepare --config ... --show ID`"
             )
 
     # Optimizer
@@ -280,7 +289,8 @@ class LanguageModule(LightningModule):
         """Logs the metrics of a finished evaluation of a split; the loss is the mean over all its target tokens."""
         loss = self.val_loss.compute()
         self.val_loss.reset()
-        self.log_dict({f"{prefix}/{name}": value for name, value in self.metrics(loss, split).items()})
+        metrics = {f"{prefix}/{name}": value for name, value in self.metrics(loss, split).items()}
+        self.log_dict({"step": float(self.trainer.global_step)} | metrics)
 
     def metrics(self, loss: Tensor, split: str) -> dict[str, Tensor]:
         """The metrics that follow from the mean loss, in nats a token, of a split."""
@@ -295,6 +305,7 @@ class LanguageModule(LightningModule):
             "config": self.network.config.to_dict(),
             "vocab_size": self.vocab_size,
         }
+        checkpoint["optimizer"] = type(self.optimizers().optimizer).__name__
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         saved, own = checkpoint["network"]["config"], self.network.config.to_dict()
@@ -307,9 +318,24 @@ class LanguageModule(LightningModule):
             raise UserError(
                 f"the checkpoint's network has {', '.join(different)}: take the model.network that it was made with"
             )
+        if self.trainer.state.fn != "fit":
+            return
+        optimizer = type(self.optimizer_factory(parameter_groups(self.network))).__name__
+        if checkpoint["optimizer"] != optimizer:
+            raise UserError(
+                f"the checkpoint's optimizer is {checkpoint['optimizer']}, this run's {optimizer}, which cannot go on "
+                "with its state: take the same, or start a new run from the weights with --model.pretrained RUN/model"
+            )
+        if 0 < self.trainer.max_steps <= checkpoint["global_step"]:
+            raise UserError(
+                f"the checkpoint is at step {checkpoint['global_step']} and this run ends at step "
+                f"{self.trainer.max_steps}: raise trainer.max_steps to train further"
+            )
 
 
-def save_network(network: transformers.PreTrainedModel, weights: dict[str, Tensor], vocab_size: int, folder: Path) -> None:
+def save_network(
+    network: transformers.PreTrainedModel, weights: dict[str, Tensor], vocab_size: int, folder: Path
+) -> None:
     """Writes a network as a `from_pretrained` folder, without the padding rows of its vocabulary.
 
     Args:

@@ -1,6 +1,6 @@
-import ast
 import inspect
 import json
+import sys
 import sysconfig
 
 import pytest
@@ -47,7 +47,7 @@ def test_the_second_call_reads_the_cache(cache_dir, corpus, monkeypatch):
     def fail(*_):
         raise AssertionError("parsed again")
 
-    monkeypatch.setattr(ast, "parse", fail)
+    monkeypatch.setattr(builtin, "_extract", fail)
     assert builtin.documents(cache_dir) == corpus
     assert [path.suffix for path in cache_dir.iterdir()] == [".jsonl"]  # no temporary file stays
 
@@ -72,8 +72,8 @@ def test_modules_are_parsed_but_not_run_and_broken_ones_skipped(tmp_path):
 
 def test_hard_wrapped_lines_are_joined_and_list_items_are_paragraphs():
     text = """
-        A heading of four words
-        =======================
+        A heading, not a sentence.
+        ==========================
 
         This sentence is wrapped  over
         two lines.
@@ -111,6 +111,8 @@ def test_doctests_code_tables_and_markup_are_dropped():
         Name     This is a column of it.
         f(x) = x + 1 is what it computes.
 
+        The bytes are 0x00, 0x10, 0x20, 0x30, 0x40, 0x50 again.
+
         The last words are prose again.
     """
     assert paragraphs_of(text) == ["See `Thing` for what it does:", "The last words are prose again."]
@@ -130,6 +132,6 @@ def test_a_python_without_sources_is_a_user_error(tmp_path, monkeypatch):
 
 
 def test_a_python_without_topics_is_a_user_error(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "pydoc_data.topics", None)
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
     with pytest.raises(UserError, match="pydoc_data"):
         builtin.documents(tmp_path)

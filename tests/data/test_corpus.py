@@ -20,6 +20,12 @@ MODES = st.sampled_from(["file", "paragraph", "line"])
 
 
 @pytest.fixture(scope="module")
+def cache_dir(tmp_path_factory):
+    """One cache of the built-in corpus, which takes seconds to make."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """One folder for all examples of a property."""
     return tmp_path_factory.mktemp("property")
@@ -169,6 +175,15 @@ def test_a_long_line_is_an_error_with_the_remedy(tmp_path):
     assert "has 200000 characters" in error_of(write(path, "x" * 200_000 + "\n"))
 
 
+def test_lines_longer_than_a_piece_are_lines_all_the_same(tmp_path):
+    for line in ("x" * 65535, "x" * 65536, " " * 65536 + "x", "x" * 65536 + " "):
+        for end in ("\n", "\r\n"):
+            path = write(tmp_path / "a.txt", f"one{end}{line}{end}two")
+            assert documents(path, max_line=0) == [f"one\n{line}\ntwo"]
+            assert documents(path, max_line=0, document="line") == ["one", line, "two"]
+    assert "column 70001 is" in error_of(write(path, b"x" * 70_000 + b"\xff"), max_line=0)
+
+
 # Pieces
 
 
@@ -182,7 +197,7 @@ def test_pieces_are_cut_where_no_tokenizer_joins(tmp_path):
     assert [piece.last for piece in pieces] == [False] * (len(pieces) - 1) + [True]
 
 
-@pytest.mark.parametrize(("unit", "ends"), [("ab,\n", "\n"), ("你好世界。", "。"), ("你好", "你好")])
+@pytest.mark.parametrize(("unit", "ends"), [("abc,\n", "\n"), ("你好世界。", "。"), ("你好", "你好")])
 def test_without_spaces_pieces_are_cut_after_line_breaks_or_punctuation(tmp_path, unit, ends):
     path = write(tmp_path / "a.txt", unit * 40_000)
     pieces = list(read(Corpus([str(path)], document="file", max_line=0), tmp_path))
@@ -240,10 +255,12 @@ def test_compressed_text_of_several_frames_is_read_to_its_end(tmp_path, compress
 
 
 @pytest.mark.parametrize("compression", ["gz", "zst"])
-def test_a_truncated_file_is_an_error(tmp_path, compression):
+def test_a_truncated_or_damaged_file_is_an_error(tmp_path, compression):
     data = compress("".join(f"line {n * n}\n" for n in range(10_000)).encode(), compression)
-    path = write(tmp_path / f"a.txt.{compression}", data[: len(data) // 2])
-    assert str(path) in error_of(path)
+    half = len(data) // 2
+    for broken in (data[:half], data[:half] + b"\xff" * 100 + data[half + 100 :]):
+        path = write(tmp_path / f"a.txt.{compression}", broken)
+        assert f"{path} cannot be read" in error_of(path)
 
 
 @pytest.mark.parametrize("form", ["jsonl", "csv", "tsv", "parquet"])
@@ -267,6 +284,7 @@ def test_a_lone_surrogate_in_json_is_an_error_or_replaced(tmp_path):
     path = write(tmp_path / "a.jsonl", '{"text": "a\\ud800"}')
     assert "U+D800" in error_of(path)
     assert documents(path, encoding_errors="replace") == ["a\ufffd"]
+    assert documents(write(path, '{"text": "a", "id": "\\ud800"}'), name_column="id") == ["a"]
 
 
 def test_a_csv_quote_that_is_never_closed_is_an_error(tmp_path):
@@ -332,7 +350,8 @@ def test_the_split_is_stable_and_about_as_large_as_asked(tmp_path):
     rows = [{"text": line} for line in reversed(lines)]
     assert split_of(named_documents(write_rows(tmp_path / "b.csv", rows), **options)) == splits
     assert sum(map(len, splits.values())) == len(lines)
-    assert "line 5" in splits["validation"] and "line 0" in splits["train"]  # in every process and on every machine
+    # The same on every machine and in every version, else test documents would move into the training split.
+    assert "line 0" in splits["train"] and "line 1" in splits["test"] and "line 2" in splits["validation"]
 
 
 def test_no_fraction_means_no_such_split(tmp_path):
@@ -369,6 +388,8 @@ def test_validation_and_test_files_take_the_place_of_the_hash(tmp_path):
     assert splits["test"]
     splits = split_of(named_documents(train, **options, test_paths=[str(train)]))
     assert not splits["train"] and len(splits["test"]) == 300
+    splits = split_of(named_documents(train, document="line", test_paths=[str(validation)]))
+    assert splits["test"] == {"extra", "line 1"} and splits["validation"]
     assert "both" in error_of(train, **options, test_paths=[str(validation)])
 
 
@@ -381,22 +402,22 @@ def test_impossible_fractions_are_errors(tmp_path, validation, test):
 # The built-in corpus, the Hub, and what is known beforehand
 
 
-def test_the_default_is_the_builtin_corpus(tmp_path):
-    pieces = list(read(Corpus(), tmp_path))
+def test_the_default_is_the_builtin_corpus(cache_dir):
+    pieces = list(read(Corpus(), cache_dir))
     assert {piece.split for piece in pieces} == {"train", "validation", "test"}
     assert "stdlib/argparse.py" in {piece.name for piece in pieces}
-    assert sum(len(piece.text.encode()) for piece in pieces) == total_bytes(Corpus(), tmp_path)
-    description = inputs(Corpus(), tmp_path)
+    assert sum(len(piece.text.encode()) for piece in pieces) == total_bytes(Corpus(), cache_dir)
+    description = inputs(Corpus(), cache_dir)
     assert json.loads(json.dumps(description)) == description
     assert len(description["builtin"][1]) == 64
 
 
-def test_inputs_change_with_the_files_and_options_only(tmp_path):
+def test_inputs_change_with_the_files_and_options_only(tmp_path, cache_dir):
     path = write(tmp_path / "one" / "a.txt", "words")
     before = inputs(Corpus([str(path.parent)]), tmp_path)
     assert inputs(Corpus([str(path.parent)], streaming=False), tmp_path) == before
     assert inputs(Corpus([str(path.parent)], document="line"), tmp_path) != before
-    assert inputs(Corpus([], validation_paths=[str(path)]), tmp_path) != before
+    assert inputs(Corpus([], validation_paths=[str(path)]), cache_dir) != before
     moved = path.parent.rename(tmp_path / "two")
     assert inputs(Corpus([str(moved)]), tmp_path) == before
     os.utime(moved / "a.txt", ns=(0, 0))
@@ -422,7 +443,7 @@ def test_a_data_set_of_the_hub(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     corpus = Corpus(hub="any/name", hub_config="small", hub_revision="v1", streaming=False)
     pieces = list(read(corpus, tmp_path))
-    assert pieces[0] == Piece(pieces[0].split, "any/name:1", "one", True) and pieces[1].text == "two"
+    assert pieces == [Piece("train", "any/name:1", "one", True), Piece("train", "any/name:2", "two", True)]
     assert calls == [(("any/name", "small"), {"split": "train", "revision": "v1", "streaming": False})]
     assert "--data.corpus.text_column" in error_of(hub="any/name", streaming=False, text_column="body")
 
@@ -438,6 +459,7 @@ try:
 except UserError as error:
     print(error)
 """
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=20)
+    closed = {"HF_ENDPOINT": "http://127.0.0.1:9"} if streaming else {"HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "HF_HOME": str(tmp_path), **closed}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=15)
     assert "'any/name' cannot be read" in done.stdout, done.stderr

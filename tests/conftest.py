@@ -1,0 +1,129 @@
+"""What the tests share: a small corpus that is made here, a tiny recipe, and the command line."""
+
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "true"
+
+WORDS = {
+    "subject": ["the old captain", "a small girl", "my neighbour", "the river", "every student", "our cat"],
+    "verb": ["watched", "carried", "remembered", "painted", "followed", "forgot"],
+    "object": ["the lantern", "a letter", "the road to the sea", "seven apples", "an empty house", "the song"],
+    "time": ["in the morning", "before the rain", "last winter", "at night", "twice a week", "without a word"],
+}
+
+
+def paragraphs(number: int, seed: int = 0) -> list[str]:
+    """Paragraphs of made-up English sentences, each different."""
+    draw = random.Random(seed)
+
+    def sentence() -> str:
+        return " ".join(draw.choice(words) for words in WORDS.values()).capitalize() + "."
+
+    return [f"{i} " + " ".join(sentence() for _ in range(draw.randint(1, 4))) for i in range(number)]
+
+
+@pytest.fixture(scope="session")
+def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """About 60 kB of text, a paragraph a document."""
+    file = tmp_path_factory.mktemp("corpus") / "text.txt"
+    file.write_text("\n\n".join(paragraphs(500)), encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache that all tests share, so that a corpus is tokenized once."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, corpus_file: Path, cache_dir: Path) -> Path:
+    """A recipe of a tiny GPT that trains ten steps in about a second, with dropout."""
+    content = {
+        "model": {
+            "class_path": "CausalLM",
+            "init_args": {
+                "network": {"model_type": "gpt2", "n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 64},
+                "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-2}},
+                "schedule": {"warmup_steps": 2},
+            },
+        },
+        "data": {
+            "class_path": "PretrainingData",
+            "init_args": {
+                "corpus": {"paths": [str(corpus_file)]},
+                "tokenizer": {"vocab_size": 300},
+                "block_size": 32,
+                "batch_size": 4,
+                "cache_dir": str(cache_dir),
+            },
+        },
+        "trainer": {
+            "max_steps": 10,
+            "val_check_interval": 5,
+            "check_val_every_n_epoch": None,
+            "limit_val_batches": 2,
+            "log_every_n_steps": 1,
+            "accelerator": "cpu",
+            "precision": "32-true",
+        },
+        "runs_dir": str(tmp_path / "runs"),
+    }
+    file = tmp_path / "tiny.yaml"
+    file.write_text(yaml.safe_dump(content))
+    return file
+
+
+def command(*args: object, **settings: object) -> subprocess.CompletedProcess:
+    """Runs `python -m lm_lightning ...` in a fresh process and returns what came of it."""
+    return subprocess.run(
+        [sys.executable, "-m", "lm_lightning", *map(str, args)],
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        timeout=300,
+        **settings,
+    )
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., str]:
+    """Runs a command in this process, which is quicker, and returns what it prints; refusals are raised."""
+    from lm_lightning.__main__ import run
+
+    def run_here(*args: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["lm_lightning", *map(str, args)])
+        capsys.readouterr()
+        run(str(args[0]))
+        return capsys.readouterr().out
+
+    return run_here
+
+
+@pytest.fixture
+def fit(cli: Callable[..., str], recipe: Path) -> Callable[..., Path]:
+    """Trains the tiny recipe with other flags and returns the run folder."""
+
+    def run(*args: object) -> Path:
+        out = cli("fit", "--config", recipe, *args)
+        return Path(next(line for line in out.splitlines() if line.startswith("run folder: ")).split(": ", 1)[1])
+
+    return run
+
+
+def refusal(result: subprocess.CompletedProcess) -> str:
+    """The one sentence with which a command has refused its input."""
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    errors = [line for line in result.stderr.splitlines() if "error: " in line]
+    assert len(errors) == 1, result.stderr
+    return errors[0]

@@ -1,0 +1,240 @@
+"""A whole run: `fit` in, a run folder out, and how it goes on."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import command, paragraphs, refusal
+from lightning.pytorch import Callback, Trainer
+
+
+class Stop(Callback):
+    """Ends a run as a failure would, after some steps."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
+        if trainer.global_step == self.step:
+            raise RuntimeError("power failure")
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+
+
+def metrics(run: Path) -> list[tuple[str, ...]]:
+    """What was logged, without what depends on the clock."""
+    with open(run / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    names = sorted(name for name in rows[0] if not name.endswith(("tokens_per_second", "mfu", "epoch")))
+    return [tuple(row[name] for name in names) for row in rows]
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_run_folder_is_complete_and_loads_in_plain_transformers(recipe: Path, tmp_path: Path):
+    result = command("fit", "--config", recipe, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    (run,) = (tmp_path / "runs" / "tiny").iterdir()
+    names = {path.name for path in run.iterdir()}
+    assert names >= {"config.yaml", "data.json", "environment.json", "tokenizer", "checkpoints", "metrics.csv"}
+    assert names >= {"model", "tensorboard"}
+
+    text = "The old captain watched"
+    script = (
+        "import json, sys, torch\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+        "tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])\n"
+        "ids = tokenizer(sys.argv[2], return_tensors='pt')\n"
+        "print(json.dumps([ids['input_ids'].tolist(), model(**ids).logits.tolist(), len(tokenizer)]))\n"
+    )
+    loaded = subprocess.run([sys.executable, "-c", script, run / "model", text], capture_output=True, text=True)
+    ids, logits, vocabulary = json.loads(loaded.stdout)
+
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    network = GPT2LMHeadModel(GPT2Config.from_dict(checkpoint["network"]["config"])).eval()
+    network.load_state_dict({k.removeprefix("network."): v for k, v in checkpoint["state_dict"].items()})
+    own = network(torch.tensor(ids)).logits[..., :vocabulary]
+    assert network.config.vocab_size % 64 == 0 and network.config.vocab_size > vocabulary == len(logits[0][0])
+    assert torch.allclose(own, torch.tensor(logits), atol=1e-5)
+
+
+def test_same_command_twice_makes_two_run_folders_with_the_same_weights(fit):
+    first, second = fit(), fit()
+    assert first != second
+    assert same(weights(first), weights(second))
+
+
+def test_config_of_the_run_folder_runs_the_run_again(fit, cli, tmp_path: Path):
+    run = fit()
+    out = cli("fit", "--config", run / "config.yaml", "--name", "again")
+    again = Path(out.split("run folder: ")[1].splitlines()[0])
+    assert again.parent.name == "again"
+    assert same(weights(run), weights(again))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("flags", [(), ("--trainer.accumulate_grad_batches", 2)], ids=["plain", "accumulated"])
+def test_resumed_run_ends_in_the_same_bits_as_one_never_stopped(fit, recipe, workers: int, flags: tuple):
+    flags = ("--data.num_workers", workers, "--trainer.val_check_interval", 5 * (len(flags) or 1), *flags)
+    whole = fit("--name", "whole", *flags)
+    # stopped by an exception after step 7: what is left is the checkpoint of step 5
+    stop = ["--trainer.callbacks", '[{"class_path": "test_fit.Stop", "init_args": {"step": 7}}]']
+    with pytest.raises(RuntimeError, match="power failure"):
+        fit("--name", "cut", *flags, *stop)
+    (cut,) = (recipe.parent / "runs" / "cut").iterdir()
+    assert torch.load(cut / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 5
+    assert fit("--name", "cut", "--ckpt_path", "last", *flags) == cut
+    assert same(weights(whole), weights(cut))
+    assert metrics(whole) == metrics(cut)
+
+
+def test_run_that_was_finished_goes_on_with_more_steps(fit):
+    whole = fit("--name", "whole", "--model.schedule.shape", "constant")
+    flags = ("--name", "part", "--model.schedule.shape", "constant")
+    part = fit(*flags, "--trainer.max_steps", 7)  # no validation at step 7
+    assert fit(*flags, "--ckpt_path", "last") == part
+    assert same(weights(whole), weights(part))
+
+
+def test_changed_flags_of_a_resumed_run_are_honoured(fit):
+    run = fit("--trainer.max_steps", 5, "--model.schedule.shape", "constant")
+    flags = ("--ckpt_path", "last", "--model.schedule.shape", "constant")
+    fit(*flags, "--model.optimizer.init_args.lr", 5e-3, "--model.optimizer.init_args.weight_decay", 0.3)
+    state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    groups = state["optimizer_states"][0]["param_groups"]
+    assert {group["lr"] for group in groups} == {5e-3}
+    assert sorted({group["weight_decay"] for group in groups}) == [0.0, 0.3]
+    with open(run / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    rates = {int(row["step"]): float(row["train/learning_rate"]) for row in rows if row["train/learning_rate"]}
+    assert rates[5] == pytest.approx(1e-2) and rates[6] == pytest.approx(5e-3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (("--model.network.n_layer", 3), "n_layer 2 (here 3)"),
+        (("--data.block_size", 16), "data.block_size 32, this run has 16"),
+        (("--data.tokenizer.vocab_size", 310), "corpus and tokenizer"),
+        (("--seed_everything", 7), "seed_everything 1, this run has 7"),
+        (("--trainer.max_steps", 5), "raise trainer.max_steps"),
+        (("--model.optimizer", "lm_lightning.optim.MuonAdamW"), "optimizer"),
+    ],
+)
+def test_changed_flags_that_make_no_sense_on_resuming_are_refused(fit, flags: tuple, reason: str):
+    from lm_lightning.errors import UserError
+
+    fit("--trainer.max_steps", 5)
+    with pytest.raises(UserError) as refused:
+        fit("--ckpt_path", "last", *flags)
+    assert reason in str(refused.value)
+
+
+def test_validating_a_checkpoint_with_other_sizes_names_the_mismatch(fit, cli, recipe):
+    from lm_lightning.errors import UserError
+
+    checkpoint = fit() / "checkpoints" / "best.ckpt"
+    assert "val/perplexity" in cli("validate", "--config", recipe, "--ckpt_path", checkpoint)
+    with pytest.raises(UserError, match=r"n_embd 32 \(here 64\)"):
+        cli("validate", "--config", recipe, "--ckpt_path", checkpoint, "--model.network.n_embd", 64)
+
+
+def test_samples_are_printed_and_saved_and_never_hold_padding(fit, capsys):
+    samples = {"class_path": "lm_lightning.callbacks.samples.Samples", "init_args": {"prompts": ["", "The old"]}}
+    run = fit("--trainer.callbacks", json.dumps([samples]))
+    rows = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["prompt"]) for row in rows] == [(5, ""), (5, "The old"), (10, ""), (10, "The old")]
+
+
+def test_end_of_text_is_learned_although_it_is_also_the_padding(fit, cli, tmp_path: Path):
+    lines = ["apples are red", "the sky is blue", "grass grows green", "coal lies black", "lemons look yellow"]
+    # the same lines are all that there is to validate, too: two files, so that none is left out
+    for name in ("train.txt", "validation.txt"):
+        (tmp_path / name).write_text("\n".join(lines * (40 if name == "train.txt" else 4)) + "\n")
+    run = fit(
+        *("--data.corpus.paths", [str(tmp_path / "train.txt")], "--data.corpus.document", "line"),
+        *("--data.corpus.validation_paths", [str(tmp_path / "validation.txt")]),
+        *("--data.corpus.test_fraction", 0, "--data.block_size", 16, "--data.batch_size", 8),
+        *("--data.mask_documents", "true", "--trainer.max_steps", 150, "--trainer.val_check_interval", 150),
+    )
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(line.split()[0] for line in lines))
+    out = cli("generate", run, "--prompts_file", prompts, "--greedy", "true", "--max_new_tokens", 30)
+    answers = [json.loads(line) for line in out.splitlines()]
+    assert [answer["prompt"] + answer["text"] for answer in answers] == lines
+
+
+def test_loss_that_is_not_finite_stops_the_run_and_names_step_and_samples(recipe: Path):
+    # a learning rate out of all proportion makes the weights, then the loss infinite
+    flags = (
+        "--model.optimizer.init_args.lr",
+        1e30,
+        "--trainer.gradient_clip_val",
+        0,
+        "--model.schedule.warmup_steps",
+        0,
+    )
+    result = command("fit", "--config", recipe, *flags, "--trainer.limit_val_batches", 0)
+    message = refusal(result)
+    assert "not finite at step" in message and "samples [" in message
+
+
+class TestRefusals:
+    """Mistakes that users make: each gets one sentence and a non-zero exit."""
+
+    def test_wrong_key_in_the_yaml(self, recipe: Path):
+        recipe.write_text(recipe.read_text().replace("batch_size", "batchsize"))
+        assert "batchsize" in refusal(command("fit", "--config", recipe))
+
+    def test_wrong_key_of_the_network(self, recipe: Path):
+        message = refusal(command("fit", "--config", recipe, "--model.network.n_layers", 3))
+        assert "n_layers" in message and "n_layer" in message
+
+    def test_missing_config_file(self, tmp_path: Path):
+        assert "nowhere.yaml" in refusal(command("fit", "--config", tmp_path / "nowhere.yaml"))
+
+    def test_missing_text_file(self, recipe: Path):
+        assert "nowhere.txt" in refusal(command("fit", "--config", recipe, "--data.corpus.paths", "[nowhere.txt]"))
+
+    def test_empty_text_file(self, recipe: Path, tmp_path: Path):
+        (tmp_path / "empty.txt").touch()
+        message = refusal(command("fit", "--config", recipe, "--data.corpus.paths", f"[{tmp_path}/empty.txt]"))
+        assert "no text" in message
+
+    def test_line_of_100000_characters(self, recipe: Path, tmp_path: Path):
+        (tmp_path / "long.txt").write_text("a short line\n" + "long " * 20_000 + "\n")
+        message = refusal(command("fit", "--config", recipe, "--data.corpus.paths", f"[{tmp_path}/long.txt]"))
+        assert "long.txt:2" in message and "100000" in message and "max_line" in message
+
+    def test_corpus_without_a_block_to_validate(self, recipe: Path, tmp_path: Path):
+        (tmp_path / "few.txt").write_text("\n\n".join(paragraphs(60)))
+        flags = ("--data.corpus.paths", f"[{tmp_path}/few.txt]", "--data.corpus.validation_fraction", 0)
+        assert "validation split has 0 documents" in refusal(command("fit", "--config", recipe, *flags))
+
+    def test_block_longer_than_the_context(self, recipe: Path):
+        assert "positions for 64 tokens" in refusal(command("fit", "--config", recipe, "--data.block_size", 128))
+
+    def test_checkpoint_cut_in_half(self, fit, recipe: Path):
+        checkpoint = fit() / "checkpoints" / "last.ckpt"
+        checkpoint.write_bytes(checkpoint.read_bytes()[: checkpoint.stat().st_size // 2])
+        for ckpt_path in ("last", checkpoint):
+            message = refusal(command("fit", "--config", recipe, "--ckpt_path", ckpt_path))
+            assert str(checkpoint) in message and "cut short" in message
+
+    def test_nothing_to_resume(self, recipe: Path):
+        message = refusal(command("fit", "--config", recipe, "--ckpt_path", "last"))
+        assert "no checkpoint to go on from" in message
+
+    def test_unknown_command(self):
+        assert "no command trian" in refusal(command("trian"))
