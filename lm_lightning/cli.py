@@ -20,6 +20,7 @@ import lm_lightning
 from lm_lightning import hub
 from lm_lightning import run as runs
 from lm_lightning.callbacks.export import Export
+from lm_lightning.callbacks.predictions import Predictions
 from lm_lightning.callbacks.progress import RunProgress
 from lm_lightning.callbacks.throughput import Throughput
 from lm_lightning.data.pretraining import PretrainingData  # noqa: F401 (imported, so that its short name works as class_path)
@@ -51,7 +52,7 @@ EXPECTED_WARNINGS = (
     "You're resuming from a checkpoint that ended before the epoch ended",  # the order goes on by itself
     "The '.*_dataloader' does not have many workers",  # blocks come from a memory map
     "`isinstance\\(treespec, LeafSpec\\)` is deprecated",
-    "The dirpath has changed",
+    "You are using a custom batch sampler",  # SequentialBatches leaves nothing out
 )
 
 
@@ -97,6 +98,12 @@ class CLI(LightningCLI):
         config = self.config[self.subcommand]
         name = config.name or (Path(str(config.config[0])).stem if config.config else "run")
         run = None
+        if self.subcommand != "fit":
+            config.trainer.logger = False
+            if config.ckpt_path is None and not config.model.init_args.get("pretrained"):
+                raise UserError(
+                    f"{self.subcommand} of new weights says nothing: give --ckpt_path last, or a checkpoint"
+                )
         if config.ckpt_path is not None:
             checkpoint = (
                 runs.last_checkpoint(config.runs_dir, name) if config.ckpt_path == "last" else Path(config.ckpt_path)
@@ -125,7 +132,7 @@ class CLI(LightningCLI):
         self.config[self.subcommand] = self.reusable_config  # for RunFolder; the classes are made already
         config = self.config_init[self.subcommand].trainer
         callbacks = config.callbacks or []
-        extra = [Throughput(), Export()]
+        extra = [Throughput(), Export(), Predictions()]
         if config.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             extra.append(RunProgress())
         return super().instantiate_trainer(callbacks=[*callbacks, *extra], **kwargs)

@@ -5,8 +5,8 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-# Logits held at once: enough rows to keep the matrix units busy, few enough to stay small beside the network.
-CHUNK_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 27}
+CHUNK_LOGITS = 1 << 26  # held at once: enough for large matrix products, little beside the gradients
+SLICE_LOGITS = 1 << 20  # of these, a CPU does so many at a time, which stay in its cache between the passes
 
 
 def linear_cross_entropy(
@@ -31,44 +31,41 @@ def linear_cross_entropy(
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    return _LinearCrossEntropy.apply(hidden, weight, bias, targets, vocab_size or weight.shape[0], dtype)
+    if not torch.is_grad_enabled():  # which the function itself cannot know
+        hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
+    with torch.autocast(device, enabled=False):  # the casts are made once, not for each chunk
+        return _LinearCrossEntropy.apply(hidden, weight, bias, targets, vocab_size or len(weight), dtype)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, vocab_size, dtype):
+        train = any(ctx.needs_input_grad)
         total = hidden.new_zeros((), dtype=torch.float32)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        grad_bias = (
-            torch.zeros_like(bias, dtype=torch.float32) if bias is not None and ctx.needs_input_grad[2] else None
-        )
-        rows = max(1, CHUNK_LOGITS.get(hidden.device.type, CHUNK_LOGITS["cuda"]) // weight.shape[0])
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if ctx.needs_input_grad[2] else None
         hidden, weight = hidden.to(dtype), weight.to(dtype)
-        with torch.autocast(hidden.device.type, enabled=False):
-            for start in range(0, len(targets), rows):
-                chunk, target = hidden[start : start + rows], targets[start : start + rows]
-                logits = (chunk @ weight.T).float()
-                if bias is not None:
-                    logits += bias
-                logits[:, vocab_size:] = -torch.inf
-                present = target != -100
+        rows = max(1, CHUNK_LOGITS // len(weight))
+        slice_rows = max(1, SLICE_LOGITS // len(weight)) if hidden.device.type == "cpu" else rows
+        for start in range(0, len(targets), rows):
+            chunk = hidden[start : start + rows]
+            logits = chunk @ weight.T
+            logits[:, vocab_size:] = -torch.inf
+            for part, target in zip(logits.split(slice_rows), targets[start : start + rows].split(slice_rows)):
+                log_p = torch.log_softmax(part if bias is None else part + bias, dim=1, dtype=torch.float32)
                 index = target.clamp(min=0).unsqueeze(1)
-                log_sum = logits.logsumexp(1, keepdim=True)
-                total += ((log_sum - logits.gather(1, index)).squeeze(1) * present).sum()
-                if not any(ctx.needs_input_grad):
-                    continue
-                # d loss / d logits = softmax - one-hot, in the place of the logits
-                gradient = logits.sub_(log_sum).exp_()
-                gradient.scatter_add_(1, index, gradient.new_full(index.shape, -1.0))
-                gradient *= present.unsqueeze(1)
-                if grad_bias is not None:
-                    grad_bias += gradient.sum(0)
-                gradient = gradient.to(dtype)
-                if grad_hidden is not None:
-                    grad_hidden[start : start + rows] = gradient @ weight
-                if grad_weight is not None:
-                    grad_weight += gradient.T @ chunk
+                absent = (target == -100).unsqueeze(1)
+                total -= log_p.gather(1, index).masked_fill_(absent, 0).sum()
+                if train:  # the gradient of the logits, softmax - one-hot, takes their place
+                    gradient = log_p.exp_().scatter_add_(1, index, log_p.new_full(index.shape, -1))
+                    part.copy_(gradient.masked_fill_(absent, 0))
+            if grad_hidden is not None:
+                grad_hidden[start : start + rows] = logits @ weight
+            if grad_weight is not None:
+                grad_weight += logits.T @ chunk
+            if grad_bias is not None:
+                grad_bias += logits.sum(0, dtype=torch.float32)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         return total
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Optional
 
 import torch
+import transformers
 from torch import nn
 
 from lm_lightning.errors import UserError
@@ -13,7 +14,7 @@ from lm_lightning.errors import UserError
 OptimizerFactory = Callable[[Iterable], torch.optim.Optimizer]
 
 
-def parameter_groups(network: nn.Module) -> list[dict[str, Any]]:
+def parameter_groups(network: transformers.PreTrainedModel) -> list[dict[str, Any]]:
     """Groups the trainable parameters of a network by what an optimizer should do with them.
 
     Args:
@@ -21,11 +22,13 @@ def parameter_groups(network: nn.Module) -> list[dict[str, Any]]:
 
     Returns:
         Groups named `hidden` (matrices between the layers, which Muon can take), `embeddings` (token and position
-        embeddings and the head) and `vectors` (biases and norms, never decayed). Empty groups are left out.
+        embeddings and the head), `tensors` (of three and more dimensions, such as stacked experts) and `vectors`
+        (biases and norms, never decayed). Empty groups are left out.
     """
     groups: dict[str, dict[str, Any]] = {
         "hidden": {"params": []},
         "embeddings": {"params": []},
+        "tensors": {"params": []},
         "vectors": {"params": [], "weight_decay": 0.0},
     }
     outside = {id(p) for m in network.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
@@ -33,7 +36,10 @@ def parameter_groups(network: nn.Module) -> list[dict[str, Any]]:
     outside |= {id(p) for p in head.parameters()} if head is not None else set()
     for parameter in network.parameters():
         if parameter.requires_grad:
-            name = "vectors" if parameter.ndim < 2 else "embeddings" if id(parameter) in outside else "hidden"
+            if parameter.ndim == 2:
+                name = "embeddings" if id(parameter) in outside else "hidden"
+            else:
+                name = "vectors" if parameter.ndim < 2 else "tensors"
             groups[name]["params"].append(parameter)
     return [{"name": name, **group} for name, group in groups.items() if group["params"]]
 
@@ -46,7 +52,7 @@ class MuonAdamW(torch.optim.Optimizer):
     learning rate serves both.
 
     Args:
-        params: Parameter groups; those with the name `hidden` go to Muon. Other iterables are refused.
+        params: Parameter groups; the one with the name `hidden` goes to Muon.
         lr: Learning rate, of both.
         weight_decay: Decoupled weight decay of matrices.
         momentum: Of Muon.
@@ -64,8 +70,8 @@ class MuonAdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
     ) -> None:
         groups = list(params)
-        hidden = [g for g in groups if g["name"] == "hidden" and all(p.ndim == 2 for p in g["params"])]
-        others = [g for g in groups if not any(g is h for h in hidden)]
+        hidden = [group for group in groups if group["name"] == "hidden"]
+        others = [group for group in groups if group["name"] != "hidden"]
         self.parts: list[torch.optim.Optimizer] = []
         if hidden:
             self.parts.append(
@@ -118,13 +124,13 @@ class Schedule:
     final: float = 0.1
     decay_fraction: float = 0.2
 
-    def factor(self, step: int, total_steps: int) -> float:
+    def factor(self, step: int, total_steps: float) -> float:
         """The factor of optimizer step `step`, counted from 0, of a run of `total_steps`."""
         if step < self.warmup_steps:
             return (step + 1) / (self.warmup_steps + 1)
         if self.shape == "constant":
             return 1.0
-        begin = self.warmup_steps
+        begin: float = self.warmup_steps
         if self.shape == "wsd":
             begin = max(begin, total_steps - round(self.decay_fraction * total_steps))
         progress = min(1.0, max(0, step - begin) / max(1, total_steps - 1 - begin))

@@ -233,7 +233,6 @@ def test_a_network_without_hidden_matrices_to_train_gets_adamw_alone():
     assert [name for name in before if not torch.equal(before[name], after[name])] == ["transformer.wpe.weight"]
 
 
-@pytest.mark.xfail(strict=True, reason="bug: one tensor that is not 2-D takes Muon from all hidden matrices")
 def test_the_matrices_of_a_mixture_of_experts_get_muon_although_the_experts_are_3d():
     config = MixtralConfig(**SIZES, **SPECIAL, num_key_value_heads=1, intermediate_size=16, num_local_experts=2)
     model = AutoModelForCausalLM.from_config(config)

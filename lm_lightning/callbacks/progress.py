@@ -2,7 +2,7 @@
 
 import io
 import sys
-from typing import Any, Optional
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
@@ -18,8 +18,7 @@ class RunProgress(ProgressBar):
     def __init__(self) -> None:
         super().__init__()
         self.is_enabled = True  # Lightning's name, read by LightningModule.print
-        self.steps: Optional[tqdm] = None
-        self.batches: Optional[tqdm] = None
+        self.steps = self.batches = tqdm(disable=True)
 
     def enable(self) -> None:
         self.is_enabled = True
@@ -65,7 +64,7 @@ class RunProgress(ProgressBar):
                     self.print(self.steps)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.steps is not None and not trainer.sanity_checking:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self.advance(trainer)
         self.start(
             sum(trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches), "validate"

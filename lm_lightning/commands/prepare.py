@@ -63,7 +63,7 @@ def main() -> None:
     known, rest = recipes.parse_known_args(sys.argv[2:])
 
     parser = ArgumentParser(
-        prog="lm_lightning prepare", description=prepare.__doc__.split("\n\n")[0], exit_on_error=False
+        prog="lm_lightning prepare", description=(prepare.__doc__ or "").split("\n\n")[0], exit_on_error=False
     )
     parser.add_argument("-c", "--config", type=str, help="Recipe as for fit; of it, the options of the data count.")
     parser.add_argument("--show", type=int, nargs="+", default=[], help="Training samples to print, by their numbers.")

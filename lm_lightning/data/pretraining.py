@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from lm_lightning.data import shards
 from lm_lightning.data.corpus import Corpus
 from lm_lightning.data.order import PADDING, SequentialBatches, StreamSampler, samples_at
-from lm_lightning.data.tokenizer import Tokenizer
+from lm_lightning.data.tokenizer import SpecialTokens, Tokenizer
 from lm_lightning.errors import UserError
 
 
@@ -85,7 +85,7 @@ class PretrainingData(LightningDataModule):
         cache_dir: Folder that keeps trained tokenizers and tokenized corpora for the next run.
     """
 
-    special = "gpt"  # special tokens of a tokenizer that is trained
+    special: SpecialTokens = "gpt"  # special tokens of a tokenizer that is trained
 
     def __init__(
         self,

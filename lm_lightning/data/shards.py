@@ -13,11 +13,11 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -82,7 +82,7 @@ class Prepared(NamedTuple):
 
 
 def prepare(
-    corpus: corpora.Corpus, options: tokenizers.Tokenizer, special: Literal["gpt", "bert"], cache_dir: str
+    corpus: corpora.Corpus, options: tokenizers.Tokenizer, special: tokenizers.SpecialTokens, cache_dir: str
 ) -> Prepared:
     """Loads or trains the tokenizer and tokenizes the corpus, unless the cache has both.
 
@@ -137,8 +137,8 @@ def lock_folder(cache: Path) -> Path:
 @contextlib.contextmanager
 def written_whole(folder: Path) -> Iterator[Path]:
     """Gives a folder to write into and names it `folder` at the end, or removes it on an error."""
-    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
-    partial.mkdir(parents=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial-", dir=folder.parent))
     try:
         yield partial
     except BaseException:
@@ -155,9 +155,11 @@ def tokenize(
 
     prefix, suffix = tokenizers.document_ids(tokenizer)
     backend = tokenizer.backend_tokenizer
-    vocabulary = len(tokenizer)
+    backend.no_truncation()  # whatever the tokenizer was saved with: a document is taken whole
+    backend.no_padding()
+    vocabulary = tokenizers.vocabulary(tokenizer)
     dtype = np.dtype("uint16" if vocabulary <= 1 << 16 else "uint32")
-    counts = {split: {"documents": 0, "tokens": 0, "bytes": 0} for split in SPLITS}
+    counts: dict[str, dict[str, Any]] = {split: {"documents": 0, "tokens": 0, "bytes": 0} for split in SPLITS}
     frequencies = {split: np.zeros(vocabulary, np.int64) for split in SPLITS}
     inside: dict[str, bool] = dict.fromkeys(SPLITS, False)  # has a document begun whose last piece is still to come?
 

@@ -130,6 +130,11 @@ def fingerprint(tokenizer: "PreTrainedTokenizerFast") -> str:
     return hashlib.sha256(state.encode()).hexdigest()
 
 
+def vocabulary(tokenizer: "PreTrainedTokenizerFast") -> int:
+    """Rows that a network needs for the tokenizer: one more than its highest id, as there may be gaps."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
 def document_ids(tokenizer: "PreTrainedTokenizerFast") -> tuple[list[int], list[int]]:
     """Ids that go before and after each document in causal pretraining.
 

@@ -6,6 +6,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from lm_lightning.data.order import PADDING
 from lm_lightning.losses import linear_cross_entropy
 from lm_lightning.models.module import LanguageModule
 
@@ -56,6 +57,16 @@ class CausalLM(LanguageModule):
                 logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum"
             )
         return loss, tokens
+
+    def predict_step(self, batch: dict, batch_idx: int) -> list[dict]:
+        """How well each sample is predicted: its `id`, `tokens`, mean `loss` in nats a token, and `text`."""
+        rows = []
+        for i, sample in enumerate(batch["id"]):
+            if sample != PADDING:
+                loss, tokens = self.loss({key: value[i : i + 1] for key, value in batch.items()})
+                text = self.trainer.datamodule.tokenizer.decode(batch["input_ids"][i])
+                rows.append({"id": sample, "tokens": tokens.item(), "loss": (loss / tokens).item(), "text": text})
+        return rows
 
     def metrics(self, loss: Tensor, split: str) -> dict[str, Tensor]:
         """Adds perplexity, and bits per UTF-8 byte of the text, by which networks with other tokenizers compare."""

@@ -19,7 +19,7 @@ from torchmetrics import MeanMetric
 
 from lm_lightning import hub
 from lm_lightning.data.order import PADDING
-from lm_lightning.data.tokenizer import document_ids
+from lm_lightning.data.tokenizer import document_ids, vocabulary
 from lm_lightning.errors import UserError
 from lm_lightning.optim import OptimizerFactory, Schedule, parameter_groups
 
@@ -50,7 +50,7 @@ class LanguageModule(LightningModule):
         compile: Whether to compile the network's body with `torch.compile`: slower to start, then faster.
     """
 
-    auto_class: type  # of transformers, such as AutoModelForCausalLM
+    auto_class: Any  # of transformers, such as AutoModelForCausalLM
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class LanguageModule(LightningModule):
         self.settings, self.pretrained = network, pretrained
         self.optimizer_factory, self.schedule = optimizer, schedule
         self.attention, self.compile_body = attention, compile
-        self.network: Optional[transformers.PreTrainedModel] = None
+        self.network: transformers.PreTrainedModel = None  # made by `configure_model`
         self.val_loss = MeanMetric()
         self.window: Optional[Window] = None  # the optimizer step in progress
         self.finished: Optional[Window] = None  # the last one, until it is known to be finite
@@ -102,7 +102,7 @@ class LanguageModule(LightningModule):
 
     def new_network(self) -> transformers.PreTrainedModel:
         """A network with new weights, from the settings and the tokenizer's vocabulary."""
-        tokenizer, settings = self.trainer.datamodule.tokenizer, dict(self.settings)
+        tokenizer, settings = self.trainer.datamodule.tokenizer, dict(self.settings or {})
         model_type = settings.pop("model_type", None)
         if model_type not in transformers.CONFIG_MAPPING:
             close = difflib.get_close_matches(str(model_type), list(transformers.CONFIG_MAPPING))
@@ -125,10 +125,10 @@ class LanguageModule(LightningModule):
             "pad_token_id": tokenizer.pad_token_id,
         }
         # Rows padded to a multiple of 64 are faster; they are no tokens, are left out of the loss and not exported.
-        settings = {"vocab_size": -(-len(tokenizer) // 64) * 64} | special | settings
-        if settings["vocab_size"] < len(tokenizer):
+        settings = {"vocab_size": -(-vocabulary(tokenizer) // 64) * 64} | special | settings
+        if settings["vocab_size"] < vocabulary(tokenizer):
             raise UserError(
-                f"model.network.vocab_size is {settings['vocab_size']}, but the tokenizer has {len(tokenizer)} tokens: "
+                f"model.network.vocab_size is {settings['vocab_size']}, but the tokenizer has {vocabulary(tokenizer)} tokens: "
                 "leave it out"
             )
         config = transformers.AutoConfig.for_model(model_type, **settings)
@@ -136,26 +136,24 @@ class LanguageModule(LightningModule):
 
     def pretrained_network(self) -> transformers.PreTrainedModel:
         """The network of `pretrained`, with rows added if the tokenizer has more tokens."""
-        tokenizer = self.trainer.datamodule.tokenizer
+        tokenizer, name = self.trainer.datamodule.tokenizer, str(self.pretrained)
         try:
             network, info = self.auto_class.from_pretrained(
-                self.pretrained,
-                local_files_only=hub.local_only(self.pretrained),
+                name,
+                local_files_only=hub.local_only(name),
                 attn_implementation=self.attention,
                 dtype=torch.float32,
                 output_loading_info=True,
             )
         except (OSError, ValueError) as error:
-            raise hub.explain(self.pretrained, error) from error
+            raise hub.explain(name, error) from error
         if info["missing_keys"]:
             missing = sorted(info["missing_keys"])
-            self.print(
-                f"{self.pretrained} has no weights for {len(missing)} tensors, which are new: {', '.join(missing)}"
-            )
+            self.print(f"{name} has no weights for {len(missing)} tensors, which are new: {', '.join(missing)}")
         rows = network.get_input_embeddings().weight.shape[0]
-        if rows < len(tokenizer):
-            self.print(f"{self.pretrained} has {rows} tokens, the tokenizer {len(tokenizer)}: the others' rows are new")
-            network.resize_token_embeddings(len(tokenizer))
+        if rows < vocabulary(tokenizer):
+            self.print(f"{name} has {rows} tokens, the tokenizer {vocabulary(tokenizer)}: the others' rows are new")
+            network.resize_token_embeddings(vocabulary(tokenizer))
         return network
 
     @property
@@ -163,7 +161,7 @@ class LanguageModule(LightningModule):
         """Rows of the vocabulary that are tokens; a new network has up to 63 more."""
         if self.settings is None:
             return self.network.get_input_embeddings().weight.shape[0]
-        return len(self.trainer.datamodule.tokenizer)
+        return vocabulary(self.trainer.datamodule.tokenizer)
 
     def export(self, folder: Path) -> None:
         """Writes the network and its tokenizer as a `from_pretrained` folder."""
@@ -198,6 +196,7 @@ class LanguageModule(LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Turns the accumulated gradient into that of the mean over the window's target tokens."""
         window, self.window = self.window, None
+        assert window is not None, "an optimizer step comes after at least one training step"
         totals = torch.stack([window.loss_sum, window.tokens.float()])
         totals = self.trainer.strategy.reduce(totals, reduce_op="sum")
         loss_sum, tokens = totals[0], totals[1].clamp(min=1)
@@ -245,8 +244,8 @@ class LanguageModule(LightningModule):
         if window is not None and not math.isfinite(window.loss_sum.item()):
             samples = [sample for sample in window.samples if sample != PADDING]
             raise UserError(
-                f"the loss or its gradient is not finite at step {window.step}, on the training samples "
-                f"{samples}: lower the learning rate, or look at the samples with `python -m lm_lightning prepare --config ... --show ID`"
+                f"the loss or its gradient is not finite at step {window.step}, on the training samples {samples}: "
+                "lower the learning rate, or look at these with `python -m lm_lightning prepare --config ... --show ID`"
             )
 
     # Optimizer
@@ -290,7 +289,9 @@ class LanguageModule(LightningModule):
         loss = self.val_loss.compute()
         self.val_loss.reset()
         metrics = {f"{prefix}/{name}": value for name, value in self.metrics(loss, split).items()}
-        self.log_dict({"step": float(self.trainer.global_step)} | metrics)
+        if self.trainer.state.fn == "fit":
+            metrics["step"] = torch.tensor(float(self.trainer.global_step))
+        self.log_dict(metrics)
 
     def metrics(self, loss: Tensor, split: str) -> dict[str, Tensor]:
         """The metrics that follow from the mean loss, in nats a token, of a split."""

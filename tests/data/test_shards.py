@@ -156,7 +156,6 @@ def test_tokens_take_two_bytes_where_the_vocabulary_allows(tmp_path, cache, size
     assert documents(prepared, "train") == [[2, size - 1, 1]]
 
 
-@pytest.mark.xfail(strict=True, reason="bug: the tokenizer's own truncation and padding are applied to documents")
 def test_a_tokenizer_that_was_saved_with_truncation_and_padding_loses_and_adds_nothing(tmp_path, cache):
     corpus = write(tmp_path)
     whole = shards.prepare(corpus, BYTES, "gpt", str(cache))
@@ -167,7 +166,6 @@ def test_a_tokenizer_that_was_saved_with_truncation_and_padding_loses_and_adds_n
     assert documents(prepared, "train") == documents(whole, "train")
 
 
-@pytest.mark.xfail(strict=True, reason="bug: the number of tokens is taken for the highest id")
 def test_ids_of_a_vocabulary_may_have_gaps(tmp_path, cache):
     folder = word_level(tmp_path / "tokenizer", {"<unk>": 0, "a": 1, "b": 2, "</s>": 70_000})
     corpus = write(tmp_path, {"train": ["a"], "validation": ["a"], "test": ["a"]})
@@ -285,7 +283,6 @@ def test_an_interrupt_leaves_nothing(tmp_path, cache, monkeypatch, error):
     assert list((cache / "shards").iterdir()) == []
 
 
-@pytest.mark.xfail(strict=True, reason="bug: a killed run's folder is in the way of the same pid")
 def test_a_run_with_the_process_id_of_a_killed_one_succeeds(tmp_path, cache):
     """In containers most runs have the same id."""
     corpus = write(tmp_path)
