@@ -48,9 +48,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         rows = max(1, CHUNK_LOGITS // len(weight))
         slice_rows = max(1, SLICE_LOGITS // len(weight)) if hidden.device.type == "cpu" else rows
+        buffer = hidden.new_empty(min(rows, len(targets)), len(weight))
         for start in range(0, len(targets), rows):
             chunk = hidden[start : start + rows]
-            logits = chunk @ weight.T
+            logits = torch.mm(chunk, weight.T, out=buffer[: len(chunk)])
             logits[:, vocab_size:] = -torch.inf
             for part, target in zip(logits.split(slice_rows), targets[start : start + rows].split(slice_rows)):
                 log_p = torch.log_softmax(part if bias is None else part + bias, dim=1, dtype=torch.float32)

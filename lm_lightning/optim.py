@@ -70,6 +70,8 @@ class MuonAdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
     ) -> None:
         groups = list(params)
+        if not all(isinstance(group, dict) and "name" in group for group in groups):
+            raise UserError("MuonAdamW needs to know which matrices are hidden: give it parameter_groups(network)")
         hidden = [group for group in groups if group["name"] == "hidden"]
         others = [group for group in groups if group["name"] != "hidden"]
         self.parts: list[torch.optim.Optimizer] = []
@@ -132,13 +134,18 @@ class Schedule:
             return 1.0
         begin: float = self.warmup_steps
         if self.shape == "wsd":
-            begin = max(begin, total_steps - round(self.decay_fraction * total_steps))
+            begin = max(begin, total_steps - 1 - max(1, round(self.decay_fraction * total_steps)))
         progress = min(1.0, max(0, step - begin) / max(1, total_steps - 1 - begin))
         fall = (1 + math.cos(math.pi * progress)) / 2 if self.shape == "cosine" else 1 - progress
         return self.final + (1 - self.final) * fall
 
     def check(self, total_steps: float) -> None:
         """Refuses a schedule that a run of `total_steps` optimizer steps cannot follow."""
+        if self.warmup_steps < 0 or not 0 <= self.final <= 1 or not 0 <= self.decay_fraction <= 1:
+            raise UserError(
+                f"the schedule has warmup_steps {self.warmup_steps}, final {self.final} and decay_fraction "
+                f"{self.decay_fraction}, but the first may not be negative and the others are shares between 0 and 1"
+            )
         if self.shape != "constant" and math.isinf(total_steps):
             raise UserError(
                 f"the {self.shape} schedule needs to know the length of the run: set trainer.max_steps or "

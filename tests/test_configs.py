@@ -1,4 +1,4 @@
-"""Every recipe under configs/ is run: with its own classes and options, on less data, fewer steps and a small network."""
+"""Every recipe under configs/ is run, with its own classes and options, but less data, few steps, a small network."""
 
 from pathlib import Path
 

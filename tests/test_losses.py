@@ -55,7 +55,7 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        self.products += str(function) in ("aten.mm.default", "aten.addmm.default", "aten.matmul.default")
+        self.products += str(function) in ("aten.mm.default", "aten.mm.out", "aten.addmm.default")
         if isinstance(result, torch.Tensor):
             self.largest = max(self.largest, result.numel())
         return result

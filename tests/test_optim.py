@@ -21,7 +21,7 @@ CASES = [  # 4 steps of warm-up
     ("constant", 13, {0: 0.2, 3: 0.8, 4: 1.0, 8: 1.0, 12: 1.0, 13: 1.0, 99: 1.0}),
     ("constant", math.inf, {0: 0.2, 3: 0.8, 4: 1.0, 10**9: 1.0}),
     # 20 steps, the last 5 of which fall: 0 1 2 3 | 4 ... 14 | 15 16 17 18 19
-    ("wsd", 20, {0: 0.2, 3: 0.8, 4: 1.0, 14: 1.0, 15: 1.0, 16: 0.775, 17: 0.55, 19: 0.1, 20: 0.1, 99: 0.1}),
+    ("wsd", 20, {0: 0.2, 3: 0.8, 4: 1.0, 14: 1.0, 15: 0.82, 16: 0.64, 18: 0.28, 19: 0.1, 20: 0.1, 99: 0.1}),
 ]
 
 
@@ -42,6 +42,16 @@ def test_a_final_factor_of_zero_is_reached_only_at_the_last_step(shape):
     factors = [schedule.factor(step, 10) for step in range(10)]
     assert factors == sorted(factors, reverse=True)
     assert factors[-1] == pytest.approx(0) and min(factors[:-1]) > 0.01
+
+
+def test_wsd_of_a_short_run_ends_at_the_final_rate():
+    assert Schedule("wsd", warmup_steps=0, final=0.1, decay_fraction=0.2).factor(4, 5) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("wrong", [{"warmup_steps": -1}, {"final": 1.5}, {"decay_fraction": 20}])
+def test_a_schedule_out_of_range_is_refused(wrong):
+    with pytest.raises(UserError, match="between 0 and 1"):
+        Schedule(**({"warmup_steps": 1} | wrong)).check(100)
 
 
 def test_wsd_falls_no_earlier_than_the_warm_up_ends():

@@ -140,19 +140,35 @@ def read(corpus: Corpus, cache_dir: Path) -> Iterator[Piece]:
 def inputs(corpus: Corpus, cache_dir: Path) -> dict[str, Any]:
     """Return all that decides what `read` yields, as data for `json.dumps`: the key of what is computed from it.
 
-    Files count as changed when their name, size or modification time does, data sets of the Hub when their revision
-    is given and does.
+    Files count by their names and contents, data sets of the Hub by their names and their revision, if it is given.
     """
     _check(corpus)
     result = asdict(corpus)
     del result["streaming"]
     for option in ("paths", "validation_paths", "test_paths"):
         result[option] = bool(result[option])  # the folders' places do not matter, only whether a split has files
-    stats = [(file, file.path.stat()) for file in _files(corpus)]
-    result["files"] = [[file.split, file.name, stat.st_size, stat.st_mtime_ns] for file, stat in stats]
+    result["files"] = [[file.split, file.name, _content(file.path, cache_dir)] for file in _files(corpus)]
     if _is_builtin(corpus):
         result["builtin"] = [platform.python_version(), builtin.fingerprint(builtin.documents(cache_dir))]
     return result
+
+
+def _content(path: Path, cache_dir: Path) -> str:
+    """Return a hash of a file's content, which is not computed anew while size and modification time stay."""
+    stat = path.stat()
+    known = cache_dir / "hashes" / hashlib.blake2b(os.path.realpath(path).encode(), digest_size=16).hexdigest()
+    state = f"{stat.st_size} {stat.st_mtime_ns} "
+    if known.exists() and (saved := known.read_text()).startswith(state):
+        return saved.removeprefix(state)
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    known.parent.mkdir(parents=True, exist_ok=True)
+    partial = known.with_suffix(f".{os.getpid()}")
+    partial.write_text(state + digest.hexdigest())
+    partial.replace(known)
+    return digest.hexdigest()
 
 
 def total_bytes(corpus: Corpus, cache_dir: Path) -> int | None:

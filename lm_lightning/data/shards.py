@@ -14,10 +14,9 @@ import hashlib
 import json
 import math
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 import numpy as np
 
@@ -41,12 +40,18 @@ class Split(NamedTuple):
         documents: Where each document starts in `tokens`, ascending, (documents,) int64.
         bytes: UTF-8 bytes of the text.
         unigram_perplexity: Of this split's tokens, under their frequencies in the training split.
+        path: Folder of the shards and name of the split, None for tokens that are in memory.
     """
 
     tokens: np.ndarray
     documents: np.ndarray
     bytes: int
     unigram_perplexity: float
+    path: Optional[tuple[Path, str]] = None
+
+    def __reduce__(self) -> tuple:
+        # A process that gets a split of shards maps the files itself, instead of getting all their tokens.
+        return (Split, tuple(self)) if self.path is None else (open_split, self.path)
 
 
 class Prepared(NamedTuple):
@@ -61,24 +66,26 @@ class Prepared(NamedTuple):
         return json.loads((self.folder / "info.json").read_text())
 
     def split(self, name: str) -> Split:
-        """Opens one split.
+        """Opens one split: `train`, `validation` or `test`."""
+        return open_split(self.folder, name)
 
-        Args:
-            name: `train`, `validation` or `test`.
-        """
-        info = self.info
-        counts = info["splits"][name]
 
-        def mapped(kind: str, dtype: str, length: int) -> np.ndarray:
-            # an empty file cannot be mapped
-            return np.memmap(self.folder / f"{name}.{kind}", dtype, "r") if length else np.empty(0, dtype)
+def open_split(folder: Path, name: str) -> Split:
+    """Opens a split of the shards in a folder."""
+    info = json.loads((folder / "info.json").read_text())
+    counts = info["splits"][name]
 
-        return Split(
-            mapped("tokens", info["dtype"], counts["tokens"]),
-            mapped("documents", "int64", counts["documents"]),
-            counts["bytes"],
-            counts["unigram_perplexity"],
-        )
+    def mapped(kind: str, dtype: str, length: int) -> np.ndarray:
+        # an empty file cannot be mapped
+        return np.memmap(folder / f"{name}.{kind}", dtype, "r") if length else np.empty(0, dtype)
+
+    return Split(
+        mapped("tokens", info["dtype"], counts["tokens"]),
+        mapped("documents", "int64", counts["documents"]),
+        counts["bytes"],
+        counts["unigram_perplexity"],
+        (folder, name),
+    )
 
 
 def prepare(
@@ -137,8 +144,10 @@ def lock_folder(cache: Path) -> Path:
 @contextlib.contextmanager
 def written_whole(folder: Path) -> Iterator[Path]:
     """Gives a folder to write into and names it `folder` at the end, or removes it on an error."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial-", dir=folder.parent))
+    partial = folder.with_name(f"{folder.name}.partial")
+    if partial.exists():  # of a run that was killed: whoever writes holds the folder's lock
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
     try:
         yield partial
     except BaseException:
@@ -165,7 +174,9 @@ def tokenize(
 
     total = corpora.total_bytes(corpus, cache)
     with contextlib.ExitStack() as stack:
-        bar = stack.enter_context(tqdm(total=total, unit="B", unit_scale=True, desc="tokenize", leave=False))
+        bar = stack.enter_context(
+            tqdm(total=total, unit="B", unit_scale=True, desc="tokenize", leave=False, disable=None)
+        )
         files = {
             (split, kind): stack.enter_context(open(folder / f"{split}.{kind}", "wb"))
             for split in SPLITS

@@ -128,8 +128,8 @@ class LanguageModule(LightningModule):
         settings = {"vocab_size": -(-vocabulary(tokenizer) // 64) * 64} | special | settings
         if settings["vocab_size"] < vocabulary(tokenizer):
             raise UserError(
-                f"model.network.vocab_size is {settings['vocab_size']}, but the tokenizer has {vocabulary(tokenizer)} tokens: "
-                "leave it out"
+                f"model.network.vocab_size is {settings['vocab_size']}, but the tokenizer has {vocabulary(tokenizer)} "
+                "tokens: leave it out"
             )
         config = transformers.AutoConfig.for_model(model_type, **settings)
         return self.auto_class.from_config(config, attn_implementation=self.attention)

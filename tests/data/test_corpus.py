@@ -420,7 +420,9 @@ def test_inputs_change_with_the_files_and_options_only(tmp_path, cache_dir):
     assert inputs(Corpus([], validation_paths=[str(path)]), cache_dir) != before
     moved = path.parent.rename(tmp_path / "two")
     assert inputs(Corpus([str(moved)]), tmp_path) == before
-    os.utime(moved / "a.txt", ns=(0, 0))
+    os.utime(moved / "a.txt", ns=(0, 0))  # only touched
+    assert inputs(Corpus([str(moved)]), tmp_path) == before
+    write(moved / "a.txt", "other")  # as long as before
     assert inputs(Corpus([str(moved)]), tmp_path) != before
 
 
