@@ -150,6 +150,23 @@ def test_validating_a_checkpoint_with_other_sizes_names_the_mismatch(fit, cli, r
         cli("validate", "--config", recipe, "--ckpt_path", checkpoint, "--model.network.n_embd", 64)
 
 
+def test_two_processes_do_what_one_does(recipe: Path):
+    """In steps and in validation: the same samples in the same order, each counted once, one run folder."""
+    off = [f"--model.network.{name}_pdrop=0" for name in ("resid", "embd", "attn")]
+    ddp = ("--trainer.strategy", "ddp", "--trainer.devices", 2, "--data.batch_size")
+    accumulated = (*ddp, 1, "--trainer.accumulate_grad_batches", 2, "--trainer.val_check_interval", 10)
+    rows = []
+    for name, flags in {"one": (), "ddp": (*ddp, 2), "accumulated": accumulated}.items():
+        result = command("fit", "--config", recipe, "--name", name, *off, "--trainer.limit_val_batches", 1.0, *flags)
+        assert result.returncode == 0, result.stderr
+        (run,) = (recipe.parent / "runs" / name).iterdir()
+        rows.append([[float(x or 0) for x in row] for row in metrics(run)])
+    assert len(rows[0]) == 12
+    for other in rows[1:]:
+        for a, b in zip(rows[0], other):
+            assert b == pytest.approx(a, abs=1e-4, rel=1e-5)
+
+
 def test_samples_are_printed_and_saved_and_never_hold_padding(fit, capsys):
     samples = {"class_path": "lm_lightning.callbacks.samples.Samples", "init_args": {"prompts": ["", "The old"]}}
     run = fit("--trainer.callbacks", json.dumps([samples]))

@@ -46,6 +46,7 @@ def write(checkpoint: Path, tokenizer: Path, folder: Path) -> None:
     import torch
     import transformers
 
+    from lm_lightning.data import tokenizer as tokenizers
     from lm_lightning.models.module import save_network
 
     hub.quiet()
@@ -57,7 +58,10 @@ def write(checkpoint: Path, tokenizer: Path, folder: Path) -> None:
     with torch.device("meta"):
         network = network_class(config)
     save_network(network, weights, description["vocab_size"], folder)
-    transformers.AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+    own = tokenizers.load(str(tokenizer))
+    own.save_pretrained(folder)
+    if tokenizers.fingerprint(tokenizers.load(str(folder))) != tokenizers.fingerprint(own):
+        raise UserError("the exported tokenizer is not read as it was saved: nothing is exported")
 
     network = network_class(config)
     network.load_state_dict(weights)

@@ -149,7 +149,9 @@ def talk(
     def tokens(turns: list[dict]) -> list[int]:
         if tokenizer.chat_template is None:
             return prompt_ids(tokenizer, "".join(turn["content"] + "\n" for turn in turns))
-        return tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
+        # Here the special tokens are meant: they come from the template.
+        settings = {"split_special_tokens": False}
+        return tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenizer_kwargs=settings)["input_ids"]
 
     turns: list[dict] = []
     while True:

@@ -8,6 +8,7 @@ over processes.
 import copy
 import difflib
 import math
+import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
@@ -19,7 +20,7 @@ from torchmetrics import MeanMetric
 
 from lm_lightning import hub
 from lm_lightning.data.order import PADDING
-from lm_lightning.data.tokenizer import document_ids, vocabulary
+from lm_lightning.data.tokenizer import document_ids, fingerprint, load, vocabulary
 from lm_lightning.errors import UserError
 from lm_lightning.optim import OptimizerFactory, Schedule, parameter_groups
 
@@ -132,6 +133,14 @@ class LanguageModule(LightningModule):
                 "tokens: leave it out"
             )
         config = transformers.AutoConfig.for_model(model_type, **settings)
+        with tempfile.TemporaryDirectory() as folder:  # before any work is done for a model that could not be used
+            config.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            if fingerprint(load(folder)) != fingerprint(tokenizer):
+                raise UserError(
+                    f"transformers would read this tokenizer, saved beside a network of type {model_type}, as another "
+                    f"one: take {model_type}'s own (data.tokenizer.path), or another model.network.model_type"
+                )
         return self.auto_class.from_config(config, attn_implementation=self.attention)
 
     def pretrained_network(self) -> transformers.PreTrainedModel:

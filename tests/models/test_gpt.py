@@ -169,6 +169,7 @@ def test_mistakes_in_the_network_are_named(tokenizer, tmp_path):
         ({"network": {"model_type": "gpt2", "vocab_size": 10}}, "has 257 tokens"),
         ({"network": {"model_type": "gpt2", "n_positions": 8}}, "positions for 8 tokens"),
         ({"pretrained": str(tmp_path / "nowhere")}, "does not exist"),
+        ({"network": {"model_type": "qwen2"}}, "as another one"),
         ({}, "not neither"),
         ({"network": {"model_type": "gpt2"}, "pretrained": "gpt2"}, "not both"),
     ):
