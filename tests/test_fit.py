@@ -62,7 +62,8 @@ def test_run_folder_is_complete_and_loads_in_plain_transformers(recipe: Path, tm
     from transformers import GPT2Config, GPT2LMHeadModel
 
     checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
-    network = GPT2LMHeadModel(GPT2Config.from_dict(checkpoint["network"]["config"])).eval()
+    rows = checkpoint["network"]["rows"]
+    network = GPT2LMHeadModel(GPT2Config.from_dict(checkpoint["network"]["config"] | {"vocab_size": rows})).eval()
     network.load_state_dict({k.removeprefix("network."): v for k, v in checkpoint["state_dict"].items()})
     own = network(torch.tensor(ids)).logits[..., :vocabulary]
     assert network.config.vocab_size % 64 == 0 and network.config.vocab_size > vocabulary == len(logits[0][0])

@@ -55,25 +55,20 @@ def write(checkpoint: Path, tokenizer: Path, folder: Path) -> None:
     network_class = getattr(transformers, description["class"])
     config = network_class.config_class.from_dict(description["config"])
     weights = {k.removeprefix("network."): w for k, w in saved["state_dict"].items() if k.startswith("network.")}
-    with torch.device("meta"):
-        network = network_class(config)
-    save_network(network, weights, description["vocab_size"], folder)
+    save_network(description, weights, folder)
     own = tokenizers.load(str(tokenizer))
     own.save_pretrained(folder)
     if tokenizers.fingerprint(tokenizers.load(str(folder))) != tokenizers.fingerprint(own):
         raise UserError("the exported tokenizer is not read as it was saved: nothing is exported")
 
-    network = network_class(config)
-    network.load_state_dict(weights)
-    reloaded = network_class.from_pretrained(folder)
-    tokens = torch.arange(min(16, description["vocab_size"])).unsqueeze(0)
+    tokens = torch.arange(min(16, config.vocab_size)).unsqueeze(0)
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     with torch.no_grad():
-        before, after = (
-            model.eval()(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits[
-                ..., : description["vocab_size"]
-            ]
-            for model in (network, reloaded)
-        )
+        after = network_class.from_pretrained(folder).eval()(**inputs).logits
+        config.vocab_size = description["rows"]
+        network = network_class(config).eval()
+        network.load_state_dict(weights)
+        before = network(**inputs).logits[..., : after.shape[-1]]
     difference = (before - after).abs().max().item()
     if not difference < 1e-5:
         raise UserError(

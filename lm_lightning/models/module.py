@@ -172,9 +172,25 @@ class LanguageModule(LightningModule):
             return self.network.get_input_embeddings().weight.shape[0]
         return vocabulary(self.trainer.datamodule.tokenizer)
 
+    def description(self) -> dict[str, Any]:
+        """All but the weights that is needed to make the network again, JSON-able.
+
+        Returns:
+            `class`, its name in `transformers`; `config` and `generation` (None for networks that do not generate), as
+            they are exported; `rows`, how many the vocabulary has here with those that pad it.
+        """
+        tokenizer, generation = self.trainer.datamodule.tokenizer, self.network.generation_config
+        own = {"vocab_size": self.vocab_size, "pad_token_id": tokenizer.pad_token_id}
+        return {
+            "class": type(self.network).__name__,
+            "config": self.network.config.to_dict() | own,
+            "generation": None if generation is None else generation.to_dict(),
+            "rows": self.network.config.vocab_size,
+        }
+
     def export(self, folder: Path) -> None:
         """Writes the network and its tokenizer as a `from_pretrained` folder."""
-        save_network(self.network, self.network.state_dict(), self.vocab_size, folder)
+        save_network(self.description(), self.network.state_dict(), folder)
         self.trainer.datamodule.tokenizer.save_pretrained(folder)
 
     # Training
@@ -310,15 +326,11 @@ class LanguageModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         self.check_finite()
-        checkpoint["network"] = {
-            "class": type(self.network).__name__,
-            "config": self.network.config.to_dict(),
-            "vocab_size": self.vocab_size,
-        }
+        checkpoint["network"] = self.description()
         checkpoint["optimizer"] = type(self.optimizers().optimizer).__name__
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        saved, own = checkpoint["network"]["config"], self.network.config.to_dict()
+        saved, own = checkpoint["network"]["config"], self.description()["config"]
         different = [
             f"{key} {saved.get(key)} (here {own.get(key)})"
             for key in sorted(saved.keys() | own.keys())
@@ -343,28 +355,21 @@ class LanguageModule(LightningModule):
             )
 
 
-def save_network(
-    network: transformers.PreTrainedModel, weights: dict[str, Tensor], vocab_size: int, folder: Path
-) -> None:
-    """Writes a network as a `from_pretrained` folder, without the padding rows of its vocabulary.
+def save_network(description: dict[str, Any], weights: dict[str, Tensor], folder: Path) -> None:
+    """Writes weights as a `from_pretrained` folder.
 
     Args:
-        network: Gives the class, the config and which tensors belong to the vocabulary; may be on the meta device.
-        weights: State dict of the network; kept as it is.
-        vocab_size: Rows that are tokens.
+        description: Of the network to write; see `LanguageModule.description`.
+        weights: State dict of the network, whose vocabulary may have more rows: these are padding and are left out.
         folder: Is made if it does not exist.
     """
-    rows = network.get_input_embeddings().weight.shape[0]
-    if rows != vocab_size:
-        vocabulary = [network.get_input_embeddings(), network.get_output_embeddings()]
-        padded = {id(p) for module in vocabulary if module is not None for p in module.parameters()}
-        names = {name for name, p in network.named_parameters(remove_duplicate=False) if id(p) in padded}
-        weights = {name: w[:vocab_size].clone() if name in names else w for name, w in weights.items()}
-    config = copy.deepcopy(network.config)
-    config.vocab_size = vocab_size
-    with torch.device("meta"):
-        exported = type(network)(config)
-    exported.load_state_dict(weights, assign=True)
-    exported.tie_weights()
-    exported.generation_config = network.generation_config
-    exported.save_pretrained(folder)
+    network_class = getattr(transformers, description["class"])
+    with torch.device("meta"):  # the tensors come from `weights`
+        network = network_class(network_class.config_class.from_dict(description["config"]))
+    if description["generation"] is not None:
+        network.generation_config = transformers.GenerationConfig.from_dict(description["generation"])
+    shapes = {key: tensor.shape for key, tensor in network.state_dict().items()}
+    weights = {key: w if w.shape == shapes[key] else w[: shapes[key][0]].clone() for key, w in weights.items()}
+    network.load_state_dict(weights, assign=True)
+    network.tie_weights()
+    network.save_pretrained(folder)

@@ -86,6 +86,14 @@ def test_loss_is_that_of_transformers(name: str, tokenizer):
     assert (loss / count).item() == pytest.approx(expected.item(), abs=1e-5)
 
 
+def test_end_of_text_is_trained_as_an_input_although_it_is_also_the_padding(tokenizer):
+    model = made(CausalLM(network=NETWORKS["llama"]), tokenizer)
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    tokens = torch.tensor([[tokenizer.eos_token_id, 5, 6]])
+    model.loss({"input_ids": tokens, "targets": tokens})[0].backward()
+    assert model.network.get_input_embeddings().weight.grad[tokenizer.eos_token_id].any()
+
+
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_documents_of_a_block_do_not_see_each_other_when_masked(name: str, tokenizer):
     model = made(CausalLM(network=NETWORKS[name]), tokenizer).eval()
