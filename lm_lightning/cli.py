@@ -23,8 +23,10 @@ from lm_lightning.callbacks.export import Export
 from lm_lightning.callbacks.predictions import Predictions
 from lm_lightning.callbacks.progress import RunProgress
 from lm_lightning.callbacks.throughput import Throughput
-from lm_lightning.data.pretraining import PretrainingData  # noqa: F401 (imported, so that its short name works as class_path)
+from lm_lightning.data.masked import MaskedData  # noqa: F401 (imported, so that its short name works as class_path)
+from lm_lightning.data.pretraining import PretrainingData  # noqa: F401
 from lm_lightning.errors import UserError
+from lm_lightning.models.bert import MaskedLM  # noqa: F401
 from lm_lightning.models.gpt import CausalLM  # noqa: F401
 from lm_lightning.models.module import LanguageModule
 

@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lm_lightning.data.corpus import Corpus
 from lm_lightning.data.tokenizer import Tokenizer
@@ -12,6 +12,7 @@ from lm_lightning.errors import UserError
 def prepare(
     corpus: Corpus = Corpus(),
     tokenizer: Tokenizer = Tokenizer(),
+    special: Literal["gpt", "bert"] = "gpt",
     block_size: int = 256,
     cache_dir: str = "~/.cache/lm_lightning",
     show: list[int] = [],  # noqa: B006 (read only)
@@ -23,14 +24,15 @@ def prepare(
     Args:
         corpus: Where the documents come from.
         tokenizer: Which tokenizer turns them into tokens.
+        special: Which special tokens documents get.
         block_size: Tokens of a block.
         cache_dir: Folder that keeps trained tokenizers and tokenized corpora.
         show: Training samples (numbers of blocks) to print, as messages and logs name them.
     """
-    from lm_lightning.data.shards import SPLITS
+    from lm_lightning.data.shards import SPLITS, Layout
     from lm_lightning.data.shards import prepare as prepare_shards
 
-    prepared = prepare_shards(corpus, tokenizer, "gpt", cache_dir)
+    prepared = prepare_shards(corpus, tokenizer, Layout(special), cache_dir)
     if show:
         tokens = prepared.split("train").tokens
         for sample in show:

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from lm_lightning.data import shards
 from lm_lightning.data.corpus import Corpus
 from lm_lightning.data.order import PADDING, SequentialBatches, StreamSampler, samples_at
-from lm_lightning.data.tokenizer import SpecialTokens, Tokenizer
+from lm_lightning.data.tokenizer import Tokenizer
 from lm_lightning.errors import UserError
 
 
@@ -85,8 +85,6 @@ class PretrainingData(LightningDataModule):
         cache_dir: Folder that keeps trained tokenizers and tokenized corpora for the next run.
     """
 
-    special: SpecialTokens = "gpt"  # special tokens of a tokenizer that is trained
-
     def __init__(
         self,
         corpus: Corpus = Corpus(),
@@ -108,13 +106,17 @@ class PretrainingData(LightningDataModule):
         """Input tokens of a micro-batch of one process."""
         return self.batch_size * self.block_size
 
+    def layout(self) -> shards.Layout:
+        """How documents become tokens."""
+        return shards.Layout("gpt")
+
     def prepare_data(self) -> None:
-        shards.prepare(self.corpus, self.tokenizer_options, self.special, self.cache_dir)
+        shards.prepare(self.corpus, self.tokenizer_options, self.layout(), self.cache_dir)
 
     def setup(self, stage: str) -> None:
         """Opens the shards; every process does."""
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
-        self.prepared = shards.prepare(self.corpus, self.tokenizer_options, self.special, self.cache_dir)
+        self.prepared = shards.prepare(self.corpus, self.tokenizer_options, self.layout(), self.cache_dir)
         self.tokenizer = self.prepared.tokenizer
         self.splits = {name: self.prepared.split(name) for name in shards.SPLITS}
         needed = {"fit": ["train", "validation"], "validate": ["validation"], "test": ["test"], "predict": ["test"]}
@@ -133,14 +135,14 @@ class PretrainingData(LightningDataModule):
     def report(self, name: str) -> None:
         """Prints what a split has, and what of it is left out."""
         split, blocks = self.splits[name], self.blocks(name)
-        left = len(split.tokens) - 1 - len(blocks) * self.block_size
+        left = len(split.tokens) - 1 - len(blocks) * self.block_size  # one token less, as the first is no target
         print(
             f"{name}: {len(split.documents):,} documents, {split.bytes:,} bytes, {len(split.tokens):,} tokens of "
             f"{len(self.tokenizer):,} kinds, unigram perplexity {split.unigram_perplexity:.1f}, {len(blocks):,} blocks "
             f"of {self.block_size}" + (f", {left} tokens at the end that fill no block" if left > 0 else "")
         )
 
-    def blocks(self, name: str) -> Blocks:
+    def blocks(self, name: str) -> Dataset:
         """The blocks of a split; those of `train` in the order of the run's seed."""
         return Blocks(self.splits[name], self.block_size, self.mask_documents, self.seed if name == "train" else None)
 
@@ -171,7 +173,7 @@ class PretrainingData(LightningDataModule):
         sampler = SequentialBatches(len(blocks), self.batch_size, self.trainer.global_rank, self.trainer.world_size)
         return self.loader(blocks, sampler)
 
-    def loader(self, blocks: Blocks, sampler: StreamSampler | SequentialBatches) -> DataLoader:
+    def loader(self, blocks: Dataset, sampler: StreamSampler | SequentialBatches) -> DataLoader:
         return DataLoader(
             blocks,
             batch_sampler=sampler,

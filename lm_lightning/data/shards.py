@@ -4,8 +4,11 @@ Documents flow in, are cut into tokens and appended to one file a split; the fil
 that decides their content, so that the next run finds them and a change of anything makes new ones:
 
     <cache>/shards/<fingerprint>/info.json              counts, token type, unigram perplexity
+                                 frequencies.npy        of each token in the training split
                                  <split>.tokens         token ids, uint16 where the vocabulary allows, else uint32
                                  <split>.documents      int64, where each document starts in <split>.tokens
+                                 <split>.sentences      int64, where each sentence starts, if asked for
+                                 <split>.words          uint8, 1 for tokens that follow white space, if asked for
     <cache>/tokenizers/<fingerprint>/tokenizer.json     a tokenizer that was trained on the corpus
 """
 
@@ -14,7 +17,8 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
@@ -27,9 +31,33 @@ from lm_lightning.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+KINDS = {"tokens": None, "documents": "int64", "sentences": "int64", "words": "uint8"}  # files and their types
 SPLITS = ("train", "validation", "test")
-FORMAT = 1  # part of every fingerprint: raise it when the meaning of the files changes
+FORMAT = 2  # part of every fingerprint: raise it when the meaning of the files changes
 BATCH_CHARACTERS = 1 << 22  # text tokenized at once: enough for all cores, little enough for flat memory
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the text of a document becomes tokens.
+
+    Attributes:
+        special: `gpt` puts the end-of-text token after each document, `bert` what the tokenizer puts around a text;
+            a trained tokenizer gets these special tokens.
+        sentences: Language (such as `en`, `zh`) by whose rules documents are split into sentences, whose starts are
+            kept; the documents then get no special tokens. None: no sentences.
+        words: Whether to keep which tokens follow white space.
+    """
+
+    special: tokenizers.SpecialTokens = "gpt"
+    sentences: Optional[str] = None
+    words: bool = False
+
+    def around(self, tokenizer: "PreTrainedTokenizerFast") -> tuple[list[int], list[int]]:
+        """Token ids before and after each document."""
+        if self.sentences is not None:
+            return [], []
+        return tokenizers.document_ids(tokenizer) if self.special == "gpt" else tokenizers.text_ids(tokenizer)
 
 
 class Split(NamedTuple):
@@ -40,6 +68,8 @@ class Split(NamedTuple):
         documents: Where each document starts in `tokens`, ascending, (documents,) int64.
         bytes: UTF-8 bytes of the text.
         unigram_perplexity: Of this split's tokens, under their frequencies in the training split.
+        sentences: Where each sentence starts, ascending, (sentences,) int64; empty if the layout has none.
+        words: 1 for tokens that follow white space or begin a document, (tokens,) uint8; empty if the layout has none.
         path: Folder of the shards and name of the split, None for tokens that are in memory.
     """
 
@@ -47,6 +77,8 @@ class Split(NamedTuple):
     documents: np.ndarray
     bytes: int
     unigram_perplexity: float
+    sentences: np.ndarray = np.empty(0, np.int64)
+    words: np.ndarray = np.empty(0, np.uint8)
     path: Optional[tuple[Path, str]] = None
 
     def __reduce__(self) -> tuple:
@@ -65,6 +97,10 @@ class Prepared(NamedTuple):
         """What is known about the shards: `splits` with their counts, `inputs`, `dtype`."""
         return json.loads((self.folder / "info.json").read_text())
 
+    def frequencies(self) -> np.ndarray:
+        """How often each token is in the training split, (vocabulary,) int64."""
+        return np.load(self.folder / "frequencies.npy")
+
     def split(self, name: str) -> Split:
         """Opens one split: `train`, `validation` or `test`."""
         return open_split(self.folder, name)
@@ -75,22 +111,17 @@ def open_split(folder: Path, name: str) -> Split:
     info = json.loads((folder / "info.json").read_text())
     counts = info["splits"][name]
 
-    def mapped(kind: str, dtype: str, length: int) -> np.ndarray:
-        # an empty file cannot be mapped
-        return np.memmap(folder / f"{name}.{kind}", dtype, "r") if length else np.empty(0, dtype)
-
-    return Split(
-        mapped("tokens", info["dtype"], counts["tokens"]),
-        mapped("documents", "int64", counts["documents"]),
-        counts["bytes"],
-        counts["unigram_perplexity"],
-        (folder, name),
-    )
+    files = {kind: folder / f"{name}.{kind}" for kind in KINDS}
+    mapped = {  # an empty file cannot be mapped
+        kind: np.memmap(file, KINDS[kind] or info["dtype"], "r")
+        if file.stat().st_size
+        else np.empty(0, KINDS[kind] or info["dtype"])
+        for kind, file in files.items()
+    }
+    return Split(bytes=counts["bytes"], unigram_perplexity=counts["unigram_perplexity"], path=(folder, name), **mapped)
 
 
-def prepare(
-    corpus: corpora.Corpus, options: tokenizers.Tokenizer, special: tokenizers.SpecialTokens, cache_dir: str
-) -> Prepared:
+def prepare(corpus: corpora.Corpus, options: tokenizers.Tokenizer, layout: Layout, cache_dir: str) -> Prepared:
     """Loads or trains the tokenizer and tokenizes the corpus, unless the cache has both.
 
     Safe when several processes do it at once: the first works, the others wait for it.
@@ -98,7 +129,7 @@ def prepare(
     Args:
         corpus: What to read.
         options: Which tokenizer.
-        special: Which special tokens a trained tokenizer gets.
+        layout: How documents become tokens.
         cache_dir: Folder of the cache; `~` is expanded.
 
     Raises:
@@ -113,20 +144,20 @@ def prepare(
     if options.path is not None:
         tokenizer = tokenizers.load(options.path)
     else:
-        folder = cache / "tokenizers" / fingerprint(inputs, vars(options), special)
+        folder = cache / "tokenizers" / fingerprint(inputs, vars(options), layout.special)
         with FileLock(f"{lock_folder(cache)}/{folder.name}.lock"):
             if not folder.exists():
                 texts = (piece.text for piece in corpora.read(corpus, cache) if piece.split == "train")
-                trained = tokenizers.train(options, texts, special)
+                trained = tokenizers.train(options, texts, layout.special)
                 with written_whole(folder) as partial:
                     trained.save_pretrained(partial)
         tokenizer = tokenizers.load(str(folder))
 
-    folder = cache / "shards" / fingerprint(inputs, tokenizers.fingerprint(tokenizer))
+    folder = cache / "shards" / fingerprint(inputs, tokenizers.fingerprint(tokenizer), vars(layout))
     with FileLock(f"{lock_folder(cache)}/{folder.name}.lock"):
         if not folder.exists():
             with written_whole(folder) as partial:
-                tokenize(corpus, tokenizer, inputs, cache, partial)
+                tokenize(corpus, tokenizer, layout, inputs, cache, partial)
     return Prepared(tokenizer, folder)
 
 
@@ -157,12 +188,18 @@ def written_whole(folder: Path) -> Iterator[Path]:
 
 
 def tokenize(
-    corpus: corpora.Corpus, tokenizer: "PreTrainedTokenizerFast", inputs: dict, cache: Path, folder: Path
+    corpus: corpora.Corpus,
+    tokenizer: "PreTrainedTokenizerFast",
+    layout: Layout,
+    inputs: dict,
+    cache: Path,
+    folder: Path,
 ) -> None:
     """Reads the corpus once and writes the files of all splits into `folder`."""
     from tqdm import tqdm
 
-    prefix, suffix = tokenizers.document_ids(tokenizer)
+    prefix, suffix = layout.around(tokenizer)
+    segment = sentence_splitter(layout.sentences) if layout.sentences is not None else lambda text: [text]
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()  # whatever the tokenizer was saved with: a document is taken whole
     backend.no_padding()
@@ -171,6 +208,8 @@ def tokenize(
     counts: dict[str, dict[str, Any]] = {split: {"documents": 0, "tokens": 0, "bytes": 0} for split in SPLITS}
     frequencies = {split: np.zeros(vocabulary, np.int64) for split in SPLITS}
     inside: dict[str, bool] = dict.fromkeys(SPLITS, False)  # has a document begun whose last piece is still to come?
+    # Offsets, which tell of white space, cost time.
+    encode = backend.encode_batch if layout.words else backend.encode_batch_fast
 
     total = corpora.total_bytes(corpus, cache)
     with contextlib.ExitStack() as stack:
@@ -180,36 +219,55 @@ def tokenize(
         files = {
             (split, kind): stack.enter_context(open(folder / f"{split}.{kind}", "wb"))
             for split in SPLITS
-            for kind in ("tokens", "documents")
+            for kind in KINDS
         }
         for pieces in batches(corpora.read(corpus, cache)):
-            encodings = backend.encode_batch_fast([piece.text for piece in pieces], add_special_tokens=False)
-            ids: dict[str, list[int]] = {split: [] for split in SPLITS}
-            starts: dict[str, list[int]] = {split: [] for split in SPLITS}
-            for piece, encoding in zip(pieces, encodings):
+            parts = [segment(piece.text) for piece in pieces]
+            encodings = iter(encode([part for texts in parts for part in texts], add_special_tokens=False))
+            new: dict[tuple[str, str], list[int]] = {key: [] for key in files}
+            for piece, texts in zip(pieces, parts):
                 split = piece.split
+                ids, words = new[split, "tokens"], new[split, "words"]
                 if not inside[split]:
-                    starts[split].append(counts[split]["tokens"] + len(ids[split]))
-                    ids[split] += prefix
-                ids[split] += encoding.ids
+                    new[split, "documents"].append(counts[split]["tokens"] + len(ids))
+                    ids += prefix
+                    words += [1] * len(prefix)
+                for text, encoding in zip(texts, encodings):
+                    if layout.sentences is not None and encoding.ids:
+                        new[split, "sentences"].append(counts[split]["tokens"] + len(ids))
+                    ids += encoding.ids
+                    if layout.words:
+                        words += [int(start == 0 or text[start - 1].isspace()) for start, _ in encoding.offsets]
                 if piece.last:
-                    ids[split] += suffix
+                    ids += suffix
+                    words += [1] * len(suffix)
                 inside[split] = not piece.last
                 size = len(piece.text.encode())
                 counts[split]["bytes"] += size
                 bar.update(size)
+            for (split, kind), values in new.items():
+                if kind != "words" or layout.words:
+                    files[split, kind].write(np.array(values, KINDS[kind] or dtype).tobytes())
             for split in SPLITS:
-                array = np.array(ids[split], dtype)
-                files[split, "tokens"].write(array.tobytes())
-                files[split, "documents"].write(np.array(starts[split], np.int64).tobytes())
-                frequencies[split] += np.bincount(array, minlength=vocabulary)
-                counts[split]["tokens"] += len(array)
-                counts[split]["documents"] += len(starts[split])
+                ids = new[split, "tokens"]
+                frequencies[split] += np.bincount(ids, minlength=vocabulary)
+                counts[split]["tokens"] += len(ids)
+                counts[split]["documents"] += len(new[split, "documents"])
 
     for split in SPLITS:
         counts[split]["unigram_perplexity"] = unigram_perplexity(frequencies["train"], frequencies[split])
+    np.save(folder / "frequencies.npy", frequencies["train"])
     info = {"inputs": inputs, "dtype": dtype.name, "vocabulary": vocabulary, "splits": counts}
     (folder / "info.json").write_text(json.dumps(info, indent=2))
+
+
+def sentence_splitter(language: str) -> Callable[[str], list[str]]:
+    """A function that cuts a text into its sentences, which joined give the text."""
+    try:
+        from sentencex import segment
+    except ImportError as error:
+        raise UserError('next sentences need a sentence splitter: pip install "lm_lightning[bert]"') from error
+    return lambda text: list(segment(language, text))
 
 
 def batches(pieces: Iterator[corpora.Piece]) -> Iterator[list[corpora.Piece]]:

@@ -130,6 +130,13 @@ def fingerprint(tokenizer: "PreTrainedTokenizerFast") -> str:
     return hashlib.sha256(state.encode()).hexdigest()
 
 
+def text_ids(tokenizer: "PreTrainedTokenizerFast") -> tuple[list[int], list[int]]:
+    """Ids that the tokenizer itself puts before and after a text, such as those of `[CLS]` and `[SEP]`."""
+    whole, text = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
+    start = next(i for i in range(len(whole)) if whole[i : i + len(text)] == text)
+    return whole[:start], whole[start + len(text) :]
+
+
 def vocabulary(tokenizer: "PreTrainedTokenizerFast") -> int:
     """Rows that a network needs for the tokenizer: one more than its highest id, as there may be gaps."""
     return max(tokenizer.get_vocab().values()) + 1

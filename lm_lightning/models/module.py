@@ -57,9 +57,7 @@ class LanguageModule(LightningModule):
         self,
         network: Optional[dict[str, Any]] = None,
         pretrained: Optional[str] = None,
-        optimizer: OptimizerFactory = lambda params: torch.optim.AdamW(
-            params, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1
-        ),
+        optimizer: OptimizerFactory = lambda params: torch.optim.AdamW(params, lr=1e-3, weight_decay=0.1),
         schedule: Schedule = Schedule(),
         attention: Optional[str] = None,
         compile: bool = False,

@@ -84,7 +84,7 @@ def word_level(folder, vocabulary, **special):
 def test_a_split_has_its_documents_tokens_each_with_an_end(tmp_path, cache, monkeypatch, algorithm, at_once):
     monkeypatch.setattr(shards, "BATCH_CHARACTERS", at_once)
     options = Tokenizer(algorithm=algorithm, vocab_size=300)
-    prepared = shards.prepare(write(tmp_path), options, "gpt", str(cache))
+    prepared = shards.prepare(write(tmp_path), options, shards.Layout(), str(cache))
     for name, texts in TEXTS.items():
         assert documents(prepared, name) == by_hand(prepared.tokenizer, texts)
         assert prepared.split(name).bytes == sum(len(text.encode()) for text in texts)
@@ -98,7 +98,7 @@ def test_a_document_that_comes_in_pieces_has_the_tokens_of_the_whole(tmp_path, c
     texts = {"train": ["before", long, "after"], "validation": [long]}
     assert sum(not piece.last for piece in corpora.read(write(tmp_path, texts), cache)) >= 6
     options = Tokenizer(algorithm="bpe", vocab_size=400)
-    prepared = shards.prepare(write(tmp_path, texts), options, "gpt", str(cache))
+    prepared = shards.prepare(write(tmp_path, texts), options, shards.Layout(), str(cache))
     for name in texts:
         assert documents(prepared, name) == by_hand(prepared.tokenizer, texts[name])
 
@@ -107,7 +107,7 @@ def test_pieces_of_documents_of_several_splits_stay_apart(cache, tmp_path, monke
     """Whoever reads a corpus in parallel may mix the splits' pieces."""
     pieces = [("train", "a", False), ("test", "b", False), ("train", "c", True), ("test", "d", True)]
     monkeypatch.setattr(corpora, "read", lambda *_: (Piece(split, "", text, last) for split, text, last in pieces))
-    prepared = shards.prepare(write(tmp_path), BYTES, "gpt", str(cache))
+    prepared = shards.prepare(write(tmp_path), BYTES, shards.Layout(), str(cache))
     assert documents(prepared, "train") == by_hand(prepared.tokenizer, ["ac"])
     assert documents(prepared, "test") == by_hand(prepared.tokenizer, ["bd"])
 
@@ -121,7 +121,7 @@ def test_a_token_that_begins_texts_begins_each_document_but_not_each_piece(tmp_p
     tokenizer.save_pretrained(folder)
     pieces = [Piece("train", "", "a b", False), Piece("train", "", " a", True), Piece("train", "", "b", True)]
     monkeypatch.setattr(corpora, "read", lambda *_: iter(pieces))
-    prepared = shards.prepare(write(tmp_path), Tokenizer(path=folder), "gpt", str(cache))
+    prepared = shards.prepare(write(tmp_path), Tokenizer(path=folder), shards.Layout(), str(cache))
     assert documents(prepared, "train") == [[1, 3, 4, 3, 2], [1, 4, 2]]
 
 
@@ -129,9 +129,9 @@ def test_an_end_token_written_in_a_text_ends_nothing(tmp_path, cache):
     texts = ["one<|endoftext|>two", "<|endoftext|>"]
     corpus = write(tmp_path, {"train": texts})
     corpus.validation_fraction = corpus.test_fraction = 0
-    trained = shards.prepare(corpus, BYTES, "gpt", str(cache))
+    trained = shards.prepare(corpus, BYTES, shards.Layout(), str(cache))
     trained.tokenizer.save_pretrained(tmp_path / "saved")
-    loaded = shards.prepare(corpus, Tokenizer(path=str(tmp_path / "saved")), "gpt", str(cache))
+    loaded = shards.prepare(corpus, Tokenizer(path=str(tmp_path / "saved")), shards.Layout(), str(cache))
     for prepared in (trained, loaded):
         tokens = prepared.split("train").tokens
         assert (tokens == prepared.tokenizer.eos_token_id).sum() == len(prepared.split("train").documents) == 2
@@ -141,7 +141,7 @@ def test_an_end_token_written_in_a_text_ends_nothing(tmp_path, cache):
 def test_a_split_without_documents_is_empty(tmp_path, cache):
     corpus = write(tmp_path, {"train": ["a", "b"]})
     corpus.validation_fraction = corpus.test_fraction = 0
-    split = shards.prepare(corpus, BYTES, "gpt", str(cache)).split("validation")
+    split = shards.prepare(corpus, BYTES, shards.Layout(), str(cache)).split("validation")
     assert len(split.tokens) == len(split.documents) == split.bytes == 0
     assert math.isnan(split.unigram_perplexity)
 
@@ -151,25 +151,25 @@ def test_tokens_take_two_bytes_where_the_vocabulary_allows(tmp_path, cache, size
     vocabulary = {"<unk>": 0, "</s>": 1} | {str(number): number for number in range(2, size)}
     folder = word_level(tmp_path / "tokenizer", vocabulary)
     corpus = write(tmp_path, {"train": [f"2 {size - 1}"], "validation": ["3"], "test": ["4"]})
-    prepared = shards.prepare(corpus, Tokenizer(path=folder), "gpt", str(cache))
+    prepared = shards.prepare(corpus, Tokenizer(path=folder), shards.Layout(), str(cache))
     assert prepared.split("train").tokens.dtype == dtype
     assert documents(prepared, "train") == [[2, size - 1, 1]]
 
 
 def test_a_tokenizer_that_was_saved_with_truncation_and_padding_loses_and_adds_nothing(tmp_path, cache):
     corpus = write(tmp_path)
-    whole = shards.prepare(corpus, BYTES, "gpt", str(cache))
+    whole = shards.prepare(corpus, BYTES, shards.Layout(), str(cache))
     whole.tokenizer.backend_tokenizer.enable_truncation(8)
     whole.tokenizer.backend_tokenizer.enable_padding(length=8)
     whole.tokenizer.save_pretrained(tmp_path / "saved")
-    prepared = shards.prepare(corpus, Tokenizer(path=str(tmp_path / "saved")), "gpt", str(tmp_path / "other"))
+    prepared = shards.prepare(corpus, Tokenizer(path=str(tmp_path / "saved")), shards.Layout(), str(tmp_path / "other"))
     assert documents(prepared, "train") == documents(whole, "train")
 
 
 def test_ids_of_a_vocabulary_may_have_gaps(tmp_path, cache):
     folder = word_level(tmp_path / "tokenizer", {"<unk>": 0, "a": 1, "b": 2, "</s>": 70_000})
     corpus = write(tmp_path, {"train": ["a"], "validation": ["a"], "test": ["a"]})
-    prepared = shards.prepare(corpus, Tokenizer(path=folder), "gpt", str(cache))
+    prepared = shards.prepare(corpus, Tokenizer(path=folder), shards.Layout(), str(cache))
     assert documents(prepared, "train") == [[1, 70_000]]
 
 
@@ -183,7 +183,7 @@ def test_unigram_perplexity_counts_each_token_once_more():
 
 
 def test_unigram_perplexity_of_each_split_is_under_the_training_frequencies(tmp_path, cache):
-    prepared = shards.prepare(write(tmp_path), BYTES, "gpt", str(cache))
+    prepared = shards.prepare(write(tmp_path), BYTES, shards.Layout(), str(cache))
     frequencies = Counter(prepared.split("train").tokens.tolist())
     total = frequencies.total() + len(prepared.tokenizer)
     for name in shards.SPLITS:
@@ -197,10 +197,10 @@ def test_unigram_perplexity_of_each_split_is_under_the_training_frequencies(tmp_
 
 def test_a_second_run_reads_and_writes_nothing(tmp_path, cache, monkeypatch):
     corpus = write(tmp_path)
-    first = shards.prepare(corpus, BYTES, "gpt", str(cache))
+    first = shards.prepare(corpus, BYTES, shards.Layout(), str(cache))
     before = files(cache)
     monkeypatch.setattr(corpora, "read", None)
-    second = shards.prepare(corpus, BYTES, "gpt", str(cache))
+    second = shards.prepare(corpus, BYTES, shards.Layout(), str(cache))
     assert second.folder == first.folder and second.tokenizer.get_vocab() == first.tokenizer.get_vocab()
     locks = {path for path in before if path.suffix == ".lock"}
     assert {path: files(cache)[path] for path in before.keys() - locks} == {
@@ -210,11 +210,11 @@ def test_a_second_run_reads_and_writes_nothing(tmp_path, cache, monkeypatch):
 
 
 def test_a_moved_corpus_is_found_again(tmp_path, cache):
-    first = shards.prepare(write(tmp_path), BYTES, "gpt", str(cache))
+    first = shards.prepare(write(tmp_path), BYTES, shards.Layout(), str(cache))
     for split in shards.SPLITS:
         (tmp_path / split).rename(tmp_path / f"moved-{split}")
     moved = [[str(tmp_path / f"moved-{split}")] for split in shards.SPLITS]
-    assert shards.prepare(Corpus(*moved, document="file"), BYTES, "gpt", str(cache)).folder == first.folder
+    assert shards.prepare(Corpus(*moved, document="file"), BYTES, shards.Layout(), str(cache)).folder == first.folder
 
 
 def test_whatever_decides_the_tokens_makes_new_shards(tmp_path, cache):
@@ -222,7 +222,7 @@ def test_whatever_decides_the_tokens_makes_new_shards(tmp_path, cache):
 
     def folder(options=BYTES, **settings):
         corpus = Corpus([str(tmp_path / "train")], **settings)
-        return shards.prepare(corpus, options, "gpt", str(cache)).folder
+        return shards.prepare(corpus, options, shards.Layout(), str(cache)).folder
 
     write(tmp_path, texts)
     folders = [
@@ -244,9 +244,12 @@ def test_whatever_decides_the_tokens_makes_new_shards(tmp_path, cache):
 
 def test_a_loaded_tokenizer_with_the_same_ids_shares_the_shards(tmp_path, cache):
     corpus = write(tmp_path)
-    trained = shards.prepare(corpus, BYTES, "gpt", str(cache))
+    trained = shards.prepare(corpus, BYTES, shards.Layout(), str(cache))
     trained.tokenizer.save_pretrained(tmp_path / "saved")
-    assert shards.prepare(corpus, Tokenizer(path=str(tmp_path / "saved")), "gpt", str(cache)).folder == trained.folder
+    assert (
+        shards.prepare(corpus, Tokenizer(path=str(tmp_path / "saved")), shards.Layout(), str(cache)).folder
+        == trained.folder
+    )
 
 
 def test_an_error_leaves_nothing_and_the_next_run_succeeds(tmp_path, cache, monkeypatch):
@@ -257,11 +260,11 @@ def test_an_error_leaves_nothing_and_the_next_run_succeeds(tmp_path, cache, monk
     damaged.write_bytes(whole[:-8])
     monkeypatch.setattr(shards, "BATCH_CHARACTERS", 1)
     with pytest.raises(UserError, match="last.txt.gz"):
-        shards.prepare(corpus, BYTES, "gpt", str(cache))
+        shards.prepare(corpus, BYTES, shards.Layout(), str(cache))
     assert list((cache / "shards").iterdir()) == []
 
     damaged.write_bytes(whole)
-    prepared = shards.prepare(corpus, BYTES, "gpt", str(cache))
+    prepared = shards.prepare(corpus, BYTES, shards.Layout(), str(cache))
     assert documents(prepared, "train") == by_hand(prepared.tokenizer, [*TEXTS["train"], "The last text"])
 
 
@@ -276,7 +279,7 @@ def test_an_interrupt_leaves_nothing(tmp_path, cache, monkeypatch, error):
     monkeypatch.setattr(corpora, "read", interrupted)
     for options in (BYTES, Tokenizer(algorithm="characters")):
         with pytest.raises(error):
-            shards.prepare(corpus, options, "gpt", str(cache))
+            shards.prepare(corpus, options, shards.Layout(), str(cache))
     kept = [path.parent.name for path in cache.rglob("*") if path.name == "tokenizer.json"]
     assert set(kept) == {path.name for path in (cache / "tokenizers").iterdir()}  # `bytes` does not read the texts
     assert len(set(kept)) == 1
@@ -285,10 +288,10 @@ def test_an_interrupt_leaves_nothing(tmp_path, cache, monkeypatch, error):
 
 def test_what_a_killed_run_has_left_is_removed(tmp_path, cache):
     corpus = write(tmp_path)
-    folder = shards.prepare(corpus, BYTES, "gpt", str(cache)).folder
+    folder = shards.prepare(corpus, BYTES, shards.Layout(), str(cache)).folder
     killed = folder.with_name(f"{folder.name}.partial")
     folder.rename(killed)
-    assert shards.prepare(corpus, BYTES, "gpt", str(cache)).folder == folder
+    assert shards.prepare(corpus, BYTES, shards.Layout(), str(cache)).folder == folder
     assert list((cache / "shards").iterdir()) == [folder]
 
 

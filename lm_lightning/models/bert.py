@@ -1,0 +1,196 @@
+"""BERT: masked language models, with or without next sentences."""
+
+from typing import Any, Optional
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+
+from lm_lightning.errors import UserError
+from lm_lightning.losses import linear_cross_entropy
+from lm_lightning.models.module import LanguageModule
+from lm_lightning.optim import OptimizerFactory, Schedule
+
+
+class MaskedLM(LanguageModule):
+    """Any masked language model of `transformers` (BERT, RoBERTa, ModernBERT, DistilBERT, ...).
+
+    Where the data has next-sentence pairs, the network is `BertForPreTraining` or another that has a head for them, and
+    its loss is the sum of the two means, as in BERT (Devlin et al., 2019, arXiv:1810.04805).
+
+    Args:
+        network: As for all models: settings of a new network.
+        pretrained: Folder or Hub name of weights to start from, instead of `network`.
+        optimizer: A `torch.optim.Optimizer` class with its settings.
+        schedule: Learning rate over the steps.
+        attention: Attention implementation of `transformers`.
+        compile: Whether to compile the network's body with `torch.compile`.
+        unigram_start: Whether the bias of a new network's head starts at the logarithm of the tokens' frequencies, so
+            that it need not be learned. Without effect where the head has no bias.
+        candidates: How many tokens `predict` gives for each hidden one.
+    """
+
+    def __init__(
+        self,
+        network: Optional[dict[str, Any]] = None,
+        pretrained: Optional[str] = None,
+        optimizer: OptimizerFactory = lambda params: torch.optim.AdamW(params, lr=1e-3, weight_decay=0.1),
+        schedule: Schedule = Schedule(),
+        attention: Optional[str] = None,
+        compile: bool = False,
+        unigram_start: bool = True,
+        candidates: int = 5,
+    ) -> None:
+        super().__init__(network, pretrained, optimizer, schedule, attention, compile)
+        self.unigram_start, self.candidates = unigram_start, candidates
+        self.val_accuracy, self.val_next_loss, self.val_next_accuracy = MeanMetric(), MeanMetric(), MeanMetric()
+
+    @property
+    def auto_class(self) -> type:  # type: ignore[override]
+        """What makes the network: with next sentences, that of the original pretraining."""
+        pairs = self.trainer.datamodule.next_sentence
+        return transformers.AutoModelForPreTraining if pairs else transformers.AutoModelForMaskedLM
+
+    def configure_model(self) -> None:
+        made = self.network is None
+        super().configure_model()
+        if not made:
+            return
+        # Padding comes with an attention mask; told of its token, networks would look for it, and a GPU wait for that.
+        self.network.config.pad_token_id = None
+        self.separable = True
+        self.separable = self.head_is_last()
+        bias = getattr(self.network.get_output_embeddings(), "bias", None)
+        if self.unigram_start and self.settings is not None and bias is not None:
+            counts = torch.from_numpy(self.trainer.datamodule.prepared.frequencies() + 1.0)
+            bias.data[: len(counts)] = (counts / counts.sum()).log()
+
+    @torch.no_grad()
+    def head_is_last(self) -> bool:
+        """Whether the loss can be computed from what goes into the head's last layer, tried on a few tokens."""
+        network = self.network.eval()
+        tokens = torch.arange(8, device=network.device).unsqueeze(0)
+        positions = torch.tensor([[1, 5]], device=network.device)
+        batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+        try:
+            output = self.outputs(batch | {"positions": positions})
+            expected = prediction_logits(network(**batch))[:, positions[0]]
+            return torch.allclose(network.get_output_embeddings()(prediction_logits(output)), expected, atol=1e-4)
+        except (AttributeError, TypeError, RuntimeError):  # another layout: its own forward is what we have
+            return False
+        finally:
+            network.train()
+
+    def outputs(self, batch: dict) -> Any:
+        """The network's outputs, where its prediction logits are for the targets only: (B, K, V).
+
+        If `separable`, what would go into the head's last layer stands in the place of the logits: (B, K, H).
+        """
+        names = ("input_ids", "attention_mask", "token_type_ids")
+        inputs = {name: batch[name] for name in names if name in batch}
+        positions = batch["positions"].unsqueeze(-1)
+
+        def gather(module: nn.Module, args: Any, output: Any) -> Any:
+            hidden = output.last_hidden_state
+            output.last_hidden_state = hidden.gather(1, positions.expand(-1, -1, hidden.shape[-1]))
+            return output
+
+        hook = self.network.base_model.register_forward_hook(gather)
+        head = self.network.get_output_embeddings()
+        if self.separable:
+            head.forward = lambda hidden: hidden
+        try:
+            return self.network(**inputs)
+        finally:
+            hook.remove()
+            head.__dict__.pop("forward", None)
+
+    def losses(self, batch: dict) -> dict[str, Tensor]:
+        """Sums over a batch: `masked` loss and its `tokens`; with pairs, `next` loss and its `pairs`, too."""
+        output, targets = self.outputs(batch), batch["targets"].flatten()
+        head, hidden = self.network.get_output_embeddings(), prediction_logits(output).flatten(0, 1)
+        sums = {"tokens": (targets != -100).sum()}
+        if self.separable:
+            sums["masked"] = linear_cross_entropy(hidden, head.weight, head.bias, targets, self.vocab_size)
+        else:
+            sums["masked"] = cross_entropy(hidden[..., : self.vocab_size], targets)
+        if not self.training:
+            logits = head(hidden) if self.separable else hidden
+            sums["right"] = (logits[..., : self.vocab_size].argmax(-1) == targets).sum()
+        if "next_sentence" in batch:
+            labels = batch["next_sentence"]
+            logits = getattr(output, "seq_relationship_logits", None)
+            if logits is None:
+                raise UserError(
+                    f"{type(self.network).__name__} has no head for next sentences: switch data.next_sentence off, or "
+                    "take model_type bert"
+                )
+            sums["next"], sums["pairs"] = cross_entropy(logits, labels), (labels != -100).sum()
+            sums["next_right"] = (logits.argmax(-1) == labels).sum()
+        return sums
+
+    def loss(self, batch: dict) -> tuple[Tensor, Tensor]:
+        sums = self.losses(batch)
+        if "next" not in sums:
+            return sums["masked"], sums["tokens"]
+        # A pair weighs as much as the targets of a full block, so that the mean over targets is the sum of both means.
+        return sums["masked"] + sums["next"] * batch["targets"].shape[1], sums["tokens"]
+
+    def validation_step(self, batch: dict, batch_idx: int) -> None:
+        sums = self.losses(batch)
+        tokens = sums["tokens"].clamp(min=1)
+        self.val_loss.update(sums["masked"] / tokens, weight=sums["tokens"])
+        self.val_accuracy.update(sums["right"] / tokens, weight=sums["tokens"])
+        if "next" in sums:
+            pairs = sums["pairs"].clamp(min=1)
+            self.val_next_loss.update(sums["next"] / pairs, weight=sums["pairs"])
+            self.val_next_accuracy.update(sums["next_right"] / pairs, weight=sums["pairs"])
+
+    def metrics(self, loss: Tensor, split: str) -> dict[str, Tensor]:
+        """Adds the perplexity and accuracy of the hidden tokens, and loss and accuracy of next sentences."""
+        result = {"loss": loss, "perplexity": loss.exp(), "accuracy": self.val_accuracy.compute()}
+        self.val_accuracy.reset()
+        if self.trainer.datamodule.next_sentence:
+            result["next_sentence_loss"] = self.val_next_loss.compute()
+            result["next_sentence_accuracy"] = self.val_next_accuracy.compute()
+            self.val_next_loss.reset()
+            self.val_next_accuracy.reset()
+        return result
+
+    def predict_step(self, batch: dict, batch_idx: int) -> list[dict]:
+        """Fills in one text: for each mask token the most probable tokens with their probabilities, and the text."""
+        tokenizer = self.trainer.datamodule.tokenizer
+        ids = batch["input_ids"][0]
+        logits = prediction_logits(self.network(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]))
+        places = (ids == tokenizer.mask_token_id).nonzero().flatten()
+        best = logits[0, places, : self.vocab_size].float().softmax(-1).topk(self.candidates)
+        filled = ids.clone()
+        filled[places] = best.indices[:, 0]
+        row = {
+            "id": batch["id"][0],
+            "text": tokenizer.decode(ids),
+            "masks": [
+                [
+                    {"token": token, "probability": p}
+                    for token, p in zip(tokenizer.convert_ids_to_tokens(i), probabilities)
+                ]
+                for i, probabilities in zip(best.indices.tolist(), best.values.tolist())
+            ],
+            "filled": tokenizer.decode(filled, skip_special_tokens=True),
+        }
+        self.print(f"{row['filled']}")
+        for place in row["masks"]:
+            self.print("  " + ", ".join(f"{c['token']} {c['probability']:.3f}" for c in place))
+        return [row]
+
+
+def prediction_logits(output: Any) -> Tensor:
+    """The token logits of a network's outputs, which `BertForPreTraining` names in its own way."""
+    logits = getattr(output, "prediction_logits", None)
+    return output.logits if logits is None else logits
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross entropy in float32, summed over the rows that have a target."""
+    return nn.functional.cross_entropy(logits.float(), targets, ignore_index=-100, reduction="sum")
