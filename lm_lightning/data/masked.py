@@ -187,7 +187,7 @@ class MaskedData(PretrainingData):
     def layout(self) -> shards.Layout:
         return shards.Layout("bert", self.language if self.next_sentence else None, self.masking.unit == "space")
 
-    def blocks(self, name: str) -> Dataset:
+    def blocks(self, name: str) -> MaskedBlocks | MaskedPairs:
         masker = Masker(self.masking, self.tokenizer, self.block_size)
         seed = self.seed if name == "train" else None
         if not self.next_sentence:

@@ -130,7 +130,7 @@ def word_starts(tokenizer: "PreTrainedTokenizerFast") -> np.ndarray:
     """
     result = np.ones(vocabulary(tokenizer), bool)
     tokens = tokenizer.get_vocab()
-    if any(token.startswith("##") for token in tokens):
+    if type(tokenizer.backend_tokenizer.model).__name__ == "WordPiece":
         for token, i in tokens.items():
             result[i] = not token.startswith("##")
     elif any(token[0] in "Ġ▁" and len(token) > 1 for token in tokens):

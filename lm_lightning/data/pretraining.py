@@ -6,7 +6,7 @@ and every token of the split is a target once. Nothing is padded.
 """
 
 import os
-from typing import Optional
+from typing import Any, Optional
 
 import numpy as np
 import torch
@@ -142,8 +142,8 @@ class PretrainingData(LightningDataModule):
             f"of {self.block_size}" + (f", {left} tokens at the end that fill no block" if left > 0 else "")
         )
 
-    def blocks(self, name: str) -> Dataset:
-        """The blocks of a split; those of `train` in the order of the run's seed."""
+    def blocks(self, name: str) -> Any:
+        """The blocks of a split, a map-style dataset with a length; those of `train` in the order of the run's seed."""
         return Blocks(self.splits[name], self.block_size, self.mask_documents, self.seed if name == "train" else None)
 
     def train_dataloader(self) -> DataLoader:
@@ -173,7 +173,7 @@ class PretrainingData(LightningDataModule):
         sampler = SequentialBatches(len(blocks), self.batch_size, self.trainer.global_rank, self.trainer.world_size)
         return self.loader(blocks, sampler)
 
-    def loader(self, blocks: Dataset, sampler: StreamSampler | SequentialBatches) -> DataLoader:
+    def loader(self, blocks: Any, sampler: StreamSampler | SequentialBatches) -> DataLoader:
         return DataLoader(
             blocks,
             batch_sampler=sampler,

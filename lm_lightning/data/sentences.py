@@ -49,7 +49,8 @@ class SentencePairs:
         """
         begin = int(np.searchsorted(self.split.sentences, sample * self.room))
         document = int(np.searchsorted(self.first, begin, side="right")) - 1
-        document = int(self.usable[min(np.searchsorted(self.usable, document), len(self.usable) - 1)])
+        next_usable = int(np.searchsorted(self.usable, document))
+        document = int(self.usable[min(next_usable, len(self.usable) - 1)])
         first, last = int(self.first[document]), int(self.first[document + 1])  # sentences of the document
         begin = min(max(begin, first), last - 2)  # the last sentence has no successor
         stop = begin + 2  # of the sentences that fill the room

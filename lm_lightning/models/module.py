@@ -177,7 +177,7 @@ class LanguageModule(LightningModule):
             `class`, its name in `transformers`; `config` and `generation` (None for networks that do not generate), as
             they are exported; `rows`, how many the vocabulary has here with those that pad it.
         """
-        tokenizer, generation = self.trainer.datamodule.tokenizer, self.network.generation_config
+        tokenizer, generation = self.trainer.datamodule.tokenizer, getattr(self.network, "generation_config", None)
         own = {"vocab_size": self.vocab_size, "pad_token_id": tokenizer.pad_token_id}
         return {
             "class": type(self.network).__name__,

@@ -311,7 +311,7 @@ def prepare_slowly(corpus, cache):
 
     corpora.read = slowly
     gate.wait(60)
-    prepared = shards.prepare(corpus, Tokenizer(algorithm="characters"), "gpt", cache)
+    prepared = shards.prepare(corpus, Tokenizer(algorithm="characters"), shards.Layout(), cache)
     return prepared.folder, documents(prepared, "train"), len(reads)
 
 
