@@ -150,7 +150,7 @@ class RunFolder(SaveConfigCallback):
         config = run / "config.yaml"
         if config.exists():  # resumed: the old one stays under another name
             config.rename(next(p for n in range(1, 10**6) if not (p := run / f"config.{n}.yaml").exists()))
-        self.parser.save(self.config, config, skip_none=False)
+        self.parser.save(self.config, config, skip_unset=False)
         (run / "environment.json").write_text(json.dumps(environment(), indent=2))
         (run / "data.json").write_text(json.dumps(trainer.datamodule.prepared.info, indent=2))
         trainer.datamodule.tokenizer.save_pretrained(run / "tokenizer")
