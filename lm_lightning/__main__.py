@@ -34,7 +34,8 @@ def main() -> None:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         run(command)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # the other ranks have met the same
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
 

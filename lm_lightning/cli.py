@@ -54,6 +54,8 @@ EXPECTED_WARNINGS = (
     "You're resuming from a checkpoint that ended before the epoch ended",  # the order goes on by itself
     "The '.*_dataloader' does not have many workers",  # blocks come from a memory map
     "`isinstance\\(treespec, LeafSpec\\)` is deprecated",
+    "The dirpath has changed",  # an earlier state goes on in another folder
+    "It is recommended to use `self.log",  # what is logged is the same on all ranks
     "You are using a custom batch sampler",  # SequentialBatches leaves nothing out
 )
 
@@ -98,7 +100,8 @@ class CLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
-        name = config.name or (Path(str(config.config[0])).stem if config.config else "run")
+        check(config)
+        config.name = name = config.name or (Path(str(config.config[0])).stem if config.config else "run")
         run = None
         if self.subcommand != "fit":
             config.trainer.logger = False
@@ -110,9 +113,10 @@ class CLI(LightningCLI):
             checkpoint = (
                 runs.last_checkpoint(config.runs_dir, name) if config.ckpt_path == "last" else Path(config.ckpt_path)
             )
-            runs.check_checkpoint(checkpoint)
+            runs.load_checkpoint(checkpoint)
             config.ckpt_path = str(checkpoint.absolute())
-            run = runs.run_of(checkpoint)
+            # An earlier state than the last goes on in a folder of its own: what came after it stays.
+            run = runs.run_of(checkpoint) if self.subcommand != "fit" or checkpoint.name == "last.ckpt" else None
         run = run or runs.new_run(config.runs_dir, name)
         config.weights_only = True  # of what a checkpoint holds, nothing is run
         if config.trainer.precision is None:
@@ -130,6 +134,23 @@ class CLI(LightningCLI):
             if self.checkpoint:
                 print(f"checkpoint: {self.checkpoint}")
 
+    def instantiate_classes(self) -> None:
+        """What classes do not accept is the user's to mend."""
+        try:
+            super().instantiate_classes()
+        except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
+            cause: Optional[BaseException] = error  # jsonargparse wraps what is raised
+            while cause is not None and not isinstance(cause, UserError):
+                cause = cause.__cause__ or cause.__context__
+            raise cause or UserError(" ".join(str(error).split())[:500]) from error
+
+    def after_fit(self) -> None:
+        if self.checkpoint is not None and self.trainer.global_step == self.model.resumed_at:
+            raise UserError(
+                f"there is nothing left to train: the checkpoint is at step {self.model.resumed_at}, the end of this "
+                "run: raise trainer.max_epochs or trainer.max_steps"
+            )
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         self.config[self.subcommand] = self.reusable_config  # for RunFolder; the classes are made already
         config = self.config_init[self.subcommand].trainer
@@ -144,7 +165,10 @@ class RunFolder(SaveConfigCallback):
     """Writes into the run folder what the run is made of: config, environment, tokenizer, data."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage != "fit" or not trainer.is_global_zero:
+        """Lightning would write here, before a checkpoint has had its say."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero:
             return
         run = Path(trainer.default_root_dir)
         config = run / "config.yaml"
@@ -154,6 +178,21 @@ class RunFolder(SaveConfigCallback):
         (run / "environment.json").write_text(json.dumps(environment(), indent=2))
         (run / "data.json").write_text(json.dumps(trainer.datamodule.prepared.info, indent=2))
         trainer.datamodule.tokenizer.save_pretrained(run / "tokenizer")
+
+
+def check(config: Any) -> None:
+    """Refuses settings of the trainer that Lightning takes, or fails at, without a word."""
+    trainer = config.trainer
+    for name, value, least in (
+        ("trainer.accumulate_grad_batches", trainer.accumulate_grad_batches, 1),
+        ("trainer.gradient_clip_val", trainer.gradient_clip_val, 0),
+        ("trainer.log_every_n_steps", trainer.log_every_n_steps, 1),
+        ("seed_everything", config.seed_everything, 0),
+    ):
+        if value is not None and value < least:
+            raise UserError(f"{name} is {value}, but must be {least} or more")
+    if trainer.max_steps == 0 or trainer.max_steps < -1:
+        raise UserError(f"trainer.max_steps is {trainer.max_steps}, but must be 1 or more, or -1 for no limit")
 
 
 def environment() -> dict:

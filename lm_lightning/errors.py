@@ -23,4 +23,5 @@ def of_command_line(error: Exception, arguments: list[str]) -> UserError:
     text = " ".join(line.strip() for line in str(error).splitlines() if line.strip() and not NOISE.search(line))
     files = [value for flag, value in zip(arguments, arguments[1:]) if flag in ("-c", "--config")]
     where = f" (the config is {', '.join(files)})" if files else ""
+    text = text if len(text) < 500 else text[:500] + " ..."
     return UserError(f"{text}{where}; `python -m lm_lightning {arguments[0]} --help` tells what is accepted")

@@ -1,6 +1,6 @@
 """Generation: prompts in, continuations out, the same alone as in a batch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Optional
 
@@ -40,28 +40,28 @@ class Sampling:
     top_p: float = 1.0
     seed: int = 0
 
-    def processors(self, rows: int) -> LogitsProcessorList:
-        """The chain that turns `rows` rows of logits into scores whose maximum is the next token."""
+    def processors(self, prompts: list[list[int]]) -> LogitsProcessorList:
+        """The chain that turns a row of logits for each prompt into scores whose maximum is the next token."""
         if self.greedy:
             return LogitsProcessorList()
-        if self.temperature <= 0:
-            raise UserError(f"the temperature is {self.temperature}, but must be above 0; for no randomness use greedy")
         chain: list[LogitsProcessor] = [TemperatureLogitsWarper(float(self.temperature))]
         if self.top_k:
             chain.append(TopKLogitsWarper(self.top_k))
         if self.top_p < 1:
             chain.append(TopPLogitsWarper(self.top_p))
-        return LogitsProcessorList([*chain, GumbelNoise(self.seed, rows)])
+        return LogitsProcessorList([*chain, GumbelNoise(self.seed, prompts)])
 
 
 class GumbelNoise(LogitsProcessor):
     """Adds Gumbel noise, so that the maximum is a sample of the softmax (Gumbel, 1954).
 
-    Each row has a random generator of its own, which is what makes a prompt's text independent of its batch.
+    Each row has a random generator of its own, seeded with its prompt, too, which is what makes a prompt's text
+    independent of its batch. (The hash of integers is the same in every process.)
     """
 
-    def __init__(self, seed: int, rows: int) -> None:
-        self.generators = [torch.Generator().manual_seed(seed) for _ in range(rows)]
+    def __init__(self, seed: int, prompts: list[list[int]]) -> None:
+        seeds = [hash((seed, *prompt)) % 2**63 for prompt in prompts]
+        self.generators = [torch.Generator().manual_seed(value) for value in seeds]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         uniform = torch.stack([torch.rand(scores.shape[1], generator=g) for g in self.generators])
@@ -116,6 +116,7 @@ def generate(
     Raises:
         UserError: A prompt that leaves no room in the network's context.
     """
+    check(prompts, max_new_tokens, sampling)
     end = document_ids(tokenizer)[1][-1]
     limit = context_limit(network)
     longest = max(len(prompt) for prompt in prompts)
@@ -134,7 +135,7 @@ def generate(
     for i, prompt in enumerate(prompts):  # padding on the left, so that all prompts end where the new tokens begin
         input_ids[i, longest - len(prompt) :] = torch.tensor(prompt)
         attention_mask[i, longest - len(prompt) :] = 1
-    processors = sampling.processors(len(prompts))
+    processors = sampling.processors(prompts)
     if vocab_size is not None:
         processors.insert(0, ForbidPadding(vocab_size))
     output = network.eval().generate(
@@ -152,6 +153,22 @@ def generate(
         row = row[: row.index(end)] if end in row else row
         texts.append(tokenizer.decode(row, skip_special_tokens=True))
     return texts
+
+
+def check(prompts: Sequence, max_new_tokens: int, sampling: Sampling) -> None:
+    """Refuses what cannot be generated."""
+    for wrong, sentence in (
+        (not prompts, "there is no prompt: give at least one, which may be empty"),
+        (max_new_tokens < 1, f"max_new_tokens is {max_new_tokens}, but must be 1 or more"),
+        (
+            sampling.temperature <= 0 and not sampling.greedy,
+            f"the temperature is {sampling.temperature}, but must be above 0; for no randomness use greedy",
+        ),
+        (sampling.top_k < 0, f"top_k is {sampling.top_k}, but must be 1 or more, or 0 for all tokens"),
+        (not 0 < sampling.top_p <= 1, f"top_p is {sampling.top_p}, but must be above 0 and at most 1"),
+    ):
+        if wrong:
+            raise UserError(sentence)
 
 
 def context_limit(network: "PreTrainedModel") -> float:

@@ -43,6 +43,12 @@ def explain(name: str, error: Exception) -> UserError:
     return UserError(f"{name!r} cannot be loaded: {textwrap.shorten(str(error), 300) or type(error).__name__}")
 
 
+def folder(name: str) -> str:
+    """`name`, or the `model/` in it, if it is a run folder."""
+    run = Path(name).expanduser() / "model"
+    return str(run) if (run / "config.json").is_file() else name
+
+
 def quiet() -> None:
     """Switches off the progress bars of `transformers` where there is no terminal to see them."""
     if not sys.stderr.isatty():

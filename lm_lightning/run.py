@@ -10,7 +10,9 @@ samples.jsonl      what a GPT wrote at each validation
 model/             from_pretrained folder: the trained network with its tokenizer
 """
 
+import itertools
 import os
+import pickle
 import zipfile
 from datetime import datetime
 from pathlib import Path
@@ -28,20 +30,45 @@ def new_run(runs_dir: str, name: str) -> Path:
     Args:
         runs_dir: Folder of all runs.
         name: Name of the experiment, a folder in it.
+
+    Raises:
+        UserError: If it cannot be made.
     """
-    if "LOCAL_RANK" in os.environ and ENVIRONMENT in os.environ:
+    if "LOCAL_RANK" in os.environ and ENVIRONMENT in os.environ:  # started by Lightning
         return Path(os.environ[ENVIRONMENT])
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # started by torchrun: the first rank tells the others through its store
+        from torch.distributed import TCPStore
+
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = TCPStore(address, port, is_master=False)
+        key = f"{ENVIRONMENT}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+        if os.environ["RANK"] == "0":
+            store.set(key, str(make_run(runs_dir, name)))
+        return Path(store.get(key).decode())
+    run = make_run(runs_dir, name)
+    os.environ[ENVIRONMENT] = str(run)
+    return run
+
+
+def make_run(runs_dir: str, name: str) -> Path:
+    """Makes a folder that no other run has."""
+    if Path(name).name != name:
+        raise UserError(f"--name {name} is no name for a folder: give one without slashes")
     time = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    number = 1
-    while True:
+    for number in itertools.count(1):
         run = Path(runs_dir).absolute() / name / (time if number == 1 else f"{time}-{number}")
         try:
             run.mkdir(parents=True)
-        except FileExistsError:  # another run of this second
-            number += 1
-            continue
-        os.environ[ENVIRONMENT] = str(run)
-        return run
+        except FileExistsError:
+            if not run.is_dir():
+                raise UserError(f"the run folder {run} cannot be made: a file of that name is in the way") from None
+        except OSError as error:
+            raise UserError(
+                f"the run folder {run} cannot be made ({error.strerror}): choose another --runs_dir"
+            ) from error
+        else:
+            return run
+    raise AssertionError("unreachable")
 
 
 def last_checkpoint(runs_dir: str, name: str) -> Path:
@@ -65,19 +92,29 @@ def run_of(checkpoint: Path) -> Optional[Path]:
     return run if (run / "config.yaml").is_file() else None
 
 
-def check_checkpoint(path: Path) -> None:
-    """Refuses a checkpoint file that is missing or not whole.
+def load_checkpoint(path: Path) -> dict:
+    """Loads a checkpoint, whose tensors stay on disk until they are used.
 
     Raises:
         UserError: Names the file and what is wrong with it.
     """
-    if not path.exists():
-        raise UserError(f"there is no checkpoint {path}")
-    if path.is_file() and not zipfile.is_zipfile(path):  # the table of contents is at the file's end
+    import torch
+
+    if not path.is_file():
+        raise UserError(f"there is no checkpoint file {path}")
+    remedy = f"take another one of {path.parent}"
+    if not zipfile.is_zipfile(path):  # the table of contents is at the file's end
         raise UserError(
-            f"the checkpoint {path} ({path.stat().st_size:,} bytes) is cut short or no checkpoint: take another "
-            f"one of {path.parent}"
+            f"the checkpoint {path} ({path.stat().st_size:,} bytes) is cut short or no checkpoint: {remedy}"
         )
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, pickle.UnpicklingError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"the checkpoint {path} cannot be read ({reason}): {remedy}") from error
+    if not isinstance(checkpoint, dict) or not {"network", "state_dict", "global_step"} <= checkpoint.keys():
+        raise UserError(f"{path} is no checkpoint of lm_lightning: {remedy}")
+    return checkpoint
 
 
 def model_folder(path: str) -> Path:

@@ -108,6 +108,70 @@ def test_run_that_was_finished_goes_on_with_more_steps(fit):
     assert same(weights(whole), weights(part))
 
 
+def test_refused_resume_leaves_the_run_as_it_is(fit):
+    from lm_lightning.errors import UserError
+
+    run = fit()
+    before = {name: (run / name).read_bytes() for name in ("metrics.csv", "config.yaml")}
+    with pytest.raises(UserError, match="raise trainer.max_steps"):
+        fit("--ckpt_path", "last")
+    assert {name: (run / name).read_bytes() for name in before} == before
+    assert not list(run.glob("config.*.yaml"))
+
+
+def test_torchrun_makes_one_run_folder(recipe: Path):
+    flags = ["--trainer.strategy", "ddp", "--trainer.devices", "2", "--data.batch_size", "2"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    result = subprocess.run(
+        [*launcher, "-m", "lm_lightning", "fit", "--config", recipe, *flags],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    (run,) = (recipe.parent / "runs" / "tiny").iterdir()
+    assert (run / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (("--data.batch_size", 0), "data.batch_size is 0"),
+        (("--data.block_size", -4), "data.block_size is -4"),
+        (("--trainer.accumulate_grad_batches", 0), "accumulate_grad_batches is 0"),
+        (("--trainer.gradient_clip_val", -1), "gradient_clip_val is -1"),
+        (("--trainer.max_steps", 0), "max_steps is 0"),
+        (("--seed_everything", -1), "seed_everything"),
+        (("--runs_dir", "/proc/nowhere"), "cannot be made"),
+        (("--data.cache_dir", "/proc/nowhere"), "cannot be made"),
+        (("--name", "../up"), "without slashes"),
+        (("--model.network", "null"), "not neither"),
+        (("--model.network.n_embd", 33), "cannot be made"),
+        (("--model.attention", "banana"), "cannot be made"),
+        (("--model.optimizer.init_args.lr", -1), "does not accept its settings"),
+        (("--trainer.strategy", "fsdp"), "fsdp"),
+        (("--trainer.accelerator", "tpu"), "TPU"),
+        (("--ckpt_path", "/tmp"), "no checkpoint file"),
+    ],
+)
+def test_mistakes_are_refused_in_one_sentence(fit, flags: tuple, reason: str):
+    from lm_lightning.errors import UserError
+
+    with pytest.raises(UserError) as refused:
+        fit(*flags)
+    assert reason.lower() in str(refused.value).lower() and "\n" not in str(refused.value)
+
+
+def test_going_on_from_an_earlier_state_leaves_the_run_as_it_is(fit):
+    run = fit("--model.schedule.shape", "constant")
+    before = weights(run)
+    (run / "checkpoints" / "last.ckpt").rename(run / "checkpoints" / "kept.ckpt")
+    checkpoint = run / "checkpoints" / "kept.ckpt"
+    other = fit("--model.schedule.shape", "constant", "--trainer.max_steps", 12, "--ckpt_path", checkpoint)
+    assert other != run
+    assert same(before, torch.load(checkpoint, weights_only=True)["state_dict"])
+
+
 def test_changed_flags_of_a_resumed_run_are_honoured(fit):
     run = fit("--trainer.max_steps", 5, "--model.schedule.shape", "constant")
     flags = ("--ckpt_path", "last", "--model.schedule.shape", "constant")

@@ -4,11 +4,10 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from lm_lightning.generation import Sampling, generate, prompt_ids
+from lm_lightning.generation import Sampling, check, generate, prompt_ids
 
 
 class Samples(Callback):
@@ -30,15 +29,17 @@ class Samples(Callback):
     ) -> None:
         self.prompts, self.max_new_tokens, self.sampling = prompts, max_new_tokens, sampling
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        check(self.prompts, self.max_new_tokens, self.sampling)
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.sanity_checking or not trainer.is_global_zero:
+        if trainer.state.fn != "fit" or trainer.sanity_checking or not trainer.is_global_zero:
             return
         network, tokenizer = pl_module.network, trainer.datamodule.tokenizer
-        with torch.random.fork_rng():
-            prompts = [prompt_ids(tokenizer, prompt) for prompt in self.prompts]
-            texts = generate(
-                network, tokenizer, prompts, self.max_new_tokens, self.sampling, vocab_size=pl_module.vocab_size
-            )
+        prompts = [prompt_ids(tokenizer, prompt) for prompt in self.prompts]
+        texts = generate(
+            network, tokenizer, prompts, self.max_new_tokens, self.sampling, vocab_size=pl_module.vocab_size
+        )
         with open(Path(trainer.default_root_dir) / "samples.jsonl", "a", encoding="utf-8") as file:
             for prompt, text in zip(self.prompts, texts):
                 row = {"step": trainer.global_step, "prompt": prompt, "text": text}

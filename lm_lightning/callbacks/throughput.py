@@ -13,41 +13,43 @@ class Throughput(Callback):
 
     MFU is the arithmetic that the network needs for these tokens, 6 FLOPs a parameter and token and 12 a layer, hidden
     unit, context token and token for attention (Chowdhery et al., 2022, arXiv:2204.02311, appendix B), divided by what
-    the device can do: the data sheet's figure of a GPU, or what a large matrix product reaches on this CPU.
+    the device can do: the data sheet's figure of a GPU, or what a large matrix product reaches on this CPU. The head
+    counts for the targets only.
     """
 
     def __init__(self) -> None:
-        self.tokens = 0  # of this process since `since`
+        self.tokens = self.targets = 0  # of this process since `since`
         self.since = 0.0
         self.peak: Optional[float] = None
-        self.flops_per_token = 0.0
+        self.flops_per_token = self.flops_per_target = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         network = pl_module.network
         config = network.config
-        embeddings = network.get_input_embeddings().weight
-        head = network.get_output_embeddings()
-        parameters = sum(p.numel() for p in network.parameters())
-        if head is None or head.weight is not embeddings:
-            parameters -= embeddings.numel()  # a lookup costs no arithmetic; a tied matrix is used as the head
+        # a lookup costs no arithmetic, even if its matrix is also that of the head
+        vocabulary = {network.get_input_embeddings().weight, network.get_output_embeddings().weight}
+        parameters = sum(p.numel() for p in network.parameters()) - sum(matrix.numel() for matrix in vocabulary)
         context = trainer.datamodule.block_size
         self.flops_per_token = 6 * parameters + 12 * config.num_hidden_layers * config.hidden_size * context
+        self.flops_per_target = 6 * network.get_output_embeddings().weight.numel()
         self.peak = peak_flops(pl_module.device, trainer.precision_plugin.precision)
         self.restart()
 
     def restart(self) -> None:
-        self.tokens, self.since = 0, time.perf_counter()
+        self.tokens, self.targets, self.since = 0, 0, time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: dict, batch_idx: int
     ) -> None:
         self.tokens += batch["input_ids"].numel()
+        self.targets += batch["targets"].numel()
         if trainer.global_step % trainer.log_every_n_steps or (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
-        rate = self.tokens / (time.perf_counter() - self.since)
-        metrics = {"train/tokens_per_second": rate * trainer.world_size}
+        seconds = time.perf_counter() - self.since
+        metrics = {"train/tokens_per_second": self.tokens / seconds * trainer.world_size}
         if self.peak:
-            metrics["train/mfu"] = rate * self.flops_per_token / self.peak
+            flops = self.tokens * self.flops_per_token + self.targets * self.flops_per_target
+            metrics["train/mfu"] = flops / seconds / self.peak
         pl_module.log_dict(metrics)
         self.restart()
 

@@ -26,8 +26,11 @@ class MetricsFile(CSVLogger):
     def experiment(self) -> Any:  # noqa: D102 (as in Lightning)
         file = Path(self.log_dir) / "metrics.csv"
         if self._experiment is None and file.exists():  # Lightning is about to remove it
-            with file.open(newline="") as rows:
-                self.earlier = list(csv.DictReader(rows))
+            content = file.read_bytes()
+            rows = csv.DictReader(content.decode().splitlines())
+            self.earlier = [row for row in rows if (row.get("step") or "").isdigit()]  # a killed run may cut the last
+            _ = super().experiment
+            file.write_bytes(content)  # until there is a new row: the resume may yet be refused
         return super().experiment
 
     @rank_zero_only
@@ -36,4 +39,5 @@ class MetricsFile(CSVLogger):
         if self.earlier:
             writer.metrics = [row for row in self.earlier if int(row["step"]) < (step or 0)]
             self.earlier = []
+            (Path(self.log_dir) / "metrics.csv").unlink()
         super().log_metrics(dict(metrics), step)

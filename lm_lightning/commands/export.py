@@ -7,7 +7,7 @@ from typing import Optional
 
 from lm_lightning import hub
 from lm_lightning.errors import UserError
-from lm_lightning.run import check_checkpoint
+from lm_lightning.run import load_checkpoint
 
 
 def export(run: str, checkpoint: str = "last", output: Optional[str] = None) -> None:
@@ -23,7 +23,7 @@ def export(run: str, checkpoint: str = "last", output: Optional[str] = None) -> 
     file = Path(checkpoint)
     if not file.is_file():
         file = Path(run) / "checkpoints" / f"{checkpoint.removesuffix('.ckpt')}.ckpt"
-    check_checkpoint(file)
+    saved = load_checkpoint(file)
     if output is not None and Path(output).exists():
         raise UserError(f"the output folder {output} exists already: remove it or name another one")
     folder = Path(output or Path(run) / "model")
@@ -31,7 +31,11 @@ def export(run: str, checkpoint: str = "last", output: Optional[str] = None) -> 
     if partial.exists():
         shutil.rmtree(partial)
     try:
-        write(file, Path(run) / "tokenizer", partial)
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"the folder {folder} cannot be made ({error.strerror}): name another --output") from error
+    try:
+        write(saved, Path(run) / "tokenizer", partial)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -41,7 +45,7 @@ def export(run: str, checkpoint: str = "last", output: Optional[str] = None) -> 
     print(folder)
 
 
-def write(checkpoint: Path, tokenizer: Path, folder: Path) -> None:
+def write(saved: dict, tokenizer: Path, folder: Path) -> None:
     """Writes network and tokenizer into `folder` and refuses it if it does not give the checkpoint's logits."""
     import torch
     import transformers
@@ -50,7 +54,6 @@ def write(checkpoint: Path, tokenizer: Path, folder: Path) -> None:
     from lm_lightning.models.module import save_network
 
     hub.quiet()
-    saved = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
     description = saved["network"]
     network_class = getattr(transformers, description["class"])
     config = network_class.config_class.from_dict(description["config"])

@@ -48,6 +48,8 @@ def generate(
     """
     if (prompt != "") + (prompts_file is not None) + chat > 1:
         raise UserError("give only one of --prompt, --prompts_file and --chat")
+    if batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}, but must be 1 or more")
     prompts = read_prompts(prompts_file) if prompts_file is not None else []
     network, tokenizer = load(model, device)  # first, so that a wrong path needs no wait for the imports
 
@@ -95,7 +97,13 @@ def load(model: str, device: str) -> "tuple[PreTrainedModel, PreTrainedTokenizer
 
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         device = accelerator.type if accelerator is not None else "cpu"
-    return network.to(device), tokenizers.load(folder)
+    network.config.pad_token_id = None  # padding comes with a mask; told of its token, transformers would look for it
+    try:
+        network.to(device)
+    except (RuntimeError, AssertionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"--device {device} cannot be used here ({reason}): take cpu or auto") from error
+    return network, tokenizers.load(folder)
 
 
 def say(text: str) -> None:
@@ -163,8 +171,13 @@ def talk(
             return
         turns.append({"role": "user", "content": line})
         dropped = 0
-        while len(tokens(turns)) + max_new_tokens > context_limit(network) and len(turns) > 2:
+        limit = context_limit(network)
+        while len(tokens(turns)) + min(max_new_tokens, limit // 2) > limit and len(turns) > 2:
             turns, dropped = turns[2:], dropped + 2
+        if len(tokens(turns)) >= limit:
+            say(f"this is too long: the context holds {limit:.0f} tokens")
+            turns.pop()
+            continue
         if dropped:
             say(f"the context is full: the oldest {dropped} turns are forgotten")
         turns.append(

@@ -32,6 +32,8 @@ def prepare(
     from lm_lightning.data.shards import SPLITS, Layout
     from lm_lightning.data.shards import prepare as prepare_shards
 
+    if block_size < 1:
+        raise UserError(f"data.block_size is {block_size}, but must be 1 or more")
     prepared = prepare_shards(corpus, tokenizer, Layout(special), cache_dir)
     if show:
         tokens = prepared.split("train").tokens
@@ -46,9 +48,11 @@ def prepare(
     )
     for name in SPLITS:
         counts = prepared.info["splits"][name]
+        targets = max(0, counts["tokens"] - 1)
+        blocks = targets // block_size if name == "train" else -(-targets // block_size)  # as `fit` takes them
         print(
             f"{name:12}{counts['documents']:12,}{counts['tokens']:14,}{counts['bytes']:14,}"
-            f"{counts['bytes'] / max(1, counts['tokens']):13.2f}{max(0, counts['tokens'] - 1) // block_size:10,}"
+            f"{counts['bytes'] / max(1, counts['tokens']):13.2f}{blocks:10,}"
         )
     perplexity = prepared.info["splits"]["validation"]["unigram_perplexity"]
     print(f"vocabulary {len(prepared.tokenizer):,}, unigram perplexity of the validation split {perplexity:.1f}")
@@ -74,7 +78,10 @@ def main() -> None:
     for recipe in known.config:
         for name, value in data_section(recipe).items():
             if name in options:
-                parser.set_defaults({f"data.{name}": value})
+                try:
+                    parser.set_defaults({f"data.{name}": value})
+                except KeyError as error:
+                    raise UserError(f"{recipe}: data.{name} has an option that is not known: {error}") from error
     given = parser.instantiate_classes(parser.parse_args(rest))
     prepare(**vars(given.data), show=given.show)
 
@@ -87,4 +94,7 @@ def data_section(recipe: str) -> dict[str, Any]:
         content = yaml.safe_load(Path(recipe).read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise UserError(f"cannot read the recipe {recipe}: {' '.join(str(error).split())}") from error
-    return (content.get("data") or {}).get("init_args") or {}
+    if not isinstance(content, dict) or not isinstance(content.get("data", {}), dict):
+        raise UserError(f"{recipe} is no recipe: it has no options by name, or its data section has none")
+    data = dict(content.get("data") or {})
+    return data.get("init_args") or {name: value for name, value in data.items() if name != "class_path"}

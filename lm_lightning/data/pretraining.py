@@ -110,11 +110,19 @@ class PretrainingData(LightningDataModule):
         """How documents become tokens."""
         return shards.Layout("gpt")
 
+    def check(self) -> None:
+        """Refuses sizes that mean nothing."""
+        for name, least in (("block_size", 1), ("batch_size", 1), ("num_workers", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"data.{name} is {getattr(self, name)}, but must be {least} or more")
+
     def prepare_data(self) -> None:
+        self.check()
         shards.prepare(self.corpus, self.tokenizer_options, self.layout(), self.cache_dir)
 
     def setup(self, stage: str) -> None:
         """Opens the shards; every process does."""
+        self.check()
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         self.prepared = shards.prepare(self.corpus, self.tokenizer_options, self.layout(), self.cache_dir)
         self.tokenizer = self.prepared.tokenizer

@@ -138,7 +138,12 @@ def prepare(corpus: corpora.Corpus, options: tokenizers.Tokenizer, layout: Layou
     from filelock import FileLock
 
     cache = Path(cache_dir).expanduser()
-    cache.mkdir(parents=True, exist_ok=True)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"the cache {cache} cannot be made ({error.strerror}): choose another data.cache_dir"
+        ) from error
     inputs = corpora.inputs(corpus, cache)
 
     if options.path is not None:

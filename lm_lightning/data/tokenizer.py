@@ -65,7 +65,7 @@ def load(path: str) -> "PreTrainedTokenizerFast":
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    path = os.path.expanduser(path)
+    path = hub.folder(os.path.expanduser(path))
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             path, local_files_only=hub.local_only(path), trust_remote_code=False, split_special_tokens=True

@@ -7,6 +7,7 @@ import transformers
 from torch import Tensor
 
 from lm_lightning.data.order import PADDING
+from lm_lightning.errors import UserError
 from lm_lightning.losses import linear_cross_entropy
 from lm_lightning.models.module import LanguageModule
 
@@ -25,6 +26,37 @@ class CausalLM(LanguageModule):
             self.network.config.pad_token_id = None
             self.network.get_input_embeddings().padding_idx = None
             self.separable = self.head_is_last()
+            self.refuse_leaks()
+
+    @torch.no_grad()
+    def refuse_leaks(self) -> None:
+        """Refuses networks that see the tokens to come, or other documents although these are masked.
+
+        Raises:
+            UserError: Names the type of network.
+        """
+        network, name = self.network.eval(), self.network.config.model_type
+        first = torch.arange(8, device=network.device).unsqueeze(0)
+        last_changed, first_changed = first.clone(), first.clone()
+        last_changed[0, -1] += 1
+        first_changed[0, 0] += 1
+
+        def same(other: Tensor, places: slice, **inputs: Tensor) -> bool:
+            """Whether `other` has the logits of `first` at some places."""
+            ours, theirs = (network(input_ids=t, use_cache=False, **inputs).logits[:, places] for t in (first, other))
+            return torch.allclose(ours, theirs, atol=1e-5)
+
+        if not same(last_changed, slice(0, 7)):
+            raise UserError(f"networks of type {name} see the tokens to come: take a causal one, such as gpt2 or llama")
+        if getattr(self.trainer.datamodule, "mask_documents", False):
+            positions = torch.arange(8, device=network.device).unsqueeze(0) % 4  # two documents
+            try:
+                masked = same(first_changed, slice(4, 8), position_ids=positions)
+            except TypeError:  # it takes no positions
+                masked = False
+            if not masked:
+                raise UserError(f"data.mask_documents does not work with networks of type {name}: switch it off")
+        network.train()
 
     @torch.no_grad()
     def head_is_last(self) -> bool:
@@ -39,7 +71,7 @@ class CausalLM(LanguageModule):
         try:
             hidden = network.base_model(**inputs).last_hidden_state
             expected = network(**inputs).logits
-            return torch.allclose(network.get_output_embeddings()(hidden), expected, atol=1e-5)
+            return torch.equal(network.get_output_embeddings()(hidden), expected)
         except (AttributeError, TypeError, RuntimeError):  # another layout: its own forward is what we have
             return False
         finally:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Optional
 import torch
 import transformers
 from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 from torchmetrics import MeanMetric
 
@@ -75,6 +76,7 @@ class LanguageModule(LightningModule):
         self.val_loss = MeanMetric()
         self.window: Optional[Window] = None  # the optimizer step in progress
         self.finished: Optional[Window] = None  # the last one, until it is known to be finite
+        self.resumed_at = 0  # the step of the checkpoint
 
     def loss(self, batch: dict) -> tuple[Tensor, Tensor]:
         """The loss of a batch: its sum over target tokens, () float32, and their number, () int64."""
@@ -82,12 +84,22 @@ class LanguageModule(LightningModule):
 
     # Network
 
+    def setup(self, stage: str) -> None:
+        """Refuses strategies under which the gradients' norm would be that of a part of them."""
+        if not isinstance(self.trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
+            name = type(self.trainer.strategy).__name__
+            raise UserError(f"{name} is not supported yet: take --trainer.strategy auto or ddp")
+
     def configure_model(self) -> None:
         """Makes the network, which needs the tokenizer; Lightning calls it once the data is set up."""
         if self.network is not None:
             return
         data = self.trainer.datamodule
-        self.network = self.new_network() if self.settings is not None else self.pretrained_network()
+        try:
+            self.network = self.new_network() if self.settings is not None else self.pretrained_network()
+        except (ValueError, TypeError, ImportError) as error:  # transformers did not accept the settings
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"the network of model.network or model.pretrained cannot be made: {reason}") from error
         limit = getattr(self.network.config, "max_position_embeddings", None)
         if limit is not None and data.block_size > limit:
             raise UserError(
@@ -103,13 +115,18 @@ class LanguageModule(LightningModule):
         """A network with new weights, from the settings and the tokenizer's vocabulary."""
         tokenizer, settings = self.trainer.datamodule.tokenizer, dict(self.settings or {})
         model_type = settings.pop("model_type", None)
+        if model_type is None:
+            raise UserError("model.network has no model_type: give one, such as gpt2, llama, qwen3 or bert")
         if model_type not in transformers.CONFIG_MAPPING:
             close = difflib.get_close_matches(str(model_type), list(transformers.CONFIG_MAPPING))
             raise UserError(
-                f"model.network has model_type {model_type}, which transformers {transformers.__version__} does not "
-                f"know; {'did you mean ' + ' or '.join(close) if close else 'examples are gpt2, llama, qwen3, bert'}?"
+                f"model.network has model_type {model_type}, unknown to transformers {transformers.__version__}"
+                + (f": did you mean {' or '.join(close)}?" if close else ", which knows gpt2, llama, qwen3 and bert")
             )
         known = transformers.AutoConfig.for_model(model_type)
+        if known.get_text_config() is not known:
+            text_type = known.get_text_config().model_type
+            raise UserError(f"model_type {model_type} is a network of more than text: take {text_type}")
         for key in settings:
             if not hasattr(known, key):
                 names = [*known.to_dict(), *known.attribute_map]
@@ -143,7 +160,8 @@ class LanguageModule(LightningModule):
 
     def pretrained_network(self) -> transformers.PreTrainedModel:
         """The network of `pretrained`, with rows added if the tokenizer has more tokens."""
-        tokenizer, name = self.trainer.datamodule.tokenizer, str(self.pretrained)
+        tokenizer, name = self.trainer.datamodule.tokenizer, hub.folder(str(self.pretrained))
+        self.refuse_other_tokenizer(name)
         try:
             network, info = self.auto_class.from_pretrained(
                 name,
@@ -162,6 +180,18 @@ class LanguageModule(LightningModule):
             self.print(f"{name} has {rows} tokens, the tokenizer {vocabulary(tokenizer)}: the others' rows are new")
             network.resize_token_embeddings(vocabulary(tokenizer))
         return network
+
+    def refuse_other_tokenizer(self, name: str) -> None:
+        """Refuses weights whose rows mean other tokens than the data's."""
+        try:
+            own = load(name)
+        except UserError:
+            return  # weights alone, or nothing at all, as will be seen
+        if fingerprint(own) != fingerprint(self.trainer.datamodule.tokenizer):
+            raise UserError(
+                f"{name} was trained with another tokenizer than the data's: give --data.tokenizer.path {name}, or "
+                "take the tokenizer out of that folder if you mean it"
+            )
 
     @property
     def vocab_size(self) -> int:
@@ -232,7 +262,9 @@ class LanguageModule(LightningModule):
         self.gradient_norm = torch.nn.utils.get_total_norm(gradients)
 
         self.check_finite()
-        self.finished = window._replace(loss_sum=loss_sum + 0 * self.gradient_norm)
+        # (With float16, the scaler provokes infinite gradients, and leaves their steps out itself.)
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        self.finished = None if scaled else window._replace(loss_sum=loss_sum + 0 * self.gradient_norm)
         if self.device.type == "cpu":
             self.check_finite()
         self.trainer.datamodule.consumed += len(window.samples) * self.trainer.world_size
@@ -284,7 +316,10 @@ class LanguageModule(LightningModule):
         total = self.total_steps()
         if not self.trainer.fast_dev_run:
             self.schedule.check(total)
-        optimizer = self.optimizer_factory(parameter_groups(self.network))
+        try:
+            optimizer = self.optimizer_factory(parameter_groups(self.network))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"the optimizer does not accept its settings: {error}") from error
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.schedule.factor(step, total))
         self.group_settings = [
             {key: copy.copy(value) for key, value in group.items() if key not in ("params", "lr")}
@@ -340,6 +375,7 @@ class LanguageModule(LightningModule):
             )
         if self.trainer.state.fn != "fit":
             return
+        self.resumed_at = checkpoint["global_step"]
         optimizer = type(self.optimizer_factory(parameter_groups(self.network))).__name__
         if checkpoint["optimizer"] != optimizer:
             raise UserError(

@@ -63,9 +63,9 @@ def tokenizer():
     return train(Tokenizer(algorithm="bytes"), iter(["text"]), "gpt")
 
 
-def made(model: CausalLM, tokenizer) -> CausalLM:
+def made(model: CausalLM, tokenizer, mask_documents: bool = False) -> CausalLM:
     """A model with its network, as if in a trainer with this tokenizer."""
-    data = SimpleNamespace(tokenizer=tokenizer, block_size=16, tokens_per_batch=1)
+    data = SimpleNamespace(tokenizer=tokenizer, block_size=16, tokens_per_batch=1, mask_documents=mask_documents)
     model._trainer = SimpleNamespace(datamodule=data, is_global_zero=True, progress_bar_callback=None)
     torch.manual_seed(0)
     model.configure_model()
@@ -194,3 +194,28 @@ def test_network_beside_which_the_tokenizer_would_be_read_as_another_is_refused(
     monkeypatch.setattr("lm_lightning.models.module.load", lambda folder: other)
     with pytest.raises(UserError, match="of type gpt2, as another one"):
         made(CausalLM(network=NETWORKS["gpt2"]), tokenizer)
+
+
+def test_networks_that_see_what_they_should_not_are_refused(tokenizer):
+    from lm_lightning.errors import UserError
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    with pytest.raises(UserError, match="see the tokens to come"):
+        made(CausalLM(network={"model_type": "bert", **sizes}), tokenizer)
+    for name in ("gpt2", "llama", "gemma2", "opt"):
+        model = CausalLM(network=NETWORKS[name])
+        if name == "opt":
+            with pytest.raises(UserError, match="mask_documents does not work with networks of type opt"):
+                made(model, tokenizer, mask_documents=True)
+        else:
+            made(model, tokenizer, mask_documents=True)
+
+
+def test_weights_of_another_tokenizer_are_refused(tokenizer, tmp_path):
+    from lm_lightning.data.tokenizer import Tokenizer, train
+    from lm_lightning.errors import UserError
+
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_embd=32, n_head=2)).save_pretrained(tmp_path)
+    train(Tokenizer(algorithm="characters", vocab_size=20), iter(["abc"]), "gpt").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="another tokenizer"):
+        made(CausalLM(pretrained=str(tmp_path)), tokenizer)
