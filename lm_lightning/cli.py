@@ -96,11 +96,11 @@ class CLI(LightningCLI):
         parser.set_defaults({"last.filename": "last"})
 
     def _parse_ckpt_path(self) -> None:
-        """Lightning would put a checkpoint's settings over those of the command line."""
+        """Checks the settings; Lightning would put those of a checkpoint over the command line's here."""
+        check(self.config[self.config.subcommand])
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
-        check(config)
         config.name = name = config.name or (Path(str(config.config[0])).stem if config.config else "run")
         run = None
         if self.subcommand != "fit":
