@@ -34,8 +34,6 @@ def new_run(runs_dir: str, name: str) -> Path:
     Raises:
         UserError: If it cannot be made.
     """
-    if "LOCAL_RANK" in os.environ and ENVIRONMENT in os.environ:  # started by Lightning
-        return Path(os.environ[ENVIRONMENT])
     if "TORCHELASTIC_RUN_ID" in os.environ:  # started by torchrun: the first rank tells the others through its store
         from torch.distributed import TCPStore
 
@@ -45,6 +43,8 @@ def new_run(runs_dir: str, name: str) -> Path:
         if os.environ["RANK"] == "0":
             store.set(key, str(make_run(runs_dir, name)))
         return Path(store.get(key).decode())
+    if "LOCAL_RANK" in os.environ and ENVIRONMENT in os.environ:  # started by Lightning
+        return Path(os.environ[ENVIRONMENT])
     run = make_run(runs_dir, name)
     os.environ[ENVIRONMENT] = str(run)
     return run
