@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lm_lightning.data.corpus import Corpus
 from lm_lightning.data.tokenizer import Tokenizer
@@ -12,7 +12,6 @@ from lm_lightning.errors import UserError
 def prepare(
     corpus: Corpus = Corpus(),
     tokenizer: Tokenizer = Tokenizer(),
-    special: Literal["gpt", "bert"] = "gpt",
     block_size: int = 256,
     cache_dir: str = "~/.cache/lm_lightning",
     show: list[int] = [],  # noqa: B006 (read only)
@@ -24,7 +23,6 @@ def prepare(
     Args:
         corpus: Where the documents come from.
         tokenizer: Which tokenizer turns them into tokens.
-        special: Which special tokens documents get.
         block_size: Tokens of a block.
         cache_dir: Folder that keeps trained tokenizers and tokenized corpora.
         show: Training samples (numbers of blocks) to print, as messages and logs name them.
@@ -34,7 +32,7 @@ def prepare(
 
     if block_size < 1:
         raise UserError(f"data.block_size is {block_size}, but must be 1 or more")
-    prepared = prepare_shards(corpus, tokenizer, Layout(special), cache_dir)
+    prepared = prepare_shards(corpus, tokenizer, Layout(), cache_dir)
     if show:
         tokens = prepared.split("train").tokens
         for sample in show:
@@ -97,4 +95,9 @@ def data_section(recipe: str) -> dict[str, Any]:
     if not isinstance(content, dict) or not isinstance(content.get("data", {}), dict):
         raise UserError(f"{recipe} is no recipe: it has no options by name, or its data section has none")
     data = dict(content.get("data") or {})
+    kind = str(data.get("class_path", "PretrainingData")).rpartition(".")[2]
+    if kind != "PretrainingData":  # its documents become other tokens than those that would be shown here
+        raise UserError(
+            f"{recipe} takes its data from {kind}, which prepare does not know yet: `fit` tokenizes it itself"
+        )
     return data.get("init_args") or {name: value for name, value in data.items() if name != "class_path"}

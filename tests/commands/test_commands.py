@@ -53,6 +53,9 @@ def test_prepare_counts_and_shows_samples(cli, recipe: Path):
     assert "--- sample 0\n0 " in shown and "--- sample 1\n" in shown
     with pytest.raises(UserError, match="no sample 1000000"):
         cli("prepare", "--config", recipe, "--show", 1000000)
+    recipe.write_text(recipe.read_text().replace("PretrainingData", "MaskedData"))
+    with pytest.raises(UserError, match="data from MaskedData"):
+        cli("prepare", "--config", recipe)
 
 
 def test_generated_text_of_a_prompt_is_the_same_alone_and_beside_others(cli, run: Path, tmp_path: Path):
