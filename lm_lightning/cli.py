@@ -17,12 +17,14 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import lm_lightning
+import lm_lightning.strategies  # (registers what --trainer.strategy names)
 from lm_lightning import hub
 from lm_lightning import run as runs
 from lm_lightning.callbacks.export import Export
 from lm_lightning.callbacks.predictions import Predictions
 from lm_lightning.callbacks.progress import RunProgress
 from lm_lightning.callbacks.throughput import Throughput
+from lm_lightning.checkpoints import Checkpoints
 from lm_lightning.data.masked import MaskedData  # noqa: F401 (imported, so that its short name works as class_path)
 from lm_lightning.data.pretraining import PretrainingData  # noqa: F401
 from lm_lightning.errors import UserError
@@ -113,7 +115,7 @@ class CLI(LightningCLI):
             checkpoint = (
                 runs.last_checkpoint(config.runs_dir, name) if config.ckpt_path == "last" else Path(config.ckpt_path)
             )
-            runs.load_checkpoint(checkpoint)
+            runs.load_checkpoint(checkpoint, weights=False)
             config.ckpt_path = str(checkpoint.absolute())
             # An earlier state than the last goes on in a folder of its own: what came after it stays.
             run = runs.run_of(checkpoint) if self.subcommand != "fit" or checkpoint.name == "last.ckpt" else None
@@ -158,7 +160,8 @@ class CLI(LightningCLI):
         extra = [Throughput(), Export(), Predictions()]
         if config.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             extra.append(RunProgress())
-        return super().instantiate_trainer(callbacks=[*callbacks, *extra], **kwargs)
+        plugins = [*(config.plugins or []), Checkpoints()]
+        return super().instantiate_trainer(callbacks=[*callbacks, *extra], plugins=plugins, **kwargs)
 
 
 class RunFolder(SaveConfigCallback):
