@@ -37,7 +37,7 @@ def linear_cross_entropy(
     vocab_size, first, group = vocab_size or len(weight), 0, None
     if isinstance(weight, DTensor):
         mesh, weight = weight.device_mesh, weight.to_local()
-        bias = None if bias is None else bias.to_local()
+        bias = bias.to_local() if isinstance(bias, DTensor) else None
         first, group = mesh.get_local_rank() * len(weight), mesh.get_group()
     if not torch.is_grad_enabled():  # which the function itself cannot know
         hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()

@@ -61,7 +61,7 @@ def meta(path: Path) -> dict[str, Any]:
     return torch.load(path / META, map_location="cpu", weights_only=True)
 
 
-def load(path: Path, weights: dict[str, Tensor], state: Optional[dict[str, Any]]) -> None:
+def load(path: Path, weights: dict[str, Any], state: Optional[dict[str, Any]]) -> None:
     """Reads into the tensors of a sharded network, and of its optimizer if given; all processes call it.
 
     Args:
@@ -86,7 +86,8 @@ def gather(path: Path) -> dict[str, Any]:
     }
     dcp.load(tensors, storage_reader=reader, no_dist=True)
     checkpoint = meta(path)
-    weights, state = {}, {}
+    weights: dict[str, Tensor] = {}
+    state: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         kind, name, *rest = key.split("/")
         if kind == "weights":
@@ -98,7 +99,7 @@ def gather(path: Path) -> dict[str, Any]:
     return checkpoint | {"state_dict": weights, "optimizer_states": optimizers}
 
 
-def flat(weights: dict[str, Tensor], state: Optional[dict[str, Any]]) -> dict[str, Tensor]:
+def flat(weights: dict[str, Any], state: Optional[dict[str, Any]]) -> dict[str, Tensor]:
     """The tensors of a network and its optimizer by one key each."""
     tensors = {f"weights/{name}": tensor for name, tensor in weights.items()}
     for name, values in (state or {"state": {}})["state"].items():

@@ -10,18 +10,22 @@ from lm_lightning.errors import UserError
 from lm_lightning.run import load_checkpoint
 
 
-def export(run: str, checkpoint: str = "last", output: Optional[str] = None) -> None:
+def export(
+    run: str, checkpoint: str = "last", output: Optional[str] = None, max_shard_size: Optional[str] = None
+) -> None:
     """Makes a `from_pretrained` folder of a checkpoint and checks that it reloads to the same logits.
 
     Args:
         run: Run folder.
         checkpoint: `last`, `best` or another name in the run's `checkpoints/`, or the path of a checkpoint file.
         output: Folder to write, which may not exist. Default: `model/` in the run folder, which is replaced.
+        max_shard_size: Largest file of weights, such as `5GB`; larger ones are written in parts. Default: that of
+            `transformers`.
     """
     if not (Path(run) / "tokenizer").is_dir():
         raise UserError(f"{run} is no run folder: it has no tokenizer/")
     file = Path(checkpoint)
-    if not file.is_file():
+    if not file.exists():
         file = Path(run) / "checkpoints" / f"{checkpoint.removesuffix('.ckpt')}.ckpt"
     saved = load_checkpoint(file)
     if output is not None and Path(output).exists():
@@ -35,7 +39,7 @@ def export(run: str, checkpoint: str = "last", output: Optional[str] = None) -> 
     except OSError as error:
         raise UserError(f"the folder {folder} cannot be made ({error.strerror}): name another --output") from error
     try:
-        write(saved, Path(run) / "tokenizer", partial)
+        write(saved, Path(run) / "tokenizer", partial, max_shard_size)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -45,7 +49,7 @@ def export(run: str, checkpoint: str = "last", output: Optional[str] = None) -> 
     print(folder)
 
 
-def write(saved: dict, tokenizer: Path, folder: Path) -> None:
+def write(saved: dict, tokenizer: Path, folder: Path, max_shard_size: Optional[str] = None) -> None:
     """Writes network and tokenizer into `folder` and refuses it if it does not give the checkpoint's logits."""
     import torch
     import transformers
@@ -58,7 +62,7 @@ def write(saved: dict, tokenizer: Path, folder: Path) -> None:
     network_class = getattr(transformers, description["class"])
     config = network_class.config_class.from_dict(description["config"])
     weights = {k.removeprefix("network."): w for k, w in saved["state_dict"].items() if k.startswith("network.")}
-    save_network(description, weights, folder)
+    save_network(description, weights, folder, max_shard_size)
     own = tokenizers.load(str(tokenizer))
     own.save_pretrained(folder)
     if tokenizers.fingerprint(tokenizers.load(str(folder))) != tokenizers.fingerprint(own):

@@ -101,8 +101,9 @@ class CausalLM(LanguageModule):
         """How well each sample is predicted: its `id`, `tokens`, mean `loss` in nats a token, and `text`."""
         rows = []
         for i, sample in enumerate(batch["id"]):
+            # (padding, too: a sharded network is called by all processes or none)
+            loss, tokens = self.loss({key: value[i : i + 1] for key, value in batch.items()})
             if sample != PADDING:
-                loss, tokens = self.loss({key: value[i : i + 1] for key, value in batch.items()})
                 text = self.trainer.datamodule.tokenizer.decode(batch["input_ids"][i])
                 rows.append({"id": sample, "tokens": tokens.item(), "loss": (loss / tokens).item(), "text": text})
         return rows

@@ -59,6 +59,7 @@ class LanguageModule(LightningModule):
     """
 
     auto_class: Any  # of transformers, such as AutoModelForCausalLM
+    activation_checkpointing: int
 
     def __init__(
         self,
@@ -82,6 +83,7 @@ class LanguageModule(LightningModule):
         self.optimizer_factory, self.schedule = optimizer, schedule
         self.attention, self.compile_body = attention, compile
         self.activation_checkpointing = activation_checkpointing
+        self.separable: bool
         self.network: transformers.PreTrainedModel = None  # made by `configure_model`
         self.val_loss = MeanMetric()
         self.window: Optional[Window] = None  # the optimizer step in progress
@@ -127,7 +129,7 @@ class LanguageModule(LightningModule):
             )
         self.network.gradient_checkpointing_enable({"use_reentrant": False})
         for number, block in enumerate(blocks(self.network)):
-            block.gradient_checkpointing = number % self.activation_checkpointing == 0
+            setattr(block, "gradient_checkpointing", number % self.activation_checkpointing == 0)  # noqa: B010 (mypy)
 
     def new_network(self) -> transformers.PreTrainedModel:
         """A network with new weights, from the settings and the tokenizer's vocabulary."""
@@ -455,13 +457,20 @@ def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
     return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
 
 
-def save_network(description: dict[str, Any], weights: dict[str, Tensor], folder: Path) -> None:
+def save_network(
+    description: dict[str, Any], weights: dict[str, Any], folder: Path, max_shard_size: Optional[str] = None
+) -> None:
     """Writes weights as a `from_pretrained` folder.
 
     Args:
         description: Of the network to write; see `LanguageModule.description`.
         weights: State dict of the network, whose vocabulary may have more rows: these are padding and are left out.
         folder: Is made if it does not exist.
+        max_shard_size: Largest file of weights, such as `5GB`; larger ones are written in parts. Default: that of
+            `transformers`.
+
+    Raises:
+        UserError: If `max_shard_size` is no size.
     """
     network_class = getattr(transformers, description["class"])
     with torch.device("meta"):  # the tensors come from `weights`
@@ -472,4 +481,7 @@ def save_network(description: dict[str, Any], weights: dict[str, Tensor], folder
     weights = {key: w if w.shape == shapes[key] else w[: shapes[key][0]].clone() for key, w in weights.items()}
     network.load_state_dict(weights, assign=True)
     network.tie_weights()
-    network.save_pretrained(folder)
+    try:
+        network.save_pretrained(folder, **({} if max_shard_size is None else {"max_shard_size": max_shard_size}))
+    except ValueError as error:
+        raise UserError(f"the model cannot be written: {error}") from error

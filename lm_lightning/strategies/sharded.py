@@ -89,8 +89,9 @@ class FSDP2(ModelParallelStrategy):
         What is outside the blocks (embeddings, last norm, head; tied or not) is one more unit.
         """
         offload = CPUOffloadPolicy() if self.cpu_offload else OffloadPolicy()
-        # Blocks are gathered in bf16, in which autocast would compute them anyway; all sums stay float32.
-        mixed = self.precision_plugin.precision == "bf16-mixed"
+        # Blocks are gathered in bf16, in which autocast would compute them anyway; all sums stay float32. (A CPU's
+        # layer norm takes no weights in bf16.)
+        mixed = self.precision_plugin.precision == "bf16-mixed" and self.root_device.type != "cpu"
         half = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
         policy = half if mixed else MixedPrecisionPolicy()
         for block in blocks(network):
@@ -122,6 +123,7 @@ class FSDP2(ModelParallelStrategy):
         checkpoint = run.load_checkpoint(path, weights=not path.is_dir())
         self.lightning_module.on_load_checkpoint(checkpoint)  # refuses another network, before its weights are loaded
         optimizer = self.optimizers[0] if self.optimizers else None
+        state: Any
         if path.is_dir():
             weights = get_model_state_dict(self.model)
             state = None if optimizer is None else get_optimizer_state_dict(self.model, optimizer)

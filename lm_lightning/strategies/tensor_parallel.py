@@ -80,7 +80,7 @@ class Projection(ParallelStyle):
             for key, _ in list(module.named_parameters(recurse=False)):
                 distribute(module, key, mesh, placements[key])
 
-        def take_in(module: nn.Module, inputs: Any, mesh: DeviceMesh) -> DTensor:
+        def take_in(module: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:
             local = DTensor.from_local(inputs[0], mesh, [self.inputs], run_check=False)
             return local.redistribute(placements=[Replicate() if columns else Shard(-1)])
 

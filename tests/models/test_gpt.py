@@ -34,6 +34,7 @@ class Sentences(LightningDataModule):
     def __init__(self, tokenizer, lengths: list[int], batch_size: int) -> None:
         super().__init__()
         self.tokenizer, self.batch_size, self.seed, self.consumed = tokenizer, batch_size, 0, 0
+        self.replica, self.replicas = 0, 1
         self.block_size, self.tokens_per_batch = max(lengths), batch_size * max(lengths)
         generator = torch.Generator().manual_seed(1)
         self.rows = [torch.randint(0, len(tokenizer), (n + 1,), generator=generator) for n in lengths]

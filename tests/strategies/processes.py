@@ -1,4 +1,4 @@
-"""Runs many commands in two processes that are started once: most of a run is its start.
+"""Runs many commands in some processes that are started once: most of a run is its start.
 
 `python processes.py COMMANDS`, where COMMANDS is a JSON file of lists `[run folder, command, argument, ...]`. What each
 is refused with is written to `<run folder>/error`.
@@ -15,7 +15,7 @@ from pathlib import Path
 
 
 class Runs:
-    """Commands that two processes run together, and what came of each.
+    """Commands that some processes run together, and what came of each.
 
     Args:
         folder: Where the run folders are made, by the names of the runs.
@@ -25,28 +25,34 @@ class Runs:
         self.folder = folder
 
     def __call__(self, commands: dict[str, tuple]) -> None:
-        """Runs `{name: (command, argument, ...)}`; the runs whose names begin with `one` in a process alone."""
-        alone = {name: arguments for name, arguments in commands.items() if name.startswith("one")}
-        together = {name: arguments for name, arguments in commands.items() if name not in alone}
-        for number, batch in ((1, alone), (2, together)):
-            if batch:
-                self.launch(number, batch)
+        """Runs `{name: (command, argument, ...)}`, each in two processes.
 
-    def launch(self, processes: int, commands: dict[str, tuple]) -> None:
+        Those whose names begin with `one` run in a single process, those with `nodes` in two on each of two nodes.
+        """
+        sizes = {"one": (1, 1), "nodes": (2, 2)}
+        batches: dict[tuple[int, int], dict[str, tuple]] = {}
+        for name, arguments in commands.items():
+            size = next((size for start, size in sizes.items() if name.startswith(start)), (1, 2))
+            batches.setdefault(size, {})[name] = arguments
+        for size, batch in sorted(batches.items()):
+            self.launch(*size, batch)
+
+    def launch(self, nodes: int, processes: int, commands: dict[str, tuple]) -> None:
         file = self.folder / "commands.json"
         file.write_text(json.dumps([[str(self.folder / name), *map(str, c)] for name, c in commands.items()]))
         for name in commands:
             (self.folder / name).mkdir()
         port = str(random.randint(20000, 50000))
-        environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes)}
+        environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
         started = [
             subprocess.Popen(
                 [sys.executable, __file__, file],
-                env=environment | {"LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+                env=environment | {"NODE_RANK": str(node), "LOCAL_RANK": str(rank)},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
             )
+            for node in range(nodes)
             for rank in range(processes)
         ]
         try:

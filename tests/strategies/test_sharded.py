@@ -1,5 +1,7 @@
 """One flag changes the strategy, and nothing else changes."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -42,7 +44,7 @@ NETWORKS = {
 }
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(tmp_path_factory.mktemp("runs"))
 
@@ -100,6 +102,68 @@ def test_every_strategy_has_the_losses_of_one_process(runs, recipe, network: str
         assert runs.differ(one, other, "step", "train/loss") < 1e-5
         assert runs.differ(one, other, "step", "train/gradient_norm") < 2e-3
         assert runs.differ(one, other, "step", "val/loss") < 1e-5
+
+
+def test_two_nodes_have_the_losses_of_one_process(runs, recipe):
+    """Data parallel over all, sharded within each node, and tensor parallel within each node and sharded over them."""
+    nodes = ("--trainer.num_nodes", 2, "--trainer.devices", 2, "--trainer.val_check_interval", 5)
+    started = {}
+    for network in ("gpt2", "bert"):
+        started |= commands(recipe, network, ["one"])
+        for name, batch_size in (("ddp", 1), ("hsdp", 1), ("tp", 2)):
+            flags = (*nodes, "--trainer.strategy", name, "--data.batch_size", batch_size)
+            started[f"nodes_{name}_{network}"] = recipe(network, *flags)
+    runs(started)
+    for name in started:
+        one = f"one_{name.rsplit('_')[-1]}"
+        assert runs.differ(one, name, "step", "train/loss") < 1e-5
+        assert runs.differ(one, name, "step", "train/gradient_norm") < 1e-4
+        assert runs.differ(one, name, "step", "val/loss") < 1e-5
+
+
+def test_options_do_under_sharding_what_they_do_without(runs, recipe):
+    options = {  # with the largest difference of losses
+        "accumulation": (("--data.batch_size", 1, "--trainer.accumulate_grad_batches"), 1e-5),
+        "documents": (("--data.mask_documents", "true"), 1e-5),
+        "checkpointing": (("--model.activation_checkpointing", 2), 1e-5),
+        "muon": (("--model.optimizer", "lm_lightning.optim.MuonAdamW"), 1e-3),  # its iteration is in bf16
+        "bf16": (("--trainer.precision", "bf16-mixed"), 5e-3),
+    }
+    started = {}
+    for option, (flags, _) in options.items():
+        for strategy in ("one", "fsdp2", "tp"):
+            own = (*flags, 2 if strategy == "fsdp2" else 4) if option == "accumulation" else flags
+            (command,) = commands(recipe, "gpt2", [strategy], *own, "--trainer.limit_val_batches", 0).values()
+            started[f"{strategy}_{option}"] = command
+    runs(started)
+    for option, (_, tolerance) in options.items():
+        for strategy in ("fsdp2", "tp"):
+            assert runs.differ(f"one_{option}", f"{strategy}_{option}", "step", "train/loss") < tolerance, option
+
+
+def test_sharded_network_generates_predicts_and_is_exported(runs, recipe, cli):
+    callback = '[{"class_path": "lm_lightning.callbacks.samples.Samples", "init_args": {"prompts": ["", "The old"]}}]'
+    names = ["one", "fsdp2", "split"]
+    runs(commands(recipe, "gpt2", names, "--trainer.callbacks", callback))
+    samples = [(runs.folder / f"{name}_gpt2" / "samples.jsonl").read_text() for name in names]
+    assert samples[0].count("\n") == 4 and samples[1] == samples[2] == samples[0]
+
+    checkpoint = runs.folder / "split_gpt2" / "checkpoints" / "last.ckpt"
+    assert checkpoint.is_dir()
+    flags = {name: ("predict", *recipe("gpt2", *FLAGS[name])[1:], "--ckpt_path", checkpoint) for name in names}
+    runs({f"{name}_predict": (*f, "--trainer.devices", 1 if name == "one" else 2) for name, f in flags.items()})
+    # a checkpoint is measured in its own run's folder, so that the last of these has left its predictions
+    text = (runs.folder / "split_gpt2" / "predictions.jsonl").read_text()
+    rows = [json.loads(line) for line in text.splitlines()]
+    assert [row["id"] for row in rows] == list(range(len(rows))) and len(rows) > 10
+
+    validated = cli("validate", *recipe("gpt2")[1:], "--ckpt_path", checkpoint, "--trainer.devices", 1)
+    (last,) = runs.log("split_gpt2", "step", "val/loss")[-1:]
+    assert f"{last[1]:.4f}" in validated
+    shutil.rmtree(runs.folder / "split_gpt2" / "model")
+    cli("export", runs.folder / "split_gpt2", "--max_shard_size", "20KB")
+    parts = list((runs.folder / "split_gpt2" / "model").glob("model-*-of-*.safetensors"))
+    assert len(parts) > 1
 
 
 @pytest.mark.parametrize(
