@@ -34,7 +34,8 @@ def main() -> None:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         run(command)
     except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # the other ranks have met the same
+        if {os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID")} == {"0"}:
+            # (the other processes have met the same)
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 

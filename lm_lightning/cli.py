@@ -17,8 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import lm_lightning
-import lm_lightning.strategies  # (registers what --trainer.strategy names)
-from lm_lightning import hub
+from lm_lightning import hub, strategies
 from lm_lightning import run as runs
 from lm_lightning.callbacks.export import Export
 from lm_lightning.callbacks.predictions import Predictions
@@ -140,7 +139,7 @@ class CLI(LightningCLI):
         """What classes do not accept is the user's to mend."""
         try:
             super().instantiate_classes()
-        except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
+        except (ValueError, TypeError, ImportError, RuntimeError, MisconfigurationException) as error:
             cause: Optional[BaseException] = error  # jsonargparse wraps what is raised
             while cause is not None and not isinstance(cause, UserError):
                 cause = cause.__cause__ or cause.__context__
@@ -161,7 +160,9 @@ class CLI(LightningCLI):
         if config.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             extra.append(RunProgress())
         plugins = [*(config.plugins or []), Checkpoints()]
-        return super().instantiate_trainer(callbacks=[*callbacks, *extra], plugins=plugins, **kwargs)
+        trainer = super().instantiate_trainer(callbacks=[*callbacks, *extra], plugins=plugins, **kwargs)
+        strategies.check(trainer.strategy)
+        return trainer
 
 
 class RunFolder(SaveConfigCallback):
@@ -186,6 +187,7 @@ class RunFolder(SaveConfigCallback):
 def check(config: Any) -> None:
     """Refuses settings of the trainer that Lightning takes, or fails at, without a word."""
     trainer = config.trainer
+    strategies.check_name(trainer.strategy)
     for name, value, least in (
         ("trainer.accumulate_grad_batches", trainer.accumulate_grad_batches, 1),
         ("trainer.gradient_clip_val", trainer.gradient_clip_val, 0),

@@ -45,16 +45,24 @@ def new_run(runs_dir: str, name: str) -> Path:
         return Path(store.get(key).decode())
     if "LOCAL_RANK" in os.environ and ENVIRONMENT in os.environ:  # started by Lightning
         return Path(os.environ[ENVIRONMENT])
+    from lightning.fabric.plugins.environments import SLURMEnvironment
+
+    if SLURMEnvironment.detect() and SLURMEnvironment.job_id() is not None:  # by srun: named by what all processes know
+        parts = [os.environ.get(f"SLURM_{part}", "0") for part in ("JOB_ID", "STEP_ID", "RESTART_COUNT")]
+        run = Path(runs_dir).absolute() / name / f"slurm-{'-'.join(parts)}"
+        return make_run(runs_dir, name, run.name) if os.environ["SLURM_PROCID"] == "0" else run
+    if int(os.environ.get("NODE_RANK", 0)) > 0:
+        raise UserError("the processes of several nodes find each other's run folder only under torchrun or srun")
     run = make_run(runs_dir, name)
     os.environ[ENVIRONMENT] = str(run)
     return run
 
 
-def make_run(runs_dir: str, name: str) -> Path:
-    """Makes a folder that no other run has."""
+def make_run(runs_dir: str, name: str, time: Optional[str] = None) -> Path:
+    """Makes a folder that no other run has, named by the time or something else."""
     if Path(name).name != name:
         raise UserError(f"--name {name} is no name for a folder: give one without slashes")
-    time = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    time = time or datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     for number in itertools.count(1):
         run = Path(runs_dir).absolute() / name / (time if number == 1 else f"{time}-{number}")
         try:

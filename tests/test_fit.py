@@ -2,8 +2,11 @@
 
 import csv
 import json
+import os
+import random
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -133,6 +136,26 @@ def test_torchrun_makes_one_run_folder(recipe: Path):
     assert (run / "model" / "model.safetensors").is_file()
 
 
+def test_srun_makes_one_run_folder_and_says_everything_once(recipe: Path):
+    """Two processes as SLURM starts them, of a job that was requeued once."""
+    job = {"SLURM_JOB_ID": str(random.randint(1000, 9999)), "SLURM_STEP_ID": "0", "SLURM_RESTART_COUNT": "1"}
+    job |= {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NODEID": "0", "SLURM_JOB_NAME": "training"}
+    flags = ["--trainer.strategy", "ddp", "--trainer.devices", "2", "--data.batch_size", "2"]
+
+    def start(*more: str) -> list[subprocess.CompletedProcess]:
+        with ThreadPoolExecutor() as pool:
+            ranks = [os.environ | job | {"SLURM_PROCID": r, "SLURM_LOCALID": r} for r in ("0", "1")]
+            return list(pool.map(lambda env: command("fit", "--config", recipe, *flags, *more, env=env), ranks))
+
+    first, second = start()
+    assert first.returncode == second.returncode == 0, first.stderr + second.stderr
+    (run,) = (recipe.parent / "runs" / "tiny").iterdir()
+    assert run.name == f"slurm-{job['SLURM_JOB_ID']}-0-1" and (run / "model" / "model.safetensors").is_file()
+    assert f"run folder: {run}" in first.stdout and "run folder" not in second.stdout
+    first, second = start("--data.block_size", "0")
+    assert "block_size is 0" in refusal(first) and second.returncode == 2 and "error" not in second.stderr
+
+
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
@@ -149,7 +172,16 @@ def test_torchrun_makes_one_run_folder(recipe: Path):
         (("--model.network.n_embd", 33), "cannot be made"),
         (("--model.attention", "banana"), "cannot be made"),
         (("--model.optimizer.init_args.lr", -1), "does not accept its settings"),
-        (("--trainer.strategy", "fsdp"), "fsdp"),
+        (("--trainer.strategy", "fsdp"), "take --trainer.strategy fsdp2"),
+        (("--trainer.strategy", "deepspeed_stage_3"), "take --trainer.strategy fsdp2"),
+        (("--trainer.strategy", "banana"), "there is no strategy banana"),
+        (("--trainer.strategy", "fsdp2"), "there is only one"),
+        (("--trainer.strategy", "tp"), "there is only one"),
+        (
+            ("--trainer.strategy", "lm_lightning.strategies.FSDP2", "--trainer.strategy.cpu_offload", "true"),
+            "there is no gpu",
+        ),
+        (("--model.activation_checkpointing", -1), "activation_checkpointing is -1"),
         (("--trainer.accelerator", "tpu"), "torch_xla"),
         (("--ckpt_path", "/tmp"), "no checkpoint file"),
     ],

@@ -100,18 +100,11 @@ class LanguageModule(LightningModule):
         """Makes the network, which needs the tokenizer; Lightning calls it once the data is set up."""
         if self.network is not None:
             return
-        data = self.trainer.datamodule
         try:
             self.network = self.new_network() if self.settings is not None else self.pretrained_network()
         except (ValueError, TypeError, ImportError) as error:  # transformers did not accept the settings
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"the network of model.network or model.pretrained cannot be made: {reason}") from error
-        limit = getattr(self.network.config, "max_position_embeddings", None)
-        if limit is not None and data.block_size > limit:
-            raise UserError(
-                f"data.block_size is {data.block_size}, but this network has positions for {limit} tokens: lower it, "
-                "or make a network with more of them"
-            )
         self.network.train()  # `from_pretrained` leaves it in evaluation mode
         self.network_class = type(self.network).__name__  # sharding makes another one of it
         if self.activation_checkpointing:
@@ -176,13 +169,26 @@ class LanguageModule(LightningModule):
                     f"transformers would read this tokenizer, saved beside a network of type {model_type}, as another "
                     f"one: take {model_type}'s own (data.tokenizer.path), or another model.network.model_type"
                 )
+        self.check_config(config)
         return self.auto_class.from_config(config, attn_implementation=self.attention)
+
+    def check_config(self, config: transformers.PreTrainedConfig) -> None:
+        """Refuses a network that this run could not train, before its weights are made or loaded."""
+        limit, block_size = getattr(config, "max_position_embeddings", None), self.trainer.datamodule.block_size
+        if limit is not None and block_size > limit:
+            raise UserError(
+                f"data.block_size is {block_size}, but this network has positions for {limit} tokens: lower it, or "
+                "make a network with more of them"
+            )
+        if hasattr(self.trainer.strategy, "check"):  # one of ours
+            self.trainer.strategy.check(config)
 
     def pretrained_network(self) -> transformers.PreTrainedModel:
         """The network of `pretrained`, with rows added if the tokenizer has more tokens."""
         tokenizer, name = self.trainer.datamodule.tokenizer, hub.folder(str(self.pretrained))
         self.refuse_other_tokenizer(name)
         try:
+            self.check_config(transformers.AutoConfig.from_pretrained(name, local_files_only=hub.local_only(name)))
             network, info = self.auto_class.from_pretrained(
                 name,
                 local_files_only=hub.local_only(name),

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from lm_lightning import run, sharded_checkpoint
 from lm_lightning.errors import UserError
@@ -57,6 +57,9 @@ class FSDP2(ModelParallelStrategy):
             process_group_backend=process_group_backend,
         )
         self.within_node, self.cpu_offload, self.sharded_checkpoints = within_node, cpu_offload, sharded_checkpoints
+
+    def check(self, config: PreTrainedConfig) -> None:
+        """Refuses networks that cannot be sharded, before their weights are made."""
 
     # Set-up
 
@@ -172,6 +175,9 @@ class TensorParallel(FSDP2):
             raise UserError(f"groups of {size} processes do not divide {processes}: choose another size")
         self._tensor_parallel_size, self._data_parallel_size = size, processes // size
         super().setup_environment()
+
+    def check(self, config: PreTrainedConfig) -> None:
+        tensor_parallel.check(config, self.device_mesh["tensor_parallel"].size())
 
     def shard(self, network: PreTrainedModel) -> None:
         """Splits the matrices within the groups and shards everything over the groups, if there are several."""

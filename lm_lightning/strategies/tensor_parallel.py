@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle, RowwiseParallel, SequenceParallel, parallelize_module
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lm_lightning.errors import UserError
@@ -101,13 +101,13 @@ STYLES: dict[str, ParallelStyle] = {
 
 
 def split(network: PreTrainedModel, mesh: DeviceMesh) -> None:
-    """Splits a network over the processes of a mesh, in place.
-
-    Raises:
-        UserError: If no plan for its type is known, or a dimension is not divisible by the processes.
-    """
-    plan = styles(network)
-    refuse_remainders(network, mesh.size())
+    """Splits a network, whose config `check` has accepted, over the processes of a mesh, in place."""
+    plan = {
+        name: style
+        for name, _ in network.base_model.named_modules()
+        for pattern, style in patterns(network.config).items()
+        if fnmatch.fnmatchcase(name, pattern)
+    }
     ties = tied(network)
     parallelize_module(network.base_model, mesh, {name: STYLES[style] for name, style in plan.items()})
     head, embedding = network.get_output_embeddings(), network.get_input_embeddings()
@@ -121,34 +121,26 @@ def split(network: PreTrainedModel, mesh: DeviceMesh) -> None:
             setattr(module, name, one)
 
 
-def styles(network: PreTrainedModel) -> dict[str, str]:
-    """How each module of the network's body is split: its name and the name of a style.
+def patterns(config: PreTrainedConfig) -> dict[str, str]:
+    """How the modules of the body of a type of network are split: patterns of their names, and names of styles."""
+    known = PLANS.get(config.model_type) or getattr(config, "base_model_tp_plan", None) or {}
+    return {pattern: style for pattern, style in known.items() if not pattern.startswith("embed")}
+
+
+def check(config: PreTrainedConfig, size: int) -> None:
+    """Refuses networks that cannot be split over `size` processes.
 
     Raises:
-        UserError: If it is not known.
+        UserError: If no plan for their type is known, or a dimension is not divisible.
     """
-    model_type = network.config.model_type
-    patterns = PLANS.get(model_type) or getattr(network.config, "base_model_tp_plan", None) or {}
-    patterns = {pattern: style for pattern, style in patterns.items() if not pattern.startswith("embed")}
-    plan = {
-        name: style
-        for name, _ in network.base_model.named_modules()
-        for pattern, style in patterns.items()
-        if fnmatch.fnmatchcase(name, pattern)
-    }
-    strange = set(patterns.values()) - STYLES.keys()
+    plan = patterns(config)
+    strange = set(plan.values()) - STYLES.keys()
     if strange or not plan:
         raise UserError(
-            f"how to split networks of type {model_type} by tensor parallelism is not known"
+            f"how to split networks of type {config.model_type} by tensor parallelism is not known"
             + (f" ({', '.join(sorted(strange))})" if strange else "")
             + f": take --trainer.strategy fsdp2, or one of {', '.join(PLANS)}, llama, mistral, qwen2, qwen3 and gemma2"
         )
-    return plan
-
-
-def refuse_remainders(network: PreTrainedModel, size: int) -> None:
-    """Refuses numbers of heads and widths that do not divide."""
-    config = network.config
     for name in ("num_attention_heads", "num_key_value_heads", "hidden_size", "intermediate_size"):
         value = getattr(config, name, None)
         if isinstance(value, int) and value % size:

@@ -1,6 +1,7 @@
 """One flag changes the strategy, and nothing else changes."""
 
 import json
+import pickle
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import safetensors.torch
 import torch
 import yaml
 from processes import Runs
+
+from lm_lightning import sharded_checkpoint
 
 FLAGS = {
     "one": (),
@@ -102,6 +105,36 @@ def test_every_strategy_has_the_losses_of_one_process(runs, recipe, network: str
         assert runs.differ(one, other, "step", "train/loss") < 1e-5
         assert runs.differ(one, other, "step", "train/gradient_norm") < 2e-3
         assert runs.differ(one, other, "step", "val/loss") < 1e-5
+
+
+def test_overlays_of_configs_train(runs, recipe):
+    overlays = sorted((Path(__file__).parents[2] / "configs" / "strategy").glob("*.yaml"))
+    runs({f.stem: recipe("gpt2", "--config", f, "--trainer.devices", 2, "--trainer.max_steps", 4) for f in overlays})
+    for file in overlays:
+        assert len(runs.log(file.stem, "step", "train/loss")) == 4
+
+
+def test_network_that_cannot_be_split_is_refused(runs, recipe):
+    wrong = {
+        "num_attention_heads": ("gpt2", "--model.network.n_head", 1),
+        "num_key_value_heads": ("qwen3", "--model.network.num_key_value_heads", 1),
+        "type bloom": ("gpt2", "--model.network", '{"model_type": "bloom", "hidden_size": 32, "n_head": 2}'),
+    }
+    flags = ("--trainer.strategy", "tp", "--trainer.devices", 2)
+    runs({reason: recipe(network, *flags, *own) for reason, (network, *own) in wrong.items()})
+    for reason in wrong:
+        assert reason in runs.error(reason) and "Traceback" not in runs.error(reason)
+
+
+def test_tampered_table_of_contents_is_not_run(tmp_path: Path):
+    """The table of a sharded checkpoint is a pickle; one that would run something is refused."""
+    table = tmp_path / ".metadata"
+    allowed = sharded_checkpoint.METADATA
+    for module, name in (("os", "system"), (allowed, "os.system"), (allowed, "Sequence"), ("torch", "load")):
+        strings = [b"\x8c" + bytes([len(text)]) + text.encode() for text in (module, name)]
+        table.write_bytes(b"\x80\x04" + b"".join(strings) + b"\x93.")  # a pickle of what has that name
+        with pytest.raises(pickle.UnpicklingError, match="has no place"):
+            sharded_checkpoint.Reader(tmp_path).read_metadata()
 
 
 def test_two_nodes_have_the_losses_of_one_process(runs, recipe):
