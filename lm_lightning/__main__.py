@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import os
+import re
 import sys
 
 from lm_lightning.errors import UserError, of_command_line
@@ -17,6 +18,10 @@ COMMANDS = {
     "generate": ("lm_lightning.commands.generate", "continue prompts with a trained model, or chat"),
     "export": ("lm_lightning.commands.export", "make a from_pretrained folder of a checkpoint"),
 }
+
+
+# how torch.distributed tells that another process is gone
+LOST = re.compile(r"(closed|reset) by peer|remote (process|worker)|Broken pipe")
 
 
 def main() -> None:
@@ -38,6 +43,11 @@ def main() -> None:
             # (the other processes have met the same)
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:
+        if not LOST.search(str(error)):
+            raise
+        # The process that has ended tells why; a traceback of each that waited for it would only hide that.
+        sys.exit("this process ends, since another one of its run has ended")
 
 
 def run(command: str) -> None:
