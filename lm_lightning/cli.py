@@ -158,7 +158,12 @@ class CLI(LightningCLI):
         extra = [Throughput(), Export(), Predictions()]
         if config.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             extra.append(RunProgress())
-        return super().instantiate_trainer(callbacks=[*callbacks, *extra], **kwargs)
+        trainer = super().instantiate_trainer(
+            callbacks=[*callbacks, *extra], enable_checkpointing=config.enable_checkpointing or None, **kwargs
+        )
+        if config.enable_checkpointing is False:  # which Lightning refuses beside the checkpoints of this CLI
+            trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, (ModelCheckpoint, Export))]
+        return trainer
 
 
 class RunFolder(SaveConfigCallback):
