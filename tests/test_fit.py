@@ -70,6 +70,15 @@ def test_run_folder_is_complete_and_loads_in_plain_transformers(recipe: Path, tm
     assert torch.allclose(own, torch.tensor(logits), atol=1e-5)
 
 
+def test_run_without_checkpoints_leaves_numbers_only(fit):
+    run = fit("--trainer.enable_checkpointing", "false")
+    assert not (run / "checkpoints").exists() and not (run / "model").exists()
+    with open(run / "metrics.csv", newline="") as file:
+        memory = [float(row["train/memory"]) for row in csv.DictReader(file) if row["train/memory"]]
+    # of a process that has PyTorch and a tiny network in it, in GiB
+    assert len(memory) == 10 and memory == sorted(memory) and 0.1 < memory[0] < 10
+
+
 def test_same_command_twice_makes_two_run_folders_with_the_same_weights(fit):
     first, second = fit(), fit()
     assert first != second
