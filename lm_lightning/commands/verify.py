@@ -299,7 +299,7 @@ def fit(arguments: list[str], folder: Path, timeout: float) -> tuple[str, str]:
         return "", f"killed by {signal.Signals(-status).name}" + (" (out of memory?)" if status == -9 else "")
     pattern = re.compile(r"^(?:\[rank\d+\]: ?)?(?:error: (.*)|([\w.]*(?:Error|Exception)\b.*))$")
     found = [match[1] or match[2] for line in text.splitlines() if (match := pattern.match(line))]
-    return "", (found or text.split("\n") or [""])[-1][:500] or f"exit status {status}"
+    return "", (found or text.strip().splitlines() or [""])[-1][:500] or f"exit status {status}"
 
 
 def differences(outcome: Outcome, base: Outcome) -> Differences:
@@ -311,17 +311,7 @@ def differences(outcome: Outcome, base: Outcome) -> Differences:
 
 def report(outcomes: dict[str, Outcome], steps: int) -> tuple[str, bool]:
     """The table with its legend, valid as Markdown, and whether all is well in it."""
-    head = [
-        "variant",
-        "processes",
-        "micro-batches",
-        "gradient, step 1",
-        "gradient",
-        "loss",
-        "tokens/s",
-        "GiB",
-        "result",
-    ]
+    head = ["variant", "processes", "micro-batches", "first gradient", "gradient", "loss", "tokens/s", "GiB", "result"]
     rows, notes, good = [head], [], True
     for name, outcome in outcomes.items():
         variant = VARIANTS[name]
@@ -343,7 +333,7 @@ def report(outcomes: dict[str, Outcome], steps: int) -> tuple[str, bool]:
         rows.append([*row, *found, f"{outcome.tokens_per_second:,.0f}", memory, result])
     legend = (
         f"Largest differences in {steps} steps from the plain run, of documents from documents_eager: of the gradient "
-        "norm as a part of it (at step 1, before an optimizer has made more of the rounding, and at any), and of the "
+        "norm as a part of it (at the first, before an optimizer has made more of rounding, and at any), and of the "
         "loss in nats a token. Tokens a second are the median step's, GiB the peak of the first process."
     )
     return "\n".join([*markdown(rows), "", legend, *([""] if notes else []), *notes]), good
@@ -354,12 +344,9 @@ def markdown(rows: list[list[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows)]
     words = (0, len(widths) - 1)
     rule = ["-" * width if i in words else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
-    return [
-        "| "
-        + " | ".join(cell.ljust(w) if i in words else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
-        + " |"
-        for row in [rows[0], rule, *rows[1:]]
-    ]
+    lines = [rows[0], rule, *rows[1:]]
+    aligned = [[c.ljust(w) if i in words else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths))] for r in lines]
+    return [f"| {' | '.join(cells)} |" for cells in aligned]
 
 
 def machine(outcomes: dict[str, Outcome]) -> str:
