@@ -17,12 +17,14 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import lm_lightning
+import lm_lightning.strategies  # (registers what --trainer.strategy names)
 from lm_lightning import hub
 from lm_lightning import run as runs
 from lm_lightning.callbacks.export import Export
 from lm_lightning.callbacks.predictions import Predictions
 from lm_lightning.callbacks.progress import RunProgress
 from lm_lightning.callbacks.throughput import Throughput
+from lm_lightning.checkpoints import Checkpoints
 from lm_lightning.data.masked import MaskedData  # noqa: F401 (imported, so that its short name works as class_path)
 from lm_lightning.data.pretraining import PretrainingData  # noqa: F401
 from lm_lightning.errors import UserError
@@ -113,7 +115,7 @@ class CLI(LightningCLI):
             checkpoint = (
                 runs.last_checkpoint(config.runs_dir, name) if config.ckpt_path == "last" else Path(config.ckpt_path)
             )
-            runs.load_checkpoint(checkpoint)
+            runs.load_checkpoint(checkpoint, weights=False)
             config.ckpt_path = str(checkpoint.absolute())
             # An earlier state than the last goes on in a folder of its own: what came after it stays.
             run = runs.run_of(checkpoint) if self.subcommand != "fit" or checkpoint.name == "last.ckpt" else None
@@ -159,7 +161,10 @@ class CLI(LightningCLI):
         if config.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             extra.append(RunProgress())
         trainer = super().instantiate_trainer(
-            callbacks=[*callbacks, *extra], enable_checkpointing=config.enable_checkpointing or None, **kwargs
+            callbacks=[*callbacks, *extra],
+            plugins=[*(config.plugins or []), Checkpoints()],
+            enable_checkpointing=config.enable_checkpointing or None,
+            **kwargs,
         )
         if config.enable_checkpointing is False:  # which Lightning refuses beside the checkpoints of this CLI
             trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, (ModelCheckpoint, Export))]

@@ -92,17 +92,25 @@ def run_of(checkpoint: Path) -> Optional[Path]:
     return run if (run / "config.yaml").is_file() else None
 
 
-def load_checkpoint(path: Path) -> dict:
-    """Loads a checkpoint, whose tensors stay on disk until they are used.
+def load_checkpoint(path: Path, weights: bool = True) -> dict:
+    """Loads a checkpoint, a file whose tensors stay on disk until they are used, or a sharded folder.
+
+    Args:
+        path: The file or folder.
+        weights: Whether the tensors of a folder are wanted, which are read and put together.
 
     Raises:
         UserError: Names the file and what is wrong with it.
     """
     import torch
 
+    from lm_lightning import sharded_checkpoint
+
+    remedy = f"take another one of {path.parent}"
+    if (path / sharded_checkpoint.META).is_file():
+        return sharded_checkpoint.gather(path) if weights else sharded_checkpoint.meta(path)
     if not path.is_file():
         raise UserError(f"there is no checkpoint file {path}")
-    remedy = f"take another one of {path.parent}"
     if not zipfile.is_zipfile(path):  # the table of contents is at the file's end
         raise UserError(
             f"the checkpoint {path} ({path.stat().st_size:,} bytes) is cut short or no checkpoint: {remedy}"
@@ -112,7 +120,7 @@ def load_checkpoint(path: Path) -> dict:
     except (RuntimeError, pickle.UnpicklingError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"the checkpoint {path} cannot be read ({reason}): {remedy}") from error
-    if not isinstance(checkpoint, dict) or not {"network", "state_dict", "global_step"} <= checkpoint.keys():
+    if not isinstance(checkpoint, dict) or not {"network", "global_step"} <= checkpoint.keys():
         raise UserError(f"{path} is no checkpoint of lm_lightning: {remedy}")
     return checkpoint
 

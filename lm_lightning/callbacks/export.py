@@ -15,9 +15,9 @@ class Export(Callback):
             return
         run = Path(trainer.default_root_dir)
         last = run / "checkpoints" / "last.ckpt"
-        stale = not last.exists() or load_checkpoint(last)["global_step"] != trainer.global_step
+        stale = not last.exists() or load_checkpoint(last, weights=False)["global_step"] != trainer.global_step
         if trainer.strategy.broadcast(stale):  # saving is done by all processes or none
             trainer.save_checkpoint(last)
+        pl_module.export(run / "model")
         if trainer.is_global_zero:
-            pl_module.export(run / "model")
             print(f"model: {run / 'model'}")

@@ -10,7 +10,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 class Predictions(Callback):
     """Writes the dicts that `predict_step` returns to `predictions.jsonl` in the run folder, in the data's order.
 
-    Each process writes a part; the first one joins them by the samples' `id`.
+    Each process writes a part; the first one joins them by the samples' `id` (processes of tensor parallelism have the
+    same samples).
     """
 
     def part(self, trainer: Trainer, rank: int) -> Path:
@@ -31,9 +32,14 @@ class Predictions(Callback):
         if not trainer.is_global_zero:
             return
         parts = [self.part(trainer, rank) for rank in range(trainer.world_size)]
-        lines = [line for part in parts for line in part.read_text(encoding="utf-8").split("\n") if line]
+        lines = {
+            json.loads(line)["id"]: line
+            for part in parts
+            for line in part.read_text(encoding="utf-8").split("\n")
+            if line
+        }
         file = Path(trainer.default_root_dir) / "predictions.jsonl"
-        file.write_text("\n".join(sorted(lines, key=lambda line: json.loads(line)["id"])) + "\n", encoding="utf-8")
+        file.write_text("".join(lines[sample] + "\n" for sample in sorted(lines)), encoding="utf-8")
         for part in parts:
             part.unlink()
         print(f"predictions: {file}")

@@ -33,13 +33,15 @@ class Samples(Callback):
         check(self.prompts, self.max_new_tokens, self.sampling)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn != "fit" or trainer.sanity_checking or not trainer.is_global_zero:
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         network, tokenizer = pl_module.network, trainer.datamodule.tokenizer
         prompts = [prompt_ids(tokenizer, prompt) for prompt in self.prompts]
         texts = generate(
             network, tokenizer, prompts, self.max_new_tokens, self.sampling, vocab_size=pl_module.vocab_size
-        )
+        )  # by all processes, since the network may be sharded over them
+        if not trainer.is_global_zero:
+            return
         with open(Path(trainer.default_root_dir) / "samples.jsonl", "a", encoding="utf-8") as file:
             for prompt, text in zip(self.prompts, texts):
                 row = {"step": trainer.global_step, "prompt": prompt, "text": text}

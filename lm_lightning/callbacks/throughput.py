@@ -50,7 +50,7 @@ class Throughput(Callback):
         if trainer.global_step % trainer.log_every_n_steps or (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         seconds = time.perf_counter() - self.since
-        metrics = {"train/tokens_per_second": self.tokens / seconds * trainer.world_size}
+        metrics = {"train/tokens_per_second": self.tokens / seconds * trainer.datamodule.replicas}
         if self.peak:
             flops = self.tokens * self.flops_per_token + self.targets * self.flops_per_target
             metrics["train/mfu"] = flops / seconds / self.peak

@@ -106,6 +106,21 @@ class PretrainingData(LightningDataModule):
         """Input tokens of a micro-batch of one process."""
         return self.batch_size * self.block_size
 
+    @property
+    def replicas(self) -> int:
+        """How many different micro-batches are worked on at once; a strategy may give one to several processes."""
+        return self.place["num_replicas"]
+
+    @property
+    def replica(self) -> int:
+        """Which of them is this process's."""
+        return self.place["rank"]
+
+    @property
+    def place(self) -> dict[str, int]:
+        """Of this process among the replicas, as Lightning's strategies tell it to samplers."""
+        return getattr(self.trainer.strategy, "distributed_sampler_kwargs", {"num_replicas": 1, "rank": 0})
+
     def layout(self) -> shards.Layout:
         """How documents become tokens."""
         return shards.Layout("gpt")
@@ -155,14 +170,13 @@ class PretrainingData(LightningDataModule):
         return Blocks(self.splits[name], self.block_size, self.mask_documents, self.seed if name == "train" else None)
 
     def train_dataloader(self) -> DataLoader:
-        trainer = self.trainer
         blocks = self.blocks("train")
         sampler = StreamSampler(
             len(blocks),
             self.batch_size,
-            trainer.accumulate_grad_batches,
-            trainer.global_rank,
-            trainer.world_size,
+            self.trainer.accumulate_grad_batches,
+            self.replica,
+            self.replicas,
             lambda: self.consumed,
         )
         return self.loader(blocks, sampler)
@@ -178,7 +192,7 @@ class PretrainingData(LightningDataModule):
 
     def evaluation_loader(self, name: str) -> DataLoader:
         blocks = self.blocks(name)
-        sampler = SequentialBatches(len(blocks), self.batch_size, self.trainer.global_rank, self.trainer.world_size)
+        sampler = SequentialBatches(len(blocks), self.batch_size, self.replica, self.replicas)
         return self.loader(blocks, sampler)
 
     def loader(self, blocks: Any, sampler: StreamSampler | SequentialBatches) -> DataLoader:

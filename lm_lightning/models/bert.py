@@ -1,5 +1,6 @@
 """BERT: masked language models, with or without next sentences."""
 
+from contextlib import nullcontext
 from typing import Any, Optional
 
 import torch
@@ -9,7 +10,7 @@ from torchmetrics import MeanMetric
 
 from lm_lightning.errors import UserError
 from lm_lightning.losses import linear_cross_entropy
-from lm_lightning.models.module import LanguageModule
+from lm_lightning.models.module import LanguageModule, headless
 from lm_lightning.optim import OptimizerFactory, Schedule
 
 
@@ -26,6 +27,7 @@ class MaskedLM(LanguageModule):
         schedule: Learning rate over the steps.
         attention: Attention implementation of `transformers`.
         compile: Whether to compile the network's body with `torch.compile`.
+        activation_checkpointing: Every how many blocks one is computed again in the backward pass; 0 for none.
         unigram_start: Whether the bias of a new network's head starts at the logarithm of the tokens' frequencies, so
             that it need not be learned. Without effect where the head has no bias.
         candidates: How many tokens `predict` gives for each hidden one.
@@ -39,10 +41,11 @@ class MaskedLM(LanguageModule):
         schedule: Schedule = Schedule(),
         attention: Optional[str] = None,
         compile: bool = False,
+        activation_checkpointing: int = 0,
         unigram_start: bool = True,
         candidates: int = 5,
     ) -> None:
-        super().__init__(network, pretrained, optimizer, schedule, attention, compile)
+        super().__init__(network, pretrained, optimizer, schedule, attention, compile, activation_checkpointing)
         self.unigram_start, self.candidates = unigram_start, candidates
         self.val_accuracy, self.val_next_loss, self.val_next_accuracy = MeanMetric(), MeanMetric(), MeanMetric()
 
@@ -97,14 +100,11 @@ class MaskedLM(LanguageModule):
             return output
 
         hook = self.network.base_model.register_forward_hook(gather)
-        head = self.network.get_output_embeddings()
-        if self.separable:
-            head.forward = lambda hidden: hidden
         try:
-            return self.network(**inputs)
+            with headless(self.network) if self.separable else nullcontext():
+                return self.network(**inputs)
         finally:
             hook.remove()
-            head.__dict__.pop("forward", None)
 
     def losses(self, batch: dict) -> dict[str, Tensor]:
         """Sums over a batch: `masked` loss and its `tokens`; with pairs, `next` loss and its `pairs`, too."""

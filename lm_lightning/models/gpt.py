@@ -9,7 +9,7 @@ from torch import Tensor
 from lm_lightning.data.order import PADDING
 from lm_lightning.errors import UserError
 from lm_lightning.losses import linear_cross_entropy
-from lm_lightning.models.module import LanguageModule
+from lm_lightning.models.module import LanguageModule, headless
 
 
 class CausalLM(LanguageModule):
@@ -67,23 +67,26 @@ class CausalLM(LanguageModule):
         """
         network = self.network.eval()
         tokens = torch.arange(4, device=network.device).unsqueeze(0)
-        inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "use_cache": False}
+        inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
         try:
-            hidden = network.base_model(**inputs).last_hidden_state
-            expected = network(**inputs).logits
-            return torch.equal(network.get_output_embeddings()(hidden), expected)
+            expected = network(**inputs, use_cache=False).logits
+            return torch.equal(network.get_output_embeddings()(self.hidden(inputs)), expected)
         except (AttributeError, TypeError, RuntimeError):  # another layout: its own forward is what we have
             return False
         finally:
             network.train()
+
+    def hidden(self, inputs: dict[str, Tensor]) -> Tensor:
+        """What goes into the head: (B, T, H). The network as a whole is called, which is where strategies take hold."""
+        with headless(self.network):
+            return self.network(**inputs, use_cache=False).logits
 
     def loss(self, batch: dict) -> tuple[Tensor, Tensor]:
         inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch}
         targets = batch["targets"]
         tokens = (targets != -100).sum()
         if self.separable:
-            hidden = self.network.base_model(**inputs, use_cache=False).last_hidden_state
-            head = self.network.get_output_embeddings()
+            hidden, head = self.hidden(inputs), self.network.get_output_embeddings()
             loss = linear_cross_entropy(
                 hidden.flatten(0, 1), head.weight, head.bias, targets.flatten(), self.vocab_size
             )

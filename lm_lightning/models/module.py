@@ -9,15 +9,19 @@ import copy
 import difflib
 import math
 import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
 import torch
 import transformers
 from lightning.pytorch import LightningModule
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
 from torchmetrics import MeanMetric
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lm_lightning import hub
 from lm_lightning.data.order import PADDING
@@ -50,6 +54,8 @@ class LanguageModule(LightningModule):
         attention: Attention implementation of `transformers` (`sdpa`, `eager`, `flash_attention_2`, ...).
             Default: the best that `transformers` finds.
         compile: Whether to compile the network's body with `torch.compile`: slower to start, then faster.
+        activation_checkpointing: Every how many blocks one is computed again in the backward pass, instead of its
+            activations being kept: 1 for all, 2 for every second, ... 0 for none. Less memory, more time.
     """
 
     auto_class: Any  # of transformers, such as AutoModelForCausalLM
@@ -62,8 +68,11 @@ class LanguageModule(LightningModule):
         schedule: Schedule = Schedule(),
         attention: Optional[str] = None,
         compile: bool = False,
+        activation_checkpointing: int = 0,
     ) -> None:
         super().__init__()
+        if activation_checkpointing < 0:
+            raise UserError(f"model.activation_checkpointing is {activation_checkpointing}, but must be 0 or more")
         if (network is None) == (pretrained is None):
             raise UserError(
                 "give one of model.network (a new network, such as {model_type: gpt2, n_layer: 4}) and "
@@ -72,6 +81,7 @@ class LanguageModule(LightningModule):
         self.settings, self.pretrained = network, pretrained
         self.optimizer_factory, self.schedule = optimizer, schedule
         self.attention, self.compile_body = attention, compile
+        self.activation_checkpointing = activation_checkpointing
         self.network: transformers.PreTrainedModel = None  # made by `configure_model`
         self.val_loss = MeanMetric()
         self.window: Optional[Window] = None  # the optimizer step in progress
@@ -83,12 +93,6 @@ class LanguageModule(LightningModule):
         raise NotImplementedError
 
     # Network
-
-    def setup(self, stage: str) -> None:
-        """Refuses strategies under which the gradients' norm would be that of a part of them."""
-        if not isinstance(self.trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
-            name = type(self.trainer.strategy).__name__
-            raise UserError(f"{name} is not supported yet: take --trainer.strategy auto or ddp")
 
     def configure_model(self) -> None:
         """Makes the network, which needs the tokenizer; Lightning calls it once the data is set up."""
@@ -107,9 +111,23 @@ class LanguageModule(LightningModule):
                 "or make a network with more of them"
             )
         self.network.train()  # `from_pretrained` leaves it in evaluation mode
+        self.network_class = type(self.network).__name__  # sharding makes another one of it
+        if self.activation_checkpointing:
+            self.checkpoint_activations()
         self.print(f"network: {type(self.network).__name__}, {self.network.num_parameters():,} parameters")
         if self.compile_body:
             self.network.base_model.compile()
+
+    def checkpoint_activations(self) -> None:
+        """Has every `activation_checkpointing`-th block compute its activations again."""
+        if not self.network.supports_gradient_checkpointing:
+            raise UserError(
+                f"networks of type {self.network.config.model_type} do not support model.activation_checkpointing: "
+                "leave it out"
+            )
+        self.network.gradient_checkpointing_enable({"use_reentrant": False})
+        for number, block in enumerate(blocks(self.network)):
+            block.gradient_checkpointing = number % self.activation_checkpointing == 0
 
     def new_network(self) -> transformers.PreTrainedModel:
         """A network with new weights, from the settings and the tokenizer's vocabulary."""
@@ -210,16 +228,22 @@ class LanguageModule(LightningModule):
         tokenizer, generation = self.trainer.datamodule.tokenizer, getattr(self.network, "generation_config", None)
         own = {"vocab_size": self.vocab_size, "pad_token_id": tokenizer.pad_token_id}
         return {
-            "class": type(self.network).__name__,
+            "class": self.network_class,
             "config": self.network.config.to_dict() | own,
             "generation": None if generation is None else generation.to_dict(),
             "rows": self.network.config.vocab_size,
         }
 
     def export(self, folder: Path) -> None:
-        """Writes the network and its tokenizer as a `from_pretrained` folder."""
-        save_network(self.description(), self.network.state_dict(), folder)
-        self.trainer.datamodule.tokenizer.save_pretrained(folder)
+        """Writes the network and its tokenizer as a `from_pretrained` folder; all processes call it.
+
+        Where the weights are sharded, the first process gathers them in the host's memory.
+        """
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights = get_model_state_dict(self.network, options=options)
+        if self.trainer.is_global_zero:
+            save_network(self.description(), weights, folder)
+            self.trainer.datamodule.tokenizer.save_pretrained(folder)
 
     # Training
 
@@ -231,11 +255,11 @@ class LanguageModule(LightningModule):
         self.lr_schedulers().base_lrs = [settings["initial_lr"] for settings in self.group_settings]
 
     def on_train_batch_start(self, batch: dict, batch_idx: int) -> None:
-        # Dropout is a function of (seed, step, micro-batch, rank), so that a resumed run draws what it would have.
+        # Dropout is a function of (seed, step, micro-batch, replica), so that a resumed run draws what it would have.
         data = self.trainer.datamodule
         micro_batch = len(self.window.samples) if self.window else 0
         # (The hash of integers is the same in every process.)
-        torch.manual_seed(hash((data.seed, self.trainer.global_step, micro_batch, self.global_rank)) % 2**63)
+        torch.manual_seed(hash((data.seed, self.trainer.global_step, micro_batch, data.replica)) % 2**63)
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         loss_sum, tokens = self.loss(batch)
@@ -253,13 +277,13 @@ class LanguageModule(LightningModule):
         totals = torch.stack([window.loss_sum, window.tokens.float()])
         totals = self.trainer.strategy.reduce(totals, reduce_op="sum")
         loss_sum, tokens = totals[0], totals[1].clamp(min=1)
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        # Lightning has divided by the micro-batches, the strategy by the processes, `training_step` by its constant.
+        # Lightning has divided by the micro-batches, the strategy by the replicas, `training_step` by its constant; a
+        # replica of several processes (tensor parallelism) has counted its tokens on each.
         divided = (
             self.trainer.accumulate_grad_batches * self.trainer.world_size * self.trainer.datamodule.tokens_per_batch
         )
-        torch._foreach_mul_(gradients, divided / tokens)
-        self.gradient_norm = torch.nn.utils.get_total_norm(gradients)
+        self.scale_gradients(divided / tokens)
+        self.gradient_norm = gradient_norm(self.parameters())
 
         self.check_finite()
         # (With float16, the scaler provokes infinite gradients, and leaves their steps out itself.)
@@ -267,7 +291,7 @@ class LanguageModule(LightningModule):
         self.finished = None if scaled else window._replace(loss_sum=loss_sum + 0 * self.gradient_norm)
         if self.device.type == "cpu":
             self.check_finite()
-        self.trainer.datamodule.consumed += len(window.samples) * self.trainer.world_size
+        self.trainer.datamodule.consumed += len(window.samples) * self.trainer.datamodule.replicas
         self.log_dict(
             {
                 "step": float(window.step + 1),  # Lightning's name for the x-axis of the loggers: finished steps
@@ -288,7 +312,12 @@ class LanguageModule(LightningModule):
         if gradient_clip_algorithm == "value":
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         else:  # the norm is known already
-            torch.nn.utils.clip_grads_with_norm_(self.parameters(), gradient_clip_val, self.gradient_norm)
+            self.scale_gradients((gradient_clip_val / (self.gradient_norm + 1e-6)).clamp(max=1))
+
+    def scale_gradients(self, factor: Tensor) -> None:
+        """Multiplies all gradients by a number, () float."""
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        torch._foreach_mul_([g.to_local() if isinstance(g, DTensor) else g for g in gradients], factor)
 
     def check_finite(self) -> None:
         """Stops the run if the last finished step's loss or gradient is not finite.
@@ -387,6 +416,43 @@ class LanguageModule(LightningModule):
                 f"the checkpoint is at step {checkpoint['global_step']} and this run ends at step "
                 f"{self.trainer.max_steps}: raise trainer.max_steps to train further"
             )
+
+
+@contextmanager
+def headless(network: transformers.PreTrainedModel) -> Iterator[None]:
+    """A network whose head gives out, in the place of logits, what goes into it."""
+    head = network.get_output_embeddings()
+    head.forward = lambda hidden: hidden
+    try:
+        yield
+    finally:
+        del head.forward
+
+
+def blocks(network: transformers.PreTrainedModel) -> list[nn.Module]:
+    """The layers that a network repeats, which `transformers` marks by their class.
+
+    Raises:
+        UserError: If it has none.
+    """
+    found = [module for module in network.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not found:
+        raise UserError(
+            f"networks of type {network.config.model_type} have no layers that transformers marks as repeated: leave "
+            "model.activation_checkpointing out, and take --trainer.strategy ddp"
+        )
+    return found
+
+
+def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
+    """The global norm of the gradients, () float32, on all processes, however each of them is sharded."""
+    kinds: dict[Any, list[Tensor]] = {}
+    for gradient in (p.grad for p in parameters if p.grad is not None):
+        kind = (gradient.device_mesh, gradient.placements) if isinstance(gradient, DTensor) else None
+        kinds.setdefault(kind, []).append(gradient)
+    norms = [torch.nn.utils.get_total_norm(gradients) for gradients in kinds.values()]
+    norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
 
 
 def save_network(description: dict[str, Any], weights: dict[str, Tensor], folder: Path) -> None:

@@ -1,0 +1,155 @@
+"""Sharded checkpoints: a folder that all processes write, each its share of the tensors.
+
+`torch.distributed.checkpoint` keeps the tensors; whoever reads them, another number of processes or one alone, gets the
+parts that it needs. All else is in `meta.pt`. Of neither file is anything run when it is read.
+"""
+
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+import torch.distributed
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+
+META = "meta.pt"  # Lightning's name, by which it knows such a folder
+METADATA = "torch.distributed.checkpoint.metadata"
+Names = list[list[str]]  # of the parameters of each group of an optimizer
+
+
+def save(checkpoint: dict[str, Any], path: Path) -> None:
+    """Writes a checkpoint of a sharded network; all processes call it.
+
+    Args:
+        checkpoint: Lightning's, where the state of the optimizer goes by the names of the parameters.
+        path: Folder to write. An older checkpoint of that name is replaced when the new one is whole.
+    """
+    weights, states = checkpoint.pop("state_dict"), checkpoint.pop("optimizer_states", [])
+    state = states[0] if states else None
+    partial = path.with_name(path.name + ".partial")
+    first = torch.distributed.get_rank() == 0
+    if first:
+        shutil.rmtree(partial, ignore_errors=True)
+    torch.distributed.barrier()
+    dcp.save(flat(weights, state), storage_writer=dcp.FileSystemWriter(partial, overwrite=True))
+    if first:
+        groups = None if state is None else state["param_groups"]
+        torch.save(checkpoint | {"optimizer_groups": groups}, partial / META)
+        replace(partial, path)
+    torch.distributed.barrier()
+
+
+def replace(new: Path, path: Path) -> None:
+    """Gives a finished folder its name; what had that name before goes only then."""
+    old = path.with_name(path.name + ".old")
+    for leftover in (old,):
+        shutil.rmtree(leftover, ignore_errors=True)
+    if path.exists():
+        path.rename(old)
+    new.rename(path)
+    if old.is_dir():
+        shutil.rmtree(old)
+    elif old.exists():
+        old.unlink()
+
+
+def meta(path: Path) -> dict[str, Any]:
+    """All but the tensors of a checkpoint."""
+    return torch.load(path / META, map_location="cpu", weights_only=True)
+
+
+def load(path: Path, weights: dict[str, Tensor], state: Optional[dict[str, Any]]) -> None:
+    """Reads into the tensors of a sharded network, and of its optimizer if given; all processes call it.
+
+    Args:
+        path: Folder of the checkpoint.
+        weights: State dict of the network, which may be sharded in any way.
+        state: State of the optimizer by the names of the parameters; its groups get the checkpoint's settings.
+    """
+    dcp.load(flat(weights, state), storage_reader=Reader(path))
+    if state is not None:
+        saved = {name: group for group in meta(path)["optimizer_groups"] for name in group["params"]}
+        for group in state["param_groups"]:
+            group.update({k: v for k, v in saved[group["params"][0]].items() if k != "params"})
+
+
+def gather(path: Path) -> dict[str, Any]:
+    """A checkpoint as one process would have saved it, with all tensors whole in its memory."""
+    reader = Reader(path)
+    tensors = {
+        key: torch.empty(m.size, dtype=m.properties.dtype)
+        for key, m in reader.read_metadata().state_dict_metadata.items()
+        if isinstance(m, TensorStorageMetadata)
+    }
+    dcp.load(tensors, storage_reader=reader, no_dist=True)
+    checkpoint = meta(path)
+    weights, state = {}, {}
+    for key, tensor in tensors.items():
+        kind, name, *rest = key.split("/")
+        if kind == "weights":
+            weights[name] = tensor
+        else:
+            state.setdefault(name, {})[rest[0]] = tensor
+    groups = checkpoint.pop("optimizer_groups")
+    optimizers = [] if groups is None else [numbered({"state": state, "param_groups": groups})]
+    return checkpoint | {"state_dict": weights, "optimizer_states": optimizers}
+
+
+def flat(weights: dict[str, Tensor], state: Optional[dict[str, Any]]) -> dict[str, Tensor]:
+    """The tensors of a network and its optimizer by one key each."""
+    tensors = {f"weights/{name}": tensor for name, tensor in weights.items()}
+    for name, values in (state or {"state": {}})["state"].items():
+        tensors |= {f"optimizer/{name}/{key}": value for key, value in values.items()}
+    return tensors
+
+
+def numbered(state: dict[str, Any]) -> dict[str, Any]:
+    """The state of an optimizer by the names of the parameters, as PyTorch has it: by their numbers."""
+    names = [name for group in state["param_groups"] for name in group["params"]]
+    numbers = {name: number for number, name in enumerate(names)}
+    return {
+        "state": {numbers[name]: values for name, values in state["state"].items()},
+        "param_groups": [g | {"params": [numbers[name] for name in g["params"]]} for g in state["param_groups"]],
+    }
+
+
+def named(state: dict[str, Any], names: Names) -> dict[str, Any]:
+    """The state of an optimizer as PyTorch has it, by the names of the parameters of each group instead."""
+    name_of = {
+        number: name for group, own in zip(state["param_groups"], names) for number, name in zip(group["params"], own)
+    }
+    return {
+        "state": {name_of[number]: values for number, values in state["state"].items()},
+        "param_groups": [group | {"params": own} for group, own in zip(state["param_groups"], names)],
+    }
+
+
+class Reader(dcp.FileSystemReader):
+    """Reads the table of contents, which is a pickle, without letting it run anything but the table's own classes."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with open(Path(self.path) / ".metadata", "rb") as file:
+            metadata = TableUnpickler(file).load()
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class TableUnpickler(pickle.Unpickler):
+    """Knows the classes of which a table of contents consists."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        found = super().find_class(module, name) if "." not in name else None
+        allowed = (
+            (module == METADATA and isinstance(found, type) and found.__module__ == METADATA)
+            or (module, name) == ("torch.distributed.checkpoint.filesystem", "_StorageInfo")
+            or (module, name) in (("torch", "Size"), ("torch", "device"), ("torch.serialization", "_get_layout"))
+            or (module == "torch" and isinstance(found, (torch.dtype, torch.memory_format)))
+            or (module, name) in (("pathlib", "PosixPath"), ("pathlib", "WindowsPath"), ("collections", "OrderedDict"))
+        )
+        if not allowed:
+            raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint's table of contents")
+        return found

@@ -1,0 +1,178 @@
+"""Sharded strategies: a network whose weights lie whole on one process in, one that is spread over all of them out.
+
+`FSDP2` keeps each process's share of each tensor and gathers a block's when it is needed. `TensorParallel` splits the
+matrices themselves, so that the processes of a group compute a block together (see `tensor_parallel.py`), and shards
+the rest over the groups. Both are PyTorch's DTensors; Lightning's `ModelParallelStrategy` launches and sets up.
+
+A network is made in the host's memory and goes to its devices a block at a time, sharded, so that it may be larger than
+a device's memory.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any, Literal, Optional
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from transformers import PreTrainedModel
+
+from lm_lightning import run, sharded_checkpoint
+from lm_lightning.errors import UserError
+from lm_lightning.models.module import blocks
+from lm_lightning.strategies import tensor_parallel
+
+
+class FSDP2(ModelParallelStrategy):
+    """Fully sharded data parallelism: each process keeps its share of weights, gradients and optimizer state.
+
+    Args:
+        within_node: Shards over the processes of a node only and repeats that on each node ("hybrid"), which spares
+            the slower network between them.
+        cpu_offload: Keeps the shards in the host's memory while they are not used. Slow; for GPUs only.
+        sharded_checkpoints: Whether a checkpoint is a folder to which each process writes its share, instead of one
+            file that the first process gathers in its memory. Either goes on under any strategy.
+        process_group_backend: Of torch.distributed. Default: nccl on GPUs, gloo on CPUs.
+    """
+
+    def __init__(
+        self,
+        within_node: bool = False,
+        cpu_offload: bool = False,
+        sharded_checkpoints: bool = False,
+        process_group_backend: Optional[str] = None,
+    ) -> None:
+        super().__init__(
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=sharded_checkpoints,
+            process_group_backend=process_group_backend,
+        )
+        self.within_node, self.cpu_offload, self.sharded_checkpoints = within_node, cpu_offload, sharded_checkpoints
+
+    # Set-up
+
+    def setup_environment(self) -> None:
+        processes = self.num_processes * self.num_nodes
+        if processes == 1 and not self.cpu_offload:
+            raise UserError(
+                "this strategy spreads a network over processes, and there is only one: raise --trainer.devices (or "
+                "--trainer.num_nodes), or leave --trainer.strategy out"
+            )
+        device = self.root_device.type
+        if self.cpu_offload and device == "cpu":
+            raise UserError("cpu_offload moves weights from GPUs to the host, and there is no GPU: leave it out")
+        if self._tensor_parallel_size == 1:
+            self._data_parallel_size = processes
+        super().setup_environment()
+        self.shard_mesh = self.device_mesh["data_parallel"]
+        if self.within_node and self.num_nodes > 1:
+            self.shard_mesh = init_device_mesh(
+                device, (self.num_nodes, self.num_processes), mesh_dim_names=("repeated", "sharded")
+            )
+
+    def setup(self, trainer: Trainer) -> None:
+        self.shard(self.lightning_module.network)
+        super().setup(trainer)
+
+    def shard(self, network: PreTrainedModel) -> None:
+        """Shards a network, block by block, over `shard_mesh`.
+
+        What is outside the blocks (embeddings, last norm, head; tied or not) is one more unit.
+        """
+        offload = CPUOffloadPolicy() if self.cpu_offload else OffloadPolicy()
+        # Blocks are gathered in bf16, in which autocast would compute them anyway; all sums stay float32.
+        mixed = self.precision_plugin.precision == "bf16-mixed"
+        half = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+        policy = half if mixed else MixedPrecisionPolicy()
+        for block in blocks(network):
+            fully_shard(block, mesh=self.shard_mesh, mp_policy=policy, offload_policy=offload)
+        fully_shard(network, mesh=self.shard_mesh, offload_policy=offload)
+
+    # Checkpoints
+
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """The state of the optimizer: by parameters' names if sharded, else whole and as PyTorch numbers them."""
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # Lightning's wrapper
+        options = StateDictOptions(full_state_dict=not self.sharded_checkpoints, cpu_offload=True)
+        state = get_optimizer_state_dict(self.model, optimizer, options=options)
+        return state if self.sharded_checkpoints or not state else sharded_checkpoint.numbered(state)
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Optional[Any] = None
+    ) -> None:
+        path = Path(self.broadcast(filepath))
+        if self.sharded_checkpoints:
+            sharded_checkpoint.save(checkpoint, path)
+        else:
+            if path.is_dir() and self.is_global_zero:
+                shutil.rmtree(path)
+            super().save_checkpoint(checkpoint, path, storage_options)
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: Optional[bool] = None) -> dict[str, Any]:
+        path = Path(self.broadcast(checkpoint_path))
+        checkpoint = run.load_checkpoint(path, weights=not path.is_dir())
+        self.lightning_module.on_load_checkpoint(checkpoint)  # refuses another network, before its weights are loaded
+        optimizer = self.optimizers[0] if self.optimizers else None
+        if path.is_dir():
+            weights = get_model_state_dict(self.model)
+            state = None if optimizer is None else get_optimizer_state_dict(self.model, optimizer)
+            sharded_checkpoint.load(path, weights, state)
+            options = StateDictOptions()
+        else:
+            weights, (state,) = checkpoint.pop("state_dict"), checkpoint.pop("optimizer_states", [None])
+            if optimizer is not None:
+                names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+                state = sharded_checkpoint.named(
+                    state, [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+                )
+            options = StateDictOptions(full_state_dict=True)
+        set_model_state_dict(self.model, weights, options=options)
+        if optimizer is not None:
+            set_optimizer_state_dict(self.model, optimizer, state, options=options)
+        return checkpoint
+
+
+class TensorParallel(FSDP2):
+    """Tensor parallelism: the processes of a group compute each block together, on the same batches.
+
+    With more processes than a group has, the groups share the work as in FSDP2.
+
+    Args:
+        size: Processes of a group. Default: all of a node.
+        cpu_offload: As in FSDP2, where there are several groups.
+        sharded_checkpoints: As in FSDP2.
+        process_group_backend: Of torch.distributed. Default: nccl on GPUs, gloo on CPUs.
+    """
+
+    def __init__(
+        self,
+        size: Optional[int] = None,
+        cpu_offload: bool = False,
+        sharded_checkpoints: bool = False,
+        process_group_backend: Optional[str] = None,
+    ) -> None:
+        super().__init__(False, cpu_offload, sharded_checkpoints, process_group_backend)
+        self._tensor_parallel_size: int | Literal["auto"] = size or "auto"
+
+    def setup_environment(self) -> None:
+        processes, size = self.num_processes * self.num_nodes, self._tensor_parallel_size
+        size = self.num_processes if size == "auto" else size
+        if processes % size:
+            raise UserError(f"groups of {size} processes do not divide {processes}: choose another size")
+        self._tensor_parallel_size, self._data_parallel_size = size, processes // size
+        super().setup_environment()
+
+    def shard(self, network: PreTrainedModel) -> None:
+        """Splits the matrices within the groups and shards everything over the groups, if there are several."""
+        tensor_parallel.split(network, self.device_mesh["tensor_parallel"])
+        if self.device_mesh["data_parallel"].size() > 1:
+            super().shard(network)

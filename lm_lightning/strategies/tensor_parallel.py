@@ -1,0 +1,174 @@
+"""Tensor parallelism: how each type of network is split over processes that compute it together.
+
+The first matrix of a pair is split by columns (what it puts out), the second by rows (what it takes in), so that a
+block needs one sum over the processes for its attention and one for its feed-forward part (Shoeybi et al., 2019,
+arXiv:1909.08053). The rows of the vocabulary are shared out, too, in the embedding and the head.
+
+`transformers` names what is split in the configs of many networks (`base_model_tp_plan`); `PLANS` has the others. A
+type of network that neither knows is refused: a guess would train, and be wrong.
+"""
+
+import fnmatch
+from typing import Any
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor.parallel import ParallelStyle, RowwiseParallel, SequenceParallel, parallelize_module
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from lm_lightning.errors import UserError
+
+# Encoders like BERT: each module of a layer by the end of its name.
+ENCODER = {
+    "*.attention.self.query": "colwise",
+    "*.attention.self.key": "colwise",
+    "*.attention.self.value": "colwise",
+    "*.attention.output.dense": "rowwise",
+    "*.intermediate.dense": "colwise",
+    "*layer.*.output.dense": "rowwise",
+}
+# Where query, key and value (or gate and input) are one matrix, its output is gathered and attention computed by all.
+PLANS: dict[str, dict[str, str]] = {
+    "gpt2": {
+        "h.*.attn.c_attn": "colwise_gather_output",
+        "h.*.attn.c_proj": "rowwise_split_input",
+        "h.*.mlp.c_fc": "colwise",
+        "h.*.mlp.c_proj": "rowwise",
+    },
+    "modernbert": {
+        "layers.*.attn.Wqkv": "colwise_gather_output",
+        "layers.*.attn.Wo": "rowwise_split_input",
+        "layers.*.mlp.Wi": "colwise_gather_output",
+        "layers.*.mlp.Wo": "rowwise_split_input",
+    },
+    "distilbert": {
+        "*.attention.q_lin": "colwise",
+        "*.attention.k_lin": "colwise",
+        "*.attention.v_lin": "colwise",
+        "*.attention.out_lin": "rowwise",
+        "*.ffn.lin1": "colwise",
+        "*.ffn.lin2": "rowwise",
+    },
+    **dict.fromkeys(("bert", "roberta", "electra", "xlm-roberta", "camembert"), ENCODER),
+}
+
+
+class Projection(ParallelStyle):
+    """Splits the matrix of a linear layer, or of GPT-2's `Conv1D`, whose matrix lies the other way round.
+
+    Args:
+        by: Which side of the matrix is split: `columns`, what it puts out, or `rows`, what it takes in.
+        inputs: How the processes have the inputs: `Replicate()`, each all of them, or `Shard(-1)`, each its own.
+        outputs: How they want the outputs.
+    """
+
+    def __init__(self, by: str, inputs: Placement, outputs: Placement) -> None:
+        super().__init__()
+        self.by, self.inputs, self.outputs = by, inputs, outputs
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:  # PyTorch's name of the hook
+        columns = self.by == "columns"
+        dimension = int(columns == isinstance(module, Conv1D))
+
+        def split(name: str, module: nn.Module, mesh: DeviceMesh) -> None:
+            placements: dict[str, Placement] = {
+                "weight": Shard(dimension),
+                "bias": Shard(0) if columns else Replicate(),
+            }
+            for key, _ in list(module.named_parameters(recurse=False)):
+                distribute(module, key, mesh, placements[key])
+
+        def take_in(module: nn.Module, inputs: Any, mesh: DeviceMesh) -> DTensor:
+            local = DTensor.from_local(inputs[0], mesh, [self.inputs], run_check=False)
+            return local.redistribute(placements=[Replicate() if columns else Shard(-1)])
+
+        def put_out(module: nn.Module, output: DTensor, mesh: DeviceMesh) -> Any:
+            return output.redistribute(placements=[self.outputs]).to_local()
+
+        return distribute_module(module, device_mesh, split, take_in, put_out)
+
+
+STYLES: dict[str, ParallelStyle] = {
+    "colwise": Projection("columns", Replicate(), Shard(-1)),
+    "rowwise": Projection("rows", Shard(-1), Replicate()),
+    "colwise_gather_output": Projection("columns", Replicate(), Replicate()),
+    "rowwise_split_input": Projection("rows", Replicate(), Replicate()),
+    # a norm of each head, whose small weights all processes have: their gradient is the sum over the heads' processes
+    "replicated_with_grad_allreduce": SequenceParallel(sequence_dim=2, use_local_output=True),
+}
+
+
+def split(network: PreTrainedModel, mesh: DeviceMesh) -> None:
+    """Splits a network over the processes of a mesh, in place.
+
+    Raises:
+        UserError: If no plan for its type is known, or a dimension is not divisible by the processes.
+    """
+    plan = styles(network)
+    refuse_remainders(network, mesh.size())
+    ties = tied(network)
+    parallelize_module(network.base_model, mesh, {name: STYLES[style] for name, style in plan.items()})
+    head, embedding = network.get_output_embeddings(), network.get_input_embeddings()
+    if head is not None and len(head.weight) % mesh.size() == 0:
+        parallelize_module(head, mesh, STYLES["colwise_gather_output"])
+        parallelize_module(embedding, mesh, RowwiseParallel(input_layouts=Replicate()))
+    for places in ties:  # each place has got a tensor of its own
+        parameters = [getattr(module, name) for module, name in places]
+        one = next((p for p in parameters if isinstance(p, DTensor)), parameters[0])
+        for module, name in places:
+            setattr(module, name, one)
+
+
+def styles(network: PreTrainedModel) -> dict[str, str]:
+    """How each module of the network's body is split: its name and the name of a style.
+
+    Raises:
+        UserError: If it is not known.
+    """
+    model_type = network.config.model_type
+    patterns = PLANS.get(model_type) or getattr(network.config, "base_model_tp_plan", None) or {}
+    patterns = {pattern: style for pattern, style in patterns.items() if not pattern.startswith("embed")}
+    plan = {
+        name: style
+        for name, _ in network.base_model.named_modules()
+        for pattern, style in patterns.items()
+        if fnmatch.fnmatchcase(name, pattern)
+    }
+    strange = set(patterns.values()) - STYLES.keys()
+    if strange or not plan:
+        raise UserError(
+            f"how to split networks of type {model_type} by tensor parallelism is not known"
+            + (f" ({', '.join(sorted(strange))})" if strange else "")
+            + f": take --trainer.strategy fsdp2, or one of {', '.join(PLANS)}, llama, mistral, qwen2, qwen3 and gemma2"
+        )
+    return plan
+
+
+def refuse_remainders(network: PreTrainedModel, size: int) -> None:
+    """Refuses numbers of heads and widths that do not divide."""
+    config = network.config
+    for name in ("num_attention_heads", "num_key_value_heads", "hidden_size", "intermediate_size"):
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value % size:
+            raise UserError(
+                f"tensor parallelism over {size} processes needs a network whose {name} they divide, and it is "
+                f"{value}: take another number of processes (--trainer.devices) or --trainer.strategy fsdp2"
+            )
+
+
+def tied(network: nn.Module) -> list[list[tuple[nn.Module, str]]]:
+    """The places of each parameter that a network has in more than one."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in network.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            places.setdefault(id(parameter), []).append((module, name))
+    return [found for found in places.values() if len(found) > 1]
+
+
+def distribute(module: nn.Module, name: str, mesh: DeviceMesh, placement: Placement) -> None:
+    """Replaces a parameter, which all processes have, by its shards."""
+    parameter = getattr(module, name)
+    shards = distribute_tensor(parameter.data, mesh, [placement], src_data_rank=None)
+    module.register_parameter(name, nn.Parameter(shards, parameter.requires_grad))

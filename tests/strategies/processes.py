@@ -1,0 +1,100 @@
+"""Runs many commands in two processes that are started once: most of a run is its start.
+
+`python processes.py COMMANDS`, where COMMANDS is a JSON file of lists `[run folder, command, argument, ...]`. What each
+is refused with is written to `<run folder>/error`.
+"""
+
+import csv
+import json
+import os
+import random
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+
+
+class Runs:
+    """Commands that two processes run together, and what came of each.
+
+    Args:
+        folder: Where the run folders are made, by the names of the runs.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self, commands: dict[str, tuple]) -> None:
+        """Runs `{name: (command, argument, ...)}`; the runs whose names begin with `one` in a process alone."""
+        alone = {name: arguments for name, arguments in commands.items() if name.startswith("one")}
+        together = {name: arguments for name, arguments in commands.items() if name not in alone}
+        for number, batch in ((1, alone), (2, together)):
+            if batch:
+                self.launch(number, batch)
+
+    def launch(self, processes: int, commands: dict[str, tuple]) -> None:
+        file = self.folder / "commands.json"
+        file.write_text(json.dumps([[str(self.folder / name), *map(str, c)] for name, c in commands.items()]))
+        for name in commands:
+            (self.folder / name).mkdir()
+        port = str(random.randint(20000, 50000))
+        environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes)}
+        started = [
+            subprocess.Popen(
+                [sys.executable, __file__, file],
+                env=environment | {"LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for rank in range(processes)
+        ]
+        try:
+            outputs = [process.communicate(timeout=240)[0] for process in started]
+        finally:
+            for process in started:
+                process.kill()
+        assert not any(process.returncode for process in started), "\n".join(outputs)[-6000:]
+
+    def error(self, name: str) -> str:
+        """What a run was refused with, empty if it was not."""
+        file = self.folder / name / "error"
+        return file.read_text() if file.exists() else ""
+
+    def log(self, name: str, *columns: str) -> list[tuple[float, ...]]:
+        """The rows of a run's metrics.csv that have all these columns."""
+        assert not self.error(name), self.error(name)
+        with open(self.folder / name / "metrics.csv", newline="") as file:
+            rows = list(csv.DictReader(file))
+        return [tuple(float(row[column]) for column in columns) for row in rows if row.get(columns[-1])]
+
+    def differ(self, name: str, other: str, *columns: str) -> float:
+        """The largest difference between what two runs have logged."""
+        pairs = list(zip(self.log(name, *columns), self.log(other, *columns), strict=True))
+        assert pairs, f"{name} has logged no {columns}"
+        return max(abs(a - b) for row, other_row in pairs for a, b in zip(row, other_row))
+
+
+def main() -> None:
+    for folder, *arguments in json.loads(Path(sys.argv[1]).read_text()):
+        os.environ["LM_LIGHTNING_RUN"] = folder
+        os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
+        sys.argv = ["lm_lightning", *arguments]
+        try:
+            run(arguments[0])
+        except UserError as error:
+            Path(folder, "error").write_text(f"error: {error}")
+        except Exception:
+            Path(folder, "error").write_text(traceback.format_exc())
+            raise
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    import torch.distributed
+
+    from lm_lightning.__main__ import run
+    from lm_lightning.errors import UserError
+
+    main()
