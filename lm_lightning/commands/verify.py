@@ -13,10 +13,12 @@ import os
 import re
 import shlex
 import signal
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Optional
@@ -44,7 +46,8 @@ class Variant:
 
     Args:
         flags: Of `fit`, beside those that follow from the numbers below.
-        processes: How many run, on a GPU each or all on the CPU.
+        processes: How many run on a node, on a GPU each or all on the CPU.
+        nodes: How many nodes; this machine plays all of them.
         shares: Into how many parts processes divide a batch; 1 where all processes work on the same samples.
         micro_batches: Into how many parts time divides it.
         base: What it is compared with; None for a base.
@@ -55,6 +58,7 @@ class Variant:
 
     flags: tuple[str, ...] = ()
     processes: int = 1
+    nodes: int = 1
     shares: int = 1
     micro_batches: int = 1
     base: Optional[str] = "plain"
@@ -75,8 +79,13 @@ VARIANTS = {  # a base comes before what is compared with it
     "ddp_accumulate": Variant(("--trainer.strategy=ddp",), processes=2, shares=2, micro_batches=2),
     "ddp_spawn": Variant(("--trainer.strategy=ddp_spawn",), processes=2, shares=2),
     "fsdp2": Variant(("--trainer.strategy=fsdp2",), processes=2, shares=2),
-    "hsdp": Variant(("--trainer.strategy=hsdp",), processes=4, shares=4),
+    "hsdp": Variant(("--trainer.strategy=hsdp",), processes=2, nodes=2, shares=4),
     "tp": Variant(("--trainer.strategy=tp",), processes=2),
+    "tp_fsdp2": Variant(
+        ("--trainer.strategy=lm_lightning.strategies.sharded.TensorParallel", "--trainer.strategy.size=2"),
+        processes=4,
+        shares=2,
+    ),
 }
 
 
@@ -190,7 +199,6 @@ def shared_settings(fit_flags: list[str], steps: int, folder: Path, timeout: flo
         "fast_dev_run": False,
         "enable_checkpointing": False,
         "enable_progress_bar": False,
-        "num_nodes": 1,
         "strategy": "auto",
         "precision": "32-true",
         "logger": {"class_path": "lm_lightning.callbacks.tracking.MetricsFile", "init_args": {"save_dir": "<run>"}},
@@ -230,6 +238,8 @@ def obstacle(variant: Variant, data: dict, outcomes: dict[str, Outcome]) -> str:
     environment = outcomes[variant.base].environment
     kind = environment["device"].partition(":")[0]
     there = math.inf if kind == "cpu" else max(1, len(environment["gpus"]))
+    if variant.nodes > 1 and kind != "cpu":
+        return f"needs {variant.nodes} nodes, which processes on a CPU alone can play (--trainer.accelerator cpu)"
     if variant.processes > there:
         return f"needs {variant.processes} GPUs, this machine has {there} (or --trainer.accelerator cpu)"
     return ""
@@ -242,11 +252,13 @@ def run(name: str, settings: dict, folder: Path, steps: int, timeout: float) -> 
     out, reason = fit(
         [
             *("--config", str(folder / "config.yaml"), "--runs_dir", str(folder / "runs"), "--name", name),
-            *("--trainer.devices", str(variant.processes), "--data.batch_size", str(batch_size)),
-            *("--trainer.accumulate_grad_batches", str(variant.micro_batches), *variant.flags),
+            *("--trainer.devices", str(variant.processes), "--trainer.num_nodes", str(variant.nodes)),
+            *("--trainer.accumulate_grad_batches", str(variant.micro_batches), "--data.batch_size", str(batch_size)),
+            *variant.flags,
         ],
         folder,
         timeout,
+        variant.nodes,
     )
     if reason:
         return Outcome(reason, failed=True)
@@ -269,29 +281,41 @@ def run(name: str, settings: dict, folder: Path, steps: int, timeout: float) -> 
     )
 
 
-def fit(arguments: list[str], folder: Path, timeout: float) -> tuple[str, str]:
-    """Runs `fit` in a process of its own, which takes those that it has started along when it ends.
+def fit(arguments: list[str], folder: Path, timeout: float, nodes: int = 1) -> tuple[str, str]:
+    """Runs `fit` in a process of its own, or one for each node, which take along what they have started.
 
     Returns:
         Its output, and the sentence with which it has failed, empty if it has not.
     """
+    environments: list[dict[str, str]] = [{}]
+    if nodes > 1:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            main = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        environments = [main | {"NODE_RANK": str(rank)} for rank in range(nodes)]
     out, err = folder / "out.txt", folder / "err.txt"
+    processes: list[subprocess.Popen] = []
     with open(out, "w") as out_file, open(err, "w") as err_file:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "lm_lightning", "fit", *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=out_file,
-            stderr=err_file,
-            start_new_session=True,  # a group of processes
-        )
+        deadline = time.monotonic() + timeout
         try:
-            status = process.wait(timeout)
+            for environment in environments:
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "lm_lightning", "fit", *arguments],
+                    env=os.environ | environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=out_file,
+                    stderr=err_file,
+                    start_new_session=True,  # a group of processes
+                )
+                processes.append(process)
+            status = max((process.wait(max(0, deadline - time.monotonic())) for process in processes), key=abs)
         except subprocess.TimeoutExpired:
             return "", f"not finished after {timeout:g} seconds (--timeout)"
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            for process in processes:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
     text = err.read_text(errors="replace")
     if status == 0:
         return out.read_text(errors="replace"), ""
@@ -315,7 +339,8 @@ def report(outcomes: dict[str, Outcome], steps: int) -> tuple[str, bool]:
     rows, notes, good = [head], [], True
     for name, outcome in outcomes.items():
         variant = VARIANTS[name]
-        row = [name, str(variant.processes), str(variant.micro_batches)]
+        nodes = f"{variant.nodes} nodes x " if variant.nodes > 1 else ""
+        row = [name, f"{nodes}{variant.processes}", str(variant.micro_batches)]
         if outcome.reason:
             result = "failed" if outcome.failed else "not run"
             notes.append(f"- {name} {result}: {outcome.reason}")

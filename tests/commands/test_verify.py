@@ -82,14 +82,15 @@ def test_mistakes_are_refused_in_one_sentence(recipe: Path, cli, flags: tuple, r
     [
         ("ddp", {"device": "cpu", "gpus": []}, ""),
         ("ddp", {"device": "cuda:0", "gpus": ["H100"]}, "needs 2 GPUs"),
-        ("hsdp", {"device": "cuda:0", "gpus": ["H100"] * 4}, ""),
+        ("tp_fsdp2", {"device": "cuda:0", "gpus": ["H100"] * 4}, ""),
+        ("hsdp", {"device": "cuda:0", "gpus": ["H100"] * 4}, "needs 2 nodes"),
         ("tp", {"device": "mps:0", "gpus": []}, "needs 2 GPUs"),
         ("ddp_accumulate", {"device": "cpu", "gpus": []}, "batch_size 6 is not divisible by 4"),
         ("documents_eager", {}, "MaskedData has no mask_documents"),
     ],
 )
 def test_what_cannot_be_run_here_says_why(name: str, machine: dict, reason: str):
-    data = {"class_path": "lm_lightning.data.masked.MaskedData", "init_args": {"batch_size": 6}}
-    data["init_args"]["batch_size"] = 4 if name == "hsdp" else 6
+    batch_size = 4 if name == "hsdp" else 6
+    data = {"class_path": "lm_lightning.data.masked.MaskedData", "init_args": {"batch_size": batch_size}}
     found = obstacle(VARIANTS[name], data, {"plain": Outcome(environment=machine)})
     assert reason in found and bool(found) == bool(reason)
