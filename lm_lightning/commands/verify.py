@@ -188,12 +188,9 @@ def shared_settings(fit_flags: list[str], steps: int, folder: Path, timeout: flo
     trainer |= {
         "max_steps": steps,
         "max_epochs": -1,
-        "min_steps": None,
-        "min_epochs": None,
-        "max_time": None,
+        **dict.fromkeys(("min_steps", "min_epochs", "max_time")),
         "log_every_n_steps": 1,
         "limit_val_batches": 0,
-        "num_sanity_val_steps": 0,
         "val_check_interval": 10**9,  # else an EarlyStopping of the config would ask for val/loss after an epoch
         "check_val_every_n_epoch": None,
         "fast_dev_run": False,
