@@ -159,8 +159,14 @@ class CLI(LightningCLI):
         extra = [Throughput(), Export(), Predictions()]
         if config.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             extra.append(RunProgress())
-        plugins = [*(config.plugins or []), Checkpoints()]
-        trainer = super().instantiate_trainer(callbacks=[*callbacks, *extra], plugins=plugins, **kwargs)
+        trainer = super().instantiate_trainer(
+            callbacks=[*callbacks, *extra],
+            plugins=[*(config.plugins or []), Checkpoints()],
+            enable_checkpointing=config.enable_checkpointing or None,
+            **kwargs,
+        )
+        if config.enable_checkpointing is False:  # which Lightning refuses beside the checkpoints of this CLI
+            trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, (ModelCheckpoint, Export))]
         strategies.check(trainer.strategy)
         return trainer
 

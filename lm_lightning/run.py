@@ -21,6 +21,7 @@ from typing import Optional
 from lm_lightning.errors import UserError
 
 PLACEHOLDER = "<run>"  # in the value of an option: the run folder
+STORES: list = []  # live as long as this process does
 ENVIRONMENT = "LM_LIGHTNING_RUN"  # tells the processes of the other ranks which folder the first one has made
 
 
@@ -34,15 +35,6 @@ def new_run(runs_dir: str, name: str) -> Path:
     Raises:
         UserError: If it cannot be made.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # started by torchrun: the first rank tells the others through its store
-        from torch.distributed import TCPStore
-
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = TCPStore(address, port, is_master=False)
-        key = f"{ENVIRONMENT}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
-        if os.environ["RANK"] == "0":
-            store.set(key, str(make_run(runs_dir, name)))
-        return Path(store.get(key).decode())
     if "LOCAL_RANK" in os.environ and ENVIRONMENT in os.environ:  # started by Lightning
         return Path(os.environ[ENVIRONMENT])
     from lightning.fabric.plugins.environments import SLURMEnvironment
@@ -51,11 +43,28 @@ def new_run(runs_dir: str, name: str) -> Path:
         parts = [os.environ.get(f"SLURM_{part}", "0") for part in ("JOB_ID", "STEP_ID", "RESTART_COUNT")]
         run = Path(runs_dir).absolute() / name / f"slurm-{'-'.join(parts)}"
         return make_run(runs_dir, name, run.name) if os.environ["SLURM_PROCID"] == "0" else run
-    if int(os.environ.get("NODE_RANK", 0)) > 0:
-        raise UserError("the processes of several nodes find each other's run folder only under torchrun or srun")
-    run = make_run(runs_dir, name)
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # by torchrun, which keeps a store that all processes reach
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+        return shared_run(runs_dir, name, int(os.environ["MASTER_PORT"]), False, os.environ["RANK"] == "0", attempt)
+    if {"MASTER_ADDR", "NODE_RANK"} <= os.environ.keys():  # by hand, once on each node
+        first = os.environ["NODE_RANK"] == "0"
+        run = shared_run(runs_dir, name, int(os.environ["MASTER_PORT"]) + 1, first, first)
+    else:
+        run = make_run(runs_dir, name)
     os.environ[ENVIRONMENT] = str(run)
     return run
+
+
+def shared_run(runs_dir: str, name: str, port: int, serve: bool, make: bool, attempt: object = 0) -> Path:
+    """The run folder that the first process makes and the others are told of, through a store at `MASTER_ADDR`."""
+    from torch.distributed import TCPStore
+
+    store = TCPStore(os.environ["MASTER_ADDR"], port, is_master=serve, wait_for_workers=False)
+    STORES.append(store)
+    key = f"{ENVIRONMENT}/{attempt}"
+    if make:
+        store.set(key, str(make_run(runs_dir, name)))
+    return Path(store.get(key).decode())
 
 
 def make_run(runs_dir: str, name: str, time: Optional[str] = None) -> Path:

@@ -31,10 +31,10 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 
 def metrics(run: Path) -> list[tuple[str, ...]]:
-    """What was logged, without what depends on the clock."""
+    """What was logged, without what depends on the clock and the machine."""
     with open(run / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    names = sorted(name for name in rows[0] if not name.endswith(("tokens_per_second", "mfu", "epoch")))
+    names = sorted(name for name in rows[0] if not name.endswith(("tokens_per_second", "mfu", "memory", "epoch")))
     return [tuple(row[name] for name in names) for row in rows]
 
 
@@ -71,6 +71,15 @@ def test_run_folder_is_complete_and_loads_in_plain_transformers(recipe: Path, tm
     own = network(torch.tensor(ids)).logits[..., :vocabulary]
     assert network.config.vocab_size % 64 == 0 and network.config.vocab_size > vocabulary == len(logits[0][0])
     assert torch.allclose(own, torch.tensor(logits), atol=1e-5)
+
+
+def test_run_without_checkpoints_leaves_numbers_only(fit):
+    run = fit("--trainer.enable_checkpointing", "false")
+    assert not (run / "checkpoints").exists() and not (run / "model").exists()
+    with open(run / "metrics.csv", newline="") as file:
+        memory = [float(row["train/memory"]) for row in csv.DictReader(file) if row["train/memory"]]
+    # of a process that has PyTorch and a tiny network in it, in GiB
+    assert len(memory) == 10 and memory == sorted(memory) and 0.1 < memory[0] < 10
 
 
 def test_same_command_twice_makes_two_run_folders_with_the_same_weights(fit):

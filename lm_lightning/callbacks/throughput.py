@@ -1,5 +1,6 @@
-"""Throughput: how many tokens a second, and how much of the device's arithmetic that uses."""
+"""Throughput: how many tokens a second, and how much of the device's arithmetic and memory that uses."""
 
+import sys
 import time
 from typing import Any, Optional
 
@@ -9,12 +10,15 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 
 class Throughput(Callback):
-    """Logs `train/tokens_per_second` over all processes and `train/mfu`, the model FLOPs utilization.
+    """Logs `train/tokens_per_second` over all processes, `train/mfu` and `train/memory`.
 
-    MFU is the arithmetic that the network needs for these tokens, 6 FLOPs a parameter and token and 12 a layer, hidden
-    unit, context token and token for attention (Chowdhery et al., 2022, arXiv:2204.02311, appendix B), divided by what
-    the device can do: the data sheet's figure of a GPU, or what a large matrix product reaches on this CPU. The head
-    counts for the targets only.
+    Memory is the most that this process has held so far, in GiB: on a GPU of PyTorch's tensors there, else of the whole
+    process (its peak resident set, libraries included; not on Windows).
+
+    MFU, the model FLOPs utilization, is the arithmetic that the network needs for these tokens, 6 FLOPs a parameter and
+    token and 12 a layer, hidden unit, context token and token for attention (Chowdhery et al., 2022, arXiv:2204.02311,
+    appendix B), divided by what the device can do: the data sheet's figure of a GPU, or what a large matrix product
+    reaches on this CPU. The head counts for the targets only.
     """
 
     def __init__(self) -> None:
@@ -50,6 +54,9 @@ class Throughput(Callback):
         if self.peak:
             flops = self.tokens * self.flops_per_token + self.targets * self.flops_per_target
             metrics["train/mfu"] = flops / seconds / self.peak
+        memory = peak_memory(pl_module.device)
+        if memory is not None:
+            metrics["train/memory"] = memory
         pl_module.log_dict(metrics)
         self.restart()
 
@@ -74,3 +81,15 @@ def peak_flops(device: torch.device, precision: str) -> Optional[float]:
         a @ a
         best = min(best, time.perf_counter() - start)
     return 2 * 1024**3 / best
+
+
+def peak_memory(device: torch.device) -> Optional[float]:
+    """The most memory in GiB that this process has held so far, on a CUDA device or in all; None if unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    if sys.platform == "win32":
+        return None
+    import resource  # Windows has none
+
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
