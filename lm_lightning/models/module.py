@@ -7,7 +7,6 @@ over processes.
 
 import copy
 import difflib
-import math
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
@@ -15,14 +14,13 @@ from typing import Any, NamedTuple, Optional
 import torch
 import transformers
 from lightning.pytorch import LightningModule
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 from torchmetrics import MeanMetric
 
 from lm_lightning import hub
-from lm_lightning.data.order import PADDING
 from lm_lightning.data.tokenizer import document_ids, fingerprint, load, vocabulary
 from lm_lightning.errors import UserError
+from lm_lightning.models.finite import FiniteSteps
 from lm_lightning.optim import OptimizerFactory, Schedule, parameter_groups
 
 # Settings of a network that training may change on resuming: they decide no weight and no output in evaluation.
@@ -73,9 +71,9 @@ class LanguageModule(LightningModule):
         self.optimizer_factory, self.schedule = optimizer, schedule
         self.attention, self.compile_body = attention, compile
         self.network: transformers.PreTrainedModel = None  # made by `configure_model`
-        self.val_loss = MeanMetric()
+        self.val_loss = MeanMetric(nan_strategy="disable")  # to look for them would wait for each batch, and drop them
         self.window: Optional[Window] = None  # the optimizer step in progress
-        self.finished: Optional[Window] = None  # the last one, until it is known to be finite
+        self.finite = FiniteSteps()
         self.resumed_at = 0  # the step of the checkpoint
 
     def loss(self, batch: dict) -> tuple[Tensor, Tensor]:
@@ -83,12 +81,6 @@ class LanguageModule(LightningModule):
         raise NotImplementedError
 
     # Network
-
-    def setup(self, stage: str) -> None:
-        """Refuses strategies under which the gradients' norm would be that of a part of them."""
-        if not isinstance(self.trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
-            name = type(self.trainer.strategy).__name__
-            raise UserError(f"{name} is not supported yet: take --trainer.strategy auto or ddp")
 
     def configure_model(self) -> None:
         """Makes the network, which needs the tokenizer; Lightning calls it once the data is set up."""
@@ -218,7 +210,8 @@ class LanguageModule(LightningModule):
 
     def export(self, folder: Path) -> None:
         """Writes the network and its tokenizer as a `from_pretrained` folder."""
-        save_network(self.description(), self.network.state_dict(), folder)
+        weights = {name: tensor.cpu() for name, tensor in self.network.state_dict().items()}
+        save_network(self.description(), weights, folder)
         self.trainer.datamodule.tokenizer.save_pretrained(folder)
 
     # Training
@@ -261,19 +254,23 @@ class LanguageModule(LightningModule):
         torch._foreach_mul_(gradients, divided / tokens)
         self.gradient_norm = torch.nn.utils.get_total_norm(gradients)
 
-        self.check_finite()
+        # To ask makes the host wait for the device: so a GPU is asked one step late, when it has the answer anyway, and
+        # XLA after a step that was logged, which had to be waited for.
+        if self.device.type != "xla" or window.step % self.trainer.log_every_n_steps == 0:
+            self.finite.check()
         # (With float16, the scaler provokes infinite gradients, and leaves their steps out itself.)
-        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
-        self.finished = None if scaled else window._replace(loss_sum=loss_sum + 0 * self.gradient_norm)
+        if getattr(self.trainer.precision_plugin, "scaler", None) is None:
+            self.finite.add(window.step, window.samples, loss_sum + 0 * self.gradient_norm)
         if self.device.type == "cpu":
-            self.check_finite()
+            self.finite.check()
         self.trainer.datamodule.consumed += len(window.samples) * self.trainer.world_size
         self.log_dict(
             {
-                "step": float(window.step + 1),  # Lightning's name for the x-axis of the loggers: finished steps
+                # Lightning's name for the x-axis of the loggers: finished steps
+                "step": torch.tensor(float(window.step + 1)),  # (numbers, not tensors, it would send to the device)
                 "train/loss": loss_sum / tokens,
                 "train/gradient_norm": self.gradient_norm,
-                "train/learning_rate": optimizer.param_groups[0]["lr"],
+                "train/learning_rate": torch.tensor(optimizer.param_groups[0]["lr"]),
             }
         )
 
@@ -289,19 +286,6 @@ class LanguageModule(LightningModule):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         else:  # the norm is known already
             torch.nn.utils.clip_grads_with_norm_(self.parameters(), gradient_clip_val, self.gradient_norm)
-
-    def check_finite(self) -> None:
-        """Stops the run if the last finished step's loss or gradient is not finite.
-
-        An accelerator is asked one step late, when it has the answer anyway: asking at once would make it wait.
-        """
-        window, self.finished = self.finished, None
-        if window is not None and not math.isfinite(window.loss_sum.item()):
-            samples = [sample for sample in window.samples if sample != PADDING]
-            raise UserError(
-                f"the loss or its gradient is not finite at step {window.step}, on the training samples {samples}: "
-                "lower the learning rate, or look at these with `python -m lm_lightning prepare --config ... --show ID`"
-            )
 
     # Optimizer
 
@@ -358,7 +342,7 @@ class LanguageModule(LightningModule):
     # Checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        self.check_finite()
+        self.finite.check()
         checkpoint["network"] = self.description()
         checkpoint["optimizer"] = type(self.optimizers().optimizer).__name__
 
