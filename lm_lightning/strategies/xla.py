@@ -9,6 +9,7 @@ The environment variable `PJRT_DEVICE` says which devices: `TPU`, or `CPU`, on w
 """
 
 import importlib.util
+import os
 from contextlib import AbstractContextManager
 from typing import Any, Optional
 
@@ -181,6 +182,7 @@ def choose_accelerator(trainer: Any) -> None:
             "devices: leave it out"
         )
     trainer.accelerator = "xla"
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA would warn of its own future with each program
 
 
 def compilations() -> int:
