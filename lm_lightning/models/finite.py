@@ -34,10 +34,10 @@ class FiniteSteps:
         """
         finite = int(self.count) - self.known
         if finite < len(self.steps):
-            step, samples = self.steps[finite]
+            step, ids = self.steps[finite]
+            samples = [sample for sample in ids if sample != PADDING]
             raise UserError(
-                f"the loss or its gradient is not finite at step {step}, on the training samples "
-                f"{[sample for sample in samples if sample != PADDING]}: lower the learning rate, or look at these with "
-                "`python -m lm_lightning prepare --config ... --show ID`"
+                f"the loss or its gradient is not finite at step {step}, on the training samples {samples}: "
+                "lower the learning rate, or look at these with `python -m lm_lightning prepare --config ... --show ID`"
             )
         self.known, self.steps = self.known + finite, []

@@ -7,6 +7,7 @@ import csv
 import importlib.util
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ os.environ.setdefault("PJRT_DEVICE", "CPU")
 needs_xla = pytest.mark.skipif(importlib.util.find_spec("torch_xla") is None, reason="torch_xla is not installed")
 XLA = ("--trainer.accelerator", "auto", "--trainer.strategy", "xla")
 SPMD = ("--trainer.accelerator", "auto", "--trainer.strategy", "xla_spmd")
-TWO_DEVICES = os.environ | {"CPU_NUM_DEVICES": "2", "PYTHONPATH": str(Path(__file__).parent)}
+TWO_DEVICES = os.environ | {"CPU_NUM_DEVICES": "2", "PYTHONPATH": os.pathsep.join(sys.path)}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -48,12 +49,14 @@ class Shardings(Callback):
     """Writes how the parameters and the optimizer's state lie on the devices."""
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        from torch_xla._XLAC import _get_xla_sharding_spec
+        import torch_xla
 
         rows = {}
         for name, parameter in pl_module.network.named_parameters():
             state = trainer.optimizers[0].state[parameter]
-            rows[name] = [_get_xla_sharding_spec(t) for t in (parameter, state["exp_avg"], state["exp_avg_sq"])]
+            rows[name] = [
+                torch_xla._XLAC._get_xla_sharding_spec(t) for t in (parameter, state["exp_avg"], state["exp_avg_sq"])
+            ]
         (Path(trainer.default_root_dir) / "shardings.json").write_text(json.dumps(rows))
 
 
@@ -113,7 +116,17 @@ def test_a_step_compiles_nothing_and_fetches_nothing(fit, recipe: Path, flags: t
     change(recipe, "gpt2")
     Counts.seen.clear()
     note = ("--trainer.callbacks", json.dumps([{"class_path": "test_xla.Counts"}]))
-    run = fit(*XLA, *note, *flags, "--trainer.max_steps", 20, "--trainer.val_check_interval", 20, "--trainer.log_every_n_steps", 6)
+    run = fit(
+        *XLA,
+        *note,
+        *flags,
+        "--trainer.max_steps",
+        20,
+        "--trainer.val_check_interval",
+        20,
+        "--trainer.log_every_n_steps",
+        6,
+    )
     counts = Counts.seen
     assert counts[13][0] == counts[19][0]  # programs
     assert counts[13][1] == counts[17][1]  # values; at step 18, some are logged
