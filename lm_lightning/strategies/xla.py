@@ -10,6 +10,7 @@ The environment variable `PJRT_DEVICE` says which devices: `TPU`, or `CPU`, on w
 
 import importlib.util
 import os
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Optional
 
@@ -144,11 +145,22 @@ class XLASharded(XLA):
 
     def _setup_model(self, model: nn.Module) -> nn.Module:
         if self.shard_parameters:
-            for parameter in model.parameters():  # the optimizer's state is computed from these, and so is split alike
-                self.split(parameter, dimensions=sorted(range(parameter.ndim), key=lambda d: -parameter.shape[d]))
+            for (
+                parameter
+            ) in model.parameters():  # what is computed from these, as the optimizer's state, is split alike
+                self.split(parameter, dimensions=by_length(parameter))
         return model
 
-    def split(self, tensor: Tensor, dimensions: Any) -> Tensor:
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        super().load_optimizer_state_dict(checkpoint)
+        if self.shard_parameters:
+            for optimizer in self.optimizers:
+                for parameter, state in optimizer.state.items():
+                    for tensor in state.values():
+                        if isinstance(tensor, Tensor) and tensor.shape == parameter.shape:
+                            self.split(tensor, dimensions=by_length(tensor))
+
+    def split(self, tensor: Tensor, dimensions: Iterable[int]) -> Tensor:
         """Splits a tensor over the devices, in place: along the first of some dimensions that divides, if any."""
         from torch_xla.distributed import spmd
 
@@ -158,6 +170,11 @@ class XLASharded(XLA):
                 spmd.mark_sharding(tensor, self.mesh, spec)
                 break
         return tensor
+
+
+def by_length(tensor: Tensor) -> list[int]:
+    """The dimensions of a tensor, longest first."""
+    return sorted(range(tensor.ndim), key=lambda dimension: -tensor.shape[dimension])
 
 
 def choose_accelerator(trainer: Any) -> None:

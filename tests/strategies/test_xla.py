@@ -34,30 +34,44 @@ def device() -> None:
 
 
 class Counts(Callback):
-    """Notes how many programs were compiled, and how many values fetched, up to each step."""
+    """Notes how many programs were compiled, and how many values fetched, up to each step and validation batch."""
 
-    seen: dict[int, tuple[int, int]] = {}
+    steps: dict[int, tuple[int, int]] = {}
+    validation: dict[int, tuple[int, int]] = {}
 
     def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
+        self.steps[trainer.global_step] = self.now()
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.validation[batch_idx] = self.now()
+
+    def now(self) -> tuple[int, int]:
         from torch_xla.debug import metrics
 
         data = [metrics.metric_data(name) for name in ("CompileTime", "TransferFromDeviceTime")]
-        self.seen[trainer.global_step] = tuple(0 if entry is None else entry[0] for entry in data)
+        return tuple(0 if entry is None else entry[0] for entry in data)
 
 
 class Shardings(Callback):
-    """Writes how the parameters and the optimizer's state lie on the devices."""
+    """Writes how the parameters and the optimizer's state lie on the devices before and after training."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.write(trainer, pl_module, "before")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.write(trainer, pl_module, "after")
+
+    def write(self, trainer: Trainer, pl_module: LightningModule, name: str) -> None:
         import torch_xla
 
         rows = {}
-        for name, parameter in pl_module.network.named_parameters():
+        for key, parameter in pl_module.network.named_parameters():
             state = trainer.optimizers[0].state[parameter]
-            rows[name] = [
-                torch_xla._XLAC._get_xla_sharding_spec(t) for t in (parameter, state["exp_avg"], state["exp_avg_sq"])
-            ]
-        (Path(trainer.default_root_dir) / "shardings.json").write_text(json.dumps(rows))
+            tensors = (parameter, state["exp_avg"], state["exp_avg_sq"])
+            rows[key] = [torch_xla._XLAC._get_xla_sharding_spec(tensor) for tensor in tensors]
+        (Path(trainer.default_root_dir) / f"{name}.json").write_text(json.dumps(rows))
 
 
 @pytest.fixture(params=["gpt2", "bert"])
@@ -104,33 +118,27 @@ def test_one_device_does_what_the_cpu_does(fit, model_type: str):
 
 
 @needs_xla
-def test_micro_batches_are_programs_of_their_own_and_do_what_the_cpu_does(fit, recipe: Path):
+def test_micro_batches_do_what_those_of_the_cpu_do(fit, recipe: Path):
     change(recipe, "gpt2")
     flags = ("--data.batch_size", 1, "--trainer.accumulate_grad_batches", 4, "--trainer.val_check_interval", 20)
     assert_close(fit("--name", "cpu", *flags), fit("--name", "xla", *flags, *XLA))
 
 
 @needs_xla
-@pytest.mark.parametrize("flags", [(), ("--data.mask_documents", "true")], ids=["packed", "documents"])
-def test_a_step_compiles_nothing_and_fetches_nothing(fit, recipe: Path, flags: tuple):
-    change(recipe, "gpt2")
-    Counts.seen.clear()
-    note = ("--trainer.callbacks", json.dumps([{"class_path": "test_xla.Counts"}]))
-    run = fit(
-        *XLA,
-        *note,
-        *flags,
-        "--trainer.max_steps",
-        20,
-        "--trainer.val_check_interval",
-        20,
-        "--trainer.log_every_n_steps",
-        6,
-    )
-    counts = Counts.seen
-    assert counts[13][0] == counts[19][0]  # programs
-    assert counts[13][1] == counts[17][1]  # values; at step 18, some are logged
-    assert counts[17][1] < counts[19][1]
+@pytest.mark.parametrize(
+    ("kind", "flags"),
+    [("gpt2", ()), ("gpt2", ("--data.mask_documents", "true")), ("bert", ("--data.next_sentence", "true"))],
+    ids=["blocks", "documents", "pairs"],
+)
+def test_steps_compile_nothing_and_fetch_nothing_until_they_are_logged(fit, recipe: Path, kind: str, flags: tuple):
+    change(recipe, kind)
+    note = ("--trainer.callbacks", json.dumps([{"class_path": "test_xla.Counts"}]), "--trainer.log_every_n_steps", 6)
+    length = ("--trainer.max_steps", 20, "--trainer.val_check_interval", 20, "--trainer.limit_val_batches", 4)
+    run = fit(*XLA, *note, *length, *flags)
+    programs, values = zip(*(Counts.steps[step] for step in sorted(Counts.steps)))
+    assert programs[12] == programs[18]
+    assert values[12] == values[16] < values[18]  # step 18 is logged, and seen to be finite in the next
+    assert Counts.validation[1] == Counts.validation[3]
     with open(run / "metrics.csv", newline="") as file:
         compilations = [row["train/compilations"] for row in csv.DictReader(file) if row["train/compilations"]]
     assert len(compilations) == 3 and compilations[1] == compilations[2]
@@ -166,15 +174,17 @@ def test_resumed_run_draws_the_dropout_that_it_would_have(fit, recipe: Path):
 
 @needs_xla
 def test_two_devices_do_what_the_cpu_does_and_keep_a_part_each(fit, recipe: Path, model_type: str):
+    constant = ("--model.schedule.shape", "constant")
+    on = (*constant, "--ckpt_path", "last", "--trainer.max_steps")
+    run = fit("--name", "two", *constant, "--trainer.max_steps", 5)
     note = ("--trainer.callbacks", json.dumps([{"class_path": "test_xla.Shardings"}]))
-    steps = ("--model.schedule.shape", "constant", "--trainer.max_steps")
-    result = command("fit", "--config", recipe, "--name", "two", *SPMD, *note, *steps, 5, env=TWO_DEVICES)
+    result = command("fit", "--config", recipe, "--name", "two", *SPMD, *note, *on, 10, env=TWO_DEVICES)
     assert result.returncode == 0, result.stderr
-    (run,) = (recipe.parent / "runs" / "two").iterdir()
-    for name, shardings in json.loads((run / "shardings.json").read_text()).items():
-        assert all("devices=[" in sharding for sharding in shardings), (name, shardings)
-    assert fit("--name", "two", *steps, 10, "--ckpt_path", "last") == run  # on a CPU
-    assert_close(fit("--name", "cpu", *steps, 10), run)
+    for when in ("before", "after"):
+        for name, shardings in json.loads((run / f"{when}.json").read_text()).items():
+            assert all("devices=[" in sharding for sharding in shardings), (when, name, shardings)
+    assert fit("--name", "two", *on, 12) == run  # on the CPU again
+    assert_close(fit("--name", "cpu", *constant, "--trainer.max_steps", 12), run)
 
 
 @needs_xla
