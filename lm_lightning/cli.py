@@ -30,6 +30,7 @@ from lm_lightning.errors import UserError
 from lm_lightning.models.bert import MaskedLM  # noqa: F401
 from lm_lightning.models.gpt import CausalLM  # noqa: F401
 from lm_lightning.models.module import LanguageModule
+from lm_lightning.strategies import xla
 
 CHECKPOINTS = {
     "dirpath": f"{runs.PLACEHOLDER}/checkpoints",
@@ -120,6 +121,7 @@ class CLI(LightningCLI):
             run = runs.run_of(checkpoint) if self.subcommand != "fit" or checkpoint.name == "last.ckpt" else None
         run = run or runs.new_run(config.runs_dir, name)
         config.weights_only = True  # of what a checkpoint holds, nothing is run
+        xla.choose_accelerator(config.trainer)
         if config.trainer.precision is None:
             config.trainer.precision = best_precision(config.trainer.accelerator)
         self.run_folder, self.checkpoint = run, config.ckpt_path
@@ -237,7 +239,9 @@ def fill_in(config: Any, run: str) -> Any:
 
 def best_precision(accelerator: Any) -> str:
     """bf16 with float32 weights where the machine computes it natively, else float32."""
-    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+    if accelerator in ("tpu", "xla"):
+        native = False  # float32 is multiplied in bf16 there anyway, and Lightning has no mixed precision for it
+    elif accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     elif accelerator in ("auto", "gpu", "mps") and torch.backends.mps.is_available():
         native = False  # autocast to bf16 needs a recent macOS: ask for it with --trainer.precision bf16-mixed

@@ -35,7 +35,10 @@ def new_run(runs_dir: str, name: str) -> Path:
     Raises:
         UserError: If it cannot be made.
     """
-    if "LOCAL_RANK" in os.environ and ENVIRONMENT in os.environ:  # started by Lightning
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # started by torchrun, which keeps a store that all processes reach
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+        return shared_run(runs_dir, name, int(os.environ["MASTER_PORT"]), False, os.environ["RANK"] == "0", attempt)
+    if "LOCAL_RANK" in os.environ and ENVIRONMENT in os.environ:  # by Lightning
         return Path(os.environ[ENVIRONMENT])
     from lightning.fabric.plugins.environments import SLURMEnvironment
 
@@ -43,9 +46,6 @@ def new_run(runs_dir: str, name: str) -> Path:
         parts = [os.environ.get(f"SLURM_{part}", "0") for part in ("JOB_ID", "STEP_ID", "RESTART_COUNT")]
         run = Path(runs_dir).absolute() / name / f"slurm-{'-'.join(parts)}"
         return make_run(runs_dir, name, run.name) if os.environ["SLURM_PROCID"] == "0" else run
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # by torchrun, which keeps a store that all processes reach
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
-        return shared_run(runs_dir, name, int(os.environ["MASTER_PORT"]), False, os.environ["RANK"] == "0", attempt)
     if {"MASTER_ADDR", "NODE_RANK"} <= os.environ.keys():  # by hand, once on each node
         first = os.environ["NODE_RANK"] == "0"
         run = shared_run(runs_dir, name, int(os.environ["MASTER_PORT"]) + 1, first, first)

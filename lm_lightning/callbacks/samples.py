@@ -1,5 +1,6 @@
 """Samples: what the network writes, at each validation."""
 
+import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,6 +37,8 @@ class Samples(Callback):
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         network, tokenizer = pl_module.network, trainer.datamodule.tokenizer
+        if network.device.type == "xla":  # which would compile a program for each length
+            network = copy.deepcopy(network).cpu()
         prompts = [prompt_ids(tokenizer, prompt) for prompt in self.prompts]
         texts = generate(
             network, tokenizer, prompts, self.max_new_tokens, self.sampling, vocab_size=pl_module.vocab_size

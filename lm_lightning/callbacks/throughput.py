@@ -8,12 +8,15 @@ import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lm_lightning.strategies.xla import compilations
+
 
 class Throughput(Callback):
     """Logs `train/tokens_per_second` over all processes, `train/mfu` and `train/memory`.
 
     Memory is the most that this process has held so far, in GiB: on a GPU of PyTorch's tensors there, else of the whole
-    process (its peak resident set, libraries included; not on Windows).
+    process (its peak resident set, libraries included; not on Windows). On XLA devices there is `train/compilations`,
+    too, the programs compiled so far: if these grow, something changes its shape.
 
     MFU, the model FLOPs utilization, is the arithmetic that the network needs for these tokens, 6 FLOPs a parameter and
     token and 12 a layer, hidden unit, context token and token for attention (Chowdhery et al., 2022, arXiv:2204.02311,
@@ -57,7 +60,9 @@ class Throughput(Callback):
         memory = peak_memory(pl_module.device)
         if memory is not None:
             metrics["train/memory"] = memory
-        pl_module.log_dict(metrics)
+        if pl_module.device.type == "xla":
+            metrics["train/compilations"] = compilations()
+        pl_module.log_dict({name: torch.tensor(float(value)) for name, value in metrics.items()})
         self.restart()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -72,6 +77,8 @@ def peak_flops(device: torch.device, precision: str) -> Optional[float]:
         precision: Lightning's name of the precision, such as `bf16-mixed`.
     """
     dtype = {"bf16": torch.bfloat16, "16": torch.float16}.get(precision.split("-")[0], torch.float32)
+    if device.type == "xla":
+        return None  # Lightning would ask the cloud what kind of TPU it is
     if device.type != "cpu":
         return get_available_flops(device, dtype)
     a = torch.ones(1024, 1024, dtype=dtype)

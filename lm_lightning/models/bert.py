@@ -47,7 +47,9 @@ class MaskedLM(LanguageModule):
     ) -> None:
         super().__init__(network, pretrained, optimizer, schedule, attention, compile, activation_checkpointing)
         self.unigram_start, self.candidates = unigram_start, candidates
-        self.val_accuracy, self.val_next_loss, self.val_next_accuracy = MeanMetric(), MeanMetric(), MeanMetric()
+        self.val_accuracy, self.val_next_loss, self.val_next_accuracy = (
+            MeanMetric(nan_strategy="disable") for _ in range(3)
+        )
 
     @property
     def auto_class(self) -> type:  # type: ignore[override]

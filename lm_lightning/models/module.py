@@ -7,7 +7,6 @@ over processes.
 
 import copy
 import difflib
-import math
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -24,9 +23,9 @@ from torchmetrics import MeanMetric
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lm_lightning import hub
-from lm_lightning.data.order import PADDING
 from lm_lightning.data.tokenizer import document_ids, fingerprint, load, vocabulary
 from lm_lightning.errors import UserError
+from lm_lightning.models.finite import FiniteSteps
 from lm_lightning.optim import OptimizerFactory, Schedule, parameter_groups
 
 # Settings of a network that training may change on resuming: they decide no weight and no output in evaluation.
@@ -85,9 +84,9 @@ class LanguageModule(LightningModule):
         self.activation_checkpointing = activation_checkpointing
         self.separable: bool
         self.network: transformers.PreTrainedModel = None  # made by `configure_model`
-        self.val_loss = MeanMetric()
+        self.val_loss = MeanMetric(nan_strategy="disable")  # to look for them would wait for each batch, and drop them
         self.window: Optional[Window] = None  # the optimizer step in progress
-        self.finished: Optional[Window] = None  # the last one, until it is known to be finite
+        self.finite = FiniteSteps()
         self.resumed_at = 0  # the step of the checkpoint
 
     def loss(self, batch: dict) -> tuple[Tensor, Tensor]:
@@ -293,19 +292,23 @@ class LanguageModule(LightningModule):
         self.scale_gradients(divided / tokens)
         self.gradient_norm = gradient_norm(self.parameters())
 
-        self.check_finite()
+        # To ask makes the host wait for the device: so a GPU is asked one step late, when it has the answer anyway, and
+        # XLA after a step that was logged, which had to be waited for.
+        if self.device.type != "xla" or window.step % self.trainer.log_every_n_steps == 0:
+            self.finite.check()
         # (With float16, the scaler provokes infinite gradients, and leaves their steps out itself.)
-        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
-        self.finished = None if scaled else window._replace(loss_sum=loss_sum + 0 * self.gradient_norm)
+        if getattr(self.trainer.precision_plugin, "scaler", None) is None:
+            self.finite.add(window.step, window.samples, loss_sum + 0 * self.gradient_norm)
         if self.device.type == "cpu":
-            self.check_finite()
+            self.finite.check()
         self.trainer.datamodule.consumed += len(window.samples) * self.trainer.datamodule.replicas
         self.log_dict(
             {
-                "step": float(window.step + 1),  # Lightning's name for the x-axis of the loggers: finished steps
+                # Lightning's name for the x-axis of the loggers: finished steps
+                "step": torch.tensor(float(window.step + 1)),  # (numbers, not tensors, it would send to the device)
                 "train/loss": loss_sum / tokens,
                 "train/gradient_norm": self.gradient_norm,
-                "train/learning_rate": optimizer.param_groups[0]["lr"],
+                "train/learning_rate": torch.tensor(optimizer.param_groups[0]["lr"]),
             }
         )
 
@@ -326,19 +329,6 @@ class LanguageModule(LightningModule):
         """Multiplies all gradients by a number, () float."""
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         torch._foreach_mul_([g.to_local() if isinstance(g, DTensor) else g for g in gradients], factor)
-
-    def check_finite(self) -> None:
-        """Stops the run if the last finished step's loss or gradient is not finite.
-
-        An accelerator is asked one step late, when it has the answer anyway: asking at once would make it wait.
-        """
-        window, self.finished = self.finished, None
-        if window is not None and not math.isfinite(window.loss_sum.item()):
-            samples = [sample for sample in window.samples if sample != PADDING]
-            raise UserError(
-                f"the loss or its gradient is not finite at step {window.step}, on the training samples {samples}: "
-                "lower the learning rate, or look at these with `python -m lm_lightning prepare --config ... --show ID`"
-            )
 
     # Optimizer
 
@@ -395,7 +385,7 @@ class LanguageModule(LightningModule):
     # Checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        self.check_finite()
+        self.finite.check()
         checkpoint["network"] = self.description()
         checkpoint["optimizer"] = type(self.optimizers().optimizer).__name__
 

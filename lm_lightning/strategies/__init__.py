@@ -4,16 +4,20 @@ A strategy says where the weights, the data and the work lie. The models know no
 losses under each. Lightning's own `auto`, `ddp` and `ddp_spawn` are used as they are.
 """
 
+from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy, StrategyRegistry
 
 from lm_lightning.errors import UserError
 from lm_lightning.strategies.sharded import FSDP2, TensorParallel
+from lm_lightning.strategies.xla import XLA, XLADevices, XLASharded
 
 # name -> strategy, its settings and what it does
 PRESETS = {
     "fsdp2": (FSDP2, {}, "weights, gradients and optimizer sharded over all processes"),
     "hsdp": (FSDP2, {"within_node": True}, "sharded over the processes of a node, repeated on each node"),
     "tp": (TensorParallel, {}, "each matrix split over the processes of a node, which share their batches"),
+    "xla": (XLA, {}, "one device, through torch_xla"),
+    "xla_spmd": (XLASharded, {}, "all devices, driven by one process, through torch_xla"),
 }
 SUPPORTED = (SingleDeviceStrategy, DDPStrategy, FSDP2)
 REPLACED = {
@@ -25,6 +29,7 @@ REPLACED = {
 }
 for name, (strategy, settings, description) in PRESETS.items():
     StrategyRegistry.register(name, strategy, description=description, override=True, **settings)
+AcceleratorRegistry.register("xla", XLADevices, "TPUs, or the CPU, through torch_xla", override=True)
 
 
 def check_name(name: object) -> None:

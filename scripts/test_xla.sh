@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Tests XLA on the CPU, in an environment of its own, as torch_xla needs its own torch. 8 GB of disk.
+# Elsewhere than on Linux x86, or with torch's CPU wheels at hand, torch is smaller: PIP_EXTRA_INDEX_URL is heeded.
+set -e
+cd "$(dirname "$0")/.."
+environment=${1:-.venv-xla}
+[ -d "$environment" ] || python3 -m venv "$environment"
+. "$environment/bin/activate"
+pip install -q -e ".[tpu,test]"
+PJRT_DEVICE=CPU pytest tests/strategies/test_xla.py tests/models/test_finite.py
