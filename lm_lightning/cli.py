@@ -11,8 +11,9 @@ from typing import Any, Optional
 import lightning.pytorch
 import torch
 import transformers
+from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -21,8 +22,10 @@ from lm_lightning import hub
 from lm_lightning import run as runs
 from lm_lightning.callbacks.export import Export
 from lm_lightning.callbacks.predictions import Predictions
+from lm_lightning.callbacks.preemption import Preemption
 from lm_lightning.callbacks.progress import RunProgress
 from lm_lightning.callbacks.throughput import Throughput
+from lm_lightning.checkpoints import BackgroundCheckpoints, CheckpointFiles, Checkpoints  # noqa: F401
 from lm_lightning.data.masked import MaskedData  # noqa: F401 (imported, so that its short name works as class_path)
 from lm_lightning.data.pretraining import PretrainingData  # noqa: F401
 from lm_lightning.errors import UserError
@@ -88,10 +91,10 @@ class CLI(LightningCLI):
         parser.add_argument(
             "--runs_dir", type=str, default="runs", help="Folder of all runs: <runs_dir>/<name>/<time>."
         )
-        parser.add_lightning_class_args(ModelCheckpoint, "best")
+        parser.add_lightning_class_args(Checkpoints, "best")
         parser.set_defaults({f"best.{k}": v for k, v in CHECKPOINTS.items()})
         parser.set_defaults({"best.filename": "best", "best.monitor": "val/loss"})
-        parser.add_lightning_class_args(ModelCheckpoint, "last")
+        parser.add_lightning_class_args(Checkpoints, "last")
         parser.set_defaults({f"last.{k}": v for k, v in CHECKPOINTS.items()})
         parser.set_defaults({"last.filename": "last"})
 
@@ -155,10 +158,13 @@ class CLI(LightningCLI):
         self.config[self.subcommand] = self.reusable_config  # for RunFolder; the classes are made already
         config = self.config_init[self.subcommand].trainer
         callbacks = config.callbacks or []
-        extra = [Throughput(), Export(), Predictions()]
+        extra = [Preemption(), Throughput(), Export(), Predictions()]
         if config.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             extra.append(RunProgress())
-        return super().instantiate_trainer(callbacks=[*callbacks, *extra], **kwargs)
+        plugins = config.plugins if isinstance(config.plugins, list) else [config.plugins] if config.plugins else []
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            plugins = [*plugins, CheckpointFiles()]
+        return super().instantiate_trainer(callbacks=[*callbacks, *extra], plugins=plugins, **kwargs)
 
 
 class RunFolder(SaveConfigCallback):

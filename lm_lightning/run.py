@@ -12,7 +12,6 @@ model/             from_pretrained folder: the trained network with its tokenize
 
 import itertools
 import os
-import pickle
 import zipfile
 from datetime import datetime
 from pathlib import Path
@@ -72,18 +71,30 @@ def make_run(runs_dir: str, name: str) -> Path:
 
 
 def last_checkpoint(runs_dir: str, name: str) -> Path:
-    """The newest `last.ckpt` of the runs of a name.
+    """The checkpoint to go on from, in the newest run of a name: `last.ckpt`, or if it is damaged, the newest other one.
 
     Raises:
         UserError: If there is none.
     """
-    checkpoints = list((Path(runs_dir).absolute() / name).glob("*/checkpoints/last.ckpt"))
+    checkpoints = list((Path(runs_dir).absolute() / name).glob("*/checkpoints/*.ckpt"))
     if not checkpoints:
         raise UserError(
             f"there is no checkpoint to go on from: no {runs_dir}/{name}/*/checkpoints/last.ckpt; start without "
             "--ckpt_path, or name a checkpoint file"
         )
-    return max(checkpoints, key=lambda path: path.stat().st_mtime)
+    newest = max(checkpoints, key=lambda path: path.stat().st_mtime).parent
+    own = sorted(newest.glob("*.ckpt"), key=lambda path: (path.name == "last.ckpt", path.stat().st_mtime), reverse=True)
+    errors = []
+    for checkpoint in own:
+        try:
+            step = load_checkpoint(checkpoint)["global_step"]
+        except UserError as error:
+            errors.append(error)
+        else:
+            if errors:
+                print(f"{errors[0]}: going on from {checkpoint.name} of step {step}")
+            return checkpoint
+    raise errors[0]
 
 
 def run_of(checkpoint: Path) -> Optional[Path]:
@@ -108,10 +119,14 @@ def load_checkpoint(path: Path) -> dict:
             f"the checkpoint {path} ({path.stat().st_size:,} bytes) is cut short or no checkpoint: {remedy}"
         )
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError) as error:
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()  # torch.load does not compare the sums
+        checkpoint = None if damaged else torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # of damaged files, zipfile and pickle raise whatever they stumble over
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"the checkpoint {path} cannot be read ({reason}): {remedy}") from error
+        raise UserError(f"the checkpoint {path} is damaged ({reason}): {remedy}") from error
+    if damaged:
+        raise UserError(f"the checkpoint {path} is damaged (the checksum of its part {damaged} is wrong): {remedy}")
     if not isinstance(checkpoint, dict) or not {"network", "state_dict", "global_step"} <= checkpoint.keys():
         raise UserError(f"{path} is no checkpoint of lm_lightning: {remedy}")
     return checkpoint

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lm_lightning.errors import UserError
 from lm_lightning.run import load_checkpoint
 
 
@@ -15,7 +16,11 @@ class Export(Callback):
             return
         run = Path(trainer.default_root_dir)
         last = run / "checkpoints" / "last.ckpt"
-        stale = not last.exists() or load_checkpoint(last)["global_step"] != trainer.global_step
+        trainer.strategy.checkpoint_io.teardown()  # of one that writes in the background: waits
+        try:
+            stale = load_checkpoint(last)["global_step"] != trainer.global_step
+        except UserError:  # there is none, or it is damaged
+            stale = True
         if trainer.strategy.broadcast(stale):  # saving is done by all processes or none
             trainer.save_checkpoint(last)
         if trainer.is_global_zero:
