@@ -43,7 +43,7 @@ class CheckpointFiles(TorchCheckpointIO):
         try:
             with open(partial, "wb", buffering=0) as file:
                 writer = Writer(file)
-                torch.save(checkpoint, writer)  # type: ignore[arg-type] (it needs no more of a file)
+                torch.save(checkpoint, writer)  # type: ignore[arg-type] # it needs no more of a file
                 try:
                     if writer.error is not None:
                         raise writer.error

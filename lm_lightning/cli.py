@@ -24,6 +24,7 @@ from lm_lightning.callbacks.export import Export
 from lm_lightning.callbacks.predictions import Predictions
 from lm_lightning.callbacks.preemption import Preemption
 from lm_lightning.callbacks.progress import RunProgress
+from lm_lightning.callbacks.resuming import Resuming
 from lm_lightning.callbacks.throughput import Throughput
 from lm_lightning.checkpoints import BackgroundCheckpoints, CheckpointFiles, Checkpoints  # noqa: F401
 from lm_lightning.data.masked import MaskedData  # noqa: F401 (imported, so that its short name works as class_path)
@@ -158,7 +159,7 @@ class CLI(LightningCLI):
         self.config[self.subcommand] = self.reusable_config  # for RunFolder; the classes are made already
         config = self.config_init[self.subcommand].trainer
         callbacks = config.callbacks or []
-        extra = [Preemption(), Throughput(), Export(), Predictions()]
+        extra = [Resuming(), Preemption(), Throughput(), Export(), Predictions()]
         if config.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             extra.append(RunProgress())
         plugins = config.plugins if isinstance(config.plugins, list) else [config.plugins] if config.plugins else []

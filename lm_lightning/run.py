@@ -71,7 +71,7 @@ def make_run(runs_dir: str, name: str) -> Path:
 
 
 def last_checkpoint(runs_dir: str, name: str) -> Path:
-    """The checkpoint to go on from, in the newest run of a name: `last.ckpt`, or if it is damaged, the newest other one.
+    """The checkpoint to go on from, in the newest run of a name: `last.ckpt`, or if that is damaged, the newest other.
 
     Raises:
         UserError: If there is none.

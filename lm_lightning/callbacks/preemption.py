@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loops.evaluation_loop import RestartStage
 
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]
 
@@ -36,7 +35,6 @@ class Preemption(Callback):
         self.owner = 0  # the process whose signals these are, not one of its forks
         self.group: Any = None  # of all processes, on the host
         self.votes, self.vote = torch.zeros(1, dtype=torch.int64), None  # what they have got, and the exchange of it
-        self.validated: Optional[int] = None  # step of the last finished validation
 
     # Which signal
 
@@ -67,7 +65,7 @@ class Preemption(Callback):
             os.write(2, f"\n{name}: this step is finished and saved; another one ends the run at once\n".encode())
 
     def agreed(self) -> int:
-        """The signal that all processes know of, 0 if none; all get the same answer from their calls of the same number."""
+        """The signal that all processes know of, 0 if none; their n-th calls all give the same answer."""
         if self.group is None:
             return self.received
         if self.vote is not None:
@@ -84,12 +82,6 @@ class Preemption(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.listen(trainer)
-        if trainer.global_step == pl_module.resumed_at != self.validated:
-            # If a validation is due at this step, it was not finished: Lightning would take it for done, or go on in
-            # its middle, with a metric of its rest.
-            validation = trainer.fit_loop.epoch_loop.val_loop
-            validation.batch_progress.reset_on_run()
-            validation._restart_stage = RestartStage.RESTARTED_MID_EVALUATION
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: dict, batch_idx: int
@@ -100,16 +92,6 @@ class Preemption(Callback):
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if trainer.state.fn == "fit" and (number := self.agreed()):
             self.stop(trainer, pl_module, number)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.sanity_checking:
-            self.validated = trainer.global_step
-
-    def state_dict(self) -> dict:
-        return {"validated": self.validated}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.validated = state["validated"]
 
     # What then
 
@@ -122,10 +104,10 @@ class Preemption(Callback):
         if saved:
             trainer.save_checkpoint(last)
             trainer.strategy.checkpoint_io.teardown()  # of one that writes in the background: waits
-        requeued = trainer.is_global_zero and requeue(number)
+        environment = trainer._accelerator_connector.cluster_environment
+        requeued = trainer.is_global_zero and isinstance(environment, SLURMEnvironment) and requeue(environment, number)
         for child in getattr(self.launcher, "procs", []):  # they have saved nothing, so they are done sooner
             child.wait(60)
-        environment = getattr(trainer.strategy, "cluster_environment", None)
         if isinstance(environment, LightningEnvironment) and trainer.local_rank > 0:
             sys.exit(0)  # at another status, Lightning kills the first process, whose status counts
         if saved and step == trainer.max_steps:
@@ -143,9 +125,9 @@ class Preemption(Callback):
         sys.exit(128 + number)
 
 
-def requeue(number: int) -> bool:
-    """Queues this SLURM job again, if it was started for that and the signal is the one that asks for it."""
-    if not SLURMEnvironment.detect() or number != signal.SIGUSR1:
+def requeue(environment: SLURMEnvironment, number: int) -> bool:
+    """Queues this SLURM job again, if that is wanted and the signal is the one that asks for it."""
+    if not environment.auto_requeue or number != environment.requeue_signal:
         return False
     job = os.environ["SLURM_JOB_ID"]
     if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
