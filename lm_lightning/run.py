@@ -7,6 +7,7 @@ tokenizer/         from_pretrained folder
 checkpoints/       last.ckpt to go on from, best.ckpt of the lowest validation loss
 metrics.csv        and tensorboard/: what was logged
 samples.jsonl      what a GPT wrote at each validation
+spikes.jsonl       steps whose loss was far above those before, with their training samples
 model/             from_pretrained folder: the trained network with its tokenizer
 """
 

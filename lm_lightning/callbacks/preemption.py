@@ -110,7 +110,7 @@ class Preemption(Callback):
             child.wait(60)
         if isinstance(environment, LightningEnvironment) and trainer.local_rank > 0:
             sys.exit(0)  # at another status, Lightning kills the first process, whose status counts
-        if saved and step == trainer.max_steps:
+        if saved and step >= pl_module.total_steps():
             remedy = f"training is complete; `python -m lm_lightning export {last.parent.parent}` makes its model"
         elif saved:
             remedy = "go on with the same command and --ckpt_path last"

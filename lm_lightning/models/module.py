@@ -10,7 +10,7 @@ import difflib
 import math
 import tempfile
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import Any, Literal, NamedTuple, Optional
 
 import torch
 import transformers
@@ -50,6 +50,10 @@ class LanguageModule(LightningModule):
         attention: Attention implementation of `transformers` (`sdpa`, `eager`, `flash_attention_2`, ...).
             Default: the best that `transformers` finds.
         compile: Whether to compile the network's body with `torch.compile`: slower to start, then faster.
+        on_nonfinite: What to do when the loss or gradient of an optimizer step is not finite: `stop` the run, or `skip`
+            the step, whose samples are passed over; weights and optimizer stay as they are. To skip, an accelerator
+            is waited for at each step, unless the optimizer is a fused one of torch (`fused: true`).
+        skip_limit: Steps in a row that are skipped; at one more, the run stops.
     """
 
     auto_class: Any  # of transformers, such as AutoModelForCausalLM
@@ -62,6 +66,8 @@ class LanguageModule(LightningModule):
         schedule: Schedule = Schedule(),
         attention: Optional[str] = None,
         compile: bool = False,
+        on_nonfinite: Literal["stop", "skip"] = "stop",
+        skip_limit: int = 10,
     ) -> None:
         super().__init__()
         if (network is None) == (pretrained is None):
@@ -72,10 +78,13 @@ class LanguageModule(LightningModule):
         self.settings, self.pretrained = network, pretrained
         self.optimizer_factory, self.schedule = optimizer, schedule
         self.attention, self.compile_body = attention, compile
+        self.on_nonfinite, self.skip_limit = on_nonfinite, skip_limit
         self.network: transformers.PreTrainedModel = None  # made by `configure_model`
         self.val_loss = MeanMetric()
         self.window: Optional[Window] = None  # the optimizer step in progress
         self.finished: Optional[Window] = None  # the last one, until it is known to be finite
+        self.latest: Optional[tuple[Window, float]] = None  # the last one that is, with its mean loss
+        self.skipped = self.skipped_in_a_row = 0  # optimizer steps
         self.resumed_at = 0  # the step of the checkpoint
 
     def loss(self, batch: dict) -> tuple[Tensor, Tensor]:
@@ -264,18 +273,23 @@ class LanguageModule(LightningModule):
         self.check_finite()
         # (With float16, the scaler provokes infinite gradients, and leaves their steps out itself.)
         scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
-        self.finished = None if scaled else window._replace(loss_sum=loss_sum + 0 * self.gradient_norm)
-        if self.device.type == "cpu":
-            self.check_finite()
+        self.finished = None if scaled else window._replace(loss_sum=loss_sum + 0 * self.gradient_norm, tokens=tokens)
+        skip = self.on_nonfinite == "skip" and not scaled
+        in_kernel = skip and all(group.get("fused") for group in optimizer.param_groups)
+        if in_kernel:  # as torch's GradScaler tells them
+            optimizer.found_inf = (~torch.isfinite(loss_sum + 0 * self.gradient_norm)).float()  # type: ignore
+        at_once = self.device.type == "cpu" or (skip and not in_kernel)
+        if at_once and not self.check_finite() and not in_kernel:
+            for parameter in self.parameters():
+                parameter.grad = None  # an optimizer leaves such parameters and their state alone
         self.trainer.datamodule.consumed += len(window.samples) * self.trainer.world_size
-        self.log_dict(
-            {
-                "step": float(window.step + 1),  # Lightning's name for the x-axis of the loggers: finished steps
-                "train/loss": loss_sum / tokens,
-                "train/gradient_norm": self.gradient_norm,
-                "train/learning_rate": optimizer.param_groups[0]["lr"],
-            }
-        )
+        metrics = {
+            "step": float(window.step + 1),  # Lightning's name for the x-axis of the loggers: finished steps
+            "train/loss": loss_sum / tokens,
+            "train/gradient_norm": self.gradient_norm,
+            "train/learning_rate": optimizer.param_groups[0]["lr"],
+        }
+        self.log_dict(metrics | ({"train/skipped_steps": float(self.skipped)} if skip else {}))
 
     def configure_gradient_clipping(
         self,
@@ -290,18 +304,34 @@ class LanguageModule(LightningModule):
         else:  # the norm is known already
             torch.nn.utils.clip_grads_with_norm_(self.parameters(), gradient_clip_val, self.gradient_norm)
 
-    def check_finite(self) -> None:
-        """Stops the run if the last finished step's loss or gradient is not finite.
+    def check_finite(self) -> bool:
+        """Whether the last finished step's loss and gradient are finite; if not, stops the run or counts the step.
 
         An accelerator is asked one step late, when it has the answer anyway: asking at once would make it wait.
         """
         window, self.finished = self.finished, None
-        if window is not None and not math.isfinite(window.loss_sum.item()):
-            samples = [sample for sample in window.samples if sample != PADDING]
+        if window is None:
+            return True
+        loss = (window.loss_sum / window.tokens).item()
+        if math.isfinite(loss):
+            self.latest, self.skipped_in_a_row = (window, loss), 0
+            return True
+        samples = listed(self.samples(window))
+        what = f"the loss or its gradient is not finite at step {window.step + 1}, on the training samples {samples}"
+        if self.on_nonfinite == "stop" or self.skipped_in_a_row == self.skip_limit:
+            before = f" (after {self.skip_limit} steps in a row were skipped)" if self.on_nonfinite == "skip" else ""
             raise UserError(
-                f"the loss or its gradient is not finite at step {window.step}, on the training samples {samples}: "
-                "lower the learning rate, or look at these with `python -m lm_lightning prepare --config ... --show ID`"
+                f"{what}{before}: lower the learning rate, or look at these with "
+                "`python -m lm_lightning prepare --config ... --show ID`"
             )
+        self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+        self.print(f"skipped: {what}")
+        return False
+
+    def samples(self, window: Window) -> list[int]:
+        """The training samples of an optimizer step, of all processes, which have to call this together."""
+        own = torch.tensor(window.samples, device=self.device)
+        return [sample for sample in self.all_gather(own).flatten().tolist() if sample != PADDING]
 
     # Optimizer
 
@@ -361,6 +391,7 @@ class LanguageModule(LightningModule):
         self.check_finite()
         checkpoint["network"] = self.description()
         checkpoint["optimizer"] = type(self.optimizers().optimizer).__name__
+        checkpoint["skipped_steps"] = self.skipped
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         saved, own = checkpoint["network"]["config"], self.description()["config"]
@@ -375,7 +406,7 @@ class LanguageModule(LightningModule):
             )
         if self.trainer.state.fn != "fit":
             return
-        self.resumed_at = checkpoint["global_step"]
+        self.resumed_at, self.skipped = checkpoint["global_step"], checkpoint.get("skipped_steps", 0)
         optimizer = type(self.optimizer_factory(parameter_groups(self.network))).__name__
         if checkpoint["optimizer"] != optimizer:
             raise UserError(
@@ -387,6 +418,11 @@ class LanguageModule(LightningModule):
                 f"the checkpoint is at step {checkpoint['global_step']} and this run ends at step "
                 f"{self.trainer.max_steps}: raise trainer.max_steps to train further"
             )
+
+
+def listed(samples: list[int]) -> str:
+    """Samples for a message, which names no more than 32 of them."""
+    return f"{samples[:32]}" + (f" and {len(samples) - 32} more" if len(samples) > 32 else "")
 
 
 def save_network(description: dict[str, Any], weights: dict[str, Tensor], folder: Path) -> None:

@@ -1,0 +1,64 @@
+"""Spikes: which training samples a sudden rise of the loss is of."""
+
+import json
+import statistics
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lm_lightning.models.module import listed
+
+
+class Spikes(Callback):
+    """Tells of steps whose loss is far above those before, in a line and in `spikes.jsonl` of the run folder.
+
+    `python -m lm_lightning prepare --config ... --show ID` prints the samples that it names.
+
+    Args:
+        deviations: How far above their mean, in standard deviations (which count as 1 % of the mean at least).
+        steps: How many steps before. The first 20 of a run are not judged.
+    """
+
+    def __init__(self, deviations: float = 6.0, steps: int = 100) -> None:
+        self.deviations = deviations
+        self.losses: deque[float] = deque(maxlen=steps)
+        self.step = -1  # the last one that was looked at
+
+    def file(self, trainer: Trainer) -> Path:
+        return Path(trainer.default_root_dir) / "spikes.jsonl"
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        file = self.file(trainer)
+        if trainer.is_global_zero and file.exists():  # of steps that the resumed run does again
+            rows = file.read_text(encoding="utf-8").splitlines(keepends=True)
+            whole = [row for row in rows if row.endswith("\n")]  # a killed run may cut the last
+            file.write_text("".join(row for row in whole if json.loads(row)["step"] <= trainer.global_step), "utf-8")
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if pl_module.latest is None or pl_module.latest[0].step == self.step:
+            return
+        window, loss = pl_module.latest
+        self.step = window.step
+        if len(self.losses) >= min(20, self.losses.maxlen or 20):
+            mean = statistics.fmean(self.losses)
+            if loss > mean + self.deviations * max(statistics.pstdev(self.losses), 0.01 * abs(mean)):
+                self.tell(trainer, pl_module, {"step": window.step + 1, "loss": loss, "mean_before": mean})
+        self.losses.append(loss)
+
+    def tell(self, trainer: Trainer, pl_module: LightningModule, row: dict) -> None:
+        row["samples"] = pl_module.samples(pl_module.latest[0])
+        if trainer.is_global_zero:
+            with open(self.file(trainer), "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        pl_module.print(
+            f"spike: the loss is {row['loss']:.4g} at step {row['step']}, and was {row['mean_before']:.4g} before, on the "
+            f"training samples {listed(row['samples'])}"
+        )
+
+    def state_dict(self) -> dict:
+        return {"losses": list(self.losses)}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.losses.extend(state["losses"])
