@@ -5,6 +5,7 @@
 
 import io
 import os
+import re
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -58,9 +59,11 @@ class CheckpointFiles(TorchCheckpointIO):
             try:
                 torch.load(partial, map_location="cpu", weights_only=True, mmap=True)
             except Exception as error:
+                kind = re.search(r"GLOBAL (\S+)", str(error))
                 raise UserError(
-                    f"the checkpoint {path} could not be loaded again, so it is not kept: the state of a callback or "
-                    f"module holds more than tensors, numbers, strings and lists and dicts of them ({reason(error)})"
+                    f"the checkpoint {path} could not be loaded again: the state of a callback or module holds "
+                    f"{'a ' + kind[1] if kind else 'something'}, but only tensors, numbers, strings, lists and dicts "
+                    "are safe to load: change its state_dict"
                 ) from error
             os.replace(partial, path)
         finally:
@@ -165,8 +168,10 @@ class Checkpoints(ModelCheckpoint):
             super().on_train_batch_end(trainer, pl_module, None, batch, batch_idx)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.monitor is None and trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self.on_train_batch_start(trainer, pl_module)  # a validation may take long
+        # A validation may take long. But the last step is saved when all is done: nothing goes on from there.
+        last = self.monitor is None and trainer.global_step >= pl_module.total_steps()
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and not last:
+            self.on_train_batch_start(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.validated = trainer.global_step
@@ -212,8 +217,3 @@ def sync(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def reason(error: BaseException) -> str:
-    """What an error says, in one line of bearable length."""
-    return " ".join(str(error).split())[:200]

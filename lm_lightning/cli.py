@@ -20,7 +20,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 import lm_lightning
 from lm_lightning import hub
 from lm_lightning import run as runs
-from lm_lightning.callbacks.export import Export
+from lm_lightning.callbacks.export import Export, export
 from lm_lightning.callbacks.predictions import Predictions
 from lm_lightning.callbacks.preemption import Preemption
 from lm_lightning.callbacks.progress import RunProgress
@@ -115,13 +115,13 @@ class CLI(LightningCLI):
                     f"{self.subcommand} of new weights says nothing: give --ckpt_path last, or a checkpoint"
                 )
         if config.ckpt_path is not None:
-            checkpoint = (
-                runs.last_checkpoint(config.runs_dir, name) if config.ckpt_path == "last" else Path(config.ckpt_path)
-            )
+            last = config.ckpt_path == "last"
+            checkpoint = runs.last_checkpoint(config.runs_dir, name) if last else Path(config.ckpt_path)
             runs.load_checkpoint(checkpoint)
             config.ckpt_path = str(checkpoint.absolute())
             # An earlier state than the last goes on in a folder of its own: what came after it stays.
-            run = runs.run_of(checkpoint) if self.subcommand != "fit" or checkpoint.name == "last.ckpt" else None
+            same = self.subcommand != "fit" or last or checkpoint.name == "last.ckpt"
+            run = runs.run_of(checkpoint) if same else None
         run = run or runs.new_run(config.runs_dir, name)
         config.weights_only = True  # of what a checkpoint holds, nothing is run
         if config.trainer.precision is None:
@@ -150,7 +150,12 @@ class CLI(LightningCLI):
             raise cause or UserError(" ".join(str(error).split())[:500]) from error
 
     def after_fit(self) -> None:
-        if self.checkpoint is not None and self.trainer.global_step == self.model.resumed_at:
+        if self.checkpoint is None or self.trainer.global_step > self.model.resumed_at:
+            return
+        if runs.ended_early(self.run_folder, Path(self.checkpoint)):
+            if self.trainer.is_global_zero:
+                export(self.model, self.run_folder / "model")
+        else:
             raise UserError(
                 f"there is nothing left to train: the checkpoint is at step {self.model.resumed_at}, the end of this "
                 "run: raise trainer.max_epochs or trainer.max_steps"

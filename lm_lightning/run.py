@@ -104,6 +104,11 @@ def run_of(checkpoint: Path) -> Optional[Path]:
     return run if (run / "config.yaml").is_file() else None
 
 
+def ended_early(run: Path, checkpoint: Path) -> bool:
+    """Whether a run that goes on from its own last checkpoint was ended before it had made its model."""
+    return checkpoint.absolute().parent.parent == run.absolute() and not (run / "model").exists()
+
+
 def load_checkpoint(path: Path) -> dict:
     """Loads a checkpoint, whose tensors stay on disk until they are used.
 
@@ -115,17 +120,15 @@ def load_checkpoint(path: Path) -> dict:
     if not path.is_file():
         raise UserError(f"there is no checkpoint file {path}")
     remedy = f"take another one of {path.parent}"
-    if not zipfile.is_zipfile(path):  # the table of contents is at the file's end
-        raise UserError(
-            f"the checkpoint {path} ({path.stat().st_size:,} bytes) is cut short or no checkpoint: {remedy}"
-        )
     try:
         with zipfile.ZipFile(path) as file:
             damaged = file.testzip()  # torch.load does not compare the sums
         checkpoint = None if damaged else torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # of damaged files, zipfile and pickle raise whatever they stumble over
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"the checkpoint {path} is damaged ({reason}): {remedy}") from error
+        raise UserError(
+            f"the checkpoint {path} ({path.stat().st_size:,} bytes) is cut short, damaged or none ({reason}): {remedy}"
+        ) from error
     if damaged:
         raise UserError(f"the checkpoint {path} is damaged (the checksum of its part {damaged} is wrong): {remedy}")
     if not isinstance(checkpoint, dict) or not {"network", "state_dict", "global_step"} <= checkpoint.keys():

@@ -1,5 +1,6 @@
 """Export: leaves a folder that plain `transformers` loads, and a checkpoint of the very end."""
 
+import shutil
 from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -24,5 +25,14 @@ class Export(Callback):
         if trainer.strategy.broadcast(stale):  # saving is done by all processes or none
             trainer.save_checkpoint(last)
         if trainer.is_global_zero:
-            pl_module.export(run / "model")
-            print(f"model: {run / 'model'}")
+            export(pl_module, run / "model")
+
+
+def export(pl_module: LightningModule, folder: Path) -> None:
+    """Writes the model, so that the folder is whole or not there."""
+    partial = folder.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    pl_module.export(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+    print(f"model: {folder}")

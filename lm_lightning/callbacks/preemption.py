@@ -110,12 +110,11 @@ class Preemption(Callback):
             child.wait(60)
         if isinstance(environment, LightningEnvironment) and trainer.local_rank > 0:
             sys.exit(0)  # at another status, Lightning kills the first process, whose status counts
-        if saved and step >= pl_module.total_steps():
-            remedy = f"training is complete; `python -m lm_lightning export {last.parent.parent}` makes its model"
-        elif saved:
-            remedy = "go on with the same command and --ckpt_path last"
-        else:
-            remedy = "there is nothing new to save; go on with the same command"
+        remedy = "go on with the same command and --ckpt_path last"
+        if step >= pl_module.total_steps():
+            remedy += ", which makes model/; of the last validation, `validate --ckpt_path last` gives the result"
+        if not saved:
+            remedy = "there is nothing new to save, go on with the same command"
         name = signal.Signals(number).name
         pl_module.print(
             f"stopped by {name} at step {step}"

@@ -52,9 +52,10 @@ class Spikes(Callback):
         if trainer.is_global_zero:
             with open(self.file(trainer), "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
+        before, samples = row["mean_before"], listed(row["samples"])
         pl_module.print(
-            f"spike: the loss is {row['loss']:.4g} at step {row['step']}, and was {row['mean_before']:.4g} before, on the "
-            f"training samples {listed(row['samples'])}"
+            f"spike: the loss is {row['loss']:.4g} at step {row['step']}, and was {before:.4g} before, on the training "
+            f"samples {samples}"
         )
 
     def state_dict(self) -> dict:

@@ -20,6 +20,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from lm_lightning import hub
+from lm_lightning import run as runs
 from lm_lightning.data.order import PADDING
 from lm_lightning.data.tokenizer import document_ids, fingerprint, load, vocabulary
 from lm_lightning.errors import UserError
@@ -413,7 +414,8 @@ class LanguageModule(LightningModule):
                 f"the checkpoint's optimizer is {checkpoint['optimizer']}, this run's {optimizer}, which cannot go on "
                 "with its state: take the same, or start a new run from the weights with --model.pretrained RUN/model"
             )
-        if 0 < self.trainer.max_steps <= checkpoint["global_step"]:
+        ended_early = runs.ended_early(Path(self.trainer.default_root_dir), Path(self.trainer.ckpt_path))
+        if 0 < self.trainer.max_steps <= checkpoint["global_step"] and not ended_early:
             raise UserError(
                 f"the checkpoint is at step {checkpoint['global_step']} and this run ends at step "
                 f"{self.trainer.max_steps}: raise trainer.max_steps to train further"
