@@ -11,19 +11,23 @@ from typing import Any, Optional
 import lightning.pytorch
 import torch
 import transformers
+from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import lm_lightning
 from lm_lightning import hub, strategies
 from lm_lightning import run as runs
-from lm_lightning.callbacks.export import Export
+from lm_lightning.callbacks.export import Export, export
 from lm_lightning.callbacks.predictions import Predictions
+from lm_lightning.callbacks.preemption import Preemption
 from lm_lightning.callbacks.progress import RunProgress
+from lm_lightning.callbacks.resuming import Resuming
+from lm_lightning.callbacks.spikes import Spikes
 from lm_lightning.callbacks.throughput import Throughput
-from lm_lightning.checkpoints import Checkpoints
+from lm_lightning.checkpoints import BackgroundCheckpoints, CheckpointFiles, Checkpoints  # noqa: F401
 from lm_lightning.data.masked import MaskedData  # noqa: F401 (imported, so that its short name works as class_path)
 from lm_lightning.data.pretraining import PretrainingData  # noqa: F401
 from lm_lightning.errors import UserError
@@ -90,10 +94,10 @@ class CLI(LightningCLI):
         parser.add_argument(
             "--runs_dir", type=str, default="runs", help="Folder of all runs: <runs_dir>/<name>/<time>."
         )
-        parser.add_lightning_class_args(ModelCheckpoint, "best")
+        parser.add_lightning_class_args(Checkpoints, "best")
         parser.set_defaults({f"best.{k}": v for k, v in CHECKPOINTS.items()})
         parser.set_defaults({"best.filename": "best", "best.monitor": "val/loss"})
-        parser.add_lightning_class_args(ModelCheckpoint, "last")
+        parser.add_lightning_class_args(Checkpoints, "last")
         parser.set_defaults({f"last.{k}": v for k, v in CHECKPOINTS.items()})
         parser.set_defaults({"last.filename": "last"})
 
@@ -112,13 +116,13 @@ class CLI(LightningCLI):
                     f"{self.subcommand} of new weights says nothing: give --ckpt_path last, or a checkpoint"
                 )
         if config.ckpt_path is not None:
-            checkpoint = (
-                runs.last_checkpoint(config.runs_dir, name) if config.ckpt_path == "last" else Path(config.ckpt_path)
-            )
+            last = config.ckpt_path == "last"
+            checkpoint = runs.last_checkpoint(config.runs_dir, name) if last else Path(config.ckpt_path)
             runs.load_checkpoint(checkpoint, weights=False)
             config.ckpt_path = str(checkpoint.absolute())
             # An earlier state than the last goes on in a folder of its own: what came after it stays.
-            run = runs.run_of(checkpoint) if self.subcommand != "fit" or checkpoint.name == "last.ckpt" else None
+            same = self.subcommand != "fit" or last or checkpoint.name == "last.ckpt"
+            run = runs.run_of(checkpoint) if same else None
         run = run or runs.new_run(config.runs_dir, name)
         config.weights_only = True  # of what a checkpoint holds, nothing is run
         xla.choose_accelerator(config.trainer)
@@ -148,7 +152,12 @@ class CLI(LightningCLI):
             raise cause or UserError(" ".join(str(error).split())[:500]) from error
 
     def after_fit(self) -> None:
-        if self.checkpoint is not None and self.trainer.global_step == self.model.resumed_at:
+        if self.checkpoint is None or self.trainer.global_step > self.model.resumed_at:
+            return
+        if runs.ended_early(self.run_folder, Path(self.checkpoint)):
+            if self.trainer.is_global_zero:
+                export(self.model, self.run_folder / "model")
+        else:
             raise UserError(
                 f"there is nothing left to train: the checkpoint is at step {self.model.resumed_at}, the end of this "
                 "run: raise trainer.max_epochs or trainer.max_steps"
@@ -158,17 +167,22 @@ class CLI(LightningCLI):
         self.config[self.subcommand] = self.reusable_config  # for RunFolder; the classes are made already
         config = self.config_init[self.subcommand].trainer
         callbacks = config.callbacks or []
-        extra = [Throughput(), Export(), Predictions()]
+        extra = [Resuming(), Preemption(), Throughput(), Export(), Predictions()]
         if config.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             extra.append(RunProgress())
+        if not any(isinstance(c, Spikes) for c in callbacks):
+            extra.append(Spikes())
+        plugins = config.plugins if isinstance(config.plugins, list) else [config.plugins] if config.plugins else []
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            plugins = [*plugins, CheckpointFiles()]
         trainer = super().instantiate_trainer(
             callbacks=[*callbacks, *extra],
-            plugins=[*(config.plugins or []), Checkpoints()],
+            plugins=plugins,
             enable_checkpointing=config.enable_checkpointing or None,
             **kwargs,
         )
         if config.enable_checkpointing is False:  # which Lightning refuses beside the checkpoints of this CLI
-            trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, (ModelCheckpoint, Export))]
+            trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, (Checkpoints, Export))]
         strategies.check(trainer.strategy)
         return trainer
 

@@ -7,12 +7,12 @@ tokenizer/         from_pretrained folder
 checkpoints/       last.ckpt to go on from, best.ckpt of the lowest validation loss
 metrics.csv        and tensorboard/: what was logged
 samples.jsonl      what a GPT wrote at each validation
+spikes.jsonl       steps whose loss was far above those before, with their training samples
 model/             from_pretrained folder: the trained network with its tokenizer
 """
 
 import itertools
 import os
-import pickle
 import zipfile
 from datetime import datetime
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import Optional
 from lm_lightning.errors import UserError
 
 PLACEHOLDER = "<run>"  # in the value of an option: the run folder
+OLD = ".old"  # ends the name of a sharded checkpoint while another takes its place
 STORES: list = []  # live as long as this process does
 ENVIRONMENT = "LM_LIGHTNING_RUN"  # tells the processes of the other ranks which folder the first one has made
 
@@ -89,18 +90,32 @@ def make_run(runs_dir: str, name: str, time: Optional[str] = None) -> Path:
 
 
 def last_checkpoint(runs_dir: str, name: str) -> Path:
-    """The newest `last.ckpt` of the runs of a name.
+    """The checkpoint to go on from, in the newest run of a name: `last.ckpt`, or if that is damaged, the newest other.
 
     Raises:
         UserError: If there is none.
     """
-    checkpoints = list((Path(runs_dir).absolute() / name).glob("*/checkpoints/last.ckpt"))
+    kinds = ("*.ckpt", f"*.ckpt{OLD}")
+    checkpoints = [p for kind in kinds for p in (Path(runs_dir).absolute() / name).glob(f"*/checkpoints/{kind}")]
     if not checkpoints:
         raise UserError(
             f"there is no checkpoint to go on from: no {runs_dir}/{name}/*/checkpoints/last.ckpt; start without "
             "--ckpt_path, or name a checkpoint file"
         )
-    return max(checkpoints, key=lambda path: path.stat().st_mtime)
+    newest = max(checkpoints, key=lambda path: path.stat().st_mtime).parent
+    own = [checkpoint for checkpoint in checkpoints if checkpoint.parent == newest]
+    own.sort(key=lambda path: (path.name == "last.ckpt", path.stat().st_mtime), reverse=True)
+    errors = []
+    for checkpoint in own:
+        try:
+            step = load_checkpoint(checkpoint, weights=False)["global_step"]
+        except UserError as error:
+            errors.append(error)
+        else:
+            if errors:
+                print(f"{errors[0]}: going on from {checkpoint.name} of step {step}")
+            return checkpoint
+    raise errors[0]
 
 
 def run_of(checkpoint: Path) -> Optional[Path]:
@@ -109,12 +124,18 @@ def run_of(checkpoint: Path) -> Optional[Path]:
     return run if (run / "config.yaml").is_file() else None
 
 
-def load_checkpoint(path: Path, weights: bool = True) -> dict:
+def ended_early(run: Path, checkpoint: Path) -> bool:
+    """Whether a run that goes on from its own last checkpoint was ended before it had made its model."""
+    return checkpoint.absolute().parent.parent == run.absolute() and not (run / "model").exists()
+
+
+def load_checkpoint(path: Path, weights: bool = True, checked: bool = False) -> dict:
     """Loads a checkpoint, a file whose tensors stay on disk until they are used, or a sharded folder.
 
     Args:
         path: The file or folder.
         weights: Whether the tensors of a folder are wanted, which are read and put together.
+        checked: Whether its parts were compared with their checksums before.
 
     Raises:
         UserError: Names the file and what is wrong with it.
@@ -124,20 +145,28 @@ def load_checkpoint(path: Path, weights: bool = True) -> dict:
     from lm_lightning import sharded_checkpoint
 
     remedy = f"take another one of {path.parent}"
-    if (path / sharded_checkpoint.META).is_file():
-        return sharded_checkpoint.gather(path) if weights else sharded_checkpoint.meta(path)
-    if not path.is_file():
+    sharded = (path / sharded_checkpoint.META).is_file()
+    if not sharded and not path.is_file():
         raise UserError(f"there is no checkpoint file {path}")
-    if not zipfile.is_zipfile(path):  # the table of contents is at the file's end
-        raise UserError(
-            f"the checkpoint {path} ({path.stat().st_size:,} bytes) is cut short or no checkpoint: {remedy}"
-        )
     try:
+        damaged: Optional[str] = None
+        if sharded:
+            damaged = None if checked else sharded_checkpoint.damaged(path)
+        elif not checked:
+            with zipfile.ZipFile(path) as file:
+                damaged = file.testzip()  # torch.load does not compare the sums
+        if damaged:
+            raise UserError(f"the checkpoint {path} is damaged (the checksum of its part {damaged} is wrong): {remedy}")
+        if sharded:
+            return sharded_checkpoint.gather(path) if weights else sharded_checkpoint.meta(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # of damaged files, zipfile and pickle raise whatever they stumble over
+        size = f" ({path.stat().st_size:,} bytes)" if path.is_file() else ""
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"the checkpoint {path} cannot be read ({reason}): {remedy}") from error
-    if not isinstance(checkpoint, dict) or not {"network", "global_step"} <= checkpoint.keys():
+        raise UserError(f"the checkpoint {path}{size} is cut short, damaged or none ({reason}): {remedy}") from error
+    if not isinstance(checkpoint, dict) or not {"network", "state_dict", "global_step"} <= checkpoint.keys():
         raise UserError(f"{path} is no checkpoint of lm_lightning: {remedy}")
     return checkpoint
 

@@ -5,7 +5,7 @@ parts that it needs. All else is in `meta.pt`. Of neither file is anything run w
 """
 
 import pickle
-import shutil
+import zlib
 from pathlib import Path
 from typing import Any, Optional
 
@@ -14,6 +14,8 @@ import torch.distributed
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+
+from lm_lightning.checkpoints import PARTIAL, remove, replace
 
 META = "meta.pt"  # Lightning's name, by which it knows such a folder
 METADATA = "torch.distributed.checkpoint.metadata"
@@ -29,31 +31,38 @@ def save(checkpoint: dict[str, Any], path: Path) -> None:
     """
     weights, states = checkpoint.pop("state_dict"), checkpoint.pop("optimizer_states", [])
     state = states[0] if states else None
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(path.name + PARTIAL)
     first = torch.distributed.get_rank() == 0
     if first:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove(partial)
     torch.distributed.barrier()
     dcp.save(flat(weights, state), storage_writer=dcp.FileSystemWriter(partial, overwrite=True))
+    own = partial.glob(f"__{torch.distributed.get_rank()}_*.distcp")
+    sums: list[dict[str, int]] = [{}] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(sums, {file.name: checksum(file) for file in own})
     if first:
         groups = None if state is None else state["param_groups"]
-        torch.save(checkpoint | {"optimizer_groups": groups}, partial / META)
+        extra = {"optimizer_groups": groups, "sums": {name: value for part in sums for name, value in part.items()}}
+        torch.save(checkpoint | extra, partial / META)
         replace(partial, path)
     torch.distributed.barrier()
 
 
-def replace(new: Path, path: Path) -> None:
-    """Gives a finished folder its name; what had that name before goes only then."""
-    old = path.with_name(path.name + ".old")
-    for leftover in (old,):
-        shutil.rmtree(leftover, ignore_errors=True)
-    if path.exists():
-        path.rename(old)
-    new.rename(path)
-    if old.is_dir():
-        shutil.rmtree(old)
-    elif old.exists():
-        old.unlink()
+def checksum(file: Path) -> int:
+    """CRC-32 of a file."""
+    value = 0
+    with open(file, "rb") as stream:
+        while part := stream.read(1 << 24):
+            value = zlib.crc32(part, value)
+    return value
+
+
+def damaged(path: Path) -> Optional[str]:
+    """The name of a file of a checkpoint that is not as it was written, None if all are."""
+    for name, value in meta(path)["sums"].items():
+        if not (path / name).is_file() or checksum(path / name) != value:
+            return name
+    return None
 
 
 def meta(path: Path) -> dict[str, Any]:

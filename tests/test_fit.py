@@ -352,6 +352,7 @@ class TestRefusals:
     def test_checkpoint_cut_in_half(self, fit, recipe: Path):
         checkpoint = fit() / "checkpoints" / "last.ckpt"
         checkpoint.write_bytes(checkpoint.read_bytes()[: checkpoint.stat().st_size // 2])
+        checkpoint.with_name("best.ckpt").unlink()
         for ckpt_path in ("last", checkpoint):
             message = refusal(command("fit", "--config", recipe, "--ckpt_path", ckpt_path))
             assert str(checkpoint) in message and "cut short" in message

@@ -37,7 +37,12 @@ class MetricsFile(CSVLogger):
     def log_metrics(self, metrics: Mapping[str, Any], step: Optional[int] = None) -> None:  # noqa: D102
         writer = self.experiment
         if self.earlier:
-            writer.metrics = [row for row in self.earlier if int(row["step"]) < (step or 0)]
+            again = [name for name in metrics if name not in ("step", "epoch")]  # a validation may be all that is left
+            writer.metrics = [
+                row
+                for row in self.earlier
+                if int(row["step"]) < (step or 0) + (not any(row.get(name) for name in again))
+            ]
             self.earlier = []
             (Path(self.log_dir) / "metrics.csv").unlink()
         super().log_metrics(dict(metrics), step)

@@ -2,11 +2,15 @@
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lm_lightning.data.corpus import Corpus
 from lm_lightning.data.tokenizer import Tokenizer
 from lm_lightning.errors import UserError
+
+if TYPE_CHECKING:
+    from lm_lightning.data.masked import MaskedData
+    from lm_lightning.data.shards import Prepared
 
 
 def prepare(
@@ -27,27 +31,66 @@ def prepare(
         cache_dir: Folder that keeps trained tokenizers and tokenized corpora.
         show: Training samples (numbers of blocks) to print, as messages and logs name them.
     """
-    from lm_lightning.data.shards import SPLITS, Layout
+    from lm_lightning.data.shards import Layout
     from lm_lightning.data.shards import prepare as prepare_shards
 
     if block_size < 1:
         raise UserError(f"data.block_size is {block_size}, but must be 1 or more")
     prepared = prepare_shards(corpus, tokenizer, Layout(), cache_dir)
     if show:
-        tokens = prepared.split("train").tokens
-        for sample in show:
-            text = tokens[sample * block_size : (sample + 1) * block_size]
-            if len(text) == 0 or sample < 0:
-                raise UserError(f"there is no sample {sample}: the training split has {len(tokens) // block_size}")
-            print(f"--- sample {sample}\n{prepared.tokenizer.decode(text)}")
-        return
+        show_samples(prepared, block_size, show)
+    else:
+        count(prepared, block_size, left_out=1)
+
+
+def prepare_masked(data: "MaskedData", show: list[int]) -> None:
+    """The same for a BERT, whose samples are shown with nothing hidden."""
+    from lm_lightning.data.shards import prepare as prepare_shards
+
+    data.check()
+    prepared = prepare_shards(data.corpus, data.tokenizer_options, data.layout(), data.cache_dir)
+    room = data.room(prepared.tokenizer)
+    if not show:
+        return count(prepared, room, left_out=0, full=() if data.next_sentence else ("train",))
+    if data.next_sentence:
+        print("of a pair: where its first segment is; the second one may be of any document, and is another each epoch")
+    show_samples(prepared, room, show)
+
+
+def show_samples(prepared: "Prepared", size: int, show: list[int]) -> None:
+    """Prints training samples.
+
+    Args:
+        prepared: The corpus.
+        size: Tokens of a sample.
+        show: Their numbers.
+    """
+    tokens = prepared.split("train").tokens
+    for sample in show:
+        text = tokens[sample * size : (sample + 1) * size]
+        if len(text) == 0 or sample < 0:
+            raise UserError(f"there is no sample {sample}: the training split has {len(tokens) // size}")
+        print(f"--- sample {sample}\n{prepared.tokenizer.decode(text)}")
+
+
+def count(prepared: "Prepared", size: int, left_out: int, full: tuple[str, ...] = ("train",)) -> None:
+    """Prints what is in the splits.
+
+    Args:
+        prepared: The corpus.
+        size: Tokens of a sample.
+        left_out: Tokens at the beginning that are no targets.
+        full: Splits without a sample at their end that is not full.
+    """
+    from lm_lightning.data.shards import SPLITS
+
     print(
         f"{prepared.folder}\n{'split':12}{'documents':>12}{'tokens':>14}{'bytes':>14}{'bytes/token':>13}{'blocks':>10}"
     )
     for name in SPLITS:
         counts = prepared.info["splits"][name]
-        targets = max(0, counts["tokens"] - 1)
-        blocks = targets // block_size if name == "train" else -(-targets // block_size)  # as `fit` takes them
+        targets = max(0, counts["tokens"] - left_out)
+        blocks = targets // size if name in full else -(-targets // size)  # as `fit` takes them
         print(
             f"{name:12}{counts['documents']:12,}{counts['tokens']:14,}{counts['bytes']:14,}"
             f"{counts['bytes'] / max(1, counts['tokens']):13.2f}{blocks:10,}"
@@ -71,21 +114,31 @@ def main() -> None:
     )
     parser.add_argument("-c", "--config", type=str, help="Recipe as for fit; of it, the options of the data count.")
     parser.add_argument("--show", type=int, nargs="+", default=[], help="Training samples to print, by their numbers.")
-    added = parser.add_function_arguments(prepare, "data", skip={"show"})
+    sections = [data_section(recipe) for recipe in known.config]
+    masked = next((kind == "MaskedData" for kind, _ in reversed(sections) if kind), False)
+    if masked:
+        from lm_lightning.data.masked import MaskedData  # not before it is needed: it takes seconds
+
+        added = parser.add_class_arguments(MaskedData, "data")
+    else:
+        added = parser.add_function_arguments(prepare, "data", skip={"show"})
     options = {name.removeprefix("data.") for name in added}
-    for recipe in known.config:
-        for name, value in data_section(recipe).items():
+    for recipe, (_, section) in zip(known.config, sections):
+        for name, value in section.items():
             if name in options:
                 try:
                     parser.set_defaults({f"data.{name}": value})
                 except KeyError as error:
                     raise UserError(f"{recipe}: data.{name} has an option that is not known: {error}") from error
     given = parser.instantiate_classes(parser.parse_args(rest))
-    prepare(**vars(given.data), show=given.show)
+    if masked:
+        prepare_masked(given.data, given.show)
+    else:
+        prepare(**vars(given.data), show=given.show)
 
 
-def data_section(recipe: str) -> dict[str, Any]:
-    """The options of the data in a recipe's YAML."""
+def data_section(recipe: str) -> tuple[str, dict[str, Any]]:
+    """The class of the data in a recipe's YAML, "" if it says none, and its options."""
     import yaml
 
     try:
@@ -95,9 +148,9 @@ def data_section(recipe: str) -> dict[str, Any]:
     if not isinstance(content, dict) or not isinstance(content.get("data", {}), dict):
         raise UserError(f"{recipe} is no recipe: it has no options by name, or its data section has none")
     data = dict(content.get("data") or {})
-    kind = str(data.get("class_path", "PretrainingData")).rpartition(".")[2]
-    if kind != "PretrainingData":  # its documents become other tokens than those that would be shown here
+    kind = str(data.get("class_path", "")).rpartition(".")[2]
+    if kind not in ("", "PretrainingData", "MaskedData"):  # its documents become other tokens than would be shown here
         raise UserError(
             f"{recipe} takes its data from {kind}, which prepare does not know yet: `fit` tokenizes it itself"
         )
-    return data.get("init_args") or {name: value for name, value in data.items() if name != "class_path"}
+    return kind, data.get("init_args") or {name: value for name, value in data.items() if name != "class_path"}

@@ -5,7 +5,7 @@ that is cut into full blocks: nothing is padded. With them, a block is `[CLS] A 
 where the documents end. What is hidden is drawn from (seed, epoch, sample): anew in each epoch, the same in each run.
 """
 
-from typing import Optional
+from typing import TYPE_CHECKING, Optional
 
 import numpy as np
 import torch
@@ -19,6 +19,9 @@ from lm_lightning.data.pretraining import PretrainingData, collate
 from lm_lightning.data.sentences import SentencePairs
 from lm_lightning.data.tokenizer import Tokenizer, text_ids
 from lm_lightning.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 class MaskedBlocks(Dataset):
@@ -192,12 +195,18 @@ class MaskedData(PretrainingData):
         seed = self.seed if name == "train" else None
         if not self.next_sentence:
             return MaskedBlocks(self.splits[name], self.block_size, masker, seed)
-        around = text_ids(self.tokenizer)
-        room = self.block_size - len(around[0]) - 2 * len(around[1])
+        pairs = SentencePairs(self.splits[name], self.room(self.tokenizer), name)
+        return MaskedPairs(pairs, text_ids(self.tokenizer), self.tokenizer.pad_token_id, self.block_size, masker, seed)
+
+    def room(self, tokenizer: "PreTrainedTokenizerFast") -> int:
+        """Tokens of the split that a block has room for."""
+        if not self.next_sentence:
+            return self.block_size
+        before, after = text_ids(tokenizer)
+        room = self.block_size - len(before) - 2 * len(after)
         if room < 2:
             raise UserError(f"data.block_size {self.block_size} has no room for two segments: raise it")
-        pairs = SentencePairs(self.splits[name], room, name)
-        return MaskedPairs(pairs, around, self.tokenizer.pad_token_id, self.block_size, masker, seed)
+        return room
 
     def predict_dataloader(self) -> DataLoader:
         """The texts to fill in, one a batch."""

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import Any, Literal, NamedTuple, Optional
 
 import torch
 import transformers
@@ -23,9 +23,11 @@ from torchmetrics import MeanMetric
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lm_lightning import hub
+from lm_lightning import run as runs
+from lm_lightning.data.order import PADDING
 from lm_lightning.data.tokenizer import document_ids, fingerprint, load, vocabulary
 from lm_lightning.errors import UserError
-from lm_lightning.models.finite import FiniteSteps
+from lm_lightning.models.finite import FiniteSteps, Step
 from lm_lightning.optim import OptimizerFactory, Schedule, parameter_groups
 
 # Settings of a network that training may change on resuming: they decide no weight and no output in evaluation.
@@ -55,6 +57,10 @@ class LanguageModule(LightningModule):
         compile: Whether to compile the network's body with `torch.compile`: slower to start, then faster.
         activation_checkpointing: Every how many blocks one is computed again in the backward pass, instead of its
             activations being kept: 1 for all, 2 for every second, ... 0 for none. Less memory, more time.
+        on_nonfinite: What to do when the loss or gradient of an optimizer step is not finite: `stop` the run, or `skip`
+            the step, whose samples are passed over; weights and optimizer stay as they are. To skip, an accelerator
+            is waited for at each step, unless the optimizer is a fused one of torch (`fused: true`).
+        skip_limit: Steps in a row that are skipped; at one more, the run stops.
     """
 
     auto_class: Any  # of transformers, such as AutoModelForCausalLM
@@ -69,6 +75,8 @@ class LanguageModule(LightningModule):
         attention: Optional[str] = None,
         compile: bool = False,
         activation_checkpointing: int = 0,
+        on_nonfinite: Literal["stop", "skip"] = "stop",
+        skip_limit: int = 10,
     ) -> None:
         super().__init__()
         if activation_checkpointing < 0:
@@ -86,7 +94,7 @@ class LanguageModule(LightningModule):
         self.network: transformers.PreTrainedModel = None  # made by `configure_model`
         self.val_loss = MeanMetric(nan_strategy="disable")  # to look for them would wait for each batch, and drop them
         self.window: Optional[Window] = None  # the optimizer step in progress
-        self.finite = FiniteSteps()
+        self.finite = FiniteSteps(on_nonfinite, skip_limit)
         self.resumed_at = 0  # the step of the checkpoint
 
     def loss(self, batch: dict) -> tuple[Tensor, Tensor]:
@@ -292,25 +300,34 @@ class LanguageModule(LightningModule):
         self.scale_gradients(divided / tokens)
         self.gradient_norm = gradient_norm(self.parameters())
 
-        # To ask makes the host wait for the device: so a GPU is asked one step late, when it has the answer anyway, and
-        # XLA after a step that was logged, which had to be waited for.
-        if self.device.type != "xla" or window.step % self.trainer.log_every_n_steps == 0:
-            self.finite.check()
-        # (With float16, the scaler provokes infinite gradients, and leaves their steps out itself.)
-        if getattr(self.trainer.precision_plugin, "scaler", None) is None:
-            self.finite.add(window.step, window.samples, loss_sum + 0 * self.gradient_norm)
-        if self.device.type == "cpu":
-            self.finite.check()
+        # To ask for a value makes the host wait for the device. So a GPU is asked one step late, when it has the answer
+        # anyway, and XLA after a step that was logged, which had to be waited for. (With float16, the scaler provokes
+        # infinite gradients, and leaves their steps out itself.)
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        skip = self.finite.on_nonfinite == "skip" and not scaled
+        in_kernel = skip and all(group.get("fused") for group in optimizer.param_groups)
+        loss = (loss_sum + 0 * self.gradient_norm) / tokens
+        if in_kernel:  # as torch's GradScaler tells them
+            optimizer.found_inf = (~torch.isfinite(loss)).float()  # type: ignore
+        if not scaled:
+            self.finite.unknown.append(Step(window.step + 1, window.samples, loss))
+        at_once = self.device.type == "cpu" or (skip and not in_kernel)
+        if at_once or self.device.type != "xla" or window.step % self.trainer.log_every_n_steps == 0:
+            finite = self.finite.check(self, keep=0 if at_once else 1)
+            if at_once and not finite and not in_kernel:
+                for parameter in self.parameters():
+                    parameter.grad = None  # an optimizer leaves such parameters and their state alone
         self.trainer.datamodule.consumed += len(window.samples) * self.trainer.datamodule.replicas
-        self.log_dict(
-            {
-                # Lightning's name for the x-axis of the loggers: finished steps
-                "step": torch.tensor(float(window.step + 1)),  # (numbers, not tensors, it would send to the device)
-                "train/loss": loss_sum / tokens,
-                "train/gradient_norm": self.gradient_norm,
-                "train/learning_rate": torch.tensor(optimizer.param_groups[0]["lr"]),
-            }
-        )
+        metrics = {
+            # Lightning's name for the x-axis of the loggers: finished steps
+            "step": torch.tensor(float(window.step + 1)),  # (numbers, not tensors, it would send to the device)
+            "train/loss": loss_sum / tokens,
+            "train/gradient_norm": self.gradient_norm,
+            "train/learning_rate": torch.tensor(optimizer.param_groups[0]["lr"]),
+        }
+        if skip:
+            metrics["train/skipped_steps"] = torch.tensor(float(self.finite.skipped))
+        self.log_dict(metrics)
 
     def configure_gradient_clipping(
         self,
@@ -328,7 +345,13 @@ class LanguageModule(LightningModule):
     def scale_gradients(self, factor: Tensor) -> None:
         """Multiplies all gradients by a number, () float."""
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        torch._foreach_mul_([g.to_local() if isinstance(g, DTensor) else g for g in gradients], factor)
+        if gradients:
+            torch._foreach_mul_([g.to_local() if isinstance(g, DTensor) else g for g in gradients], factor)
+
+    def all_samples(self, own: list[int]) -> list[int]:
+        """The samples of all processes, which have to call this together."""
+        samples = self.all_gather(torch.tensor(own, device=self.device)).flatten().tolist()
+        return sorted({sample for sample in samples if sample != PADDING})
 
     # Optimizer
 
@@ -385,9 +408,10 @@ class LanguageModule(LightningModule):
     # Checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        self.finite.check()
+        self.finite.check(self)
         checkpoint["network"] = self.description()
         checkpoint["optimizer"] = type(self.optimizers().optimizer).__name__
+        checkpoint["skipped_steps"] = self.finite.skipped
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         saved, own = checkpoint["network"]["config"], self.description()["config"]
@@ -402,14 +426,15 @@ class LanguageModule(LightningModule):
             )
         if self.trainer.state.fn != "fit":
             return
-        self.resumed_at = checkpoint["global_step"]
+        self.resumed_at, self.finite.skipped = checkpoint["global_step"], checkpoint.get("skipped_steps", 0)
         optimizer = type(self.optimizer_factory(parameter_groups(self.network))).__name__
         if checkpoint["optimizer"] != optimizer:
             raise UserError(
                 f"the checkpoint's optimizer is {checkpoint['optimizer']}, this run's {optimizer}, which cannot go on "
                 "with its state: take the same, or start a new run from the weights with --model.pretrained RUN/model"
             )
-        if 0 < self.trainer.max_steps <= checkpoint["global_step"]:
+        ended_early = runs.ended_early(Path(self.trainer.default_root_dir), Path(self.trainer.ckpt_path))
+        if 0 < self.trainer.max_steps <= checkpoint["global_step"] and not ended_early:
             raise UserError(
                 f"the checkpoint is at step {checkpoint['global_step']} and this run ends at step "
                 f"{self.trainer.max_steps}: raise trainer.max_steps to train further"

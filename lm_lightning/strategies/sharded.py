@@ -8,7 +8,6 @@ A network is made in the host's memory and goes to its devices a block at a time
 a device's memory.
 """
 
-import shutil
 from pathlib import Path
 from typing import Any, Literal, Optional
 
@@ -116,14 +115,12 @@ class FSDP2(ModelParallelStrategy):
         path = Path(self.broadcast(filepath))
         if self.sharded_checkpoints:
             sharded_checkpoint.save(checkpoint, path)
-        else:
-            if path.is_dir() and self.is_global_zero:
-                shutil.rmtree(path)
-            super().save_checkpoint(checkpoint, path, storage_options)
+        elif self.is_global_zero:
+            self.checkpoint_io.save_checkpoint(checkpoint, path)
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: Optional[bool] = None) -> dict[str, Any]:
         path = Path(self.broadcast(checkpoint_path))
-        checkpoint = run.load_checkpoint(path, weights=not path.is_dir())
+        checkpoint = run.load_checkpoint(path, weights=not path.is_dir(), checked=True)
         self.lightning_module.on_load_checkpoint(checkpoint)  # refuses another network, before its weights are loaded
         optimizer = self.optimizers[0] if self.optimizers else None
         state: Any

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import command, refusal
 
 from lm_lightning.errors import UserError
@@ -53,9 +54,24 @@ def test_prepare_counts_and_shows_samples(cli, recipe: Path):
     assert "--- sample 0\n0 " in shown and "--- sample 1\n" in shown
     with pytest.raises(UserError, match="no sample 1000000"):
         cli("prepare", "--config", recipe, "--show", 1000000)
-    recipe.write_text(recipe.read_text().replace("PretrainingData", "MaskedData"))
-    with pytest.raises(UserError, match="data from MaskedData"):
+    recipe.write_text(recipe.read_text().replace("PretrainingData", "OtherData"))
+    with pytest.raises(UserError, match="data from OtherData"):
         cli("prepare", "--config", recipe)
+
+
+def test_prepare_shows_the_samples_of_a_bert_as_they_are_before_masking(cli, recipe: Path):
+    content = yaml.safe_load(recipe.read_text())
+    content["data"]["class_path"] = "MaskedData"
+    content["data"]["init_args"]["tokenizer"] = {"vocab_size": 300, "algorithm": "wordpiece", "lowercase": True}
+    content["data"]["init_args"]["masking"] = {"rate": 0.2}
+    recipe.write_text(yaml.safe_dump(content))
+    out = cli("prepare", "--config", recipe)
+    train = next(line for line in out.splitlines() if line.startswith("train")).split()
+    blocks = int(train[5].replace(",", ""))
+    shown = cli("prepare", "--config", recipe, "--show", 0, blocks - 1)
+    assert "--- sample 0\n[CLS] 0 " in shown and f"--- sample {blocks - 1}\n" in shown and "[MASK]" not in shown
+    pairs = cli("prepare", "--config", recipe, "--data.next_sentence", "true", "--show", 0)
+    assert "--- sample 0\n" in pairs and "second one may be of any document" in pairs
 
 
 def test_generated_text_of_a_prompt_is_the_same_alone_and_beside_others(cli, run: Path, tmp_path: Path):

@@ -1,0 +1,134 @@
+"""Preemption: a signal in; a checkpoint between two optimizer steps, and an exit status that tells of it, out."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any, Optional
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]
+
+
+class Preemption(Callback):
+    """Ends a training run upon SIGTERM, SIGUSR1 or Ctrl-C (SIGINT), so that it can go on exactly.
+
+    The optimizer step in progress, with all its micro-batches, is finished and `checkpoints/last.ckpt` written; a
+    validation is left where it is, and done by the run that goes on. The exit status is 128 + the signal's number, as
+    shells have it: 143, 138 and 130. A second signal ends the run at once, without a checkpoint.
+
+    It does not matter which processes of a run get the signal. They tell each other on the host, beside the training,
+    so that no device is waited for: what one knows, all know two steps later, all in the same step.
+
+    Under SLURM with Lightning's automatic requeueing, its signal (SIGUSR1) also queues the job again, whose command
+    should have `--ckpt_path last` when SLURM_RESTART_COUNT is set.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0  # number of the signal that this process has got
+        self.owner = 0  # the process whose signals these are, not one of its forks
+        self.group: Any = None  # of all processes, on the host
+        self.votes, self.vote = torch.zeros(1, dtype=torch.int64), None  # what they have got, and the exchange of it
+
+    # Which signal
+
+    def listen(self, trainer: Trainer) -> None:
+        """Takes the signals over from Lightning, which gives them back to their owners at the end."""
+        if self.owner == os.getpid():
+            return
+        self.owner, self.launcher = os.getpid(), trainer.strategy.launcher
+        for number in SIGNALS:
+            signal.signal(number, self.on_signal)
+        if trainer.world_size > 1 and dist.is_initialized():
+            self.group = dist.new_group(backend="gloo")
+            # It makes all processes wait for their devices at each batch, to ask for a signal.
+            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+
+    def on_signal(self, number: int, frame: Optional[FrameType]) -> None:
+        if os.getpid() != self.owner:  # a worker of the data: Ctrl-C is for its parent to handle
+            if number == signal.SIGTERM:
+                os._exit(128 + number)
+        elif self.received:
+            for child in getattr(self.launcher, "procs", []):
+                child.kill()
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        else:
+            self.received = number
+            name = signal.Signals(number).name
+            os.write(2, f"\n{name}: this step is finished and saved; another one ends the run at once\n".encode())
+
+    def agreed(self) -> int:
+        """The signal that all processes know of, 0 if none; their n-th calls all give the same answer."""
+        if self.group is None:
+            return self.received
+        if self.vote is not None:
+            self.vote.wait()
+        answer = int(self.votes)
+        self.votes = torch.tensor([self.received])
+        self.vote = dist.all_reduce(self.votes, dist.ReduceOp.MAX, self.group, async_op=True)
+        return answer
+
+    # When
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.listen(trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.listen(trainer)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: dict, batch_idx: int
+    ) -> None:  # the step before is complete: taken, logged and validated
+        if batch_idx % trainer.accumulate_grad_batches == 0 and (number := self.agreed()):
+            self.stop(trainer, pl_module, number)
+
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if trainer.state.fn == "fit" and (number := self.agreed()):
+            self.stop(trainer, pl_module, number)
+
+    # What then
+
+    def stop(self, trainer: Trainer, pl_module: LightningModule, number: int) -> None:
+        """Saves, says how to go on, and ends this process."""
+        if self.vote is not None:
+            self.vote.wait()
+        last = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
+        step, saved = trainer.global_step, trainer.global_step > pl_module.resumed_at
+        if saved:
+            trainer.save_checkpoint(last)
+            trainer.strategy.checkpoint_io.teardown()  # of one that writes in the background: waits
+        environment = trainer._accelerator_connector.cluster_environment
+        requeued = trainer.is_global_zero and isinstance(environment, SLURMEnvironment) and requeue(environment, number)
+        for child in getattr(self.launcher, "procs", []):  # they have saved nothing, so they are done sooner
+            child.wait(60)
+        if isinstance(environment, LightningEnvironment) and trainer.local_rank > 0:
+            sys.exit(0)  # at another status, Lightning kills the first process, whose status counts
+        remedy = "go on with the same command and --ckpt_path last"
+        if step >= pl_module.total_steps():
+            remedy += ", which makes model/; of the last validation, `validate --ckpt_path last` gives the result"
+        if not saved:
+            remedy = "there is nothing new to save, go on with the same command"
+        name = signal.Signals(number).name
+        pl_module.print(
+            f"stopped by {name} at step {step}"
+            + (f", saved in {last}" if saved else "")
+            + (": the job is queued again" if requeued else f": {remedy}")
+        )
+        sys.exit(128 + number)
+
+
+def requeue(environment: SLURMEnvironment, number: int) -> bool:
+    """Queues this SLURM job again, if that is wanted and the signal is the one that asks for it."""
+    if not environment.auto_requeue or number != environment.requeue_signal:
+        return False
+    job = os.environ["SLURM_JOB_ID"]
+    if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
+        job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    return subprocess.run(["scontrol", "requeue", job]).returncode == 0

@@ -1,0 +1,62 @@
+"""Spikes: which training samples a sudden rise of the loss is of."""
+
+import json
+import statistics
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lm_lightning.models.finite import Step, listed
+
+
+class Spikes(Callback):
+    """Tells of steps whose loss is far above those before, in a line and in `spikes.jsonl` of the run folder.
+
+    `python -m lm_lightning prepare --config ... --show ID` prints the samples that it names.
+
+    Args:
+        deviations: How far above their mean, in standard deviations (which count as 1 % of the mean at least).
+        steps: How many steps before. The first 20 of a run are not judged.
+    """
+
+    def __init__(self, deviations: float = 6.0, steps: int = 100) -> None:
+        self.deviations = deviations
+        self.losses: deque[float] = deque(maxlen=steps)
+
+    def file(self, trainer: Trainer) -> Path:
+        return Path(trainer.default_root_dir) / "spikes.jsonl"
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        file = self.file(trainer)
+        if trainer.is_global_zero and file.exists():  # of steps that the resumed run does again
+            rows = file.read_text(encoding="utf-8").splitlines(keepends=True)
+            whole = [row for row in rows if row.endswith("\n")]  # a killed run may cut the last
+            file.write_text("".join(row for row in whole if json.loads(row)["step"] <= trainer.global_step), "utf-8")
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        steps, pl_module.finite.known = pl_module.finite.known, []
+        for step in steps:
+            if len(self.losses) >= min(20, self.losses.maxlen or 20):
+                mean = statistics.fmean(self.losses)
+                if step.loss > mean + self.deviations * max(statistics.pstdev(self.losses), 0.01 * abs(mean)):
+                    self.tell(trainer, pl_module, step, mean)
+            self.losses.append(step.loss)
+
+    def tell(self, trainer: Trainer, pl_module: LightningModule, step: Step, before: float) -> None:
+        samples = pl_module.all_samples(step.samples)
+        row = {"step": step.number, "loss": step.loss, "mean_before": before, "samples": samples}
+        if trainer.is_global_zero:
+            with open(self.file(trainer), "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        pl_module.print(
+            f"spike: the loss is {step.loss:.4g} at step {step.number}, and was {before:.4g} before, on the training "
+            f"samples {listed(samples)}"
+        )
+
+    def state_dict(self) -> dict:
+        return {"losses": list(self.losses)}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.losses.extend(state["losses"])
