@@ -52,8 +52,10 @@ def check(strategy: Strategy) -> None:
     """Refuses strategies of which it is not known that they leave gradients as `LanguageModule` expects them.
 
     Raises:
-        UserError: Names the strategy.
+        UserError: Names the strategy, or says why it cannot work with these processes.
     """
+    if isinstance(strategy, FSDP2):
+        strategy.check_processes()
     if not isinstance(strategy, SUPPORTED):
         raise UserError(
             f"{type(strategy).__name__} is not supported (--trainer.strategy): take auto, ddp, {', '.join(PRESETS)}"

@@ -9,7 +9,7 @@ a device's memory.
 """
 
 from pathlib import Path
-from typing import Any, Literal, Optional
+from typing import Any, Optional
 
 import torch
 from lightning.pytorch import Trainer
@@ -57,29 +57,33 @@ class FSDP2(ModelParallelStrategy):
         )
         self.within_node, self.cpu_offload, self.sharded_checkpoints = within_node, cpu_offload, sharded_checkpoints
 
-    def check(self, config: PreTrainedConfig) -> None:
-        """Refuses networks that cannot be sharded, before their weights are made."""
-
     # Set-up
 
-    def setup_environment(self) -> None:
-        processes = self.num_processes * self.num_nodes
-        if processes == 1 and not self.cpu_offload:
+    def check_processes(self) -> None:
+        """Refuses processes that cannot do this, before they are started."""
+        if self.num_processes * self.num_nodes == 1 and not self.cpu_offload:
             raise UserError(
                 "this strategy spreads a network over processes, and there is only one: raise --trainer.devices (or "
                 "--trainer.num_nodes), or leave --trainer.strategy out"
             )
-        device = self.root_device.type
-        if self.cpu_offload and device == "cpu":
+        if self.cpu_offload and self.root_device.type == "cpu":
             raise UserError("cpu_offload moves weights from GPUs to the host, and there is no GPU: leave it out")
-        if self._tensor_parallel_size == 1:
-            self._data_parallel_size = processes
+        self._tensor_parallel_size = self.group_size()
+        self._data_parallel_size = self.num_processes * self.num_nodes // self._tensor_parallel_size
+
+    def check(self, config: PreTrainedConfig) -> None:
+        """Refuses networks that cannot be sharded, before their weights are made."""
+
+    def group_size(self) -> int:
+        """How many processes compute a block together."""
+        return 1
+
+    def setup_environment(self) -> None:
         super().setup_environment()
         self.shard_mesh = self.device_mesh["data_parallel"]
         if self.within_node and self.num_nodes > 1:
-            self.shard_mesh = init_device_mesh(
-                device, (self.num_nodes, self.num_processes), mesh_dim_names=("repeated", "sharded")
-            )
+            size = (self.num_nodes, self.num_processes)
+            self.shard_mesh = init_device_mesh(self.root_device.type, size, mesh_dim_names=("repeated", "sharded"))
 
     def setup(self, trainer: Trainer) -> None:
         self.shard(self.lightning_module.network)
@@ -163,15 +167,13 @@ class TensorParallel(FSDP2):
         process_group_backend: Optional[str] = None,
     ) -> None:
         super().__init__(False, cpu_offload, sharded_checkpoints, process_group_backend)
-        self._tensor_parallel_size: int | Literal["auto"] = size or "auto"
+        self.size = size
 
-    def setup_environment(self) -> None:
-        processes, size = self.num_processes * self.num_nodes, self._tensor_parallel_size
-        size = self.num_processes if size == "auto" else size
-        if processes % size:
+    def group_size(self) -> int:
+        processes, size = self.num_processes * self.num_nodes, self.size or self.num_processes
+        if size < 1 or processes % size:
             raise UserError(f"groups of {size} processes do not divide {processes}: choose another size")
-        self._tensor_parallel_size, self._data_parallel_size = size, processes // size
-        super().setup_environment()
+        return size
 
     def check(self, config: PreTrainedConfig) -> None:
         tensor_parallel.check(config, self.device_mesh["tensor_parallel"].size())
