@@ -145,14 +145,13 @@ class XLASharded(XLA):
 
     def _setup_model(self, model: nn.Module) -> nn.Module:
         if self.shard_parameters:
-            for (
-                parameter
-            ) in model.parameters():  # what is computed from these, as the optimizer's state, is split alike
+            # What is computed from these, as gradients and the optimizer's state, is split alike.
+            for parameter in model.parameters():
                 self.split(parameter, dimensions=by_length(parameter))
         return model
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        super().load_optimizer_state_dict(checkpoint)
+        super().load_optimizer_state_dict(checkpoint)  # from which nothing was computed yet
         if self.shard_parameters:
             for optimizer in self.optimizers:
                 for parameter, state in optimizer.state.items():
