@@ -12,12 +12,13 @@ import importlib.util
 import os
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, Optional
 
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import XLAAccelerator
-from lightning.pytorch.strategies import SingleDeviceXLAStrategy
+from lightning.pytorch.strategies import SingleDeviceStrategy, SingleDeviceXLAStrategy
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from transformers import masking_utils
@@ -60,8 +61,13 @@ class XLADevices(XLAAccelerator):
 class XLA(SingleDeviceXLAStrategy):
     """One device, through `torch_xla`."""
 
+    checkpoint_io = SingleDeviceStrategy.checkpoint_io  # any, where Lightning takes only one that fetches the tensors
+
     def __init__(self) -> None:
         super().__init__(device=torch.device("xla", 0))
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        super().save_checkpoint(apply_to_collection(checkpoint, Tensor, Tensor.cpu), filepath, storage_options)
 
     def setup(self, trainer: Trainer) -> None:
         from torch_xla import runtime
@@ -145,14 +151,13 @@ class XLASharded(XLA):
 
     def _setup_model(self, model: nn.Module) -> nn.Module:
         if self.shard_parameters:
-            for (
-                parameter
-            ) in model.parameters():  # what is computed from these, as the optimizer's state, is split alike
+            # What is computed from these, as gradients and the optimizer's state, is split alike.
+            for parameter in model.parameters():
                 self.split(parameter, dimensions=by_length(parameter))
         return model
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        super().load_optimizer_state_dict(checkpoint)
+        super().load_optimizer_state_dict(checkpoint)  # from which nothing was computed yet
         if self.shard_parameters:
             for optimizer in self.optimizers:
                 for parameter, state in optimizer.state.items():
