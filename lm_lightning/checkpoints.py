@@ -168,9 +168,10 @@ class Checkpoints(ModelCheckpoint):
             super().on_train_batch_end(trainer, pl_module, None, batch, batch_idx)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
         # A validation may take long. But the last step is saved when all is done: nothing goes on from there.
-        last = self.monitor is None and trainer.global_step >= pl_module.total_steps()
-        if trainer.state.fn == "fit" and not trainer.sanity_checking and not last:
+        if self.monitor is not None or trainer.global_step < pl_module.total_steps():
             self.on_train_batch_start(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

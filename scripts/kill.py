@@ -100,8 +100,14 @@ def main() -> None:
     duration = time.monotonic() - begin
     (whole,) = (folder / "whole").iterdir()
 
-    kills, name, names = 0, "cut1", ["cut1"]
+    kills, names = 0, ["cut1"]
     while True:
+        name = names[-1]
+        if list((folder / name).glob("*/model")):  # this run is complete
+            if kills >= options.kills:
+                break
+            name = f"cut{len(names) + 1}"
+            names.append(name)
         begun = list((folder / name).glob("*/checkpoints/last.ckpt"))
         process = start(name, folder / f"{name}.log", *flags, *(["--ckpt_path", "last"] if begun else []))
         status = wait(process, draw.uniform(0.1, 1) * duration if kills < options.kills else 3600)
@@ -113,11 +119,6 @@ def main() -> None:
                 runs.load_checkpoint(checkpoint)
         elif status != 0:
             raise SystemExit(f"the run does not go on: see {folder}/{name}.log")
-        elif kills >= options.kills:
-            break
-        else:
-            name = f"cut{len(names) + 1}"
-            names.append(name)
 
     for name in names:
         cut = max((folder / name).iterdir())  # those before were killed before they had a checkpoint
