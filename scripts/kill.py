@@ -80,7 +80,8 @@ def metrics(run: Path) -> list[dict]:
     with open(run / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     return [
-        {k: v for k, v in row.items() if v and not k.endswith(("tokens_per_second", "mfu", "memory", "epoch"))} for row in rows
+        {k: v for k, v in row.items() if v and not k.endswith(("tokens_per_second", "mfu", "memory", "epoch"))}
+        for row in rows
     ]
 
 

@@ -332,9 +332,10 @@ def test_an_error_in_the_background_is_one_of_the_run(fit, monkeypatch: pytest.M
 def test_what_is_saved_in_the_background_is_the_state_of_that_moment(tmp_path: Path):
     files = BackgroundCheckpoints()
     weight = torch.ones(1_000_000)
-    files.save_checkpoint({"a": weight, "tied": weight}, tmp_path / "a.ckpt")
+    rest = {"network": {}, "global_step": 1}
+    files.save_checkpoint(rest | {"state_dict": {"a": weight, "tied": weight}}, tmp_path / "a.ckpt")
     weight.zero_()
-    assert files.load_checkpoint(tmp_path / "a.ckpt", weights_only=True)["a"].eq(1).all()
+    assert files.load_checkpoint(tmp_path / "a.ckpt", weights_only=True)["state_dict"]["a"].eq(1).all()
     assert (tmp_path / "a.ckpt").stat().st_size < 1.5 * 4_000_000
     files.save_checkpoint({"a": weight}, tmp_path / "b.ckpt")
     files.remove_checkpoint(tmp_path / "a.ckpt")
