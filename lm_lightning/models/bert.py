@@ -6,10 +6,10 @@ from typing import Any, Optional
 import torch
 import transformers
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
 
 from lm_lightning.errors import UserError
 from lm_lightning.losses import linear_cross_entropy
+from lm_lightning.models.metrics import Ratio
 from lm_lightning.models.module import LanguageModule, headless
 from lm_lightning.optim import OptimizerFactory, Schedule
 
@@ -47,9 +47,7 @@ class MaskedLM(LanguageModule):
     ) -> None:
         super().__init__(network, pretrained, optimizer, schedule, attention, compile, activation_checkpointing)
         self.unigram_start, self.candidates = unigram_start, candidates
-        self.val_accuracy, self.val_next_loss, self.val_next_accuracy = (
-            MeanMetric(nan_strategy="disable") for _ in range(3)
-        )
+        self.val_accuracy, self.val_next_loss, self.val_next_accuracy = Ratio(), Ratio(), Ratio()
 
     @property
     def auto_class(self) -> type:  # type: ignore[override]
@@ -141,13 +139,11 @@ class MaskedLM(LanguageModule):
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         sums = self.losses(batch)
-        tokens = sums["tokens"].clamp(min=1)
-        self.val_loss.update(sums["masked"] / tokens, weight=sums["tokens"])
-        self.val_accuracy.update(sums["right"] / tokens, weight=sums["tokens"])
+        self.val_loss.update(sums["masked"], sums["tokens"])
+        self.val_accuracy.update(sums["right"], sums["tokens"])
         if "next" in sums:
-            pairs = sums["pairs"].clamp(min=1)
-            self.val_next_loss.update(sums["next"] / pairs, weight=sums["pairs"])
-            self.val_next_accuracy.update(sums["next_right"] / pairs, weight=sums["pairs"])
+            self.val_next_loss.update(sums["next"], sums["pairs"])
+            self.val_next_accuracy.update(sums["next_right"], sums["pairs"])
 
     def metrics(self, loss: Tensor, split: str) -> dict[str, Tensor]:
         """Adds the perplexity and accuracy of the hidden tokens, and loss and accuracy of next sentences."""

@@ -19,7 +19,6 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
-from torchmetrics import MeanMetric
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lm_lightning import hub
@@ -28,6 +27,7 @@ from lm_lightning.data.order import PADDING
 from lm_lightning.data.tokenizer import document_ids, fingerprint, load, vocabulary
 from lm_lightning.errors import UserError
 from lm_lightning.models.finite import FiniteSteps, Step
+from lm_lightning.models.metrics import Ratio
 from lm_lightning.optim import OptimizerFactory, Schedule, parameter_groups
 
 # Settings of a network that training may change on resuming: they decide no weight and no output in evaluation.
@@ -92,7 +92,7 @@ class LanguageModule(LightningModule):
         self.activation_checkpointing = activation_checkpointing
         self.separable: bool
         self.network: transformers.PreTrainedModel = None  # made by `configure_model`
-        self.val_loss = MeanMetric(nan_strategy="disable")  # to look for them would wait for each batch, and drop them
+        self.val_loss = Ratio()
         self.window: Optional[Window] = None  # the optimizer step in progress
         self.finite = FiniteSteps(on_nonfinite, skip_limit)
         self.resumed_at = 0  # the step of the checkpoint
@@ -381,7 +381,7 @@ class LanguageModule(LightningModule):
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         loss_sum, tokens = self.loss(batch)
-        self.val_loss.update(loss_sum / tokens.clamp(min=1), weight=tokens)
+        self.val_loss.update(loss_sum, tokens)
 
     def on_validation_epoch_end(self) -> None:
         self.log_evaluation("val", "validation")
