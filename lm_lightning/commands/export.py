@@ -55,7 +55,7 @@ def write(saved: dict, tokenizer: Path, folder: Path, max_shard_size: Optional[s
     import transformers
 
     from lm_lightning.data import tokenizer as tokenizers
-    from lm_lightning.models.module import save_network
+    from lm_lightning.models.network import save_network
 
     hub.quiet()
     description = saved["network"]

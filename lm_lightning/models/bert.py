@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from lm_lightning.errors import UserError
 from lm_lightning.losses import linear_cross_entropy
 from lm_lightning.models.metrics import Ratio
-from lm_lightning.models.module import LanguageModule, headless
+from lm_lightning.models.module import LanguageModule
+from lm_lightning.models.network import headless
 from lm_lightning.optim import OptimizerFactory, Schedule
 
 

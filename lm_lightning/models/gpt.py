@@ -9,7 +9,8 @@ from torch import Tensor
 from lm_lightning.data.order import PADDING
 from lm_lightning.errors import UserError
 from lm_lightning.losses import linear_cross_entropy
-from lm_lightning.models.module import LanguageModule, headless
+from lm_lightning.models.module import LanguageModule
+from lm_lightning.models.network import headless
 
 
 class CausalLM(LanguageModule):

@@ -27,7 +27,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from lm_lightning import run, sharded_checkpoint
 from lm_lightning.errors import UserError
-from lm_lightning.models.module import blocks
+from lm_lightning.models.network import blocks
 from lm_lightning.strategies import tensor_parallel
 
 

@@ -143,13 +143,13 @@ def test_export_gives_the_folder_that_fit_gave(cli, run: Path, tmp_path: Path):
 
 
 def test_export_that_does_not_reload_to_the_same_logits_is_refused(cli, run: Path, tmp_path: Path, monkeypatch):
-    from lm_lightning.models import module
+    from lm_lightning.models import network
 
     def damaged(description, weights, *rest):
         save(description, {name: weight * 1.01 for name, weight in weights.items()}, *rest)
 
-    save = module.save_network
-    monkeypatch.setattr(module, "save_network", damaged)
+    save = network.save_network
+    monkeypatch.setattr(network, "save_network", damaged)
     with pytest.raises(UserError, match="logits differ"):
         cli("export", run, "--output", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

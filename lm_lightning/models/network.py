@@ -1,0 +1,81 @@
+"""Networks of `transformers`: what we need of them beside their forward pass."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from lm_lightning.errors import UserError
+
+
+@contextmanager
+def headless(network: transformers.PreTrainedModel) -> Iterator[None]:
+    """A network whose head gives out, in the place of logits, what goes into it."""
+    head = network.get_output_embeddings()
+    head.forward = lambda hidden: hidden
+    try:
+        yield
+    finally:
+        del head.forward
+
+
+def blocks(network: transformers.PreTrainedModel) -> list[nn.Module]:
+    """The layers that a network repeats, which `transformers` marks by their class.
+
+    Raises:
+        UserError: If it has none.
+    """
+    found = [module for module in network.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not found:
+        raise UserError(
+            f"networks of type {network.config.model_type} have no layers that transformers marks as repeated: leave "
+            "model.activation_checkpointing out, and take --trainer.strategy ddp"
+        )
+    return found
+
+
+def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
+    """The global norm of the gradients, () float32, on all processes, however each of them is sharded."""
+    kinds: dict[Any, list[Tensor]] = {}
+    for gradient in (p.grad for p in parameters if p.grad is not None):
+        kind = (gradient.device_mesh, gradient.placements) if isinstance(gradient, DTensor) else None
+        kinds.setdefault(kind, []).append(gradient)
+    norms = [torch.nn.utils.get_total_norm(gradients) for gradients in kinds.values()]
+    norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+
+
+def save_network(
+    description: dict[str, Any], weights: dict[str, Any], folder: Path, max_shard_size: Optional[str] = None
+) -> None:
+    """Writes weights as a `from_pretrained` folder.
+
+    Args:
+        description: Of the network to write; see `LanguageModule.description`.
+        weights: State dict of the network, whose vocabulary may have more rows: these are padding and are left out.
+        folder: Is made if it does not exist.
+        max_shard_size: Largest file of weights, such as `5GB`; larger ones are written in parts. Default: that of
+            `transformers`.
+
+    Raises:
+        UserError: If `max_shard_size` is no size.
+    """
+    network_class = getattr(transformers, description["class"])
+    with torch.device("meta"):  # the tensors come from `weights`
+        network = network_class(network_class.config_class.from_dict(description["config"]))
+    if description["generation"] is not None:
+        network.generation_config = transformers.GenerationConfig.from_dict(description["generation"])
+    shapes = {key: tensor.shape for key, tensor in network.state_dict().items()}
+    weights = {key: w if w.shape == shapes[key] else w[: shapes[key][0]].clone() for key, w in weights.items()}
+    network.load_state_dict(weights, assign=True)
+    network.tie_weights()
+    try:
+        network.save_pretrained(folder, **({} if max_shard_size is None else {"max_shard_size": max_shard_size}))
+    except ValueError as error:
+        raise UserError(f"the model cannot be written: {error}") from error
