@@ -72,7 +72,11 @@ class CheckpointFiles(TorchCheckpointIO):
 
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Loads a checkpoint; where it lies now is where those lie that it names as the best."""
-        checkpoint = load_checkpoint(Path(path), checked=True)
+        path = Path(path)
+        # (a file may be another thing: ddp_spawn brings the weights home in one)
+        checkpoint = (
+            load_checkpoint(path, checked=True) if path.is_dir() else super().load_checkpoint(path, *args, **kwargs)
+        )
         folder = os.path.realpath(Path(path).parent)
         for state in checkpoint.get("callbacks", {}).values():
             if isinstance(state, dict) and {"dirpath", "best_k_models"} <= state.keys():

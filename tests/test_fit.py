@@ -145,6 +145,17 @@ def test_torchrun_makes_one_run_folder(recipe: Path):
     assert (run / "model" / "model.safetensors").is_file()
 
 
+def test_spawned_processes_do_what_one_does(fit, recipe: Path):
+    off = [f"--model.network.{name}_pdrop=0" for name in ("resid", "embd", "attn")]
+    one = fit(*off)
+    flags = ["--trainer.strategy", "ddp_spawn", "--trainer.devices", 2, "--data.batch_size", 2, "--name", "spawned"]
+    result = command("fit", "--config", recipe, *off, *flags)
+    assert result.returncode == 0, result.stderr
+    (run,) = (recipe.parent / "runs" / "spawned").iterdir()
+    ours, theirs = weights(one), weights(run)
+    assert all(torch.allclose(ours[key], theirs[key], atol=1e-5) for key in ours)
+
+
 def test_srun_makes_one_run_folder_and_says_everything_once(recipe: Path):
     """Two processes as SLURM starts them, of a job that was requeued once."""
     job = {"SLURM_JOB_ID": str(random.randint(1000, 9999)), "SLURM_STEP_ID": "0", "SLURM_RESTART_COUNT": "1"}
