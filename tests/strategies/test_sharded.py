@@ -58,17 +58,18 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, corpus_file: Path, cache_di
     folder = tmp_path_factory.mktemp("recipes")
 
     def write(network: str, *flags: object) -> tuple:
-        masked = network == "bert"
+        masked, pairs = network in ("bert", "pairs"), network == "pairs"  # next sentences, too
         content = {
             "model": {
                 "class_path": "MaskedLM" if masked else "CausalLM",
-                "init_args": {"network": NETWORKS[network], "schedule": {"warmup_steps": 2}},
+                "init_args": {"network": NETWORKS["bert" if pairs else network], "schedule": {"warmup_steps": 2}},
             },
             "data": {
                 "class_path": "MaskedData" if masked else "PretrainingData",
                 "init_args": {
                     **{"corpus": {"paths": [str(corpus_file)]}, "tokenizer": {"vocab_size": 300}},
                     **{"block_size": 32, "batch_size": 4, "cache_dir": str(cache_dir)},
+                    **({"next_sentence": True} if pairs else {}),
                 },
             },
             "trainer": {
@@ -94,7 +95,7 @@ def commands(recipe, network: str, names: list[str], *flags: object) -> dict[str
     return result
 
 
-@pytest.mark.parametrize("network", ["gpt2", "bert", "qwen3"])
+@pytest.mark.parametrize("network", ["gpt2", "bert", "pairs", "qwen3"])
 def test_every_strategy_has_the_losses_of_one_process(runs, recipe, network: str):
     strategies = ["ddp", "accumulated", "fsdp2", "tp"]
     runs(commands(recipe, network, ["one", *strategies]))
