@@ -1,9 +1,12 @@
 """The LightningCLI: options in, a run folder, a trainer and its parts out."""
 
+import dataclasses
 import json
 import logging
 import platform
+import pydoc
 import sys
+import typing
 import warnings
 from pathlib import Path
 from typing import Any, Optional
@@ -100,6 +103,12 @@ class CLI(LightningCLI):
         parser.add_lightning_class_args(Checkpoints, "last")
         parser.set_defaults({f"last.{k}": v for k, v in CHECKPOINTS.items()})
         parser.set_defaults({"last.filename": "last"})
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:  # noqa: D102 (as in Lightning)
+        try:
+            super().parse_arguments(parser, args)
+        except ValueError as error:  # not even a name of a file, which an option's value may be
+            raise UserError(f"an option's value cannot be read: {error}") from error
 
     def _parse_ckpt_path(self) -> None:
         """Checks the settings; Lightning would put those of a checkpoint over the command line's here."""
@@ -208,6 +217,13 @@ class RunFolder(SaveConfigCallback):
 
 def check(config: Any) -> None:
     """Refuses settings of the trainer that Lightning takes, or fails at, without a word."""
+    targets = {"trainer": Trainer, "best": Checkpoints, "last": Checkpoints, "model": None, "data": None}
+    for name, target in targets.items():
+        if not hasattr(config[name], "items"):
+            raise UserError(f"{name} is {config[name]!r}, but must have options by name")
+        refuse_null(config[name], name, target)
+    if pydoc.locate(str(config.data.get("class_path"))) in (None, LightningDataModule):
+        raise UserError("data has no class_path: give one, such as PretrainingData or MaskedData")
     trainer = config.trainer
     strategies.check_name(trainer.strategy)
     for name, value, least in (
@@ -220,6 +236,25 @@ def check(config: Any) -> None:
             raise UserError(f"{name} is {value}, but must be {least} or more")
     if trainer.max_steps == 0 or trainer.max_steps < -1:
         raise UserError(f"trainer.max_steps is {trainer.max_steps}, but must be 1 or more, or -1 for no limit")
+
+
+def refuse_null(value: Any, name: str, target: Any) -> None:
+    """Refuses options that are null although what takes them says that they must not be, which the parser lets pass.
+
+    Args:
+        value: Options by name, with those within them.
+        name: Where they stand, for messages.
+        target: The class that takes them, None if they name it.
+    """
+    if "class_path" in value:
+        target, value = pydoc.locate(value["class_path"]), value.get("init_args") or {}
+    hints = typing.get_type_hints(target.__init__) if target is not None else {}
+    for key, option in (value if isinstance(value, dict) else vars(value)).items():
+        hint = hints.get(key)
+        if option is None and hint not in (None, Any) and type(None) not in typing.get_args(hint):
+            raise UserError(f"{name}.{key} is null, but must have a value: leave it out for its default")
+        if hasattr(option, "items"):  # null within a network's settings is theirs to judge
+            refuse_null(option, f"{name}.{key}", hint if dataclasses.is_dataclass(hint) else None)
 
 
 def environment() -> dict:

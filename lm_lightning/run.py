@@ -70,7 +70,7 @@ def shared_run(runs_dir: str, name: str, port: int, serve: bool, make: bool, att
 
 def make_run(runs_dir: str, name: str, time: Optional[str] = None) -> Path:
     """Makes a folder that no other run has, named by the time or something else."""
-    if Path(name).name != name:
+    if Path(name).name != name or "\0" in name:
         raise UserError(f"--name {name} is no name for a folder: give one without slashes")
     time = time or datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     for number in itertools.count(1):

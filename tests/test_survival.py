@@ -285,6 +285,18 @@ def test_saved_by_steps_or_time_a_run_goes_on_exactly(fit, recipe: Path, when: t
     assert same(weights(whole), weights(cut)) and metrics(whole) == metrics(cut)
 
 
+def test_a_step_and_its_validation_that_are_done_again_are_logged_once(fit, recipe: Path):
+    flags = ("--last.every_n_train_steps", 4)  # but the metrics were saved with the best checkpoint of step 5
+    whole = fit("--name", "whole", *flags)
+    with pytest.raises(RuntimeError, match="power failure"):
+        fit("--name", "cut", *flags, *callbacks((Stop, {"batches": 6})))
+    cut = only(recipe.parent / "runs" / "cut")
+    assert 5 in logged(cut, "val/loss")
+    assert runs.load_checkpoint(cut / "checkpoints" / "last.ckpt")["global_step"] == 4
+    fit("--name", "cut", *flags, "--ckpt_path", "last")
+    assert metrics(whole) == metrics(cut)
+
+
 def test_saved_on_an_error_amid_accumulation_a_run_goes_on_exactly(fit, recipe: Path):
     flags = ("--trainer.accumulate_grad_batches", 3, "--last.save_on_exception", "true")
     flags = (*flags, "--trainer.val_check_interval", 15)

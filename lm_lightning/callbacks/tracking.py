@@ -37,12 +37,18 @@ class MetricsFile(CSVLogger):
     def log_metrics(self, metrics: Mapping[str, Any], step: Optional[int] = None) -> None:  # noqa: D102
         writer = self.experiment
         if self.earlier:
-            again = [name for name in metrics if name not in ("step", "epoch")]  # a validation may be all that is left
+            # A step is logged before its validation, which may be all of it that is left to do.
+            rest = is_validation(metrics)
             writer.metrics = [
                 row
                 for row in self.earlier
-                if int(row["step"]) < (step or 0) + (not any(row.get(name) for name in again))
+                if int(row["step"]) < (step or 0) or (rest and int(row["step"]) == step and not is_validation(row))
             ]
             self.earlier = []
             (Path(self.log_dir) / "metrics.csv").unlink()
         super().log_metrics(dict(metrics), step)
+
+
+def is_validation(row: Mapping[str, Any]) -> bool:
+    """Whether a row of metrics comes from a validation."""
+    return any(name.startswith("val/") and value not in (None, "") for name, value in row.items())

@@ -105,6 +105,15 @@ def lines(path: Path, corpus: "Corpus", counts: Counts, plain: bool = False) -> 
             ended = part[-1] == "\n"
             if ended:
                 part = part[: -2 if part.endswith("\r\n") else -1]
+            if "\0" in part:
+                if corpus.encoding_errors == "strict":
+                    raise UserError(
+                        f"{path}:{number}: a NUL byte at column {length + part.index(chr(0)) + 1}, which text has "
+                        "not: is it UTF-16, or no text? Convert the file, or replace such bytes with "
+                        "--data.corpus.encoding_errors replace."
+                    )
+                counts.replaced_bytes += part.count("\0")
+                part = part.replace("\0", "\ufffd")
             if not part.isascii():
                 part = encodable(part, f"{path}:{number}", corpus, counts, column=length)
             blank = length == 0 and not part.strip() and (ended or len(part) < PIECE)

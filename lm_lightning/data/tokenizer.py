@@ -28,6 +28,7 @@ SpecialTokens = Literal["gpt", "bert"]
 END, UNKNOWN = "<|endoftext|>", "<|unk|>"
 BERT = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
 RARE = 1e-6  # share of the text below which a character is left out of a WordPiece alphabet and becomes unknown
+MOST = 10_000_000  # tokens of a trained vocabulary
 CHUNK = 100_000  # characters that the trainers get at a time, since they need many times a text's size in memory
 
 logger = logging.getLogger(__name__)
@@ -179,6 +180,8 @@ def _sample(texts: Iterator[str], megabytes: int) -> list[str]:
 
 
 def _require(options: Tokenizer, least: int) -> None:
+    if options.vocab_size > MOST:  # the library would take the memory for them at once
+        raise UserError(f"vocab_size {options.vocab_size} is more than {MOST:,}, the most that can be trained")
     if options.vocab_size < least:
         room = f"vocab_size {options.vocab_size} has no room for the alphabet and the special tokens"
         raise UserError(f"{room} of {options.algorithm}: give at least {least}")

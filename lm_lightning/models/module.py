@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple, Optional
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -107,7 +108,7 @@ class LanguageModule(LightningModule):
             return
         try:
             self.network = self.new_network() if self.settings is not None else self.pretrained_network()
-        except (ValueError, TypeError, ImportError) as error:  # transformers did not accept the settings
+        except (ValueError, TypeError, ImportError, StrictDataclassError) as error:  # of transformers, for the settings
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"the network of model.network or model.pretrained cannot be made: {reason}") from error
         self.network.train()  # `from_pretrained` leaves it in evaluation mode

@@ -1,5 +1,7 @@
+import contextlib
 import csv
 import gzip
+import io
 import json
 import os
 import subprocess
@@ -15,7 +17,7 @@ from lm_lightning.data import corpus as corpora
 from lm_lightning.data.corpus import Corpus, Piece, inputs, read, total_bytes
 from lm_lightning.errors import UserError
 
-LINES = st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\n\r\ufeff"), max_size=20))
+LINES = st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\n\r\ufeff"), max_size=20))
 MODES = st.sampled_from(["file", "paragraph", "line"])
 
 
@@ -144,6 +146,26 @@ def test_any_bytes_in_any_format_are_documents_or_a_user_error(folder, name, dat
         documents(path)
     except UserError as error:
         assert path.name in str(error) or "no text" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding", "line"), [("one\nzwölf\n", "latin-1", 2), ("one\n", "utf-16", 1), ("one\n", "utf-16-le", 1)]
+)
+def test_other_encodings_are_errors_with_their_place(tmp_path, text, encoding, line):
+    path = write(tmp_path / "a.txt", text.encode(encoding))
+    assert f"{path}:{line}:" in error_of(path)
+
+
+@given(st.lists(st.text(max_size=5), min_size=1, max_size=8))
+@settings(deadline=None, max_examples=50)
+def test_every_row_is_a_document_or_counted(folder, texts):
+    path = write_rows(folder / "rows.jsonl", [{"text": text} for text in texts])
+    filled = [text for text in texts if text.strip()]
+    with contextlib.redirect_stderr(io.StringIO()) as told:
+        found = documents(path) if filled else error_of(path)
+    assert found == filled or (not filled and "no text" in found)
+    left = len(texts) - len(filled)
+    assert (f"{left} rows without text" in told.getvalue()) == bool(left and filled)
 
 
 def test_only_the_line_feed_ends_a_line(tmp_path):
