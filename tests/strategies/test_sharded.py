@@ -103,9 +103,11 @@ def test_every_strategy_has_the_losses_of_one_process(runs, recipe, network: str
     assert len(runs.log(one, "step", "train/loss")) == 10
     for name in strategies:
         other = f"{name}_{network}"
-        assert runs.differ(one, other, "step", "train/loss") < 1e-5
-        assert runs.differ(one, other, "step", "train/gradient_norm") < 2e-3
-        assert runs.differ(one, other, "step", "val/loss") < 1e-5
+        # (Qwen's small heads have large gradients at first, which make more of rounding.)
+        tolerance = 1e-4 if network == "qwen3" else 1e-5
+        assert runs.differ(one, other, "step", "train/loss") < tolerance
+        assert runs.differ(one, other, "step", "train/gradient_norm") < 200 * tolerance
+        assert runs.differ(one, other, "step", "val/loss") < tolerance
 
 
 def test_overlays_of_configs_train(runs, recipe):
@@ -142,12 +144,13 @@ def test_two_nodes_have_the_losses_of_one_process(runs, recipe):
     """Data parallel over all, sharded within each node, and tensor parallel within each node and sharded over them."""
     nodes = ("--trainer.num_nodes", 2, "--trainer.devices", 2, "--trainer.val_check_interval", 5)
     started = {}
-    for network in ("gpt2", "bert"):
-        started |= commands(recipe, network, ["one"])
+    for network in ("gpt2", "bert"):  # at a start each: torch 2.9 keeps what it knows of the first one's mesh
+        own = commands(recipe, network, ["one"])
         for name, batch_size in (("ddp", 1), ("hsdp", 1), ("tp", 2)):
             flags = (*nodes, "--trainer.strategy", name, "--data.batch_size", batch_size)
-            started[f"nodes_{name}_{network}"] = recipe(network, *flags)
-    runs(started)
+            own[f"nodes_{name}_{network}"] = recipe(network, *flags)
+        runs(own)
+        started |= own
     for name in started:
         one = f"one_{name.rsplit('_')[-1]}"
         assert runs.differ(one, name, "step", "train/loss") < 1e-5
