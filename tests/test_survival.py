@@ -24,6 +24,10 @@ from lm_lightning.models.gpt import CausalLM
 
 CONSTANT = ("--model.schedule.shape", "constant")  # so that a run of more steps begins like one of fewer
 DDP = ("--trainer.strategy", "ddp", "--trainer.devices", 2, "--data.batch_size", 2)
+SHARDED = (
+    *("--trainer.strategy", "lm_lightning.strategies.FSDP2", "--trainer.strategy.sharded_checkpoints", "true"),
+    *("--trainer.devices", 2, "--data.batch_size", 2),
+)
 
 
 def callbacks(*chosen: tuple[type, dict]) -> list[str]:
@@ -413,12 +417,16 @@ def test_a_second_signal_ends_the_run_at_once(recipe: Path):
     assert runs.load_checkpoint(checkpoint)["global_step"] == 5
 
 
-@pytest.mark.parametrize("to", ["first", "second"])
-def test_a_signal_to_one_of_two_processes_ends_both_and_one_process_goes_on(fit, recipe: Path, to: str):
+@pytest.mark.parametrize(
+    ("to", "strategy"), [("first", DDP), ("second", DDP), ("second", SHARDED)], ids=["first", "second", "sharded"]
+)
+def test_a_signal_to_one_of_two_processes_ends_both_and_one_process_goes_on(
+    fit, recipe: Path, to: str, strategy: tuple
+):
     off = [f"--model.network.{name}_pdrop=0" for name in ("resid", "embd", "attn")]
     flags = ["--config", recipe, "--name", "cut", *off, *CONSTANT]
     process = subprocess.Popen(
-        [sys.executable, "-m", "lm_lightning", "fit", *map(str, [*flags, *DDP, "--trainer.max_steps", 10**6])],
+        [sys.executable, "-m", "lm_lightning", "fit", *map(str, [*flags, *strategy, "--trainer.max_steps", 10**6])],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -438,7 +446,9 @@ def test_a_signal_to_one_of_two_processes_ends_both_and_one_process_goes_on(fit,
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
     cut = only(recipe.parent / "runs" / "cut")
-    step = runs.load_checkpoint(cut / "checkpoints" / "last.ckpt")["global_step"]
+    last = cut / "checkpoints" / "last.ckpt"
+    assert last.is_dir() == (strategy is SHARDED)
+    step = runs.load_checkpoint(last)["global_step"]
     more = ("--trainer.max_steps", step + 3)
     whole = fit("--name", "whole", *off, *CONSTANT, *more)
     fit("--name", "cut", *off, *CONSTANT, *more, "--ckpt_path", "last")

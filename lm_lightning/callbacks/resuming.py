@@ -15,6 +15,7 @@ class Resuming(Callback):
 
     def __init__(self) -> None:
         self.validated: Optional[int] = None  # step of the last finished validation
+        self.accumulated: Optional[int] = None  # micro-batches in an optimizer step of the checkpoint
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
@@ -31,6 +32,12 @@ class Resuming(Callback):
         progress["is_last_batch"] = progress["current"]["processed"] == trainer.num_training_batches
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        now = trainer.accumulate_grad_batches
+        if self.accumulated not in (None, now):  # Lightning counts micro-batches, of which there are others now
+            counts = trainer.fit_loop.epoch_loop.batch_progress.current
+            for name in ("ready", "started", "processed", "completed"):
+                setattr(counts, name, getattr(counts, name) // self.accumulated * now)
+        self.accumulated = now
         if trainer.global_step == pl_module.resumed_at != self.validated:
             # If a validation is due at this step, it was not finished. Lightning would take it for done.
             validation = trainer.fit_loop.epoch_loop.val_loop
@@ -38,7 +45,7 @@ class Resuming(Callback):
             validation._restart_stage = RestartStage.RESTARTED_MID_EVALUATION
 
     def state_dict(self) -> dict:
-        return {"validated": self.validated}
+        return {"validated": self.validated, "accumulated": self.accumulated}
 
     def load_state_dict(self, state: dict) -> None:
-        self.validated = state["validated"]
+        self.validated, self.accumulated = state["validated"], state["accumulated"]

@@ -13,6 +13,10 @@ import sys
 import traceback
 from pathlib import Path
 
+import torch
+import torch.distributed
+from lightning.pytorch import Callback, LightningModule, Trainer
+
 
 class Runs:
     """Commands that some processes run together, and what came of each.
@@ -81,6 +85,16 @@ class Runs:
         return max(abs(a - b) for row, other_row in pairs for a, b in zip(row, other_row))
 
 
+class Order(Callback):
+    """Writes which samples each optimizer step has, to `order.jsonl` in the run folder."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: dict, batch_idx: int) -> None:
+        samples = pl_module.all_gather(torch.tensor(batch["id"])).flatten().tolist()
+        if trainer.is_global_zero:
+            with open(Path(trainer.default_root_dir) / "order.jsonl", "a") as file:
+                file.write(json.dumps([trainer.global_step, samples]) + "\n")
+
+
 def main() -> None:
     for folder, *arguments in json.loads(Path(sys.argv[1]).read_text()):
         os.environ["LM_LIGHTNING_RUN"] = folder
@@ -98,8 +112,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    import torch.distributed
-
     from lm_lightning.__main__ import run
     from lm_lightning.errors import UserError
 

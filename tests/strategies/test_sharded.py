@@ -12,6 +12,8 @@ import yaml
 from processes import Runs
 
 from lm_lightning import sharded_checkpoint
+from lm_lightning.errors import UserError
+from lm_lightning.run import load_checkpoint
 
 FLAGS = {
     "one": (),
@@ -108,6 +110,55 @@ def test_every_strategy_has_the_losses_of_one_process(runs, recipe, network: str
         assert runs.differ(one, other, "step", "train/loss") < tolerance
         assert runs.differ(one, other, "step", "train/gradient_norm") < 200 * tolerance
         assert runs.differ(one, other, "step", "val/loss") < tolerance
+
+
+def test_other_processes_go_on_with_the_same_samples_in_the_same_order(runs, recipe):
+    """None is lost, none repeated: one process to two and two to one, by a file and by a folder."""
+    note = ("--trainer.callbacks", '[{"class_path": "processes.Order"}]', "--model.schedule.shape", "constant")
+    note = (*note, "--trainer.limit_val_batches", 0)
+    whole = commands(recipe, "gpt2", ["one"], *note)["one_gpt2"]
+    halves = commands(recipe, "gpt2", ["one", "ddp", "folder"], *note, "--trainer.max_steps", 5)
+    runs({"one_whole": whole} | {f"{name}_half": command for name, command in halves.items()})
+
+    def order(*names: str) -> list[tuple[int, list[int]]]:
+        steps: dict[int, list[int]] = {}
+        for name in names:
+            for line in (runs.folder / name / "order.jsonl").read_text().splitlines():
+                step, samples = json.loads(line)
+                steps[step] = steps.get(step, []) + samples
+        return sorted((step, sorted(samples)) for step, samples in steps.items())
+
+    resumed = {}
+    for state, others in {"one": ["accumulated", "fsdp2"], "ddp": ["one"], "folder": ["one", "accumulated"]}.items():
+        checkpoint = runs.folder / f"{state}_gpt2_half" / "checkpoints" / "last.ckpt"
+        checkpoint = checkpoint.rename(runs.folder / f"{state}.ckpt")
+        goes_on = commands(recipe, "gpt2", others, *note, "--ckpt_path", checkpoint)
+        resumed |= {f"{name}_from_{state}": command for name, command in goes_on.items()}
+    runs(resumed)
+    expected = order("one_whole")
+    assert len(expected) == 10 and all(len(set(samples)) == 4 for _, samples in expected)
+    for name in resumed:
+        state = name.rsplit("_")[-1]
+        assert order(f"{state}_gpt2_half", name) == expected, name
+
+
+def test_damaged_folder_is_named_and_the_one_before_taken(runs, recipe, cli, tmp_path: Path):
+    flags = ("--model.schedule.shape", "constant", "--trainer.limit_val_batches", 0)
+    runs(commands(recipe, "gpt2", ["folder"], *flags, "--trainer.max_steps", 4))
+    run = tmp_path / "runs" / "cut" / "first"
+    shutil.copytree(runs.folder / "folder_gpt2", run)
+    last = run / "checkpoints" / "last.ckpt"
+    shutil.copytree(last, last.with_name("last.ckpt.old"))  # as a kill leaves it while a new one takes its place
+    (part,) = last.glob("__1_*.distcp")
+    whole = part.read_bytes()
+    for damaged in (whole[:-1], whole[:100] + bytes([whole[100] ^ 1]) + whole[101:]):
+        part.write_bytes(damaged)
+        with pytest.raises(UserError, match=f"{part.name} is wrong"):
+            load_checkpoint(last)
+    part.unlink()
+    arguments = recipe("gpt2", *flags, "--runs_dir", tmp_path / "runs", "--name", "cut", "--trainer.devices", 1)
+    out = cli(*arguments, "--ckpt_path", "last")
+    assert f"the checksum of its part {part.name} is wrong" in out and "going on from last.ckpt.old of step 4" in out
 
 
 def test_overlays_of_configs_train(runs, recipe):
