@@ -31,10 +31,12 @@ from lm_lightning.callbacks.resuming import Resuming
 from lm_lightning.callbacks.spikes import Spikes
 from lm_lightning.callbacks.throughput import Throughput
 from lm_lightning.checkpoints import BackgroundCheckpoints, CheckpointFiles, Checkpoints  # noqa: F401
+from lm_lightning.data.classification import ClassificationData  # noqa: F401
 from lm_lightning.data.masked import MaskedData  # noqa: F401 (imported, so that its short name works as class_path)
 from lm_lightning.data.pretraining import PretrainingData  # noqa: F401
 from lm_lightning.errors import UserError
 from lm_lightning.models.bert import MaskedLM  # noqa: F401
+from lm_lightning.models.classification import Classification  # noqa: F401
 from lm_lightning.models.gpt import CausalLM  # noqa: F401
 from lm_lightning.models.module import LanguageModule
 from lm_lightning.strategies import xla
@@ -117,6 +119,9 @@ class CLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         config.name = name = config.name or (Path(str(config.config[0])).stem if config.config else "run")
+        pretrained, options = config.model.init_args.get("pretrained"), config.data.init_args
+        if pretrained is not None and "tables" in options and options.tokenizer.path is None:  # labelled data
+            options.tokenizer.path = str(runs.model_folder(pretrained)) if Path(pretrained).is_dir() else pretrained
         run = None
         if self.subcommand != "fit":
             config.trainer.logger = False
@@ -211,7 +216,7 @@ class RunFolder(SaveConfigCallback):
             config.rename(next(p for n in range(1, 10**6) if not (p := run / f"config.{n}.yaml").exists()))
         self.parser.save(self.config, config, skip_unset=False)
         (run / "environment.json").write_text(json.dumps(environment(), indent=2))
-        (run / "data.json").write_text(json.dumps(trainer.datamodule.prepared.info, indent=2))
+        (run / "data.json").write_text(json.dumps(trainer.datamodule.info, indent=2))
         trainer.datamodule.tokenizer.save_pretrained(run / "tokenizer")
 
 

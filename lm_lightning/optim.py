@@ -10,38 +10,55 @@ import transformers
 from torch import nn
 
 from lm_lightning.errors import UserError
+from lm_lightning.models.network import blocks
 
 OptimizerFactory = Callable[[Iterable], torch.optim.Optimizer]
 
 
-def parameter_groups(network: transformers.PreTrainedModel) -> list[dict[str, Any]]:
+def parameter_groups(network: transformers.PreTrainedModel, layer_decay: float = 1.0) -> list[dict[str, Any]]:
     """Groups the trainable parameters of a network by what an optimizer should do with them.
 
     Args:
         network: A `transformers` network.
+        layer_decay: Factor of the learning rate from each layer to the one below it. What is over the layers has the
+            whole rate, what is under them that of a layer more (Howard and Ruder, 2018, arXiv:1801.06146).
 
     Returns:
         Groups named `hidden` (matrices between the layers, which Muon can take), `embeddings` (token and position
         embeddings and the head), `tensors` (of three and more dimensions, such as stacked experts) and `vectors`
-        (biases and norms, never decayed). Empty groups are left out.
+        (biases and norms, never decayed). Empty groups are left out. With a layer decay, each is divided by layers,
+        and has an `lr_factor` to be multiplied with its learning rate.
     """
-    groups: dict[str, dict[str, Any]] = {
-        "hidden": {"params": []},
-        "embeddings": {"params": []},
-        "tensors": {"params": []},
-        "vectors": {"params": [], "weight_decay": 0.0},
-    }
+    decays = {"vectors": {"weight_decay": 0.0}}
     outside = {id(p) for m in network.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     head = network.get_output_embeddings()
     outside |= {id(p) for p in head.parameters()} if head is not None else set()
+    depths = {} if layer_decay == 1 else depth_of_parameters(network)
+    groups: dict[tuple[str, int], list[nn.Parameter]] = {}
     for parameter in network.parameters():
         if parameter.requires_grad:
             if parameter.ndim == 2:
                 name = "embeddings" if id(parameter) in outside else "hidden"
             else:
                 name = "vectors" if parameter.ndim < 2 else "tensors"
-            groups[name]["params"].append(parameter)
-    return [{"name": name, **group} for name, group in groups.items() if group["params"]]
+            groups.setdefault((name, depths.get(id(parameter), 0)), []).append(parameter)
+    order = ("hidden", "embeddings", "tensors", "vectors")
+    return [
+        {"name": name, "params": parameters, **decays.get(name, {})}
+        | ({} if layer_decay == 1 else {"lr_factor": layer_decay**depth})
+        for (name, depth), parameters in sorted(groups.items(), key=lambda item: (order.index(item[0][0]), item[0][1]))
+    ]
+
+
+def depth_of_parameters(network: transformers.PreTrainedModel) -> dict[int, int]:
+    """How many layers are over each parameter, by its `id`: 0 of the head, one more than all of embeddings."""
+    layers = blocks(network)
+    body = {id(p): len(layers) + 1 for p in network.base_model.parameters()}
+    for number, layer in enumerate(layers):
+        body |= {id(p): len(layers) - number for p in layer.parameters()}
+    after = getattr(network.base_model, "pooler", None)
+    top = {id(p): 0 for p in after.parameters()} if isinstance(after, nn.Module) else {}
+    return {id(p): 0 for p in network.parameters()} | body | top
 
 
 class MuonAdamW(torch.optim.Optimizer):

@@ -1,10 +1,14 @@
 """Every recipe under configs/ is run, with its own classes and options, but less data, few steps, a small network."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from conftest import paragraphs
+
+from lm_lightning.data.tokenizer import Tokenizer, train
 
 ROOT = Path(__file__).parent.parent
 SMALL = {
@@ -16,9 +20,13 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize("file", sorted(ROOT.glob("configs/*.yaml")), ids=lambda file: file.stem)
+RECIPES = {file: yaml.safe_load(file.read_text()) for file in sorted(ROOT.glob("configs/*.yaml"))}
+LABELLED = [file for file, recipe in RECIPES.items() if recipe["data"]["class_path"] == "ClassificationData"]
+
+
+@pytest.mark.parametrize("file", [f for f in RECIPES if f not in LABELLED], ids=lambda file: file.stem)
 def test_recipe_trains_and_exports(file: Path, cli, tmp_path: Path, cache_dir: Path, corpus_file: Path):
-    recipe = yaml.safe_load(file.read_text())
+    recipe = RECIPES[file]
     # a recipe's own tokenizer may be one of the Hub, which tests do without
     tokenizer = '{"path": null, "algorithm": "%s", "vocab_size": 400}' % (
         "wordpiece" if recipe["data"]["class_path"] == "MaskedData" else "bpe"
@@ -36,3 +44,21 @@ def test_recipe_trains_and_exports(file: Path, cli, tmp_path: Path, cache_dir: P
     assert run.parent.name == file.stem
     assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 4
     assert (run / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("file", LABELLED, ids=lambda file: file.stem)
+def test_recipe_of_labelled_data_trains_and_exports(file: Path, cli, tmp_path: Path):
+    texts = paragraphs(40)
+    tokenizer = train(Tokenizer(algorithm="wordpiece", vocab_size=300, lowercase=True), iter(texts), "bert")
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    rows = [{"text": text, "pair": text[::-1], "label": str(len(text) % 2)} for text in texts]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    network = json.dumps({"model_type": "bert", "max_position_embeddings": 128} | SMALL["bert"])
+    out = cli(
+        *("fit", "--config", file, "--model.network", network, "--data.tokenizer.path", tmp_path / "tokenizer"),
+        *("--data.tables.train", tmp_path / "rows.jsonl", "--data.tables.validation_fraction", 0.3),
+        *("--runs_dir", tmp_path, "--trainer.max_epochs", -1, "--trainer.max_steps", 3, "--data.batch_size", 4),
+        *("--model.schedule.warmup_steps", 1, "--trainer.val_check_interval", 2, "--trainer.accelerator", "cpu"),
+    )
+    run = Path(out.split("run folder: ")[1].splitlines()[0])
+    assert (run / "model" / "model.safetensors").is_file() and (run / "checkpoints" / "best.ckpt").is_file()

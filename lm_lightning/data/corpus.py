@@ -233,14 +233,14 @@ def _files(corpus: Corpus) -> list[_File]:
     found: dict[str, _File] = {}
     options = (("validation", corpus.validation_paths), ("test", corpus.test_paths), (None, corpus.paths))
     for split, patterns in options:
-        for name, path in itertools.chain.from_iterable(map(_expand, patterns)):
+        for name, path in itertools.chain.from_iterable(map(expand, patterns)):
             first = found.setdefault(os.path.realpath(path), _File(path, name, split))
             if split and first.split != split:
                 raise UserError(f"{path} is in both --data.corpus.validation_paths and --data.corpus.test_paths.")
     return list(found.values())
 
 
-def _expand(pattern: str) -> list[tuple[str, Path]]:
+def expand(pattern: str) -> list[tuple[str, Path]]:
     """Return the files of a path or pattern, each with its name relative to it, sorted by name."""
     given = os.path.expanduser(pattern)
     if os.path.isfile(given):

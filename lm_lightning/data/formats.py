@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Optional
 
 from lm_lightning.errors import UserError
 
@@ -144,10 +144,15 @@ def _jsonl_rows(path: Path, corpus: "Corpus", counts: Counts) -> Rows:
         yield line.number, row
 
 
-def _csv_rows(path: Path, corpus: "Corpus", counts: Counts, delimiter: str = ",") -> Rows:
+def csv_rows(
+    path: Path, corpus: "Corpus", counts: Counts, delimiter: str = ",", header: Optional[list[str]] = None
+) -> Rows:
+    """Yield the rows of a CSV or TSV file; without a `header`, its first line is that."""
     csv.field_size_limit(2**31 - 1)  # the largest that every platform accepts
     texts = (line.text + "\n" for line in lines(path, corpus, counts))
-    reader = csv.DictReader(texts, delimiter=delimiter, strict=True)  # strict: an open quote would swallow the rest
+    reader = csv.DictReader(
+        texts, header, delimiter=delimiter, strict=True
+    )  # strict: an open quote would swallow the rest
     try:
         for row in reader:
             yield reader.line_num, row
@@ -166,7 +171,7 @@ def _parquet_rows(path: Path, corpus: "Corpus", counts: Counts) -> Rows:
         try:
             file = parquet.ParquetFile(stream)
             # If one is missing, read all columns: the message about the first row will list them.
-            known = sorted(columns) if columns <= set(file.schema_arrow.names) else None
+            known = sorted(columns) if columns and columns <= set(file.schema_arrow.names) else None
             rows = (row for batch in file.iter_batches(256, columns=known) for row in batch.to_pylist())
             yield from enumerate(rows, start=1)
         except pyarrow.ArrowException as error:
@@ -176,8 +181,8 @@ def _parquet_rows(path: Path, corpus: "Corpus", counts: Counts) -> Rows:
 ROWS: dict[str, Callable[[Path, "Corpus", Counts], Rows]] = {
     ".jsonl": _jsonl_rows,
     ".ndjson": _jsonl_rows,
-    ".csv": _csv_rows,
-    ".tsv": partial(_csv_rows, delimiter="\t"),
+    ".csv": csv_rows,
+    ".tsv": partial(csv_rows, delimiter="\t"),
     ".parquet": _parquet_rows,
 }
 

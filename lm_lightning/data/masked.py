@@ -190,12 +190,12 @@ class MaskedData(PretrainingData):
     def layout(self) -> shards.Layout:
         return shards.Layout("bert", self.language if self.next_sentence else None, self.masking.unit == "space")
 
-    def blocks(self, name: str) -> MaskedBlocks | MaskedPairs:
+    def samples(self, split: str) -> MaskedBlocks | MaskedPairs:
         masker = Masker(self.masking, self.tokenizer, self.block_size)
-        seed = self.seed if name == "train" else None
+        seed = self.seed if split == "train" else None
         if not self.next_sentence:
-            return MaskedBlocks(self.splits[name], self.block_size, masker, seed)
-        pairs = SentencePairs(self.splits[name], self.room(self.tokenizer), name)
+            return MaskedBlocks(self.splits[split], self.block_size, masker, seed)
+        pairs = SentencePairs(self.splits[split], self.room(self.tokenizer), split)
         return MaskedPairs(pairs, text_ids(self.tokenizer), self.tokenizer.pad_token_id, self.block_size, masker, seed)
 
     def room(self, tokenizer: "PreTrainedTokenizerFast") -> int:

@@ -10,12 +10,12 @@ from typing import Any, Optional
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from lm_lightning.data import shards
 from lm_lightning.data.corpus import Corpus
-from lm_lightning.data.order import PADDING, SequentialBatches, StreamSampler, samples_at
+from lm_lightning.data.order import PADDING, samples_at
+from lm_lightning.data.stream import StreamData
 from lm_lightning.data.tokenizer import Tokenizer
 from lm_lightning.errors import UserError
 
@@ -71,7 +71,7 @@ def collate(items: list[dict]) -> dict:
     return batch | {"id": [item["id"] for item in items]}
 
 
-class PretrainingData(LightningDataModule):
+class PretrainingData(StreamData):
     """Packed blocks of a corpus for causal language modelling.
 
     Args:
@@ -99,27 +99,13 @@ class PretrainingData(LightningDataModule):
         self.corpus, self.tokenizer_options = corpus, tokenizer
         self.block_size, self.batch_size, self.mask_documents = block_size, batch_size, mask_documents
         self.num_workers, self.cache_dir = num_workers, cache_dir
-        self.consumed = 0  # samples of the stream that finished optimizer steps have used, over all ranks
+
+    collate = staticmethod(collate)
 
     @property
     def tokens_per_batch(self) -> int:
         """Input tokens of a micro-batch of one process."""
         return self.batch_size * self.block_size
-
-    @property
-    def replicas(self) -> int:
-        """How many different micro-batches are worked on at once; a strategy may give one to several processes."""
-        return self.place["num_replicas"]
-
-    @property
-    def replica(self) -> int:
-        """Which of them is this process's."""
-        return self.place["rank"]
-
-    @property
-    def place(self) -> dict[str, int]:
-        """Of this process among the replicas, as Lightning's strategies tell it to samplers."""
-        return getattr(self.trainer.strategy, "distributed_sampler_kwargs", {"num_replicas": 1, "rank": 0})
 
     def layout(self) -> shards.Layout:
         """How documents become tokens."""
@@ -157,7 +143,7 @@ class PretrainingData(LightningDataModule):
 
     def report(self, name: str) -> None:
         """Prints what a split has, and what of it is left out."""
-        split, blocks = self.splits[name], self.blocks(name)
+        split, blocks = self.splits[name], self.samples(name)
         left = len(split.tokens) - 1 - len(blocks) * self.block_size  # one token less, as the first is no target
         print(
             f"{name}: {len(split.documents):,} documents, {split.bytes:,} bytes, {len(split.tokens):,} tokens of "
@@ -165,44 +151,13 @@ class PretrainingData(LightningDataModule):
             f"of {self.block_size}" + (f", {left} tokens at the end that fill no block" if left > 0 else "")
         )
 
-    def blocks(self, name: str) -> Any:
-        """The blocks of a split, a map-style dataset with a length; those of `train` in the order of the run's seed."""
-        return Blocks(self.splits[name], self.block_size, self.mask_documents, self.seed if name == "train" else None)
+    def samples(self, split: str) -> Any:
+        seed = self.seed if split == "train" else None
+        return Blocks(self.splits[split], self.block_size, self.mask_documents, seed)
 
-    def train_dataloader(self) -> DataLoader:
-        blocks = self.blocks("train")
-        sampler = StreamSampler(
-            len(blocks),
-            self.batch_size,
-            self.trainer.accumulate_grad_batches,
-            self.replica,
-            self.replicas,
-            lambda: self.consumed,
-        )
-        return self.loader(blocks, sampler)
-
-    def val_dataloader(self) -> DataLoader:
-        return self.evaluation_loader("validation")
-
-    def test_dataloader(self) -> DataLoader:
-        return self.evaluation_loader("test")
-
-    def predict_dataloader(self) -> DataLoader:
-        return self.evaluation_loader("test")
-
-    def evaluation_loader(self, name: str) -> DataLoader:
-        blocks = self.blocks(name)
-        sampler = SequentialBatches(len(blocks), self.batch_size, self.replica, self.replicas)
-        return self.loader(blocks, sampler)
-
-    def loader(self, blocks: Any, sampler: StreamSampler | SequentialBatches) -> DataLoader:
-        return DataLoader(
-            blocks,
-            batch_sampler=sampler,
-            collate_fn=collate,
-            num_workers=self.num_workers,
-            pin_memory=torch.cuda.is_available(),
-        )
+    @property
+    def info(self) -> dict:
+        return self.prepared.info
 
     def identity(self) -> dict:
         """What decides the stream of samples: a checkpoint's position in it has a meaning only if these are equal."""
@@ -211,18 +166,3 @@ class PretrainingData(LightningDataModule):
             "data.block_size": self.block_size,
             "seed_everything": self.seed,
         }
-
-    def state_dict(self) -> dict:
-        return {"consumed": self.consumed, "identity": self.identity()}
-
-    def load_state_dict(self, state: dict) -> None:
-        if self.trainer.state.fn != "fit":
-            return  # a checkpoint's weights may be measured on any data
-        for name, value in self.identity().items():
-            if state["identity"][name] != value:
-                raise UserError(
-                    f"the checkpoint was made with {name} {state['identity'][name]}, this run has {value}, so its "
-                    "position in the data has no meaning here: take the old value, or start a new run from the "
-                    "weights with --model.pretrained RUN/model"
-                )
-        self.consumed = state["consumed"]

@@ -7,7 +7,10 @@ over processes.
 
 import copy
 import difflib
+import fnmatch
+import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Optional
 
@@ -60,6 +63,8 @@ class LanguageModule(LightningModule):
             the step, whose samples are passed over; weights and optimizer stay as they are. To skip, an accelerator
             is waited for at each step, unless the optimizer is a fused one of torch (`fused: true`).
         skip_limit: Steps in a row that are skipped; at one more, the run stops.
+        freeze: Patterns of names of parameters that are not trained, such as `*embeddings*`.
+        layer_decay: Factor of the learning rate from each layer to the one below it; the head has the whole rate.
     """
 
     auto_class: Any  # of transformers, such as AutoModelForCausalLM
@@ -76,6 +81,8 @@ class LanguageModule(LightningModule):
         activation_checkpointing: int = 0,
         on_nonfinite: Literal["stop", "skip"] = "stop",
         skip_limit: int = 10,
+        freeze: Sequence[str] = (),
+        layer_decay: float = 1.0,
     ) -> None:
         super().__init__()
         if activation_checkpointing < 0:
@@ -93,6 +100,7 @@ class LanguageModule(LightningModule):
         self.network: transformers.PreTrainedModel = None  # made by `configure_model`
         self.val_loss = Ratio()
         self.window: Optional[Window] = None  # the optimizer step in progress
+        self.freeze, self.layer_decay = freeze, layer_decay
         self.finite = FiniteSteps(on_nonfinite, skip_limit)
         self.resumed_at = 0  # the step of the checkpoint
 
@@ -112,12 +120,33 @@ class LanguageModule(LightningModule):
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"the network of model.network or model.pretrained cannot be made: {reason}") from error
         self.network.train()  # `from_pretrained` leaves it in evaluation mode
+        self.freeze_parameters()
         self.network_class = type(self.network).__name__  # sharding makes another one of it
         if self.activation_checkpointing:
             self.checkpoint_activations()
         self.print(f"network: {type(self.network).__name__}, {self.network.num_parameters():,} parameters")
         if self.compile_body:
             self.network.base_model.compile()
+
+    def freeze_parameters(self) -> None:
+        """Takes the parameters whose names match a pattern of `freeze` out of the training."""
+        for pattern in self.freeze:
+            found = [p for name, p in self.network.named_parameters() if fnmatch.fnmatchcase(name, pattern)]
+            if not found:
+                names = [name for name, _ in self.network.named_parameters()]
+                raise UserError(f"model.freeze has {pattern}, which is the name of no parameter, such as {names[0]}")
+            for parameter in found:
+                parameter.requires_grad_(False)
+            self.print(f"frozen: {len(found)} tensors with {sum(p.numel() for p in found):,} parameters ({pattern})")
+
+    def head_settings(self) -> dict[str, Any]:
+        """Settings of the network's config that its head needs, beside those of the user."""
+        return {}
+
+    def pretrained_folder(self) -> str:
+        """What `pretrained` names: a folder, that of a run's model, or a download of the Hub."""
+        name = os.path.expanduser(str(self.pretrained))
+        return str(runs.model_folder(name)) if os.path.isdir(os.path.join(name, "checkpoints")) else hub.folder(name)
 
     def checkpoint_activations(self) -> None:
         """Has every `activation_checkpointing`-th block compute its activations again."""
@@ -160,6 +189,7 @@ class LanguageModule(LightningModule):
             "pad_token_id": tokenizer.pad_token_id,
         }
         # Rows padded to a multiple of 64 are faster; they are no tokens, are left out of the loss and not exported.
+        settings |= self.head_settings()
         settings = {"vocab_size": -(-vocabulary(tokenizer) // 64) * 64} | special | settings
         if settings["vocab_size"] < vocabulary(tokenizer):
             raise UserError(
@@ -191,7 +221,7 @@ class LanguageModule(LightningModule):
 
     def pretrained_network(self) -> transformers.PreTrainedModel:
         """The network of `pretrained`, with rows added if the tokenizer has more tokens."""
-        tokenizer, name = self.trainer.datamodule.tokenizer, hub.folder(str(self.pretrained))
+        tokenizer, name = self.trainer.datamodule.tokenizer, self.pretrained_folder()
         self.refuse_other_tokenizer(name)
         try:
             self.check_config(transformers.AutoConfig.from_pretrained(name, local_files_only=hub.local_only(name)))
@@ -201,6 +231,7 @@ class LanguageModule(LightningModule):
                 attn_implementation=self.attention,
                 dtype=torch.float32,
                 output_loading_info=True,
+                **self.head_settings(),
             )
         except (OSError, ValueError) as error:
             raise hub.explain(name, error) from error
@@ -366,9 +397,11 @@ class LanguageModule(LightningModule):
         if not self.trainer.fast_dev_run:
             self.schedule.check(total)
         try:
-            optimizer = self.optimizer_factory(parameter_groups(self.network))
+            optimizer = self.optimizer_factory(parameter_groups(self.network, self.layer_decay))
         except (ValueError, TypeError) as error:
             raise UserError(f"the optimizer does not accept its settings: {error}") from error
+        for group in optimizer.param_groups:
+            group["lr"] *= group.get("lr_factor", 1.0)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.schedule.factor(step, total))
         self.group_settings = [
             {key: copy.copy(value) for key, value in group.items() if key not in ("params", "lr")}
@@ -426,7 +459,7 @@ class LanguageModule(LightningModule):
         if self.trainer.state.fn != "fit":
             return
         self.resumed_at, self.finite.skipped = checkpoint["global_step"], checkpoint.get("skipped_steps", 0)
-        optimizer = type(self.optimizer_factory(parameter_groups(self.network))).__name__
+        optimizer = type(self.optimizer_factory(parameter_groups(self.network, self.layer_decay))).__name__
         if checkpoint["optimizer"] != optimizer:
             raise UserError(
                 f"the checkpoint's optimizer is {checkpoint['optimizer']}, this run's {optimizer}, which cannot go on "

@@ -151,7 +151,7 @@ def test_positions_start_again_after_each_end_of_a_real_corpus(tmp_path):
     fitting.setup("fit")
     end = fitting.tokenizer.eos_token_id
     for name in ("train", "validation"):
-        some = fitting.blocks(name)
+        some = fitting.samples(name)
         for item in map(some.__getitem__, range(len(some))):
             after_end = (item["input_ids"][:-1] == end).nonzero().flatten() + 1
             assert (item["position_ids"] == 0).nonzero().flatten().tolist() == [0, *after_end.tolist()]
@@ -213,7 +213,7 @@ def test_a_pass_starts_at_what_is_consumed_by_then(tmp_path):
     first = list(loader)
     fitting.consumed = 2 * len(first)
     second = list(loader)
-    size = len(fitting.blocks("train"))
+    size = len(fitting.samples("train"))
     ids = [sample for batch in first + second for sample in batch["id"]]
     assert sorted(ids[:size]) == sorted(ids[size : 2 * size]) == list(range(size))
     fitting.consumed = 12  # two steps of 3 micro-batches of 2
@@ -231,7 +231,7 @@ def test_all_ranks_together_evaluate_each_token_once(tmp_path, world_size):
             assert batch["input_ids"].shape == (4, T)
             ids += [sample for sample in batch["id"] if sample != PADDING]
             count += (batch["targets"] != -100).sum().item()
-    assert sorted(ids) == list(range(len(fitting.blocks("validation"))))
+    assert sorted(ids) == list(range(len(fitting.samples("validation"))))
     assert count == len(fitting.splits["validation"].tokens) - 1
 
 

@@ -1,0 +1,176 @@
+"""Labelled data: tables of rows in, tokens with their labels out, in an order that needs little padding.
+
+What a task makes of its rows is its own affair (`classification.py`); here is what all share: reading tables whose
+columns have any names, tokenizing once, and batches of similar lengths.
+"""
+
+import functools
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Optional
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from lm_lightning.data import formats
+from lm_lightning.data.corpus import Corpus, expand
+from lm_lightning.data.order import PADDING, by_length, samples_at
+from lm_lightning.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+FORMATS = {"jsonl": ".jsonl", "csv": ".csv", "tsv": ".tsv", "parquet": ".parquet"}
+
+
+@dataclass
+class Tables:
+    """Where the rows of each split come from.
+
+    Args:
+        train: Files, folders or patterns of the training split: JSONL, CSV, TSV, Parquet; also as .gz and .zst.
+        validation: The same of the validation split. Without any, rows of `train` are taken, by a hash of their text.
+        test: The same of the test split.
+        predict: The same of the rows that `predict` answers; they need no labels. Default: those of `test`.
+        validation_fraction: Share of `train` for validation, where no files are given for it.
+        format: Of all files, where their names do not tell.
+        header: Names of the columns, for CSV and TSV files whose first line is a row already.
+    """
+
+    train: list[str] | str = field(default_factory=list)
+    validation: list[str] | str = field(default_factory=list)
+    test: list[str] | str = field(default_factory=list)
+    predict: list[str] | str = field(default_factory=list)
+    validation_fraction: float = 0.1
+    format: Optional[Literal["jsonl", "csv", "tsv", "parquet"]] = None
+    header: Optional[list[str]] = None
+
+    def __post_init__(self) -> None:
+        for split in ("train", "validation", "test", "predict"):
+            value = getattr(self, split)
+            setattr(self, split, [value] if isinstance(value, str) else value)
+
+
+class Row(Mapping):
+    """A row of a table, which knows where it is from.
+
+    Args:
+        values: By the names of the columns.
+        where: File and number of the line, for messages.
+    """
+
+    def __init__(self, values: Mapping[str, Any], where: str) -> None:
+        self.values_by_column, self.where = values, where
+
+    def __getitem__(self, column: str) -> Any:
+        return self.values_by_column[column]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.values_by_column)
+
+    def __len__(self) -> int:
+        return len(self.values_by_column)
+
+    def text(self, column: str) -> str:
+        """A column's text, which may not be empty.
+
+        Raises:
+            UserError: If it is not there.
+        """
+        if column not in self:
+            raise UserError(
+                f"{self.where}: there is no column {column!r}; the columns are {', '.join(map(str, self))}: name the "
+                "right one with --data.columns, or all of them with --data.tables.header"
+            )
+        value = self[column]
+        if not isinstance(value, str) or not value.strip():
+            raise UserError(f"{self.where}: column {column!r} has no text, but {value!r:.40}: mend or remove the row")
+        return value
+
+
+def read(tables: Tables, split: str) -> list[Row]:
+    """The rows of a split, in the order of the files.
+
+    Raises:
+        UserError: Names the file and line of what cannot be read.
+    """
+    patterns = getattr(tables, split)
+    if split == "predict" and not patterns:
+        patterns = tables.test
+    own = split in ("train", "validation") and not tables.validation
+    rows = [
+        row
+        for pattern in (tables.train if own else patterns)
+        for _, path in expand(pattern)
+        for row in of(path, tables)
+    ]
+    if own and tables.train:
+        rows = [row for row in rows if held_out(row, tables.validation_fraction) == (split == "validation")]
+    if not rows:
+        raise UserError(f"the {split} split has no rows: name files with --data.tables.{split}")
+    return rows
+
+
+def of(path: Path, tables: Tables) -> Iterator[Row]:
+    """The rows of a file."""
+    suffix = FORMATS[tables.format] if tables.format else formats.suffixes(path)[0]
+    if suffix not in formats.ROWS:
+        raise UserError(f"{path} is no table by its name: say what it is with --data.tables.format csv (or tsv, jsonl)")
+    if tables.header is not None:
+        if suffix not in (".csv", ".tsv"):
+            raise UserError(f"{path}: --data.tables.header is for CSV and TSV files")
+        rows = formats.csv_rows(path, Corpus(), formats.Counts(), "\t" if suffix == ".tsv" else ",", tables.header)
+    else:
+        rows = formats.ROWS[suffix](path, Corpus(text_column=""), formats.Counts())
+    for number, values in rows:
+        if None in values or None in values.values() and suffix in (".csv", ".tsv"):
+            raise UserError(f"{path}:{number}: the row has not as many columns as the header: mend it")
+        yield Row(values, f"{path}:{number}")
+
+
+def held_out(row: Row, fraction: float) -> bool:
+    """Whether a row is one of the held-out share, which only its own content decides."""
+    digest = hashlib.sha256(repr(sorted((str(k), str(v)) for k, v in row.items())).encode()).digest()
+    return int.from_bytes(digest[:8], "big") < fraction * 2**64
+
+
+class Examples(Dataset):
+    """Tokenized rows with their targets.
+
+    Args:
+        encodings: Of each row: `input_ids` and, for pairs, `token_type_ids`.
+        targets: Of each row, (N, ...) float32 or int64.
+        padding: What takes the place of a target that does not count.
+        seed: Of the order and its epochs; None for the rows' own order.
+
+    Items are dicts of the encoding, `targets` and `id`, the number of the row.
+    """
+
+    def __init__(self, encodings: list[dict], targets: torch.Tensor, padding: float, seed: Optional[int]) -> None:
+        self.encodings, self.targets, self.padding, self.seed = encodings, targets, padding, seed
+        self.lengths = np.array([len(encoding["input_ids"]) for encoding in encodings])
+
+    def __len__(self) -> int:
+        return len(self.encodings)
+
+    def __getitem__(self, position: int) -> dict:
+        if position == PADDING:
+            return self.encodings[0] | {"targets": torch.full_like(self.targets[0], self.padding), "id": PADDING}
+        row = position if self.seed is None else int(self.epoch(position // len(self))[position % len(self)])
+        return self.encodings[row] | {"targets": self.targets[row], "id": row}
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019 (as long-lived as the run)
+    def epoch(self, number: int) -> np.ndarray:
+        """The order of an epoch: rows of similar lengths together."""
+        positions = np.arange(number * len(self), (number + 1) * len(self))
+        return by_length(samples_at(positions, len(self), self.seed or 0), self.lengths, (self.seed or 0) + number)
+
+
+def padded(tokenizer: "PreTrainedTokenizerFast", items: list[dict]) -> dict:
+    """A batch of examples, padded to the longest, rounded up to a multiple of 8: tensors (B, T), `targets`, `id`."""
+    encodings = [{key: item[key] for key in item if key not in ("targets", "id")} for item in items]
+    batch = dict(tokenizer.pad(encodings, pad_to_multiple_of=8, return_tensors="pt"))
+    return batch | {"targets": torch.stack([item["targets"] for item in items]), "id": [item["id"] for item in items]}

@@ -1,0 +1,233 @@
+"""Classification: texts, or pairs of texts, to a label each, to several labels at once, or to a number."""
+
+import csv
+from pathlib import Path
+from typing import Any, Literal, Optional
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor
+from torchmetrics import (
+    MeanAbsoluteError,
+    Metric,
+    MetricCollection,
+    PearsonCorrCoef,
+    SpearmanCorrCoef,
+)
+from torchmetrics.classification import (
+    MulticlassAccuracy,
+    MulticlassConfusionMatrix,
+    MulticlassF1Score,
+    MulticlassMatthewsCorrCoef,
+    MultilabelExactMatch,
+    MultilabelF1Score,
+)
+
+from lm_lightning.data.order import PADDING
+from lm_lightning.errors import UserError
+from lm_lightning.models.module import LanguageModule
+from lm_lightning.optim import OptimizerFactory, Schedule
+
+
+class Classification(LanguageModule):
+    """A network of `transformers` with a head over the whole text, whose labels keep their names in the export.
+
+    Args:
+        network: As for all models: settings of a new network.
+        pretrained: Folder or Hub name of weights to start from, instead of `network`, or a run folder.
+        optimizer: A `torch.optim.Optimizer` class with its settings.
+        schedule: Learning rate over the steps.
+        attention: Attention implementation of `transformers`.
+        compile: Whether to compile the network's body with `torch.compile`.
+        activation_checkpointing: Every how many blocks one is computed again in the backward pass; 0 for none.
+        on_nonfinite: What to do at a step that is not finite.
+        skip_limit: Steps in a row that are skipped, at most.
+        freeze: Patterns of names of parameters that are not trained, such as `*embeddings*`.
+        layer_decay: Factor of the learning rate from each layer to the one below it; the head has the whole rate.
+        class_weights: How much a training row counts, by its label; others count 1. `balanced` in the place of numbers
+            makes all labels count the same.
+        label_smoothing: Share of the target that is spread over all labels.
+    """
+
+    auto_class = transformers.AutoModelForSequenceClassification
+
+    def __init__(
+        self,
+        network: Optional[dict[str, Any]] = None,
+        pretrained: Optional[str] = None,
+        optimizer: OptimizerFactory = lambda params: torch.optim.AdamW(params, lr=1e-4, weight_decay=0.01),
+        schedule: Schedule = Schedule(shape="linear", final=0.0),
+        attention: Optional[str] = None,
+        compile: bool = False,
+        activation_checkpointing: int = 0,
+        on_nonfinite: Literal["stop", "skip"] = "stop",
+        skip_limit: int = 10,
+        freeze: list[str] = [],  # noqa: B006 (read only)
+        layer_decay: float = 1.0,
+        class_weights: dict[str, float] | Literal["balanced"] | None = None,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__(
+            network,
+            pretrained,
+            optimizer,
+            schedule,
+            attention,
+            compile,
+            activation_checkpointing,
+            on_nonfinite,
+            skip_limit,
+            freeze,
+            layer_decay,
+        )
+        self.class_weights, self.label_smoothing = class_weights, label_smoothing
+
+    # Network
+
+    def head_settings(self) -> dict[str, Any]:
+        data = self.trainer.datamodule
+        kinds = {"single": "single_label_classification", "several": "multi_label_classification"}
+        if data.kind == "number":
+            return {"num_labels": 1, "problem_type": "regression"}
+        return {
+            "id2label": dict(enumerate(data.labels)),
+            "label2id": {label: number for number, label in enumerate(data.labels)},
+            "problem_type": kinds[data.kind],
+        }
+
+    def configure_model(self) -> None:
+        made = self.network is None
+        data = self.trainer.datamodule
+        if made and data.kind != "number" and not data.labels:
+            # No training split, which would tell them: they are the network's own.
+            if self.pretrained is None:
+                raise UserError("which labels there are, the training split says: give --data.tables.train")
+            config = transformers.AutoConfig.from_pretrained(self.pretrained_folder())
+            data.labels = [config.id2label[number] for number in range(config.num_labels)]
+        super().configure_model()
+        if not made:
+            return
+        if data.kind == "several" or self.network.config.pad_token_id is None:
+            self.network.config.pad_token_id = data.tokenizer.pad_token_id
+        self.val_metrics = self.new_metrics()
+        weights = None if self.class_weights is None else self.weights_of_labels()
+        self.register_buffer("weights", weights, persistent=False)
+
+    def weights_of_labels(self) -> Tensor:
+        """How much each label counts, (labels,) float32."""
+        data = self.trainer.datamodule
+        if data.kind != "single":
+            raise UserError("model.class_weights are for data.kind single")
+        if self.class_weights == "balanced":
+            counts = torch.bincount(data.examples["train"].targets, minlength=len(data.labels))
+            return counts.sum() / (len(counts) * counts.clamp(min=1))
+        unknown = set(self.class_weights or {}) - set(data.labels)
+        if unknown:
+            raise UserError(f"model.class_weights has {sorted(unknown)}, but the labels are {data.labels}")
+        return torch.tensor([float((self.class_weights or {}).get(label, 1.0)) for label in data.labels])  # type: ignore
+
+    def new_metrics(self) -> MetricCollection:
+        """The metrics of an evaluation."""
+        data = self.trainer.datamodule
+        metrics: dict[str, Metric]
+        if data.kind == "number":
+            metrics = {"pearson": PearsonCorrCoef(), "spearman": SpearmanCorrCoef(), "mae": MeanAbsoluteError()}
+        elif data.kind == "several":
+            settings = {"num_labels": len(data.labels), "ignore_index": -100}
+            metrics = {"macro_f1": MultilabelF1Score(**settings), "exact_match": MultilabelExactMatch(**settings)}
+        else:
+            settings = {"num_classes": len(data.labels), "ignore_index": -100}
+            metrics = {
+                "accuracy": MulticlassAccuracy(**settings, average="micro"),
+                "macro_f1": MulticlassF1Score(**settings),
+                "matthews": MulticlassMatthewsCorrCoef(**settings),
+                "confusion": MulticlassConfusionMatrix(**settings),
+            }
+        return MetricCollection(metrics, compute_groups=False)
+
+    # Steps
+
+    def logits(self, batch: dict) -> Tensor:
+        """(B, labels) float32."""
+        inputs = {key: value for key, value in batch.items() if key not in ("targets", "id")}
+        return self.network(**inputs).logits.float()
+
+    def losses(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Their sum over the rows that count, and how many these are or weigh: () float32 both."""
+        if self.trainer.datamodule.kind == "number":
+            counts = ~targets.isnan()
+            return ((logits.squeeze(-1) - targets.nan_to_num()).square() * counts).sum(), counts.sum().float()
+        if self.trainer.datamodule.kind == "several":
+            counts = ~targets.isnan()
+            losses = F.binary_cross_entropy_with_logits(logits, targets.nan_to_num(), reduction="none")
+            return (losses * counts).sum() / targets.shape[1], counts[:, 0].sum().float()
+        weights = self.weights if self.training else None
+        smoothing = self.label_smoothing if self.training else 0.0
+        loss = F.cross_entropy(logits, targets, weights, ignore_index=-100, reduction="sum", label_smoothing=smoothing)
+        counts = (targets != -100).float()
+        return loss, (counts if weights is None else counts * weights[targets.clamp(min=0)]).sum()
+
+    def loss(self, batch: dict) -> tuple[Tensor, Tensor]:
+        return self.losses(self.logits(batch), batch["targets"])
+
+    def validation_step(self, batch: dict, batch_idx: int) -> None:
+        logits, targets = self.logits(batch), batch["targets"]
+        self.val_loss.update(*self.losses(logits, targets))
+        kind = self.trainer.datamodule.kind
+        if kind == "number":
+            counts = ~targets.isnan()
+            self.val_metrics.update(logits.squeeze(-1)[counts], targets[counts])
+        elif kind == "several":
+            self.val_metrics.update(logits.sigmoid(), targets.nan_to_num(-100).long())
+        else:
+            self.val_metrics.update(logits, targets)
+
+    def metrics(self, loss: Tensor, split: str) -> dict[str, Tensor]:
+        """Adds the metrics of the task, and writes those of each label."""
+        values = self.val_metrics.compute()
+        self.val_metrics.reset()
+        confusion = values.pop("confusion", None)
+        if confusion is not None and self.trainer.is_global_zero and not self.trainer.sanity_checking:
+            write_results(confusion.cpu(), self.trainer.datamodule.labels, Path(self.trainer.default_root_dir))
+        return {"loss": loss} | values
+
+    def predict_step(self, batch: dict, batch_idx: int) -> list[dict]:
+        """For each row its `id` (its number), `label` and the `scores` of all; several `labels`; or a `score`."""
+        data = self.trainer.datamodule
+        logits, rows = self.logits(batch), []
+        scores = {"single": lambda: logits.softmax(-1), "several": logits.sigmoid, "number": lambda: logits}[
+            data.kind
+        ]()
+        for number, values in zip(batch["id"], scores.tolist()):
+            if number == PADDING:
+                continue
+            named = dict(zip(data.labels, values))
+            if data.kind == "number":
+                rows.append({"id": number, "score": values[0]})
+            elif data.kind == "several":
+                rows.append({"id": number, "labels": [k for k, v in named.items() if v > 0.5], "scores": named})
+            else:
+                label = max(named, key=lambda name: named[name])
+                rows.append({"id": number, "label": label, "score": named[label], "scores": named})
+        return rows
+
+
+def write_results(confusion: Tensor, labels: list[str], folder: Path) -> None:
+    """Writes `results.csv`, how well each label is told, and `confusion.csv`, how often each was taken for which.
+
+    Args:
+        confusion: (labels, labels) int64, right ones by rows.
+        labels: Their names.
+        folder: Is there.
+    """
+    right, gold, told = confusion.diag().tolist(), confusion.sum(1).tolist(), confusion.sum(0).tolist()
+    with open(folder / "results.csv", "w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["label", "precision", "recall", "f1", "rows"])
+        for label, r, g, t in zip(labels, right, gold, told):
+            table.writerow([label, r / t if t else 0.0, r / g if g else 0.0, 2 * r / (g + t) if g + t else 0.0, g])
+    with open(folder / "confusion.csv", "w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["right \\ told", *labels])
+        table.writerows([label, *row] for label, row in zip(labels, confusion.tolist()))

@@ -1,0 +1,237 @@
+"""Classification: labels keep their names, scores are right, and plain transformers tells the same."""
+
+import csv
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import command
+
+from lm_lightning.data.order import by_length, samples_at
+from lm_lightning.data.tokenizer import Tokenizer, train
+from lm_lightning.errors import UserError
+from lm_lightning.optim import parameter_groups
+
+WORDS = {"good": ["fine", "lovely", "bright"], "bad": ["dull", "awful", "bleak"], "mixed": ["odd", "long", "plain"]}
+
+
+def rows(number: int, seed: int) -> list[dict]:
+    """Sentences of made-up words, whose label is that of the one telling word."""
+    draw, result = random.Random(seed), []
+    for i in range(number):
+        label = draw.choice(list(WORDS))
+        text = " ".join(
+            draw.choices(["the", "film", "was", "a", "story", "of", "two", "rivers"], k=draw.randint(2, 12))
+        )
+        other = draw.choice(["it", "they", "we"])
+        row = {"text": f"{text} {draw.choice(WORDS[label])}", "other": other, "label": label, "number": len(text) / 10}
+        result.append(row | {"several": [label] + (["short"] if len(text) < 20 else []), "i": i})
+    return result
+
+
+def write(path: Path, content: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in content), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    texts = (row["text"] for row in rows(300, 0))
+    train(Tokenizer(algorithm="wordpiece", vocab_size=200, lowercase=True), texts, "bert").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, tokenizer: Path) -> Path:
+    """A tiny BERT that tells three labels after some twenty steps."""
+    files = {
+        split: [str(write(tmp_path / f"{split}.jsonl", rows(n, i)))]
+        for i, (split, n) in enumerate({"train": 300, "validation": 50, "test": 45}.items())
+    }
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    network = {"model_type": "bert", "max_position_embeddings": 64, **sizes}
+    content = {
+        "model": {
+            "class_path": "Classification",
+            "init_args": {
+                "network": network,
+                "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 3e-3}},
+                "schedule": {"warmup_steps": 2, "shape": "constant"},
+            },
+        },
+        "data": {
+            "class_path": "ClassificationData",
+            "init_args": {"tables": files, "tokenizer": {"path": str(tokenizer)}, "max_length": 32, "batch_size": 16},
+        },
+        "best": {"monitor": "val/accuracy", "mode": "max"},
+        "trainer": {
+            **{"max_steps": 40, "val_check_interval": 20, "check_val_every_n_epoch": None, "log_every_n_steps": 1},
+            **{"accelerator": "cpu", "precision": "32-true"},
+        },
+        "runs_dir": str(tmp_path / "runs"),
+    }
+    file = tmp_path / "classify.yaml"
+    file.write_text(yaml.safe_dump(content))
+    return file
+
+
+def test_labels_are_learned_and_told_by_transformers_pipeline(fit, cli, recipe: Path, tmp_path: Path):
+    from transformers import pipeline
+
+    run = fit("--trainer.max_steps", 80)
+    out = cli("test", "--config", recipe, "--ckpt_path", run / "checkpoints" / "best.ckpt")
+    gold = rows(45, 2)
+    tell = pipeline("text-classification", str(run / "model"))
+    told = tell([row["text"] for row in gold], top_k=None)
+    cli("predict", "--config", recipe, "--ckpt_path", run / "checkpoints" / "last.ckpt")
+    predicted = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in predicted] == list(range(45))
+    for own, other in zip(predicted, told):
+        scores = {entry["label"]: entry["score"] for entry in other}
+        assert scores.keys() == WORDS.keys() == own["scores"].keys()
+        assert all(abs(scores[label] - own["scores"][label]) < 1e-5 for label in scores)
+    right = sum(own["label"] == row["label"] for own, row in zip(predicted, gold))
+    assert right / 45 > 0.8 and "test/accuracy" in out
+
+    with open(run / "results.csv", newline="") as file:  # of the best state, which may be another
+        table = list(csv.DictReader(file))
+    assert [row["label"] for row in table] == sorted(WORDS)
+    assert sum(int(row["rows"]) for row in table) == 45
+
+
+def test_metrics_are_those_of_the_definitions(fit, cli, recipe: Path):
+    run = fit("--trainer.max_steps", 12)  # not yet perfect
+    out = cli("test", "--config", recipe, "--ckpt_path", run / "checkpoints" / "last.ckpt", "--data.batch_size", 16)
+    cli("predict", "--config", recipe, "--ckpt_path", run / "checkpoints" / "last.ckpt")
+    told = [json.loads(line)["label"] for line in (run / "predictions.jsonl").read_text().splitlines()]
+    gold = [row["label"] for row in rows(45, 2)]
+    f1 = []
+    for label in WORDS:
+        both = sum(t == g == label for t, g in zip(told, gold))
+        f1.append(2 * both / (told.count(label) + gold.count(label)))
+    accuracy = sum(t == g for t, g in zip(told, gold)) / 45
+    for name, value in {"accuracy": accuracy, "macro_f1": sum(f1) / 3}.items():
+        shown = next(line for line in out.splitlines() if f"test/{name}" in line).split("│")[2]
+        assert float(shown) == pytest.approx(value, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "metric"),
+    [
+        (("--data.kind", "number", "--data.columns.label", "number"), "spearman"),
+        (("--data.kind", "several", "--data.columns.label", "several"), "exact_match"),
+        (
+            ("--data.columns.pair", "other", "--model.class_weights", "balanced", "--model.label_smoothing", 0.1),
+            "accuracy",
+        ),
+    ],
+    ids=["number", "several", "pair"],
+)
+def test_kinds(fit, flags: tuple, metric: str):
+    run = fit(*flags, "--best.monitor", "val/loss", "--best.mode", "min", "--trainer.max_steps", 120)
+    with open(run / "metrics.csv", newline="") as file:
+        values = [float(row[f"val/{metric}"]) for row in csv.DictReader(file) if row[f"val/{metric}"]]
+    assert values[-1] > 0.5
+    config = json.loads((run / "model" / "config.json").read_text())
+    assert config["problem_type"] == ("regression" if metric == "spearman" else config["problem_type"])
+
+
+def test_resumed_run_and_other_micro_batches_are_the_same(fit, recipe: Path):
+    off = ("--model.network.hidden_dropout_prob", 0, "--model.network.attention_probs_dropout_prob", 0)
+    whole = fit("--name", "whole", *off, "--trainer.max_steps", 30, "--trainer.val_check_interval", 10)
+    parts = ("--data.batch_size", 8, "--trainer.accumulate_grad_batches", 2, "--trainer.val_check_interval", 20)
+    part = fit("--name", "part", *off, "--trainer.max_steps", 15, *parts)
+    assert fit("--name", "part", *off, "--trainer.max_steps", 30, *parts, "--ckpt_path", "last") == part
+    states = [torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for run in (whole, part)]
+    assert all(torch.allclose(states[0][key], states[1][key], atol=1e-4) for key in states[0])
+
+
+def test_two_processes_do_and_score_what_one_does(fit, recipe: Path):
+    """50 rows of validation and 8 a batch: the last batches are unequal, and padding does not count."""
+    off = ("--model.network.hidden_dropout_prob", 0, "--model.network.attention_probs_dropout_prob", 0)
+    one = fit("--name", "one", *off)
+    flags = ("--trainer.strategy", "fsdp2", "--trainer.devices", 2, "--data.batch_size", 8, "--name", "two")
+    result = command("fit", "--config", recipe, *off, *flags)
+    assert result.returncode == 0, result.stderr
+    (two,) = (recipe.parent / "runs" / "two").iterdir()
+    values = []
+    for run in (one, two):
+        with open(run / "metrics.csv", newline="") as file:
+            rows = list(csv.DictReader(file))
+        names = ("train/loss", "val/loss", "val/accuracy", "val/macro_f1", "val/matthews")
+        values.append([float(row[name]) for row in rows for name in names if row[name]])
+    assert len(values[0]) == 40 + 2 * 4 and values[0] == pytest.approx(values[1], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (
+            {"label": "strange"},
+            r"validation.jsonl:4: the label 'strange' is none of the training split \(bad, good, mixed\)",
+        ),
+        ({"label": None}, "validation.jsonl:4: the row has no label"),
+        ({"text": " "}, "validation.jsonl:4: column 'text' has no text"),
+    ],
+)
+def test_mistakes_name_file_and_row(fit, recipe: Path, change: dict, reason: str):
+    content = rows(50, 1)
+    content[3] |= change
+    write(recipe.parent / "validation.jsonl", content)
+    with pytest.raises(UserError, match=reason):
+        fit()
+
+
+def test_wrong_columns_and_numbers_are_refused(fit):
+    with pytest.raises(UserError, match="no column 'review'; the columns are text, other, label"):
+        fit("--data.columns.text", "review")
+    with pytest.raises(UserError, match="train.jsonl:1: column 'label' has no number"):
+        fit("--data.kind", "number")
+    with pytest.raises(UserError, match="is the name of no parameter"):
+        fit("--model.freeze", '["*nothing*"]')
+
+
+def test_what_is_cut_is_counted(cli, recipe: Path):
+    out = cli("fit", "--config", recipe, "--data.max_length", 8, "--trainer.max_steps", 3)
+    assert "rows are cut to 8 tokens" in out
+
+
+def test_order_by_length_is_a_permutation_that_needs_little_padding():
+    lengths = np.random.default_rng(0).integers(5, 100, size=10_000)
+    order = by_length(samples_at(np.arange(10_000), 10_000, 3), lengths, 3)
+    assert sorted(order) == list(range(10_000))
+    assert (order == by_length(samples_at(np.arange(10_000), 10_000, 3), lengths, 3)).all()
+    batches = lengths[order][: 10_000 // 32 * 32].reshape(-1, 32)
+    assert batches.sum() / (batches.max(1) * 32).sum() > 0.95
+    assert abs(np.corrcoef(np.arange(len(batches)), batches.mean(1))[0, 1]) < 0.2  # short ones do not come first
+
+
+def test_layers_below_learn_more_slowly():
+    from transformers import BertConfig, BertForSequenceClassification
+
+    config = BertConfig(hidden_size=8, num_hidden_layers=3, num_attention_heads=2, intermediate_size=8, vocab_size=20)
+    network = BertForSequenceClassification(config)
+    factors = {id(p): group["lr_factor"] for group in parameter_groups(network, 0.5) for p in group["params"]}
+    assert len(factors) == len(list(network.parameters()))
+    bert = network.bert
+    assert factors[id(network.classifier.weight)] == factors[id(bert.pooler.dense.weight)] == 1
+    assert factors[id(bert.encoder.layer[2].output.dense.weight)] == 0.5
+    assert factors[id(bert.encoder.layer[0].output.dense.bias)] == 0.125
+    assert factors[id(bert.embeddings.word_embeddings.weight)] == 0.0625
+
+
+def test_frozen_parameters_stay(fit):
+    run = fit("--model.freeze", '["*embeddings*", "*layer.0*"]', "--model.layer_decay", 0.8, "--trainer.max_steps", 5)
+    state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    other = torch.load(
+        fit("--model.freeze", '["*embeddings*", "*layer.0*"]', "--trainer.max_steps", 3) / "checkpoints" / "last.ckpt",
+        weights_only=True,
+    )["state_dict"]
+    for name, weight in state["state_dict"].items():
+        frozen = "embeddings" in name or "layer.0" in name
+        assert torch.equal(weight, other[name]) == frozen or name.endswith("key.bias"), name
