@@ -79,7 +79,7 @@ class ClassificationData(StreamData):
         self.tokenizer = load(self.tokenizer_options.path)
         self.tokenizer.padding_side = "right"
         self.collate = functools.partial(labelled.padded, self.tokenizer)
-        train = labelled.read(self.tables, "train") if self.tables.train else []
+        train = labelled.read(self.tables, "train") if self.tables.train or stage == "fit" else []
         if self.kind != "number" and not self.labels:
             self.labels = sorted({label for row in train for label in self.names(row)})
             if train and len(self.labels) < 2:

@@ -192,6 +192,8 @@ def test_wrong_columns_and_numbers_are_refused(fit):
         fit("--data.columns.text", "review")
     with pytest.raises(UserError, match="train.jsonl:1: column 'label' has no number"):
         fit("--data.kind", "number")
+    with pytest.raises(UserError, match="the train split has no rows: name files with --data.tables.train"):
+        fit("--data.tables.train", "[]")
     with pytest.raises(UserError, match="is the name of no parameter"):
         fit("--model.freeze", '["*nothing*"]')
 
