@@ -152,8 +152,13 @@ def test_spawned_processes_do_what_one_does(fit, recipe: Path):
     result = command("fit", "--config", recipe, *off, *flags)
     assert result.returncode == 0, result.stderr
     (run,) = (recipe.parent / "runs" / "spawned").iterdir()
+    losses = []
+    for folder in (one, run):
+        with open(folder / "metrics.csv", newline="") as file:
+            losses.append([float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]])
+    assert len(losses[0]) == 10 and losses[0] == pytest.approx(losses[1], abs=1e-5)
     ours, theirs = weights(one), weights(run)
-    assert all(torch.allclose(ours[key], theirs[key], atol=1e-5) for key in ours)
+    assert all(torch.allclose(ours[key], theirs[key], atol=1e-3) for key in ours)
 
 
 def test_srun_makes_one_run_folder_and_says_everything_once(recipe: Path):

@@ -45,8 +45,7 @@ def data(tmp_path, text="one two three\n" * 20, **options):
         state=SimpleNamespace(fn="fit"),
         limit_val_batches=1.0,
         is_global_zero=True,
-        global_rank=0,
-        world_size=1,
+        strategy=SimpleNamespace(distributed_sampler_kwargs={"rank": 0, "num_replicas": 1}),
         accumulate_grad_batches=3,
     )
     return result
@@ -226,7 +225,7 @@ def test_all_ranks_together_evaluate_each_token_once(tmp_path, world_size):
     fitting.setup("fit")
     ids, count = [], 0
     for rank in range(world_size):
-        fitting.trainer.global_rank, fitting.trainer.world_size = rank, world_size
+        fitting.trainer.strategy.distributed_sampler_kwargs = {"rank": rank, "num_replicas": world_size}
         for batch in fitting.val_dataloader():
             assert batch["input_ids"].shape == (4, T)
             ids += [sample for sample in batch["id"] if sample != PADDING]
