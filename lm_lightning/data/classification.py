@@ -81,15 +81,37 @@ class ClassificationData(StreamData):
         self.collate = functools.partial(labelled.padded, self.tokenizer)
         train = labelled.read(self.tables, "train") if self.tables.train or stage == "fit" else []
         if self.kind != "number" and not self.labels:
-            self.labels = sorted({label for row in train for label in self.names(row)})
-            if train and len(self.labels) < 2:
-                raise UserError(f"the training split has {len(self.labels)} label, but must have 2 or more")
+            self.labels = self.label_names(train)
         needed = {"fit": ["train", "validation"], "validate": ["validation"], "test": ["test"], "predict": ["predict"]}
         for split in needed[stage]:
             if split not in self.examples:
                 self.examples[split] = self.encode(
                     split, train if split == "train" else labelled.read(self.tables, split)
                 )
+
+    def label_names(self, train: list[Row]) -> list[str]:
+        """The labels in the order of their numbers: that of the network, if it tells the same ones already.
+
+        Raises:
+            UserError: If neither the training split nor the network says which they are, or they do not agree where
+                the network is only measured.
+        """
+        own, found = (
+            self.trainer.lightning_module.own_labels(),
+            sorted({name for row in train for name in self.names(row)}),
+        )
+        if train and len(found) < 2:
+            raise UserError(f"the training split has {len(found)} label, but must have 2 or more")
+        if set(found) == set(own) or not found:
+            if not own:
+                raise UserError("which labels there are, the training split says: give --data.tables.train")
+            return own
+        if own and self.trainer.state.fn != "fit" and self.trainer.ckpt_path is None:
+            raise UserError(
+                f"model.pretrained tells the labels {', '.join(own[:20])}, but the training split has "
+                f"{', '.join(found[:20])}: leave --data.tables.train out to take the network's, or fit it first"
+            )
+        return found
 
     def encode(self, split: str, rows: list[Row]) -> Examples:
         """Tokenizes the rows of a split and tells what it has."""
@@ -142,8 +164,9 @@ class ClassificationData(StreamData):
         names = self.names(row)
         for name in names:
             if name not in self.labels:
+                whose = "the training split" if self.tables.train else "model.pretrained"
                 raise UserError(
-                    f"{row.where}: the label {name!r} is none of the training split ({', '.join(self.labels[:20])}): "
+                    f"{row.where}: the label {name!r} is none of {whose} ({', '.join(self.labels[:20])}): "
                     "mend the row, or give training rows that have it"
                 )
         if self.kind == "single":

@@ -99,12 +99,6 @@ class Classification(LanguageModule):
     def configure_model(self) -> None:
         made = self.network is None
         data = self.trainer.datamodule
-        if made and data.kind != "number" and not data.labels:
-            # No training split, which would tell them: they are the network's own.
-            if self.pretrained is None:
-                raise UserError("which labels there are, the training split says: give --data.tables.train")
-            config = transformers.AutoConfig.from_pretrained(self.pretrained_folder())
-            data.labels = [config.id2label[number] for number in range(config.num_labels)]
         super().configure_model()
         if not made:
             return

@@ -3,6 +3,7 @@
 import csv
 import json
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 import yaml
 from conftest import command
+from safetensors.torch import load_file, save_file
 
 from lm_lightning.data.order import by_length, samples_at
 from lm_lightning.data.tokenizer import Tokenizer, train
@@ -166,6 +168,41 @@ def test_two_processes_do_and_score_what_one_does(fit, recipe: Path):
         names = ("train/loss", "val/loss", "val/accuracy", "val/macro_f1", "val/matthews")
         values.append([float(row[name]) for row in rows for name in names if row[name]])
     assert len(values[0]) == 40 + 2 * 4 and values[0] == pytest.approx(values[1], abs=1e-4)
+
+
+def accuracy(out: str) -> float:
+    return float(next(line for line in out.splitlines() if "test/accuracy" in line).split("│")[2])
+
+
+def test_a_trained_network_tells_its_labels_itself(fit, cli, recipe: Path):
+    """A network's labels may be numbered in any order; rows are counted by their names."""
+    run = fit("--trainer.max_steps", 60)
+    other = recipe.parent / "other"
+    shutil.copytree(run / "model", other)
+    config = json.loads((other / "config.json").read_text())
+    names = ["mixed", "good", "bad"]  # here they are sorted: bad, good, mixed
+    config |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    (other / "config.json").write_text(json.dumps(config))
+    weights = load_file(other / "model.safetensors")
+    turned = {k: v.flip(0).contiguous() if k.startswith("classifier.") else v for k, v in weights.items()}
+    save_file(turned, other / "model.safetensors", metadata={"format": "pt"})
+
+    right = accuracy(cli("test", "--config", recipe, "--ckpt_path", run / "checkpoints" / "last.ckpt"))
+    assert right > 0.8
+    for pretrained in (run, other):
+        measure = ("test", "--config", recipe, "--model.network", "null", "--model.pretrained", pretrained)
+        assert accuracy(cli(*measure)) == pytest.approx(right)
+        assert accuracy(cli(*measure, "--data.tables.train", "[]")) == pytest.approx(right)
+
+
+def test_a_network_of_other_labels_gets_a_new_head(fit, cli, recipe: Path):
+    run = fit("--trainer.max_steps", 5)
+    train = write(recipe.parent / "two.jsonl", [row for row in rows(100, 3) if row["label"] != "mixed"])
+    flags = ("--model.network", "null", "--model.pretrained", run, "--data.tables.train", train)
+    two = fit(*flags, "--data.tables.validation", train, "--trainer.max_steps", 5)
+    assert json.loads((two / "model" / "config.json").read_text())["id2label"] == {"0": "bad", "1": "good"}
+    with pytest.raises(UserError, match="tells the labels bad, good, mixed, but the training split has bad, good"):
+        cli("test", "--config", recipe, *flags)
 
 
 @pytest.mark.parametrize(
