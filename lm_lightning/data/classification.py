@@ -117,11 +117,10 @@ class ClassificationData(StreamData):
         """Tokenizes the rows of a split and tells what it has."""
         texts = [row.text(self.columns.text) for row in rows]
         pairs = None if self.columns.pair is None else [row.text(self.columns.pair) for row in rows]
-        whole = self.tokenizer(texts, pairs, return_attention_mask=False)["input_ids"]
-        cut = sum(len(ids) > self.block_size for ids in whole)
         encoded = self.tokenizer(
             texts, pairs, return_attention_mask=False, truncation="longest_first", max_length=self.block_size
         )
+        cut = sum(bool(encoding.overflowing) for encoding in encoded.encodings)
         encodings = [dict(zip(encoded, values)) for values in zip(*encoded.values())]
         if split == "predict":
             targets = torch.full((len(rows),), -100)
@@ -175,6 +174,12 @@ class ClassificationData(StreamData):
 
     def samples(self, split: str) -> Examples:
         return self.examples[split]
+
+    @property
+    def predict_table(self) -> bool:
+        """Whether the rows to predict come from CSV or TSV files, so that the predictions are wanted as such."""
+        paths = labelled.files(self.tables, "predict")
+        return all(labelled.kind(path, self.tables) in (".csv", ".tsv") for path in paths)
 
     def predict_dataloader(self) -> torch.utils.data.DataLoader:
         return self.evaluation_loader("predict")

@@ -97,16 +97,8 @@ def read(tables: Tables, split: str) -> list[Row]:
     Raises:
         UserError: Names the file and line of what cannot be read.
     """
-    patterns = getattr(tables, split)
-    if split == "predict" and not patterns:
-        patterns = tables.test
     own = split in ("train", "validation") and not tables.validation
-    rows = [
-        row
-        for pattern in (tables.train if own else patterns)
-        for _, path in expand(pattern)
-        for row in of(path, tables)
-    ]
+    rows = [row for path in files(tables, split) for row in of(path, tables)]
     if own and tables.train:
         rows = [row for row in rows if held_out(row, tables.validation_fraction) == (split == "validation")]
     if not rows:
@@ -114,9 +106,24 @@ def read(tables: Tables, split: str) -> list[Row]:
     return rows
 
 
+def files(tables: Tables, split: str) -> list[Path]:
+    """The files that the rows of a split are in, in the order of reading."""
+    patterns = getattr(tables, split)
+    if split == "predict":
+        patterns = patterns or tables.test
+    elif split == "validation":
+        patterns = patterns or tables.train
+    return [path for pattern in patterns for _, path in expand(pattern)]
+
+
+def kind(path: Path, tables: Tables) -> str:
+    """The format of a file, as a suffix such as `.csv`."""
+    return FORMATS[tables.format] if tables.format else formats.suffixes(path)[0]
+
+
 def of(path: Path, tables: Tables) -> Iterator[Row]:
     """The rows of a file."""
-    suffix = FORMATS[tables.format] if tables.format else formats.suffixes(path)[0]
+    suffix = kind(path, tables)
     if suffix not in formats.ROWS:
         raise UserError(f"{path} is no table by its name: say what it is with --data.tables.format csv (or tsv, jsonl)")
     if tables.header is not None:
@@ -144,7 +151,7 @@ class Examples(Dataset):
         encodings: Of each row: `input_ids` and, for pairs, `token_type_ids`.
         targets: Of each row, (N, ...) float32 or int64.
         padding: What takes the place of a target that does not count.
-        seed: Of the order and its epochs; None for the rows' own order.
+        seed: Of the order and its epochs; None for evaluation: once through the rows, the longest first.
 
     Items are dicts of the encoding, `targets` and `id`, the number of the row.
     """
@@ -152,14 +159,17 @@ class Examples(Dataset):
     def __init__(self, encodings: list[dict], targets: torch.Tensor, padding: float, seed: Optional[int]) -> None:
         self.encodings, self.targets, self.padding, self.seed = encodings, targets, padding, seed
         self.lengths = np.array([len(encoding["input_ids"]) for encoding in encodings])
+        self.longest_first = np.argsort(-self.lengths, kind="stable")
 
     def __len__(self) -> int:
         return len(self.encodings)
 
     def __getitem__(self, position: int) -> dict:
         if position == PADDING:
-            return self.encodings[0] | {"targets": torch.full_like(self.targets[0], self.padding), "id": PADDING}
-        row = position if self.seed is None else int(self.epoch(position // len(self))[position % len(self)])
+            shortest = self.encodings[self.longest_first[-1]]
+            return shortest | {"targets": torch.full_like(self.targets[0], self.padding), "id": PADDING}
+        order = self.longest_first if self.seed is None else self.epoch(position // len(self))
+        row = int(order[position % len(self)])
         return self.encodings[row] | {"targets": self.targets[row], "id": row}
 
     @functools.lru_cache(maxsize=2)  # noqa: B019 (as long-lived as the run)

@@ -13,6 +13,7 @@ import yaml
 from conftest import command
 from safetensors.torch import load_file, save_file
 
+from lm_lightning.data.labelled import Examples
 from lm_lightning.data.order import by_length, samples_at
 from lm_lightning.data.tokenizer import Tokenizer, train
 from lm_lightning.errors import UserError
@@ -120,6 +121,36 @@ def test_metrics_are_those_of_the_definitions(fit, cli, recipe: Path):
     for name, value in {"accuracy": accuracy, "macro_f1": sum(f1) / 3}.items():
         shown = next(line for line in out.splitlines() if f"test/{name}" in line).split("│")[2]
         assert float(shown) == pytest.approx(value, abs=1e-5)
+
+
+def test_predictions_are_aligned_with_a_csv_file(fit, cli, recipe: Path):
+    """Two processes, rows of all lengths in batches of similar ones: the table has the file's order."""
+    run, content = fit("--trainer.max_steps", 60), rows(21, 4)
+    file = recipe.parent / "new.csv"
+    with open(file, "w", newline="") as stream:
+        table = csv.DictWriter(stream, ["text", "other"], extrasaction="ignore")
+        table.writeheader()
+        table.writerows(content)
+    flags = ("--config", recipe, "--ckpt_path", run / "checkpoints" / "last.ckpt", "--data.tables.predict", file)
+    result = command("predict", *flags, "--data.batch_size", 4, "--trainer.devices", 2, "--trainer.strategy", "ddp")
+    assert result.returncode == 0, result.stderr
+    with open(run / "predictions.csv", newline="") as stream:
+        told = list(csv.DictReader(stream))
+    assert [int(row["id"]) for row in told] == list(range(21))
+    assert sum(row["label"] == right["label"] for row, right in zip(told, content)) > 0.8 * 21
+    for row in told:
+        scores = {label: float(row[f"scores.{label}"]) for label in WORDS}
+        assert max(scores, key=scores.__getitem__) == row["label"] and sum(scores.values()) == pytest.approx(1)
+
+
+def test_evaluation_needs_little_padding():
+    lengths = np.random.default_rng(0).integers(5, 100, size=500)
+    encodings = [{"input_ids": [1] * int(length)} for length in lengths]
+    examples = Examples(encodings, torch.arange(500), -100, None)
+    batches = [[len(examples[i]["input_ids"]) for i in range(start, start + 20)] for start in range(0, 500, 20)]
+    assert sum(map(sum, batches)) / sum(max(batch) * 20 for batch in batches) > 0.9
+    assert sorted(examples[i]["id"] for i in range(500)) == list(range(500))
+    assert all(examples[i]["targets"] == examples[i]["id"] for i in range(500))
 
 
 @pytest.mark.parametrize(
@@ -237,7 +268,10 @@ def test_wrong_columns_and_numbers_are_refused(fit):
 
 def test_what_is_cut_is_counted(cli, recipe: Path):
     out = cli("fit", "--config", recipe, "--data.max_length", 8, "--trainer.max_steps", 3)
-    assert "rows are cut to 8 tokens" in out
+    tokens = [len(row["text"].split()) + 2 for row in rows(300, 0)]  # each word is one, by this tokenizer
+    assert (
+        f"train: 300 rows, {sum(min(n, 8) for n in tokens):,} tokens, {sum(n > 8 for n in tokens)} rows are cut" in out
+    )
 
 
 def test_order_by_length_is_a_permutation_that_needs_little_padding():
