@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from conftest import command
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from lm_lightning.data.labelled import Examples
@@ -113,10 +114,20 @@ def test_metrics_are_those_of_the_definitions(fit, cli, recipe: Path):
     cli("predict", "--config", recipe, "--ckpt_path", run / "checkpoints" / "last.ckpt")
     told = [json.loads(line)["label"] for line in (run / "predictions.jsonl").read_text().splitlines()]
     gold = [row["label"] for row in rows(45, 2)]
+    with open(run / "results.csv", newline="") as file:
+        table = {row["label"]: row for row in csv.DictReader(file)}
     f1 = []
     for label in WORDS:
         both = sum(t == g == label for t, g in zip(told, gold))
         f1.append(2 * both / (told.count(label) + gold.count(label)))
+        values = {"precision": both / max(told.count(label), 1), "recall": both / gold.count(label), "f1": f1[-1]}
+        assert {name: float(table[label][name]) for name in values} == pytest.approx(values)
+        assert int(table[label]["rows"]) == gold.count(label)
+    with open(run / "confusion.csv", newline="") as file:
+        head, *counts = csv.reader(file)
+    assert counts == [[g, *(str(list(zip(gold, told)).count((g, t))) for t in head[1:])] for g in sorted(WORDS)]
+    assert (run / "results.md").read_text().startswith("test, last.ckpt\n")
+    assert Image.open(run / "confusion.png").size[0] > 300
     accuracy = sum(t == g for t, g in zip(told, gold)) / 45
     for name, value in {"accuracy": accuracy, "macro_f1": sum(f1) / 3}.items():
         shown = next(line for line in out.splitlines() if f"test/{name}" in line).split("│")[2]
@@ -172,6 +183,31 @@ def test_kinds(fit, flags: tuple, metric: str):
     assert values[-1] > 0.5
     config = json.loads((run / "model" / "config.json").read_text())
     assert config["problem_type"] == ("regression" if metric == "spearman" else config["problem_type"])
+
+
+def test_results_of_several_labels_are_those_of_the_definitions(fit, cli, recipe: Path):
+    flags = ("--data.kind", "several", "--data.columns.label", "several", "--best.monitor", "val/loss")
+    flags = (*flags, "--best.mode", "min", "--model.schedule.warmup_steps", 2)
+    run = fit(*flags, "--trainer.max_steps", 60)
+    for command_ in ("test", "predict"):
+        cli(command_, "--config", recipe, *flags, "--ckpt_path", run / "checkpoints" / "last.ckpt")
+    told = [set(json.loads(line)["labels"]) for line in (run / "predictions.jsonl").read_text().splitlines()]
+    gold = [set(row["several"]) for row in rows(45, 2)]
+    with open(run / "results.csv", newline="") as file:
+        table = {row["label"]: row for row in csv.DictReader(file)}
+    assert table.keys() == {*WORDS, "short"}
+    for label, row in table.items():
+        both = sum(label in t and label in g for t, g in zip(told, gold))
+        has, said = sum(label in g for g in gold), sum(label in t for t in told)
+        values = (int(row["rows"]), float(row["recall"]), float(row["precision"]))
+        assert values == pytest.approx((has, both / max(has, 1), both / max(said, 1))), label
+    assert any(float(row["precision"]) > 0.5 for row in table.values())
+
+
+def test_training_stops_early(fit):
+    stop = ("--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor", "val/accuracy")
+    run = fit(*stop, "--trainer.callbacks.mode", "max", "--trainer.callbacks.patience", 2, "--trainer.max_steps", 2000)
+    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] < 1000
 
 
 def test_resumed_run_and_other_micro_batches_are_the_same(fit, recipe: Path):
