@@ -1,7 +1,7 @@
 """BERT: masked language models, with or without next sentences."""
 
 from contextlib import nullcontext
-from typing import Any, Optional
+from typing import Any
 
 import torch
 import transformers
@@ -12,7 +12,6 @@ from lm_lightning.losses import linear_cross_entropy
 from lm_lightning.models.metrics import Ratio
 from lm_lightning.models.module import LanguageModule
 from lm_lightning.models.network import headless
-from lm_lightning.optim import OptimizerFactory, Schedule
 
 
 class MaskedLM(LanguageModule):
@@ -22,31 +21,14 @@ class MaskedLM(LanguageModule):
     its loss is the sum of the two means, as in BERT (Devlin et al., 2019, arXiv:1810.04805).
 
     Args:
-        network: As for all models: settings of a new network.
-        pretrained: Folder or Hub name of weights to start from, instead of `network`.
-        optimizer: A `torch.optim.Optimizer` class with its settings.
-        schedule: Learning rate over the steps.
-        attention: Attention implementation of `transformers`.
-        compile: Whether to compile the network's body with `torch.compile`.
-        activation_checkpointing: Every how many blocks one is computed again in the backward pass; 0 for none.
         unigram_start: Whether the bias of a new network's head starts at the logarithm of the tokens' frequencies, so
             that it need not be learned. Without effect where the head has no bias.
         candidates: How many tokens `predict` gives for each hidden one.
+        options: Those of all models, see `LanguageModule`.
     """
 
-    def __init__(
-        self,
-        network: Optional[dict[str, Any]] = None,
-        pretrained: Optional[str] = None,
-        optimizer: OptimizerFactory = lambda params: torch.optim.AdamW(params, lr=1e-3, weight_decay=0.1),
-        schedule: Schedule = Schedule(),
-        attention: Optional[str] = None,
-        compile: bool = False,
-        activation_checkpointing: int = 0,
-        unigram_start: bool = True,
-        candidates: int = 5,
-    ) -> None:
-        super().__init__(network, pretrained, optimizer, schedule, attention, compile, activation_checkpointing)
+    def __init__(self, unigram_start: bool = True, candidates: int = 5, **options: Any) -> None:
+        super().__init__(**options)
         self.unigram_start, self.candidates = unigram_start, candidates
         self.val_accuracy, self.val_next_loss, self.val_next_accuracy = Ratio(), Ratio(), Ratio()
 

@@ -1,7 +1,7 @@
 """Classification: texts, or pairs of texts, to a label each, to several labels at once, or to a number."""
 
 from pathlib import Path
-from typing import Any, Literal, Optional
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -28,60 +28,27 @@ from lm_lightning import results
 from lm_lightning.data.order import PADDING
 from lm_lightning.errors import UserError
 from lm_lightning.models.module import LanguageModule
-from lm_lightning.optim import OptimizerFactory, Schedule
 
 
 class Classification(LanguageModule):
     """A network of `transformers` with a head over the whole text, whose labels keep their names in the export.
 
     Args:
-        network: As for all models: settings of a new network.
-        pretrained: Folder or Hub name of weights to start from, instead of `network`, or a run folder.
-        optimizer: A `torch.optim.Optimizer` class with its settings.
-        schedule: Learning rate over the steps.
-        attention: Attention implementation of `transformers`.
-        compile: Whether to compile the network's body with `torch.compile`.
-        activation_checkpointing: Every how many blocks one is computed again in the backward pass; 0 for none.
-        on_nonfinite: What to do at a step that is not finite.
-        skip_limit: Steps in a row that are skipped, at most.
-        freeze: Patterns of names of parameters that are not trained, such as `*embeddings*`.
-        layer_decay: Factor of the learning rate from each layer to the one below it; the head has the whole rate.
         class_weights: How much a training row counts, by its label; others count 1. `balanced` in the place of numbers
             makes all labels count the same.
         label_smoothing: Share of the target that is spread over all labels.
+        options: Those of all models, see `LanguageModule`.
     """
 
     auto_class = transformers.AutoModelForSequenceClassification
 
     def __init__(
         self,
-        network: Optional[dict[str, Any]] = None,
-        pretrained: Optional[str] = None,
-        optimizer: OptimizerFactory = lambda params: torch.optim.AdamW(params, lr=1e-4, weight_decay=0.01),
-        schedule: Schedule = Schedule(shape="linear", final=0.0),
-        attention: Optional[str] = None,
-        compile: bool = False,
-        activation_checkpointing: int = 0,
-        on_nonfinite: Literal["stop", "skip"] = "stop",
-        skip_limit: int = 10,
-        freeze: list[str] = [],  # noqa: B006 (read only)
-        layer_decay: float = 1.0,
         class_weights: dict[str, float] | Literal["balanced"] | None = None,
         label_smoothing: float = 0.0,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            network,
-            pretrained,
-            optimizer,
-            schedule,
-            attention,
-            compile,
-            activation_checkpointing,
-            on_nonfinite,
-            skip_limit,
-            freeze,
-            layer_decay,
-        )
+        super().__init__(**options)
         self.class_weights, self.label_smoothing = class_weights, label_smoothing
 
     # Network
@@ -103,8 +70,7 @@ class Classification(LanguageModule):
         super().configure_model()
         if not made:
             return
-        if data.kind == "several" or self.network.config.pad_token_id is None:
-            self.network.config.pad_token_id = data.tokenizer.pad_token_id
+        self.network.config.pad_token_id = data.tokenizer.pad_token_id  # GPTs look for the last token before it
         self.val_metrics = self.new_metrics()
         weights = None if self.class_weights is None else self.weights_of_labels()
         self.register_buffer("weights", weights, persistent=False)
