@@ -217,7 +217,7 @@ def moved(state: dict[str, Any], folder: str) -> None:
 def replace(new: Path, path: Path) -> None:
     """Gives a finished file or folder its name for good; what had that name before goes only then."""
     old = path.with_name(path.name + OLD)
-    if path.is_dir():  # which nothing can be moved over
+    if path.exists() and (path.is_dir() or new.is_dir()):  # neither of which can be moved over the other
         remove(old)
         path.rename(old)
     os.replace(new, path)

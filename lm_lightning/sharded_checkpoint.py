@@ -4,7 +4,9 @@
 parts that it needs. All else is in `meta.pt`. Of neither file is anything run when it is read.
 """
 
+import os
 import pickle
+import zipfile
 import zlib
 from pathlib import Path
 from typing import Any, Optional
@@ -15,9 +17,10 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
-from lm_lightning.checkpoints import PARTIAL, remove, replace
+from lm_lightning.checkpoints import PARTIAL, remove, replace, sync
 
 META = "meta.pt"  # Lightning's name, by which it knows such a folder
+TABLE = ".metadata"  # PyTorch's name of the table of contents
 METADATA = "torch.distributed.checkpoint.metadata"
 Names = list[list[str]]  # of the parameters of each group of an optimizer
 
@@ -34,16 +37,21 @@ def save(checkpoint: dict[str, Any], path: Path) -> None:
     partial = path.with_name(path.name + PARTIAL)
     first = torch.distributed.get_rank() == 0
     if first:
-        remove(partial)
+        for stale in path.parent.glob(f"*{PARTIAL}"):  # a killed run has left it
+            remove(stale)
     torch.distributed.barrier()
     dcp.save(flat(weights, state), storage_writer=dcp.FileSystemWriter(partial, overwrite=True))
-    own = partial.glob(f"__{torch.distributed.get_rank()}_*.distcp")
+    own = [*partial.glob(f"__{torch.distributed.get_rank()}_*.distcp"), *([partial / TABLE] if first else [])]
     sums: list[dict[str, int]] = [{}] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(sums, {file.name: checksum(file) for file in own})
     if first:
         groups = None if state is None else state["param_groups"]
         extra = {"optimizer_groups": groups, "sums": {name: value for part in sums for name, value in part.items()}}
-        torch.save(checkpoint | extra, partial / META)
+        with open(partial / META, "wb") as file:
+            torch.save(checkpoint | extra, file)
+            file.flush()
+            os.fsync(file.fileno())
+        sync(partial)
         replace(partial, path)
     torch.distributed.barrier()
 
@@ -59,6 +67,9 @@ def checksum(file: Path) -> int:
 
 def damaged(path: Path) -> Optional[str]:
     """The name of a file of a checkpoint that is not as it was written, None if all are."""
+    with zipfile.ZipFile(path / META) as file:
+        if file.testzip():  # torch.load does not compare the sums
+            return META
     for name, value in meta(path)["sums"].items():
         if not (path / name).is_file() or checksum(path / name) != value:
             return name
@@ -141,7 +152,7 @@ class Reader(dcp.FileSystemReader):
     """Reads the table of contents, which is a pickle, without letting it run anything but the table's own classes."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with open(Path(self.path) / ".metadata", "rb") as file:
+        with open(Path(self.path) / TABLE, "rb") as file:
             metadata = TableUnpickler(file).load()
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id

@@ -2,8 +2,9 @@
 
     python scripts/kill.py --kills 20 --config configs/gpt.yaml --trainer.max_steps 30 --last.every_n_train_steps 1
 
-All but `--kills` and `--seed` goes to `fit`. Exits with 1 if a checkpoint is not whole, or if samples, metrics or
-weights differ. The processes are forks of this one, which has imported all that they need, so a kill costs a second.
+All but `--kills`, `--seed` and `--processes` goes to `fit`. Exits with 1 if no whole checkpoint is left, if a process
+outlives the one that was killed, or if samples, metrics or weights differ. The processes are forks of this one, which
+has imported all that they need, so a kill costs a second.
 """
 
 import argparse
@@ -12,11 +13,12 @@ import json
 import os
 import random
 import signal
+import socket
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
-from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -27,51 +29,70 @@ from lm_lightning.__main__ import main as command_line
 
 
 class Samples(Callback):
-    """Writes to `order.jsonl` of the run folder which samples each micro-batch has."""
+    """Writes to `order.jsonl` of the run folder which samples each micro-batch of each process has."""
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: dict, batch_idx: int) -> None:
+        place = [trainer.global_step, batch_idx % trainer.accumulate_grad_batches, trainer.global_rank]
         with open(Path(trainer.default_root_dir) / "order.jsonl", "a") as file:
-            file.write(
-                json.dumps([trainer.global_step, batch_idx % trainer.accumulate_grad_batches, batch["id"]]) + "\n"
-            )
+            file.write(json.dumps([place, batch["id"]]) + "\n")
 
 
-def start(name: str, log: Path, *flags: str) -> int:
-    """Starts `fit` in a fork and returns its process number."""
-    process = os.fork()
-    if process == 0:
-        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        sys.argv = ["lm_lightning", "fit", *flags, "--name", name, "--trainer.callbacks+", "kill.Samples"]
-        status = 1
-        try:
-            command_line()
-            status = 0
-        except SystemExit as exit:
-            status = int(exit.code or 0)
-        finally:
-            os._exit(status)
-    return process
+def start(processes: int, folder: Path, name: str, *flags: str) -> set[int]:
+    """Starts `fit` in forks, as a launcher does, and returns their process numbers."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    run = runs.make_run(str(folder), name) if "--ckpt_path" not in flags else ""
+    forks = set()
+    for rank in range(processes):
+        process = os.fork()
+        if process == 0:
+            output = os.open(folder / f"{name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank)}
+            os.environ[runs.ENVIRONMENT] = str(run)
+            sys.argv = ["lm_lightning", "fit", *flags, "--name", name, "--trainer.callbacks+", "kill.Samples"]
+            status = 1
+            try:
+                command_line()
+                status = 0
+            except SystemExit as exit:
+                status = exit.code if isinstance(exit.code, int) else 1
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(status)
+        forks.add(process)
+    return forks
 
 
-def wait(process: int, seconds: float) -> Any:
-    """The exit status of a process, None if it is still running after some seconds."""
-    end = time.monotonic() + seconds
-    while True:
-        number, status = os.waitpid(process, os.WNOHANG)
-        if number or time.monotonic() > end:
-            return os.waitstatus_to_exitcode(status) if number else None
+def wait(processes: set[int], seconds: float) -> list[int]:
+    """The exit statuses of those processes that end within some seconds; `processes` keeps the others."""
+    end, statuses = time.monotonic() + seconds, []
+    while processes and time.monotonic() < end:
+        for process in list(processes):
+            number, status = os.waitpid(process, os.WNOHANG)
+            if number:
+                processes.remove(process)
+                statuses.append(os.waitstatus_to_exitcode(status))
         time.sleep(0.002)
+    return statuses
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of all runs of a name; that which is being replaced by a folder counts until this is there."""
+    found = [*folder.glob("*/checkpoints/*.ckpt")]
+    return found + [p for p in folder.glob(f"*/checkpoints/*.ckpt{runs.OLD}") if p.with_suffix("") not in found]
 
 
 def order(run: Path) -> dict[tuple, list[int]]:
-    """The samples of each step and micro-batch; those of steps that were done twice have to be the same."""
+    """The samples of each step, micro-batch and process; those of steps that were done twice have to be the same."""
     result: dict[tuple, list[int]] = {}
     for line in (run / "order.jsonl").read_text().splitlines():
-        step, part, samples = json.loads(line)
-        if result.setdefault((step, part), samples) != samples:
-            raise SystemExit(f"step {step} had samples {result[step, part]}, and {samples} when it was done again")
+        place, samples = json.loads(line)
+        before = result.setdefault(tuple(place), samples)
+        if before != samples:
+            raise SystemExit(f"step {place[0]} had samples {before}, and {samples} when it was done again")
     return result
 
 
@@ -90,13 +111,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=1, help="one of which is killed, at random")
     options, flags = parser.parse_known_args()
     draw = random.Random(options.seed)
     folder = Path(tempfile.mkdtemp(prefix="kill-"))
     flags += ["--runs_dir", str(folder)]
 
     begin = time.monotonic()
-    if wait(start("whole", folder / "whole.log", *flags), 3600) != 0:
+    whole_run = start(options.processes, folder, "whole", *flags)
+    if any(wait(whole_run, 3600)) or whole_run:
         raise SystemExit(f"the run fails without being killed: see {folder}/whole.log")
     duration = time.monotonic() - begin
     (whole,) = (folder / "whole").iterdir()
@@ -109,16 +132,20 @@ def main() -> None:
                 break
             name = f"cut{len(names) + 1}"
             names.append(name)
-        begun = list((folder / name).glob("*/checkpoints/last.ckpt"))
-        process = start(name, folder / f"{name}.log", *flags, *(["--ckpt_path", "last"] if begun else []))
-        status = wait(process, draw.uniform(0.1, 1) * duration if kills < options.kills else 3600)
-        if status is None:
-            os.kill(process, signal.SIGKILL)
-            os.waitpid(process, 0)
+        goes_on = ["--ckpt_path", "last"] if checkpoints(folder / name) else []
+        running = start(options.processes, folder, name, *flags, *goes_on)
+        statuses = wait(running, draw.uniform(0.1, 1) * duration if kills < options.kills else 3600)
+        if running:
+            os.kill(draw.choice(sorted(running)), signal.SIGKILL)
+            wait(running, 60)
+            for process in running:
+                os.kill(process, signal.SIGKILL)
+            if running:
+                raise SystemExit(f"a process does not end when another of its run is killed: see {folder}/{name}.log")
             kills += 1
-            for checkpoint in (folder / name).glob("*/checkpoints/*.ckpt"):
+            for checkpoint in checkpoints(folder / name):
                 runs.load_checkpoint(checkpoint)
-        elif status != 0:
+        elif any(statuses):
             raise SystemExit(f"the run does not go on: see {folder}/{name}.log")
 
     for name in names:

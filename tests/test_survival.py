@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import command
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from test_fit import metrics, same, weights
 
 from lm_lightning import run as runs
@@ -299,6 +300,17 @@ def test_a_step_and_its_validation_that_are_done_again_are_logged_once(fit, reci
     assert runs.load_checkpoint(cut / "checkpoints" / "last.ckpt")["global_step"] == 4
     fit("--name", "cut", *flags, "--ckpt_path", "last")
     assert metrics(whole) == metrics(cut)
+
+
+def test_a_run_that_is_killed_just_after_it_went_on_has_still_logged_what_came_before(fit, monkeypatch):
+    fit("--trainer.max_steps", 5, *CONSTANT)
+    flags = ("--ckpt_path", "last", *CONSTANT, "--trainer.val_check_interval", 100)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power failure"):
+        patch.setattr(ExperimentWriter, "save", lambda self: None)  # nothing that is logged reaches the disk
+        fit(*flags, *callbacks((Stop, {"batches": 3})))
+    run = fit(*flags)
+    assert list(logged(run, "train/loss")) == list(range(1, 11)) and list(logged(run, "val/loss")) == [5]
 
 
 def test_saved_on_an_error_amid_accumulation_a_run_goes_on_exactly(fit, recipe: Path):

@@ -1,12 +1,13 @@
 """Tracking: where the numbers go."""
 
 import csv
+import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Optional
 
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.loggers.logger import rank_zero_experiment
 
 
 class MetricsFile(CSVLogger):
@@ -20,33 +21,58 @@ class MetricsFile(CSVLogger):
 
     def __init__(self, save_dir: str) -> None:
         super().__init__(save_dir, name="", version="")
-        self.earlier: list[dict[str, Any]] = []  # rows of the run that this one goes on with
+        self._experiment: Optional[Rows] = None
 
     @property
+    @rank_zero_experiment
     def experiment(self) -> Any:  # noqa: D102 (as in Lightning)
-        file = Path(self.log_dir) / "metrics.csv"
-        if self._experiment is None and file.exists():  # Lightning is about to remove it
-            content = file.read_bytes()
-            rows = csv.DictReader(content.decode().splitlines())
-            self.earlier = [row for row in rows if (row.get("step") or "").isdigit()]  # a killed run may cut the last
-            _ = super().experiment
-            file.write_bytes(content)  # until there is a new row: the resume may yet be refused
-        return super().experiment
+        if self._experiment is None:
+            self._experiment = Rows(self.log_dir)
+        return self._experiment
 
-    @rank_zero_only
-    def log_metrics(self, metrics: Mapping[str, Any], step: Optional[int] = None) -> None:  # noqa: D102
-        writer = self.experiment
+
+class Rows(ExperimentWriter):
+    """Lightning's writer of the file, which removes nothing of it before there is something in its place."""
+
+    def __init__(self, log_dir: str) -> None:
+        super().__init__(log_dir)
+        self.earlier: list[dict[str, Any]] = []  # rows of the run that this one goes on with
+        if os.path.exists(self.metrics_file_path):
+            with open(self.metrics_file_path, newline="") as file:
+                rows = csv.DictReader(file)
+                self.earlier = [row for row in rows if (row.get("step") or "").isdigit()]  # a kill may cut the last
+                self.metrics_keys = list(rows.fieldnames or []) if self.earlier else []
+
+    def _check_log_dir_exists(self) -> None:
+        """Lightning removes the file here, though the resume may yet be refused, or the run be killed."""
+
+    def log_metrics(self, metrics_dict: dict[str, Any], step: Optional[int] = None) -> None:  # noqa: D102
         if self.earlier:
             # A step is logged before its validation, which may be all of it that is left to do.
-            rest = is_validation(metrics)
-            writer.metrics = [
-                row
-                for row in self.earlier
-                if int(row["step"]) < (step or 0) or (rest and int(row["step"]) == step and not is_validation(row))
-            ]
+            rest = is_validation(metrics_dict)
+            self.rewrite(
+                [
+                    row
+                    for row in self.earlier
+                    if int(row["step"]) < (step or 0) or (rest and int(row["step"]) == step and not is_validation(row))
+                ]
+            )
             self.earlier = []
-            (Path(self.log_dir) / "metrics.csv").unlink()
-        super().log_metrics(dict(metrics), step)
+        super().log_metrics(metrics_dict, step)
+
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        with open(self.metrics_file_path, newline="") as file:
+            rows = [row for row in csv.DictReader(file) if row.get("step")]
+        self.rewrite(rows)
+
+    def rewrite(self, rows: list[dict[str, Any]]) -> None:
+        """Replaces the file by one of these rows."""
+        partial = f"{self.metrics_file_path}.partial"
+        with open(partial, "w", newline="") as file:
+            writer = csv.DictWriter(file, self.metrics_keys)
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(partial, self.metrics_file_path)
 
 
 def is_validation(row: Mapping[str, Any]) -> bool:
