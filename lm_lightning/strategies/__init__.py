@@ -7,6 +7,7 @@ losses under each. Lightning's own `auto`, `ddp` and `ddp_spawn` are used as the
 from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy, StrategyRegistry
 
+from lm_lightning.checkpoints import BackgroundCheckpoints
 from lm_lightning.errors import UserError
 from lm_lightning.strategies.sharded import FSDP2, TensorParallel
 from lm_lightning.strategies.xla import XLA, XLADevices, XLASharded
@@ -56,6 +57,11 @@ def check(strategy: Strategy) -> None:
     """
     if isinstance(strategy, FSDP2):
         strategy.check_processes()
+        if strategy.sharded_checkpoints and isinstance(strategy.checkpoint_io, BackgroundCheckpoints):
+            raise UserError(
+                "BackgroundCheckpoints (--trainer.plugins) writes files from one process, and a folder of "
+                "sharded_checkpoints is written by all of them at once: leave one of the two out"
+            )
     if not isinstance(strategy, SUPPORTED):
         raise UserError(
             f"{type(strategy).__name__} is not supported (--trainer.strategy): take auto, ddp, {', '.join(PRESETS)}"

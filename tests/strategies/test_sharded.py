@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import random
 import shutil
 from pathlib import Path
 
@@ -155,10 +156,51 @@ def test_damaged_folder_is_named_and_the_one_before_taken(runs, recipe, cli, tmp
         part.write_bytes(damaged)
         with pytest.raises(UserError, match=f"{part.name} is wrong"):
             load_checkpoint(last)
+    part.write_bytes(whole)
+    expected, draw, found = load_checkpoint(last), random.Random(0), 0
+    for file in last.iterdir():
+        content = file.read_bytes()
+        for place in draw.sample(range(len(content)), 30):
+            file.write_bytes(content[:place] + bytes([content[place] ^ 1 << place % 8]) + content[place + 1 :])
+            try:
+                loaded = load_checkpoint(last)
+            except UserError as error:
+                assert str(last) in str(error)
+                found += 1
+            else:  # a bit that means nothing, such as those that align the parts of meta.pt
+                assert loaded.keys() == expected.keys() and loaded["loops"] == expected["loops"]
+        file.write_bytes(content)
+    assert found > 90
     part.unlink()
     arguments = recipe("gpt2", *flags, "--runs_dir", tmp_path / "runs", "--name", "cut", "--trainer.devices", 1)
     out = cli(*arguments, "--ckpt_path", "last")
     assert f"the checksum of its part {part.name} is wrong" in out and "going on from last.ckpt.old of step 4" in out
+
+
+def test_folder_takes_the_place_of_a_file_and_a_file_that_of_a_folder(runs, recipe, cli, tmp_path: Path):
+    flags = ("--model.schedule.shape", "constant", "--trainer.limit_val_batches", 0)
+    one = recipe("gpt2", *flags, "--runs_dir", tmp_path, "--trainer.devices", 1)
+    cli(*one, "--trainer.max_steps", 3)
+    (run,) = (tmp_path / "gpt2").iterdir()
+    last = run / "checkpoints" / "last.ckpt"
+    (last.parent / "old.ckpt.partial").mkdir()  # as a kill leaves it
+    runs(commands(recipe, "gpt2", ["folder"], *flags, "--ckpt_path", last, "--trainer.max_steps", 5))
+    assert last.is_dir() and load_checkpoint(last)["global_step"] == 5
+    assert [path.name for path in last.parent.iterdir()] == ["last.ckpt"]
+    cli(*one, "--ckpt_path", "last", "--trainer.max_steps", 6)
+    assert last.is_file() and load_checkpoint(last)["global_step"] == 6
+    assert [path.name for path in last.parent.iterdir()] == ["last.ckpt"]
+
+
+def test_folders_are_not_written_in_the_background(runs, recipe):
+    background = ("--trainer.plugins", "BackgroundCheckpoints")
+    started = commands(recipe, "gpt2", ["fsdp2", "folder"], *background, "--trainer.max_steps", 5)
+    runs(started)
+    assert "sharded_checkpoints" in runs.error("folder_gpt2") and "Traceback" not in runs.error("folder_gpt2")
+    assert not runs.error("fsdp2_gpt2")
+    files = runs.folder / "fsdp2_gpt2" / "checkpoints"
+    assert {path.name for path in files.iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert all(load_checkpoint(path)["global_step"] == 5 for path in files.iterdir())
 
 
 def test_overlays_of_configs_train(runs, recipe):
