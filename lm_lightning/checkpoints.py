@@ -52,20 +52,8 @@ class CheckpointFiles(TorchCheckpointIO):
                     os.fsync(file.fileno())
                 except OSError as error:
                     file.truncate(0)  # its own part counts as free
-                    raise UserError(
-                        f"the checkpoint {path} cannot be written ({error.strerror}): it needs {writer.size:,} bytes, "
-                        f"of which {shutil.disk_usage(path.parent).free:,} are free: make room and go on with "
-                        "--ckpt_path last"
-                    ) from error
-            try:
-                torch.load(partial, map_location="cpu", weights_only=True, mmap=True)
-            except Exception as error:
-                kind = re.search(r"GLOBAL (\S+)", str(error))
-                raise UserError(
-                    f"the checkpoint {path} could not be loaded again: the state of a callback or module holds "
-                    f"{'a ' + kind[1] if kind else 'something'}, but only tensors, numbers, strings, lists and dicts "
-                    "are safe to load: change its state_dict"
-                ) from error
+                    raise unwritten(path, error, f"{writer.size:,}") from error
+            check_loads(partial, path)
             replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
@@ -212,6 +200,27 @@ def moved(state: dict[str, Any], folder: str) -> None:
         if os.path.dirname(state[key]) == state["dirpath"]:
             state[key] = os.path.join(folder, os.path.basename(state[key]))
     state["dirpath"] = folder
+
+
+def unwritten(path: Path, error: OSError, size: str) -> UserError:
+    """Why a checkpoint, of a number of bytes, could not be written; its parts are removed."""
+    return UserError(
+        f"the checkpoint {path} cannot be written ({error.strerror}): it needs {size} bytes, of which "
+        f"{shutil.disk_usage(path.parent).free:,} are free: make room and go on with --ckpt_path last"
+    )
+
+
+def check_loads(written: Path, path: Path) -> None:
+    """Refuses a file that could not be loaded again, before it has its place at `path`."""
+    try:
+        torch.load(written, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        kind = re.search(r"GLOBAL (\S+)", str(error))
+        raise UserError(
+            f"the checkpoint {path} could not be loaded again: the state of a callback or module holds "
+            f"{'a ' + kind[1] if kind else 'something'}, but only tensors, numbers, strings, lists and dicts "
+            "are safe to load: change its state_dict"
+        ) from error
 
 
 def replace(new: Path, path: Path) -> None:

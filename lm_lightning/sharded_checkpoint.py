@@ -4,6 +4,7 @@
 parts that it needs. All else is in `meta.pt`. Of neither file is anything run when it is read.
 """
 
+import io
 import os
 import pickle
 import zipfile
@@ -17,7 +18,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
-from lm_lightning.checkpoints import PARTIAL, remove, replace, sync
+from lm_lightning.checkpoints import PARTIAL, check_loads, remove, replace, sync, unwritten
 
 META = "meta.pt"  # Lightning's name, by which it knows such a folder
 TABLE = ".metadata"  # PyTorch's name of the table of contents
@@ -31,28 +32,48 @@ def save(checkpoint: dict[str, Any], path: Path) -> None:
     Args:
         checkpoint: Lightning's, where the state of the optimizer goes by the names of the parameters.
         path: Folder to write. An older checkpoint of that name is replaced when the new one is whole.
+
+    Raises:
+        UserError: As in `CheckpointFiles`.
     """
     weights, states = checkpoint.pop("state_dict"), checkpoint.pop("optimizer_states", [])
     state = states[0] if states else None
-    partial = path.with_name(path.name + PARTIAL)
+    tensors, partial = flat(weights, state), path.with_name(path.name + PARTIAL)
     first = torch.distributed.get_rank() == 0
     if first:
         for stale in path.parent.glob(f"*{PARTIAL}"):  # a killed run has left it
             remove(stale)
     torch.distributed.barrier()
-    dcp.save(flat(weights, state), storage_writer=dcp.FileSystemWriter(partial, overwrite=True))
-    own = [*partial.glob(f"__{torch.distributed.get_rank()}_*.distcp"), *([partial / TABLE] if first else [])]
-    sums: list[dict[str, int]] = [{}] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(sums, {file.name: checksum(file) for file in own})
-    if first:
-        groups = None if state is None else state["param_groups"]
-        extra = {"optimizer_groups": groups, "sums": {name: value for part in sums for name, value in part.items()}}
-        with open(partial / META, "wb") as file:
-            torch.save(checkpoint | extra, file)
-            file.flush()
-            os.fsync(file.fileno())
-        sync(partial)
-        replace(partial, path)
+    try:
+        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(partial, overwrite=True))
+        own = [*partial.glob(f"__{torch.distributed.get_rank()}_*.distcp"), *([partial / TABLE] if first else [])]
+        sums: list[dict[str, int]] = [{}] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(sums, {file.name: checksum(file) for file in own})
+        if first:
+            groups = None if state is None else state["param_groups"]
+            all_sums = {name: value for part in sums for name, value in part.items()}
+            buffer = io.BytesIO()
+            torch.save(checkpoint | {"optimizer_groups": groups, "sums": all_sums}, buffer)
+            with open(partial / META, "wb") as file:
+                file.write(buffer.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())
+            check_loads(partial / META, path)
+            sync(partial)
+            replace(partial, path)
+    except (dcp.CheckpointException, OSError) as error:
+        # (Of the first kind all processes know, whichever of them has met it.)
+        failures = error.failures.values() if isinstance(error, dcp.CheckpointException) else [(error, None)]
+        reason = next((failure for failure, _ in failures if isinstance(failure, OSError)), None)
+        if reason is None:
+            raise
+        if first:
+            remove(partial)
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        raise unwritten(path, reason, f"more than {size:,}") from error
+    finally:
+        if first:
+            remove(partial)
     torch.distributed.barrier()
 
 

@@ -8,6 +8,7 @@ import csv
 import json
 import os
 import random
+import resource
 import subprocess
 import sys
 import traceback
@@ -93,6 +94,20 @@ class Order(Callback):
         if trainer.is_global_zero:
             with open(Path(trainer.default_root_dir) / "order.jsonl", "a") as file:
                 file.write(json.dumps([trainer.global_step, samples]) + "\n")
+
+
+class Full(Callback):
+    """Lets no file of this process grow over 100 kB after some step, as if the disk were full."""
+
+    def __init__(self, step: int) -> None:
+        self.step, self.limits = step, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
+        if trainer.global_step == self.step:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, self.limits[1]))
+
+    def on_exception(self, *_: object) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, self.limits)
 
 
 def main() -> None:

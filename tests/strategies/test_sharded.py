@@ -192,6 +192,17 @@ def test_folder_takes_the_place_of_a_file_and_a_file_that_of_a_folder(runs, reci
     assert [path.name for path in last.parent.iterdir()] == ["last.ckpt"]
 
 
+def test_disk_that_is_full_leaves_the_folder_before_and_no_part_of_the_next(runs, recipe):
+    full = '[{"class_path": "processes.Full", "init_args": {"step": 5}}]'
+    flags = ("--trainer.limit_val_batches", 0, "--last.every_n_train_steps", 4, "--trainer.callbacks", full)
+    runs(commands(recipe, "gpt2", ["folder"], *flags))
+    folder = runs.folder / "folder_gpt2" / "checkpoints"
+    error = runs.error("folder_gpt2")
+    assert f"{folder / 'last.ckpt'} cannot be written" in error and "it needs more than" in error
+    assert [path.name for path in folder.iterdir()] == ["last.ckpt"]
+    assert load_checkpoint(folder / "last.ckpt")["global_step"] == 4
+
+
 def test_folders_are_not_written_in_the_background(runs, recipe):
     background = ("--trainer.plugins", "BackgroundCheckpoints")
     started = commands(recipe, "gpt2", ["fsdp2", "folder"], *background, "--trainer.max_steps", 5)
