@@ -29,6 +29,7 @@ SHARDED = (
     *("--trainer.strategy", "lm_lightning.strategies.FSDP2", "--trainer.strategy.sharded_checkpoints", "true"),
     *("--trainer.devices", 2, "--data.batch_size", 2),
 )
+TENSOR_PARALLEL = ("--trainer.strategy", "tp", "--trainer.devices", 2)
 
 
 def callbacks(*chosen: tuple[type, dict]) -> list[str]:
@@ -140,17 +141,22 @@ def poison(**options: object) -> list[object]:
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_a_run_goes_on_as_if_it_had_not_been(recipe: Path):
+@pytest.mark.parametrize(
+    ("kills", "own"),
+    [(8, ("--trainer.accumulate_grad_batches", 2)), (3, ("--processes", 2, *SHARDED))],
+    ids=["one", "sharded"],
+)
+def test_killed_at_any_moment_a_run_goes_on_as_if_it_had_not_been(recipe: Path, kills: int, own: tuple):
     script = Path(__file__).parents[1] / "scripts" / "kill.py"
-    flags = ["--trainer.max_steps", "60", "--last.every_n_train_steps", "1", "--trainer.accumulate_grad_batches", "2"]
+    flags = ["--trainer.max_steps", "60", "--last.every_n_train_steps", "1", *map(str, own)]
     result = subprocess.run(
-        [sys.executable, script, "--kills", "8", "--config", recipe, *flags],
+        [sys.executable, script, "--kills", str(kills), "--config", recipe, *flags],
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "8 kills" in result.stdout
+    assert f"{kills} kills" in result.stdout
 
 
 def test_a_full_disk_is_told_and_leaves_the_checkpoint_before_and_no_part_of_the_next(tmp_path: Path):
@@ -430,7 +436,9 @@ def test_a_second_signal_ends_the_run_at_once(recipe: Path):
 
 
 @pytest.mark.parametrize(
-    ("to", "strategy"), [("first", DDP), ("second", DDP), ("second", SHARDED)], ids=["first", "second", "sharded"]
+    ("to", "strategy"),
+    [("first", DDP), ("second", DDP), ("second", SHARDED), ("second", TENSOR_PARALLEL)],
+    ids=["first", "second", "sharded", "tp"],
 )
 def test_a_signal_to_one_of_two_processes_ends_both_and_one_process_goes_on(
     fit, recipe: Path, to: str, strategy: tuple
