@@ -5,6 +5,7 @@ import json
 import logging
 import platform
 import pydoc
+import shutil
 import sys
 import typing
 import warnings
@@ -212,9 +213,11 @@ class RunFolder(SaveConfigCallback):
             return
         run = Path(trainer.default_root_dir)
         config = run / "config.yaml"
-        if config.exists():  # resumed: the old one stays under another name
-            config.rename(next(p for n in range(1, 10**6) if not (p := run / f"config.{n}.yaml").exists()))
-        self.parser.save(self.config, config, skip_unset=False)
+        partial = run / "config.yaml.partial"  # a run is known by its config, whenever it is killed
+        self.parser.save(self.config, partial, skip_unset=False, overwrite=True)
+        if config.exists():  # resumed: the old one stays under another name, too
+            shutil.copy(config, next(p for n in range(1, 10**6) if not (p := run / f"config.{n}.yaml").exists()))
+        partial.replace(config)
         (run / "environment.json").write_text(json.dumps(environment(), indent=2))
         (run / "data.json").write_text(json.dumps(trainer.datamodule.info, indent=2))
         trainer.datamodule.tokenizer.save_pretrained(run / "tokenizer")

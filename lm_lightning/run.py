@@ -104,6 +104,9 @@ def last_checkpoint(runs_dir: str, name: str) -> Path:
             f"there is no checkpoint to go on from: no {runs_dir}/{name}/*/checkpoints/last.ckpt; start without "
             "--ckpt_path, or name a checkpoint file"
         )
+    # A job of SLURM's that was queued again goes on with its own run, whatever others of that name have done since.
+    job = f"slurm-{os.environ.get('SLURM_JOB_ID')}-"
+    checkpoints = [path for path in checkpoints if path.parent.parent.name.startswith(job)] or checkpoints
     newest = max(checkpoints, key=lambda path: path.stat().st_mtime).parent
     own = [checkpoint for checkpoint in checkpoints if checkpoint.parent == newest]
     own.sort(key=lambda path: (path.name == "last.ckpt", path.stat().st_mtime), reverse=True)

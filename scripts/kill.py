@@ -41,7 +41,8 @@ def start(processes: int, folder: Path, name: str, *flags: str) -> set[int]:
     """Starts `fit` in forks, as a launcher does, and returns their process numbers."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    run = runs.make_run(str(folder), name) if "--ckpt_path" not in flags else ""
+    if "--ckpt_path" not in flags:
+        os.environ[runs.ENVIRONMENT] = str(runs.make_run(str(folder), name))
     forks = set()
     for rank in range(processes):
         process = os.fork()
@@ -50,7 +51,6 @@ def start(processes: int, folder: Path, name: str, *flags: str) -> set[int]:
             os.dup2(output, 1)
             os.dup2(output, 2)
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank)}
-            os.environ[runs.ENVIRONMENT] = str(run)
             sys.argv = ["lm_lightning", "fit", *flags, "--name", name, "--trainer.callbacks+", "kill.Samples"]
             status = 1
             try:
@@ -145,7 +145,7 @@ def main() -> None:
             kills += 1
             for checkpoint in checkpoints(folder / name):
                 runs.load_checkpoint(checkpoint)
-        elif any(statuses):
+        elif any(statuses) or not list((folder / name).glob("*/model")):
             raise SystemExit(f"the run does not go on: see {folder}/{name}.log")
 
     for name in names:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import command
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from test_fit import metrics, same, weights
 
@@ -319,6 +320,21 @@ def test_a_run_that_is_killed_just_after_it_went_on_has_still_logged_what_came_b
     assert list(logged(run, "train/loss")) == list(range(1, 11)) and list(logged(run, "val/loss")) == [5]
 
 
+def test_a_run_that_is_killed_as_it_goes_on_stays_the_one_that_it_was(fit, monkeypatch: pytest.MonkeyPatch):
+    run = fit("--trainer.max_steps", 5, *CONSTANT)
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise RuntimeError("power failure")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power failure"):
+        patch.setattr(LightningArgumentParser, "save", killed)
+        fit("--ckpt_path", "last", *CONSTANT)
+    assert fit("--ckpt_path", "last", *CONSTANT) == run
+    assert (
+        "max_steps: 5" in (run / "config.1.yaml").read_text() and "max_steps: 10" in (run / "config.yaml").read_text()
+    )
+
+
 def test_saved_on_an_error_amid_accumulation_a_run_goes_on_exactly(fit, recipe: Path):
     flags = ("--trainer.accumulate_grad_batches", 3, "--last.save_on_exception", "true")
     flags = (*flags, "--trainer.val_check_interval", 15)
@@ -473,6 +489,30 @@ def test_a_signal_to_one_of_two_processes_ends_both_and_one_process_goes_on(
     whole = fit("--name", "whole", *off, *CONSTANT, *more)
     fit("--name", "cut", *off, *CONSTANT, *more, "--ckpt_path", "last")
     assert logged(cut, "train/loss") == pytest.approx(logged(whole, "train/loss"), abs=1e-4)
+
+
+def test_a_slurm_job_that_is_queued_again_goes_on_with_its_own_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for job in (7, 8):  # the second one's checkpoint is newer
+        file = tmp_path / "tiny" / f"slurm-{job}-0-0" / "checkpoints" / "last.ckpt"
+        CheckpointFiles().save_checkpoint({"network": {}, "state_dict": {}, "global_step": job}, file)
+        os.utime(file, (job, job))
+    srun = tmp_path / "srun"
+    srun.write_text('#!/bin/sh\necho "$@"')
+    srun.chmod(0o755)
+    script = Path(__file__).parents[1] / "scripts" / "slurm" / "fit.sbatch"
+    for job, goes_on in ((7, True), (9, False)):
+        own = {"SLURM_JOB_ID": str(job), "SLURM_NNODES": "2", "SLURM_NTASKS_PER_NODE": "8"}
+        environment = os.environ | own | {"RUNS_DIR": str(tmp_path), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+        sbatch = ["bash", script, "--config", "tiny.yaml"]
+        said = subprocess.run(sbatch, env=environment, capture_output=True, text=True, check=True).stdout
+        assert (
+            "--trainer.num_nodes 2 --trainer.devices 8" in said and f"--runs_dir {tmp_path} --config tiny.yaml" in said
+        )
+        assert said.strip().endswith("--ckpt_path last") == goes_on
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert runs.last_checkpoint(str(tmp_path), "tiny").parent.parent.name == "slurm-7-0-0"
+    monkeypatch.delenv("SLURM_JOB_ID")
+    assert runs.last_checkpoint(str(tmp_path), "tiny").parent.parent.name == "slurm-8-0-0"
 
 
 # Divergence
