@@ -1,6 +1,7 @@
 """The LightningCLI: options in, a run folder, a trainer and its parts out."""
 
 import dataclasses
+import inspect
 import json
 import logging
 import platform
@@ -256,7 +257,9 @@ def refuse_null(value: Any, name: str, target: Any) -> None:
     """
     if "class_path" in value:
         target, value = pydoc.locate(value["class_path"]), value.get("init_args") or {}
-    hints = typing.get_type_hints(target.__init__) if target is not None else {}
+    hints: dict[str, Any] = {}
+    for base in reversed(inspect.getmro(target)) if inspect.isclass(target) else ():  # `**options` are those of a base
+        hints |= typing.get_type_hints(base.__init__)  # type: ignore[misc]
     for key, option in (value if isinstance(value, dict) else vars(value)).items():
         hint = hints.get(key)
         if option is None and hint not in (None, Any) and type(None) not in typing.get_args(hint):

@@ -96,6 +96,14 @@ def test_null_in_a_file_is_refused_where_it_means_nothing(cli, recipe: Path, nam
         cli("fit", "--config", recipe)
 
 
+def test_null_is_refused_where_a_base_class_says_what_is_meant(cli, recipe: Path):
+    content = yaml.safe_load(recipe.read_text())
+    content["model"] = {"class_path": "MaskedLM", "init_args": {"schedule": {"decay_fraction": None}}}
+    recipe.write_text(yaml.safe_dump(content))
+    with pytest.raises(UserError, match="model.schedule.decay_fraction is null"):
+        cli("fit", "--config", recipe)
+
+
 def test_data_of_no_class_are_refused(cli: Callable[..., str], recipe: Path):
     recipe.write_text(yaml.safe_dump(yaml.safe_load(recipe.read_text()) | {"data": {}}))
     with pytest.raises(UserError, match="data has no class_path"):
