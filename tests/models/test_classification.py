@@ -14,7 +14,8 @@ from conftest import command
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from lm_lightning.data.labelled import Examples
+from lm_lightning.data.classification import ClassificationData
+from lm_lightning.data.labelled import Examples, Tables, read
 from lm_lightning.data.order import by_length, samples_at
 from lm_lightning.data.tokenizer import Tokenizer, train
 from lm_lightning.errors import UserError
@@ -270,6 +271,36 @@ def test_a_network_of_other_labels_gets_a_new_head(fit, cli, recipe: Path):
     assert json.loads((two / "model" / "config.json").read_text())["id2label"] == {"0": "bad", "1": "good"}
     with pytest.raises(UserError, match="tells the labels bad, good, mixed, but the training split has bad, good"):
         cli("test", "--config", recipe, *flags)
+
+
+def test_a_data_set_of_the_hub_has_the_names_of_its_labels(fit, cli, recipe: Path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    features = {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["mixed", "good", "bad"])}
+
+    def load_dataset(name, config, split, revision, streaming):
+        assert (name, config, revision, streaming) == ("any/name", "small", "v1", False)
+        content = [{key: row[key] for key in features} for row in rows(60, len(split))]
+        if split == "unlabelled":
+            content[2]["label"] = -1
+        return datasets.Dataset.from_list(content, features=datasets.Features(features))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    hub = ("--data.tables.hub", "any/name", "--data.tables.hub_config", "small", "--data.tables.hub_revision", "v1")
+    flags = (*hub, "--data.tables.train", "train", "--data.tables.validation", "validation", "--trainer.max_steps", 3)
+    run = fit(*flags)
+    assert json.loads((run / "model" / "config.json").read_text())["id2label"] == dict(zip("012", sorted(WORDS)))
+    with pytest.raises(UserError, match=r"any/name \(unlabelled\):3: the row has no label"):
+        fit(*flags, "--data.tables.validation", "unlabelled")
+
+
+def test_a_text_is_not_in_training_and_validation(tmp_path: Path):
+    content = [row | {"i": i} for i, row in enumerate(rows(100, 5) * 3)]  # thrice, with other numbers
+    data = ClassificationData(
+        tables=Tables(train=str(write(tmp_path / "rows.jsonl", content)), validation_fraction=0.3)
+    )
+    train, held = ({row["text"] for row in read(data.tables, split, data.key)} for split in ("train", "validation"))
+    assert not train & held and train | held == {row["text"] for row in content}
+    assert 0.15 < len(held) / len(train | held) < 0.45
 
 
 @pytest.mark.parametrize(
