@@ -72,7 +72,8 @@ class Classification(LanguageModule):
             return
         self.network.config.pad_token_id = data.tokenizer.pad_token_id  # GPTs look for the last token before it
         self.val_metrics = self.new_metrics()
-        weights = None if self.class_weights is None else self.weights_of_labels()
+        weigh = self.class_weights is not None and self.trainer.state.fn == "fit"  # only training is weighted
+        weights = self.weights_of_labels() if weigh else None
         self.register_buffer("weights", weights, persistent=False)
 
     def weights_of_labels(self) -> Tensor:

@@ -4,6 +4,8 @@ import csv
 import json
 import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,7 @@ from lm_lightning.data.tokenizer import Tokenizer, train
 from lm_lightning.errors import UserError
 from lm_lightning.optim import parameter_groups
 
+ROOT = Path(__file__).parents[2]
 WORDS = {"good": ["fine", "lovely", "bright"], "bad": ["dull", "awful", "bleak"], "mixed": ["odd", "long", "plain"]}
 
 
@@ -165,6 +168,23 @@ def test_evaluation_needs_little_padding():
     assert all(examples[i]["targets"] == examples[i]["id"] for i in range(500))
 
 
+def pipeline_in_a_fresh_process(model: Path, pairs: list[tuple]) -> list[list[dict]]:
+    """What plain `transformers`, without this project, tells of texts and pairs: the score of each label."""
+    script = """
+import json, sys
+from transformers import pipeline
+tell = pipeline("text-classification", sys.argv[1], device="cpu")
+inputs = [{"text": text, "text_pair": pair} if pair else text for text, pair in json.load(sys.stdin)]
+print(json.dumps([tell([one], top_k=None)[0] for one in inputs]))
+assert "lm_lightning" not in sys.modules
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", script, str(model)], input=json.dumps(pairs), capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
 @pytest.mark.parametrize(
     ("flags", "metric"),
     [
@@ -177,13 +197,19 @@ def test_evaluation_needs_little_padding():
     ],
     ids=["number", "several", "pair"],
 )
-def test_kinds(fit, flags: tuple, metric: str):
+def test_kinds(fit, cli, recipe: Path, flags: tuple, metric: str):
     run = fit(*flags, "--best.monitor", "val/loss", "--best.mode", "min", "--trainer.max_steps", 120)
     with open(run / "metrics.csv", newline="") as file:
         values = [float(row[f"val/{metric}"]) for row in csv.DictReader(file) if row[f"val/{metric}"]]
     assert values[-1] > 0.5
-    config = json.loads((run / "model" / "config.json").read_text())
-    assert config["problem_type"] == ("regression" if metric == "spearman" else config["problem_type"])
+    cli("predict", "--config", recipe, *flags, "--ckpt_path", run / "checkpoints" / "last.ckpt")
+    predicted = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
+    pair = "other" if metric == "accuracy" else None
+    told = pipeline_in_a_fresh_process(run / "model", [(row["text"], row.get(pair)) for row in rows(45, 2)])
+    for own, other in zip(predicted, told):
+        expected = {entry["label"]: entry["score"] for entry in other}
+        scores = own.get("scores") or {"LABEL_0": own["score"]}
+        assert scores == pytest.approx(expected, abs=1e-5)
 
 
 def test_results_of_several_labels_are_those_of_the_definitions(fit, cli, recipe: Path):
@@ -261,6 +287,35 @@ def test_a_trained_network_tells_its_labels_itself(fit, cli, recipe: Path):
         measure = ("test", "--config", recipe, "--model.network", "null", "--model.pretrained", pretrained)
         assert accuracy(cli(*measure)) == pytest.approx(right)
         assert accuracy(cli(*measure, "--data.tables.train", "[]")) == pytest.approx(right)
+
+
+def test_a_bert_pretrained_here_is_tuned(cli, recipe: Path, corpus_file: Path, cache_dir: Path):
+    """From its run folder, with its tokenizer, and with the weights that it has learned."""
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    bert = cli(
+        *(
+            "fit",
+            "--config",
+            ROOT / "configs" / "bert.yaml",
+            "--data.corpus.paths",
+            corpus_file,
+            "--data.cache_dir",
+            cache_dir,
+        ),
+        *("--data.tokenizer.vocab_size", 400, "--data.block_size", 64, "--data.batch_size", 2),
+        *(f"--model.network.{key}={value}" for key, value in small.items()),
+        *("--trainer.max_steps", 3, "--model.schedule.warmup_steps", 1, "--trainer.limit_val_batches", 0),
+        *("--runs_dir", recipe.parent / "runs", "--trainer.accelerator", "cpu", "--model.compile", "false"),
+    )
+    pretrained = bert.split("run folder: ")[1].splitlines()[0]
+    flags = ("--model.network", "null", "--model.pretrained", pretrained, "--data.tokenizer", '{"path": null}')
+    out = cli("fit", "--config", recipe, *flags, "--model.freeze", '["bert.*"]', "--trainer.max_steps", 3)
+    run = Path(out.split("run folder: ")[1].splitlines()[0])
+    weights, tuned = (load_file(Path(folder) / "model" / "model.safetensors") for folder in (pretrained, run))
+    same = [name for name in weights if name.startswith("bert.") and torch.equal(weights[name], tuned[name])]
+    assert len(same) == sum(name.startswith("bert.") for name in weights) > 30
+    vocabularies = [json.loads((Path(f) / "model" / "tokenizer.json").read_text())["model"] for f in (pretrained, run)]
+    assert vocabularies[0] == vocabularies[1]
 
 
 def test_a_network_of_other_labels_gets_a_new_head(fit, cli, recipe: Path):
