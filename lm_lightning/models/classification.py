@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import (
     MeanAbsoluteError,
     Metric,
@@ -71,10 +71,18 @@ class Classification(LanguageModule):
         if not made:
             return
         self.network.config.pad_token_id = data.tokenizer.pad_token_id  # GPTs look for the last token before it
+        if data.kind == "number" and self.trainer.state.fn == "fit" and not self.own_labels():
+            self.start_at_the_mean()
         self.val_metrics = self.new_metrics()
         weigh = self.class_weights is not None and self.trainer.state.fn == "fit"  # only training is weighted
         weights = self.weights_of_labels() if weigh else None
         self.register_buffer("weights", weights, persistent=False)
+
+    def start_at_the_mean(self) -> None:
+        """Has a new head tell the mean of the training numbers, so that the way to it need not be learned."""
+        heads = [m for m in self.network.modules() if isinstance(m, nn.Linear) and m.out_features == 1]
+        if heads and heads[-1].bias is not None:
+            heads[-1].bias.data.fill_(self.trainer.datamodule.examples["train"].targets.mean())
 
     def weights_of_labels(self) -> Tensor:
         """How much each label counts, (labels,) float32."""

@@ -237,6 +237,13 @@ def test_training_stops_early(fit):
     assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] < 1000
 
 
+def test_a_new_head_for_numbers_starts_at_their_mean(fit):
+    flags = ("--data.kind", "number", "--data.columns.label", "number", "--best.monitor", "val/loss")
+    run = fit(*flags, "--best.mode", "min", "--trainer.max_steps", 3, "--model.optimizer.lr", 1e-6)
+    bias = load_file(run / "model" / "model.safetensors")["classifier.bias"]
+    assert bias.item() == pytest.approx(np.mean([row["number"] for row in rows(300, 0)]), abs=1e-4)
+
+
 def test_resumed_run_and_other_micro_batches_are_the_same(fit, recipe: Path):
     off = ("--model.network.hidden_dropout_prob", 0, "--model.network.attention_probs_dropout_prob", 0)
     whole = fit("--name", "whole", *off, "--trainer.max_steps", 30, "--trainer.val_check_interval", 10)
