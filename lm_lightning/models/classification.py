@@ -71,7 +71,8 @@ class Classification(LanguageModule):
         if not made:
             return
         self.network.config.pad_token_id = data.tokenizer.pad_token_id  # GPTs look for the last token before it
-        if data.kind == "number" and self.trainer.state.fn == "fit" and not self.own_labels():
+        new = self.pretrained is not None and len(self.own_labels()) != 1  # one of one label is kept
+        if data.kind == "number" and self.trainer.state.fn == "fit" and new:
             self.start_at_the_mean()
         self.val_metrics = self.new_metrics()
         weigh = self.class_weights is not None and self.trainer.state.fn == "fit"  # only training is weighted
@@ -79,7 +80,10 @@ class Classification(LanguageModule):
         self.register_buffer("weights", weights, persistent=False)
 
     def start_at_the_mean(self) -> None:
-        """Has a new head tell the mean of the training numbers, so that the way to it need not be learned."""
+        """Has the new head of pretrained weights tell the mean of the training numbers, which need not be learned then.
+
+        New networks leave the plateau of telling the mean more easily if they do not begin there.
+        """
         heads = [m for m in self.network.modules() if isinstance(m, nn.Linear) and m.out_features == 1]
         if heads and heads[-1].bias is not None:
             heads[-1].bias.data.fill_(self.trainer.datamodule.examples["train"].targets.mean())

@@ -237,11 +237,16 @@ def test_training_stops_early(fit):
     assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] < 1000
 
 
-def test_a_new_head_for_numbers_starts_at_their_mean(fit):
-    flags = ("--data.kind", "number", "--data.columns.label", "number", "--best.monitor", "val/loss")
-    run = fit(*flags, "--best.mode", "min", "--trainer.max_steps", 3, "--model.optimizer.lr", 1e-6)
+def test_a_new_head_for_numbers_starts_at_their_mean(fit, recipe: Path):
+    numbers = ("--data.kind", "number", "--data.columns.label", "number", "--best.monitor", "val/loss")
+    flags = ("--best.mode", "min", "--trainer.max_steps", 3, "--model.optimizer.lr", 1e-6)
+    base = fit("--trainer.max_steps", 3)  # of labels, whose head is not taken
+    run = fit(*numbers, *flags, "--model.network", "null", "--model.pretrained", base)
     bias = load_file(run / "model" / "model.safetensors")["classifier.bias"]
     assert bias.item() == pytest.approx(np.mean([row["number"] for row in rows(300, 0)]), abs=1e-4)
+    other = write(recipe.parent / "other.jsonl", [row | {"number": row["number"] + 5} for row in rows(300, 0)])
+    again = fit(*numbers, *flags, "--model.network", "null", "--model.pretrained", run, "--data.tables.train", other)
+    assert load_file(again / "model" / "model.safetensors")["classifier.bias"] == pytest.approx(bias, abs=1e-4)
 
 
 def test_resumed_run_and_other_micro_batches_are_the_same(fit, recipe: Path):
