@@ -201,13 +201,15 @@ class Examples(Dataset):
     def epoch(self, number: int) -> np.ndarray:
         """The order of an epoch: rows of similar lengths together."""
         positions = np.arange(number * len(self), (number + 1) * len(self))
-        return by_length(samples_at(positions, len(self), self.seed or 0), self.lengths, (self.seed or 0) + number)
+        seed = self.seed or 0
+        return by_length(samples_at(positions, len(self), seed), self.lengths, seed + number, number * len(self))
 
 
 def padded(tokenizer: "PreTrainedTokenizerFast", items: list[dict]) -> dict:
-    """A batch of examples, padded to the longest, rounded up to a multiple of 8: tensors (B, T), `targets`, `id`."""
+    """A batch of examples, padded to the longest: tensors (B, T), `targets`, `id`."""
+    multiple = 8 if torch.cuda.is_available() else None  # tensor cores work on whole eights; a CPU on what there is
     encodings = [{key: item[key] for key in item if key not in ("targets", "id")} for item in items]
-    batch = dict(tokenizer.pad(encodings, pad_to_multiple_of=8, return_tensors="pt"))
+    batch = dict(tokenizer.pad(encodings, pad_to_multiple_of=multiple, return_tensors="pt"))
     return batch | {"targets": torch.stack([item["targets"] for item in items]), "id": [item["id"] for item in items]}
 
 
@@ -222,6 +224,8 @@ class LabelledData(StreamData):
         batch_size: Rows in a micro-batch of one process.
         num_workers: Processes that load batches ahead.
     """
+
+    length_option = "max_length"
 
     def __init__(
         self,
@@ -264,6 +268,8 @@ class LabelledData(StreamData):
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         self.tokenizer = load(self.tokenizer_options.path)
         self.tokenizer.padding_side = "right"
+        if self.tokenizer.pad_token is None:  # as GPT's published ones
+            self.tokenizer.pad_token = self.tokenizer.eos_token
         self.collate = functools.partial(padded, self.tokenizer)
         train = read(self.tables, "train", self.key) if self.tables.train or stage == "fit" else []
         self.find_labels(train)

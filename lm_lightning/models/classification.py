@@ -155,7 +155,8 @@ class Classification(LanguageModule):
         kind = self.trainer.datamodule.kind
         if kind == "number":
             counts = ~targets.isnan()
-            self.val_metrics.update(logits.squeeze(-1)[counts], targets[counts])
+            if counts.any():  # the last batch of a process may be all padding
+                self.val_metrics.update(logits.squeeze(-1)[counts], targets[counts])
         elif kind == "several":
             self.val_metrics.update(logits.sigmoid(), targets.nan_to_num(-100).long())
         else:

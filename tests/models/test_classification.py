@@ -276,6 +276,59 @@ def test_two_processes_do_and_score_what_one_does(fit, recipe: Path):
     assert len(values[0]) == 40 + 2 * 4 and values[0] == pytest.approx(values[1], abs=1e-4)
 
 
+@pytest.mark.parametrize("held", [50, 6])  # 50: the last batch of the second process is all padding; 6: its only one
+def test_two_processes_score_numbers_as_one_does(fit, recipe: Path, held: int):
+    write(recipe.parent / "validation.jsonl", rows(held, 1))
+    off = ("--model.network.hidden_dropout_prob", 0, "--model.network.attention_probs_dropout_prob", 0)
+    flags = ("--data.kind", "number", "--data.columns.label", "number", "--best.monitor", "val/loss", *off)
+    flags = (*flags, "--best.mode", "min", "--trainer.max_steps", 20)
+    one = fit("--name", "one", *flags)
+    ddp = ("--trainer.strategy", "ddp", "--trainer.devices", 2, "--data.batch_size", 8, "--name", "two")
+    result = command("fit", "--config", recipe, *flags, *ddp)
+    assert result.returncode == 0, result.stderr
+    (two,) = (recipe.parent / "runs" / "two").iterdir()
+    values = []
+    for run in (one, two):
+        with open(run / "metrics.csv", newline="") as file:
+            (row,) = [row for row in csv.DictReader(file) if row["val/loss"]]
+        values.append([float(row[f"val/{name}"]) for name in ("loss", "pearson", "spearman", "mae")])
+    assert values[0] == pytest.approx(values[1], abs=1e-4)
+
+
+def test_weights_of_labels_are_relative(fit, cli, recipe: Path):
+    """Weights of which a batch has less than 1 in all give the same steps; measuring needs no weights."""
+    losses = []
+    for weight in (1, 0.01):
+        weights = ("--model.class_weights", json.dumps({"good": weight, "bad": weight, "mixed": 3 * weight}))
+        run = fit("--name", f"weight-{weight}", *weights, "--trainer.max_steps", 5, "--trainer.limit_val_batches", 0)
+        with open(run / "metrics.csv", newline="") as file:
+            losses.append([float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]])
+    assert len(losses[0]) == 5 and losses[0] == pytest.approx(losses[1], abs=1e-4)
+    measure = ("--config", recipe, "--model.class_weights", "balanced", "--ckpt_path")
+    for name in ("test", "predict"):
+        cli(name, *measure, run / "checkpoints" / "last.ckpt")
+
+
+def test_gpts_whose_tokenizer_has_no_padding(fit, recipe: Path, tmp_path: Path):
+    """As OpenAI's: the network reads the last token before the padding, the export tells which that is."""
+    from transformers import AutoTokenizer, pipeline
+
+    texts = (row["text"] for row in rows(300, 0))
+    tokenizer = train(Tokenizer(algorithm="bpe", vocab_size=300), texts, "gpt")
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path / "gpt")
+    assert AutoTokenizer.from_pretrained(tmp_path / "gpt").pad_token is None
+    network = {"model_type": "gpt2", "n_layer": 1, "n_embd": 32, "n_head": 2, "n_positions": 64}
+    flags = ("--data.tokenizer.path", tmp_path / "gpt", "--data.max_length", 60)
+    run = fit("--model.network", json.dumps(network), *flags, "--trainer.max_steps", 100)
+    weights = shutil.copytree(run / "model", tmp_path / "weights")
+    shutil.copytree(tmp_path / "gpt", weights, dirs_exist_ok=True)
+    fit("--model.network", "null", "--model.pretrained", weights, *flags, "--trainer.max_steps", 5)
+    gold = rows(45, 2)
+    told = pipeline("text-classification", str(run / "model"))([row["text"] for row in gold], batch_size=8)
+    assert sum(t["label"] == row["label"] for t, row in zip(told, gold)) > 0.8 * 45
+
+
 def accuracy(out: str) -> float:
     return float(next(line for line in out.splitlines() if "test/accuracy" in line).split("│")[2])
 
@@ -396,6 +449,8 @@ def test_wrong_columns_and_numbers_are_refused(fit):
         fit("--data.kind", "number")
     with pytest.raises(UserError, match="the train split has no rows: name files with --data.tables.train"):
         fit("--data.tables.train", "[]")
+    with pytest.raises(UserError, match="data.max_length is 512, but this network has positions for 64"):
+        fit("--data.max_length", 512)
     with pytest.raises(UserError, match="is the name of no parameter"):
         fit("--model.freeze", '["*nothing*"]')
 
@@ -409,13 +464,20 @@ def test_what_is_cut_is_counted(cli, recipe: Path):
 
 
 def test_order_by_length_is_a_permutation_that_needs_little_padding():
-    lengths = np.random.default_rng(0).integers(5, 100, size=10_000)
-    order = by_length(samples_at(np.arange(10_000), 10_000, 3), lengths, 3)
-    assert sorted(order) == list(range(10_000))
-    assert (order == by_length(samples_at(np.arange(10_000), 10_000, 3), lengths, 3)).all()
-    batches = lengths[order][: 10_000 // 32 * 32].reshape(-1, 32)
-    assert batches.sum() / (batches.max(1) * 32).sum() > 0.95
+    """Also in later epochs, which begin within a run of similar lengths."""
+    size, lengths = 9_001, np.random.default_rng(0).integers(5, 100, size=9_001)
+
+    def epoch(number: int) -> np.ndarray:
+        samples = samples_at(np.arange(number * size, (number + 1) * size), size, 3)
+        return by_length(samples, lengths, 3 + number, number * size)
+
+    assert all(sorted(epoch(number)) == list(range(size)) for number in range(3))
+    assert (epoch(1) == epoch(1)).all() and (epoch(1) != epoch(2)).any()
+    stream = np.concatenate([epoch(number) for number in range(3)])
+    batches = lengths[stream][: 3 * size // 32 * 32].reshape(-1, 32)
+    assert batches.sum() / (batches.max(1) * 32).sum() > 0.97
     assert abs(np.corrcoef(np.arange(len(batches)), batches.mean(1))[0, 1]) < 0.2  # short ones do not come first
+    assert sorted(by_length(np.arange(10), lengths, 3, 60)) == list(range(10))  # shorter than a run
 
 
 def test_layers_below_learn_more_slowly():
@@ -430,6 +492,16 @@ def test_layers_below_learn_more_slowly():
     assert factors[id(bert.encoder.layer[2].output.dense.weight)] == 0.5
     assert factors[id(bert.encoder.layer[0].output.dense.bias)] == 0.125
     assert factors[id(bert.embeddings.word_embeddings.weight)] == 0.0625
+
+
+def test_the_norm_after_the_layers_learns_at_the_whole_rate():
+    from transformers import GPT2Config, GPT2ForSequenceClassification
+
+    network = GPT2ForSequenceClassification(GPT2Config(n_embd=8, n_layer=3, n_head=2, vocab_size=20, pad_token_id=0))
+    factors = {id(p): group["lr_factor"] for group in parameter_groups(network, 0.5) for p in group["params"]}
+    assert factors[id(network.score.weight)] == factors[id(network.transformer.ln_f.weight)] == 1
+    assert factors[id(network.transformer.h[0].ln_1.weight)] == 0.125
+    assert factors[id(network.transformer.wpe.weight)] == 0.0625
 
 
 def test_frozen_parameters_stay(fit):
