@@ -198,7 +198,7 @@ assert "lm_lightning" not in sys.modules
     ids=["number", "several", "pair"],
 )
 def test_kinds(fit, cli, recipe: Path, flags: tuple, metric: str):
-    run = fit(*flags, "--best.monitor", "val/loss", "--best.mode", "min", "--trainer.max_steps", 120)
+    run = fit(*flags, "--best.monitor", "val/loss", "--best.mode", "min", "--trainer.max_steps", 240)
     with open(run / "metrics.csv", newline="") as file:
         values = [float(row[f"val/{metric}"]) for row in csv.DictReader(file) if row[f"val/{metric}"]]
     assert values[-1] > 0.5
@@ -215,7 +215,7 @@ def test_kinds(fit, cli, recipe: Path, flags: tuple, metric: str):
 def test_results_of_several_labels_are_those_of_the_definitions(fit, cli, recipe: Path):
     flags = ("--data.kind", "several", "--data.columns.label", "several", "--best.monitor", "val/loss")
     flags = (*flags, "--best.mode", "min", "--model.schedule.warmup_steps", 2)
-    run = fit(*flags, "--trainer.max_steps", 60)
+    run = fit(*flags, "--trainer.max_steps", 120)
     for command_ in ("test", "predict"):
         cli(command_, "--config", recipe, *flags, "--ckpt_path", run / "checkpoints" / "last.ckpt")
     told = [set(json.loads(line)["labels"]) for line in (run / "predictions.jsonl").read_text().splitlines()]
