@@ -28,7 +28,7 @@ WORDS = {"good": ["fine", "lovely", "bright"], "bad": ["dull", "awful", "bleak"]
 
 
 def rows(number: int, seed: int) -> list[dict]:
-    """Sentences of made-up words, whose label is that of the one telling word."""
+    """Sentences of made-up words, whose label and number are those of the one telling word."""
     draw, result = random.Random(seed), []
     for i in range(number):
         label = draw.choice(list(WORDS))
@@ -36,7 +36,12 @@ def rows(number: int, seed: int) -> list[dict]:
             draw.choices(["the", "film", "was", "a", "story", "of", "two", "rivers"], k=draw.randint(2, 12))
         )
         other = draw.choice(["it", "they", "we"])
-        row = {"text": f"{text} {draw.choice(WORDS[label])}", "other": other, "label": label, "number": len(text) / 10}
+        row = {
+            "text": f"{text} {draw.choice(WORDS[label])}",
+            "other": other,
+            "label": label,
+            "number": 2.5 * list(WORDS).index(label),
+        }
         result.append(row | {"several": [label] + (["short"] if len(text) < 20 else []), "i": i})
     return result
 
