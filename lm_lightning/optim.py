@@ -51,14 +51,14 @@ def parameter_groups(network: transformers.PreTrainedModel, layer_decay: float =
 
 
 def depth_of_parameters(network: transformers.PreTrainedModel) -> dict[int, int]:
-    """How many layers are over each parameter, by its `id`: 0 of the head, one more than all of embeddings."""
+    """How many layers are over each parameter, by its `id`: 0 of what follows them, one more than all of embeddings."""
     layers = blocks(network)
-    body = {id(p): len(layers) + 1 for p in network.base_model.parameters()}
-    for number, layer in enumerate(layers):
-        body |= {id(p): len(layers) - number for p in layer.parameters()}
-    after = getattr(network.base_model, "pooler", None)
-    top = {id(p): 0 for p in after.parameters()} if isinstance(after, nn.Module) else {}
-    return {id(p): 0 for p in network.parameters()} | body | top
+    depths = {id(p): len(layers) - number for number, layer in enumerate(layers) for p in layer.parameters()}
+    under = len(layers) + 1
+    for parameter in network.base_model.parameters():  # in the order in which data passes them
+        under = 0 if id(parameter) in depths else under
+        depths.setdefault(id(parameter), under)
+    return {id(p): 0 for p in network.parameters()} | depths
 
 
 class MuonAdamW(torch.optim.Optimizer):

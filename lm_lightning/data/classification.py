@@ -45,6 +45,9 @@ class ClassificationData(LabelledData):
         super().__init__(**options)
         self.columns, self.kind, self.separator = columns, kind, separator
 
+    def key(self, row: Row) -> str:
+        return "\n".join(row.text(column) for column in (self.columns.text, self.columns.pair) if column is not None)
+
     def find_labels(self, train: list[Row]) -> None:
         if self.kind != "number" and not self.labels:
             self.labels = self.label_names(train, {name for row in train for name in self.names(row)})

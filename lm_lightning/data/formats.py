@@ -188,7 +188,7 @@ ROWS: dict[str, Callable[[Path, "Corpus", Counts], Rows]] = {
 
 
 def hub_rows(corpus: "Corpus") -> Rows:
-    """Yield the rows of a data set of the Hub, numbered from 1."""
+    """Yield the rows of a data set of the Hub, numbered from 1; labels with names have these, none (-1) is None."""
     datasets, hub = _import("datasets"), _import("huggingface_hub")
     try:
         if corpus.streaming:  # without a network, fail at once instead of after half a minute of retries
@@ -200,7 +200,11 @@ def hub_rows(corpus: "Corpus") -> Rows:
             revision=corpus.hub_revision,
             streaming=corpus.streaming,
         )
-        yield from enumerate(dataset, start=1)
+        features = getattr(dataset, "features", None) or {}  # not every stream knows them
+        names = {column: label.names for column, label in features.items() if isinstance(label, datasets.ClassLabel)}
+        for number, row in enumerate(dataset, start=1):
+            given = {column: row[column] for column in names if row[column] is not None and row[column] >= 0}
+            yield number, row | dict.fromkeys(names) | {column: names[column][label] for column, label in given.items()}
     except Exception as error:  # the packages raise whatever their own dependencies do
         reason = " ".join(str(error).split())
         raise UserError(

@@ -7,7 +7,7 @@ columns have any names, the names of the labels, batches of similar lengths, and
 import functools
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Optional
@@ -35,12 +35,16 @@ class Tables:
 
     Args:
         train: Files, folders or patterns of the training split: JSONL, CSV, TSV, Parquet; also as .gz and .zst.
-        validation: The same of the validation split. Without any, rows of `train` are taken, by a hash of their text.
+        validation: The same of the validation split. Without any, rows of `train` are taken by a hash of their text,
+            so that no text is in both.
         test: The same of the test split.
         predict: The same of the rows that `predict` answers; they need no labels. Default: those of `test`.
         validation_fraction: Share of `train` for validation, where no files are given for it.
         format: Of all files, where their names do not tell.
         header: Names of the columns, for CSV and TSV files whose first line is a row already.
+        hub: Name of a data set of the Hugging Face Hub; `train` and the others then name its splits, not files.
+        hub_config: Its configuration.
+        hub_revision: Its branch, tag or commit.
     """
 
     train: list[str] | str = field(default_factory=list)
@@ -50,6 +54,9 @@ class Tables:
     validation_fraction: float = 0.1
     format: Optional[Literal["jsonl", "csv", "tsv", "parquet"]] = None
     header: Optional[list[str]] = None
+    hub: Optional[str] = None
+    hub_config: Optional[str] = None
+    hub_revision: Optional[str] = None
 
     def __post_init__(self) -> None:
         for split in ("train", "validation", "test", "predict"):
@@ -94,29 +101,44 @@ class Row(Mapping):
         return value
 
 
-def read(tables: Tables, split: str) -> list[Row]:
+def read(tables: Tables, split: str, key: Callable[[Row], str]) -> list[Row]:
     """The rows of a split, in the order of the files.
+
+    Args:
+        tables: Where they are.
+        split: Its name.
+        key: What of a row decides whether it is held out for validation: rows of one key stay together.
 
     Raises:
         UserError: Names the file and line of what cannot be read.
     """
-    own = split in ("train", "validation") and not tables.validation
-    rows = [row for path in files(tables, split) for row in of(path, tables)]
-    if own and tables.train:
-        rows = [row for row in rows if held_out(row, tables.validation_fraction) == (split == "validation")]
+    rows = [row for name in sources(tables, split) for row in (of_hub if tables.hub else of_files)(name, tables)]
+    if split in ("train", "validation") and not tables.validation:
+        rows = [row for row in rows if held_out(key(row), tables.validation_fraction) == (split == "validation")]
     if not rows:
         raise UserError(f"the {split} split has no rows: name files with --data.tables.{split}")
     return rows
 
 
-def files(tables: Tables, split: str) -> list[Path]:
-    """The files that the rows of a split are in, in the order of reading."""
-    patterns = getattr(tables, split)
-    if split == "predict":
-        patterns = patterns or tables.test
-    elif split == "validation":
-        patterns = patterns or tables.train
-    return [path for pattern in patterns for _, path in expand(pattern)]
+def sources(tables: Tables, split: str) -> list[str]:
+    """What has the rows of a split: files, folders and patterns, or the names of splits on the Hub."""
+    instead = {"validation": tables.train, "predict": tables.test}
+    return list(getattr(tables, split) or instead.get(split, []))
+
+
+def of_hub(split: str, tables: Tables) -> Iterator[Row]:
+    """The rows of a split on the Hub, where labels that are numbers with names have their names."""
+    corpus = Corpus(
+        hub=tables.hub, hub_config=tables.hub_config, hub_revision=tables.hub_revision, hub_split=split, streaming=False
+    )
+    for number, values in formats.hub_rows(corpus):
+        yield Row(values, f"{tables.hub} ({split}):{number}")
+
+
+def of_files(pattern: str, tables: Tables) -> Iterator[Row]:
+    """The rows of a file, of those in a folder, or of all that a pattern fits."""
+    for _, path in expand(pattern):
+        yield from of(path, tables)
 
 
 def kind(path: Path, tables: Tables) -> str:
@@ -141,9 +163,9 @@ def of(path: Path, tables: Tables) -> Iterator[Row]:
         yield Row(values, f"{path}:{number}")
 
 
-def held_out(row: Row, fraction: float) -> bool:
-    """Whether a row is one of the held-out share, which only its own content decides."""
-    digest = hashlib.sha256(repr(sorted((str(k), str(v)) for k, v in row.items())).encode()).digest()
+def held_out(key: str, fraction: float) -> bool:
+    """Whether a row is one of the held-out share, which only its own key decides."""
+    digest = hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
@@ -179,13 +201,15 @@ class Examples(Dataset):
     def epoch(self, number: int) -> np.ndarray:
         """The order of an epoch: rows of similar lengths together."""
         positions = np.arange(number * len(self), (number + 1) * len(self))
-        return by_length(samples_at(positions, len(self), self.seed or 0), self.lengths, (self.seed or 0) + number)
+        seed = self.seed or 0
+        return by_length(samples_at(positions, len(self), seed), self.lengths, seed + number, number * len(self))
 
 
 def padded(tokenizer: "PreTrainedTokenizerFast", items: list[dict]) -> dict:
-    """A batch of examples, padded to the longest, rounded up to a multiple of 8: tensors (B, T), `targets`, `id`."""
+    """A batch of examples, padded to the longest: tensors (B, T), `targets`, `id`."""
+    multiple = 8 if torch.cuda.is_available() else None  # tensor cores work on whole eights; a CPU on what there is
     encodings = [{key: item[key] for key in item if key not in ("targets", "id")} for item in items]
-    batch = dict(tokenizer.pad(encodings, pad_to_multiple_of=8, return_tensors="pt"))
+    batch = dict(tokenizer.pad(encodings, pad_to_multiple_of=multiple, return_tensors="pt"))
     return batch | {"targets": torch.stack([item["targets"] for item in items]), "id": [item["id"] for item in items]}
 
 
@@ -201,6 +225,8 @@ class LabelledData(StreamData):
         num_workers: Processes that load batches ahead.
     """
 
+    length_option = "max_length"
+
     def __init__(
         self,
         tables: Tables = Tables(),
@@ -215,6 +241,10 @@ class LabelledData(StreamData):
         self.block_size = max_length
         self.labels: list[str] = []  # their names, in the order of their numbers
         self.examples: dict[str, Examples] = {}
+
+    def key(self, row: Row) -> str:
+        """What of a row is never in both training and validation, where the latter is a share of `tables.train`."""
+        raise NotImplementedError
 
     def find_labels(self, train: list[Row]) -> None:
         """Sets `labels`, if the task has any, from the training rows, which may be none unless it is `fit`."""
@@ -238,13 +268,16 @@ class LabelledData(StreamData):
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         self.tokenizer = load(self.tokenizer_options.path)
         self.tokenizer.padding_side = "right"
+        if self.tokenizer.pad_token is None:  # as GPT's published ones
+            self.tokenizer.pad_token = self.tokenizer.eos_token
         self.collate = functools.partial(padded, self.tokenizer)
-        train = read(self.tables, "train") if self.tables.train or stage == "fit" else []
+        train = read(self.tables, "train", self.key) if self.tables.train or stage == "fit" else []
         self.find_labels(train)
         needed = {"fit": ["train", "validation"], "validate": ["validation"], "test": ["test"], "predict": ["predict"]}
         for split in needed[stage]:
             if split not in self.examples:
-                self.examples[split] = self.encode(split, train if split == "train" else read(self.tables, split))
+                rows = train if split == "train" else read(self.tables, split, self.key)
+                self.examples[split] = self.encode(split, rows)
 
     def label_names(self, train: list[Row], found: set[str]) -> list[str]:
         """The labels in the order of their numbers: that of the network, if it tells the same ones already.
@@ -286,7 +319,10 @@ class LabelledData(StreamData):
     @property
     def predict_table(self) -> bool:
         """Whether the rows to predict come from CSV or TSV files, so that the predictions are wanted as such."""
-        return all(kind(path, self.tables) in (".csv", ".tsv") for path in files(self.tables, "predict"))
+        if self.tables.hub:
+            return False
+        paths = [path for pattern in sources(self.tables, "predict") for _, path in expand(pattern)]
+        return all(kind(path, self.tables) in (".csv", ".tsv") for path in paths)
 
     def predict_dataloader(self) -> DataLoader:
         return self.evaluation_loader("predict")

@@ -17,6 +17,7 @@ class StreamData(LightningDataModule):
     A subclass sets `batch_size`, `num_workers` and, in `setup`, `seed`.
     """
 
+    length_option = "block_size"  # the name of the option that says how long a sample may be
     batch_size: int
     num_workers: int
     seed: int

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import (
     MeanAbsoluteError,
     Metric,
@@ -71,9 +71,22 @@ class Classification(LanguageModule):
         if not made:
             return
         self.network.config.pad_token_id = data.tokenizer.pad_token_id  # GPTs look for the last token before it
+        new = self.pretrained is not None and len(self.own_labels()) != 1  # one of one label is kept
+        if data.kind == "number" and self.trainer.state.fn == "fit" and new:
+            self.start_at_the_mean()
         self.val_metrics = self.new_metrics()
-        weights = None if self.class_weights is None else self.weights_of_labels()
+        weigh = self.class_weights is not None and self.trainer.state.fn == "fit"  # only training is weighted
+        weights = self.weights_of_labels() if weigh else None
         self.register_buffer("weights", weights, persistent=False)
+
+    def start_at_the_mean(self) -> None:
+        """Has the new head of pretrained weights tell the mean of the training numbers, which need not be learned then.
+
+        New networks leave the plateau of telling the mean more easily if they do not begin there.
+        """
+        heads = [m for m in self.network.modules() if isinstance(m, nn.Linear) and m.out_features == 1]
+        if heads and heads[-1].bias is not None:
+            heads[-1].bias.data.fill_(self.trainer.datamodule.examples["train"].targets.mean())
 
     def weights_of_labels(self) -> Tensor:
         """How much each label counts, (labels,) float32."""
@@ -142,7 +155,8 @@ class Classification(LanguageModule):
         kind = self.trainer.datamodule.kind
         if kind == "number":
             counts = ~targets.isnan()
-            self.val_metrics.update(logits.squeeze(-1)[counts], targets[counts])
+            if counts.any():  # the last batch of a process may be all padding
+                self.val_metrics.update(logits.squeeze(-1)[counts], targets[counts])
         elif kind == "several":
             self.val_metrics.update(logits.sigmoid(), targets.nan_to_num(-100).long())
         else:

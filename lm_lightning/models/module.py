@@ -227,8 +227,8 @@ class LanguageModule(LightningModule):
         limit, block_size = getattr(config, "max_position_embeddings", None), self.trainer.datamodule.block_size
         if limit is not None and block_size > limit:
             raise UserError(
-                f"data.block_size is {block_size}, but this network has positions for {limit} tokens: lower it, or "
-                "make a network with more of them"
+                f"data.{self.trainer.datamodule.length_option} is {block_size}, but this network has positions for "
+                f"{limit} tokens: lower it, or make a network with more of them"
             )
         if hasattr(self.trainer.strategy, "check"):  # one of ours
             self.trainer.strategy.check(config)
@@ -268,6 +268,7 @@ class LanguageModule(LightningModule):
             own = load(name)
         except UserError:
             return  # weights alone, or nothing at all, as will be seen
+        own.pad_token = own.pad_token or self.trainer.datamodule.tokenizer.pad_token  # which is no part of a text
         if fingerprint(own) != fingerprint(self.trainer.datamodule.tokenizer):
             raise UserError(
                 f"{name} was trained with another tokenizer than the data's: give --data.tokenizer.path {name}, or "
@@ -339,7 +340,7 @@ class LanguageModule(LightningModule):
         assert window is not None, "an optimizer step comes after at least one training step"
         totals = torch.stack([window.loss_sum, window.tokens.float()])
         totals = self.trainer.strategy.reduce(totals, reduce_op="sum")
-        loss_sum, tokens = totals[0], totals[1].clamp(min=1)
+        loss_sum, tokens = totals[0], totals[1].where(totals[1] > 0, 1)  # (weighted targets may come to less than 1)
         # Lightning has divided by the micro-batches, the strategy by the replicas, `training_step` by its constant; a
         # replica of several processes (tensor parallelism) has counted its tokens on each.
         divided = (

@@ -4,6 +4,8 @@ import csv
 import json
 import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,17 +16,19 @@ from conftest import command
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from lm_lightning.data.labelled import Examples
+from lm_lightning.data.classification import ClassificationData
+from lm_lightning.data.labelled import Examples, Tables, read
 from lm_lightning.data.order import by_length, samples_at
 from lm_lightning.data.tokenizer import Tokenizer, train
 from lm_lightning.errors import UserError
 from lm_lightning.optim import parameter_groups
 
+ROOT = Path(__file__).parents[2]
 WORDS = {"good": ["fine", "lovely", "bright"], "bad": ["dull", "awful", "bleak"], "mixed": ["odd", "long", "plain"]}
 
 
 def rows(number: int, seed: int) -> list[dict]:
-    """Sentences of made-up words, whose label is that of the one telling word."""
+    """Sentences of made-up words, whose label and number are those of the one telling word."""
     draw, result = random.Random(seed), []
     for i in range(number):
         label = draw.choice(list(WORDS))
@@ -32,7 +36,12 @@ def rows(number: int, seed: int) -> list[dict]:
             draw.choices(["the", "film", "was", "a", "story", "of", "two", "rivers"], k=draw.randint(2, 12))
         )
         other = draw.choice(["it", "they", "we"])
-        row = {"text": f"{text} {draw.choice(WORDS[label])}", "other": other, "label": label, "number": len(text) / 10}
+        row = {
+            "text": f"{text} {draw.choice(WORDS[label])}",
+            "other": other,
+            "label": label,
+            "number": 2.5 * list(WORDS).index(label),
+        }
         result.append(row | {"several": [label] + (["short"] if len(text) < 20 else []), "i": i})
     return result
 
@@ -164,6 +173,23 @@ def test_evaluation_needs_little_padding():
     assert all(examples[i]["targets"] == examples[i]["id"] for i in range(500))
 
 
+def pipeline_in_a_fresh_process(model: Path, pairs: list[tuple]) -> list[list[dict]]:
+    """What plain `transformers`, without this project, tells of texts and pairs: the score of each label."""
+    script = """
+import json, sys
+from transformers import pipeline
+tell = pipeline("text-classification", sys.argv[1], device="cpu")
+inputs = [{"text": text, "text_pair": pair} if pair else text for text, pair in json.load(sys.stdin)]
+print(json.dumps([tell([one], top_k=None)[0] for one in inputs]))
+assert "lm_lightning" not in sys.modules
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", script, str(model)], input=json.dumps(pairs), capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
 @pytest.mark.parametrize(
     ("flags", "metric"),
     [
@@ -176,19 +202,25 @@ def test_evaluation_needs_little_padding():
     ],
     ids=["number", "several", "pair"],
 )
-def test_kinds(fit, flags: tuple, metric: str):
-    run = fit(*flags, "--best.monitor", "val/loss", "--best.mode", "min", "--trainer.max_steps", 120)
+def test_kinds(fit, cli, recipe: Path, flags: tuple, metric: str):
+    run = fit(*flags, "--best.monitor", "val/loss", "--best.mode", "min", "--trainer.max_steps", 240)
     with open(run / "metrics.csv", newline="") as file:
         values = [float(row[f"val/{metric}"]) for row in csv.DictReader(file) if row[f"val/{metric}"]]
     assert values[-1] > 0.5
-    config = json.loads((run / "model" / "config.json").read_text())
-    assert config["problem_type"] == ("regression" if metric == "spearman" else config["problem_type"])
+    cli("predict", "--config", recipe, *flags, "--ckpt_path", run / "checkpoints" / "last.ckpt")
+    predicted = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
+    pair = "other" if metric == "accuracy" else None
+    told = pipeline_in_a_fresh_process(run / "model", [(row["text"], row.get(pair)) for row in rows(45, 2)])
+    for own, other in zip(predicted, told):
+        expected = {entry["label"]: entry["score"] for entry in other}
+        scores = own.get("scores") or {"LABEL_0": own["score"]}
+        assert scores == pytest.approx(expected, abs=1e-5)
 
 
 def test_results_of_several_labels_are_those_of_the_definitions(fit, cli, recipe: Path):
     flags = ("--data.kind", "several", "--data.columns.label", "several", "--best.monitor", "val/loss")
     flags = (*flags, "--best.mode", "min", "--model.schedule.warmup_steps", 2)
-    run = fit(*flags, "--trainer.max_steps", 60)
+    run = fit(*flags, "--trainer.max_steps", 120)
     for command_ in ("test", "predict"):
         cli(command_, "--config", recipe, *flags, "--ckpt_path", run / "checkpoints" / "last.ckpt")
     told = [set(json.loads(line)["labels"]) for line in (run / "predictions.jsonl").read_text().splitlines()]
@@ -208,6 +240,18 @@ def test_training_stops_early(fit):
     stop = ("--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor", "val/accuracy")
     run = fit(*stop, "--trainer.callbacks.mode", "max", "--trainer.callbacks.patience", 2, "--trainer.max_steps", 2000)
     assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] < 1000
+
+
+def test_a_new_head_for_numbers_starts_at_their_mean(fit, recipe: Path):
+    numbers = ("--data.kind", "number", "--data.columns.label", "number", "--best.monitor", "val/loss")
+    flags = ("--best.mode", "min", "--trainer.max_steps", 3, "--model.optimizer.lr", 1e-6)
+    base = fit("--trainer.max_steps", 3)  # of labels, whose head is not taken
+    run = fit(*numbers, *flags, "--model.network", "null", "--model.pretrained", base)
+    bias = load_file(run / "model" / "model.safetensors")["classifier.bias"]
+    assert bias.item() == pytest.approx(np.mean([row["number"] for row in rows(300, 0)]), abs=1e-4)
+    other = write(recipe.parent / "other.jsonl", [row | {"number": row["number"] + 5} for row in rows(300, 0)])
+    again = fit(*numbers, *flags, "--model.network", "null", "--model.pretrained", run, "--data.tables.train", other)
+    assert load_file(again / "model" / "model.safetensors")["classifier.bias"] == pytest.approx(bias, abs=1e-4)
 
 
 def test_resumed_run_and_other_micro_batches_are_the_same(fit, recipe: Path):
@@ -237,6 +281,59 @@ def test_two_processes_do_and_score_what_one_does(fit, recipe: Path):
     assert len(values[0]) == 40 + 2 * 4 and values[0] == pytest.approx(values[1], abs=1e-4)
 
 
+@pytest.mark.parametrize("held", [50, 6])  # 50: the last batch of the second process is all padding; 6: its only one
+def test_two_processes_score_numbers_as_one_does(fit, recipe: Path, held: int):
+    write(recipe.parent / "validation.jsonl", rows(held, 1))
+    off = ("--model.network.hidden_dropout_prob", 0, "--model.network.attention_probs_dropout_prob", 0)
+    flags = ("--data.kind", "number", "--data.columns.label", "number", "--best.monitor", "val/loss", *off)
+    flags = (*flags, "--best.mode", "min", "--trainer.max_steps", 20)
+    one = fit("--name", "one", *flags)
+    ddp = ("--trainer.strategy", "ddp", "--trainer.devices", 2, "--data.batch_size", 8, "--name", "two")
+    result = command("fit", "--config", recipe, *flags, *ddp)
+    assert result.returncode == 0, result.stderr
+    (two,) = (recipe.parent / "runs" / "two").iterdir()
+    values = []
+    for run in (one, two):
+        with open(run / "metrics.csv", newline="") as file:
+            (row,) = [row for row in csv.DictReader(file) if row["val/loss"]]
+        values.append([float(row[f"val/{name}"]) for name in ("loss", "pearson", "spearman", "mae")])
+    assert values[0] == pytest.approx(values[1], abs=1e-4)
+
+
+def test_weights_of_labels_are_relative(fit, cli, recipe: Path):
+    """Weights of which a batch has less than 1 in all give the same steps; measuring needs no weights."""
+    losses = []
+    for weight in (1, 0.01):
+        weights = ("--model.class_weights", json.dumps({"good": weight, "bad": weight, "mixed": 3 * weight}))
+        run = fit("--name", f"weight-{weight}", *weights, "--trainer.max_steps", 5, "--trainer.limit_val_batches", 0)
+        with open(run / "metrics.csv", newline="") as file:
+            losses.append([float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]])
+    assert len(losses[0]) == 5 and losses[0] == pytest.approx(losses[1], abs=1e-4)
+    measure = ("--config", recipe, "--model.class_weights", "balanced", "--ckpt_path")
+    for name in ("test", "predict"):
+        cli(name, *measure, run / "checkpoints" / "last.ckpt")
+
+
+def test_gpts_whose_tokenizer_has_no_padding(fit, recipe: Path, tmp_path: Path):
+    """As OpenAI's: the network reads the last token before the padding, the export tells which that is."""
+    from transformers import AutoTokenizer, pipeline
+
+    texts = (row["text"] for row in rows(300, 0))
+    tokenizer = train(Tokenizer(algorithm="bpe", vocab_size=300), texts, "gpt")
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path / "gpt")
+    assert AutoTokenizer.from_pretrained(tmp_path / "gpt").pad_token is None
+    network = {"model_type": "gpt2", "n_layer": 1, "n_embd": 32, "n_head": 2, "n_positions": 64}
+    flags = ("--data.tokenizer.path", tmp_path / "gpt", "--data.max_length", 60)
+    run = fit("--model.network", json.dumps(network), *flags, "--trainer.max_steps", 100)
+    weights = shutil.copytree(run / "model", tmp_path / "weights")
+    shutil.copytree(tmp_path / "gpt", weights, dirs_exist_ok=True)
+    fit("--model.network", "null", "--model.pretrained", weights, *flags, "--trainer.max_steps", 5)
+    gold = rows(45, 2)
+    told = pipeline("text-classification", str(run / "model"))([row["text"] for row in gold], batch_size=8)
+    assert sum(t["label"] == row["label"] for t, row in zip(told, gold)) > 0.8 * 45
+
+
 def accuracy(out: str) -> float:
     return float(next(line for line in out.splitlines() if "test/accuracy" in line).split("│")[2])
 
@@ -262,6 +359,35 @@ def test_a_trained_network_tells_its_labels_itself(fit, cli, recipe: Path):
         assert accuracy(cli(*measure, "--data.tables.train", "[]")) == pytest.approx(right)
 
 
+def test_a_bert_pretrained_here_is_tuned(cli, recipe: Path, corpus_file: Path, cache_dir: Path):
+    """From its run folder, with its tokenizer, and with the weights that it has learned."""
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    bert = cli(
+        *(
+            "fit",
+            "--config",
+            ROOT / "configs" / "bert.yaml",
+            "--data.corpus.paths",
+            corpus_file,
+            "--data.cache_dir",
+            cache_dir,
+        ),
+        *("--data.tokenizer.vocab_size", 400, "--data.block_size", 64, "--data.batch_size", 2),
+        *(f"--model.network.{key}={value}" for key, value in small.items()),
+        *("--trainer.max_steps", 3, "--model.schedule.warmup_steps", 1, "--trainer.limit_val_batches", 0),
+        *("--runs_dir", recipe.parent / "runs", "--trainer.accelerator", "cpu", "--model.compile", "false"),
+    )
+    pretrained = bert.split("run folder: ")[1].splitlines()[0]
+    flags = ("--model.network", "null", "--model.pretrained", pretrained, "--data.tokenizer", '{"path": null}')
+    out = cli("fit", "--config", recipe, *flags, "--model.freeze", '["bert.*"]', "--trainer.max_steps", 3)
+    run = Path(out.split("run folder: ")[1].splitlines()[0])
+    weights, tuned = (load_file(Path(folder) / "model" / "model.safetensors") for folder in (pretrained, run))
+    same = [name for name in weights if name.startswith("bert.") and torch.equal(weights[name], tuned[name])]
+    assert len(same) == sum(name.startswith("bert.") for name in weights) > 30
+    vocabularies = [json.loads((Path(f) / "model" / "tokenizer.json").read_text())["model"] for f in (pretrained, run)]
+    assert vocabularies[0] == vocabularies[1]
+
+
 def test_a_network_of_other_labels_gets_a_new_head(fit, cli, recipe: Path):
     run = fit("--trainer.max_steps", 5)
     train = write(recipe.parent / "two.jsonl", [row for row in rows(100, 3) if row["label"] != "mixed"])
@@ -270,6 +396,36 @@ def test_a_network_of_other_labels_gets_a_new_head(fit, cli, recipe: Path):
     assert json.loads((two / "model" / "config.json").read_text())["id2label"] == {"0": "bad", "1": "good"}
     with pytest.raises(UserError, match="tells the labels bad, good, mixed, but the training split has bad, good"):
         cli("test", "--config", recipe, *flags)
+
+
+def test_a_data_set_of_the_hub_has_the_names_of_its_labels(fit, cli, recipe: Path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    features = {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["mixed", "good", "bad"])}
+
+    def load_dataset(name, config, split, revision, streaming):
+        assert (name, config, revision, streaming) == ("any/name", "small", "v1", False)
+        content = [{key: row[key] for key in features} for row in rows(60, len(split))]
+        if split == "unlabelled":
+            content[2]["label"] = -1
+        return datasets.Dataset.from_list(content, features=datasets.Features(features))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    hub = ("--data.tables.hub", "any/name", "--data.tables.hub_config", "small", "--data.tables.hub_revision", "v1")
+    flags = (*hub, "--data.tables.train", "train", "--data.tables.validation", "validation", "--trainer.max_steps", 3)
+    run = fit(*flags)
+    assert json.loads((run / "model" / "config.json").read_text())["id2label"] == dict(zip("012", sorted(WORDS)))
+    with pytest.raises(UserError, match=r"any/name \(unlabelled\):3: the row has no label"):
+        fit(*flags, "--data.tables.validation", "unlabelled")
+
+
+def test_a_text_is_not_in_training_and_validation(tmp_path: Path):
+    content = [row | {"i": i} for i, row in enumerate(rows(100, 5) * 3)]  # thrice, with other numbers
+    data = ClassificationData(
+        tables=Tables(train=str(write(tmp_path / "rows.jsonl", content)), validation_fraction=0.3)
+    )
+    train, held = ({row["text"] for row in read(data.tables, split, data.key)} for split in ("train", "validation"))
+    assert not train & held and train | held == {row["text"] for row in content}
+    assert 0.15 < len(held) / len(train | held) < 0.45
 
 
 @pytest.mark.parametrize(
@@ -298,6 +454,8 @@ def test_wrong_columns_and_numbers_are_refused(fit):
         fit("--data.kind", "number")
     with pytest.raises(UserError, match="the train split has no rows: name files with --data.tables.train"):
         fit("--data.tables.train", "[]")
+    with pytest.raises(UserError, match="data.max_length is 512, but this network has positions for 64"):
+        fit("--data.max_length", 512)
     with pytest.raises(UserError, match="is the name of no parameter"):
         fit("--model.freeze", '["*nothing*"]')
 
@@ -311,13 +469,20 @@ def test_what_is_cut_is_counted(cli, recipe: Path):
 
 
 def test_order_by_length_is_a_permutation_that_needs_little_padding():
-    lengths = np.random.default_rng(0).integers(5, 100, size=10_000)
-    order = by_length(samples_at(np.arange(10_000), 10_000, 3), lengths, 3)
-    assert sorted(order) == list(range(10_000))
-    assert (order == by_length(samples_at(np.arange(10_000), 10_000, 3), lengths, 3)).all()
-    batches = lengths[order][: 10_000 // 32 * 32].reshape(-1, 32)
-    assert batches.sum() / (batches.max(1) * 32).sum() > 0.95
+    """Also in later epochs, which begin within a run of similar lengths."""
+    size, lengths = 9_001, np.random.default_rng(0).integers(5, 100, size=9_001)
+
+    def epoch(number: int) -> np.ndarray:
+        samples = samples_at(np.arange(number * size, (number + 1) * size), size, 3)
+        return by_length(samples, lengths, 3 + number, number * size)
+
+    assert all(sorted(epoch(number)) == list(range(size)) for number in range(3))
+    assert (epoch(1) == epoch(1)).all() and (epoch(1) != epoch(2)).any()
+    stream = np.concatenate([epoch(number) for number in range(3)])
+    batches = lengths[stream][: 3 * size // 32 * 32].reshape(-1, 32)
+    assert batches.sum() / (batches.max(1) * 32).sum() > 0.97
     assert abs(np.corrcoef(np.arange(len(batches)), batches.mean(1))[0, 1]) < 0.2  # short ones do not come first
+    assert sorted(by_length(np.arange(10), lengths, 3, 60)) == list(range(10))  # shorter than a run
 
 
 def test_layers_below_learn_more_slowly():
@@ -332,6 +497,16 @@ def test_layers_below_learn_more_slowly():
     assert factors[id(bert.encoder.layer[2].output.dense.weight)] == 0.5
     assert factors[id(bert.encoder.layer[0].output.dense.bias)] == 0.125
     assert factors[id(bert.embeddings.word_embeddings.weight)] == 0.0625
+
+
+def test_the_norm_after_the_layers_learns_at_the_whole_rate():
+    from transformers import GPT2Config, GPT2ForSequenceClassification
+
+    network = GPT2ForSequenceClassification(GPT2Config(n_embd=8, n_layer=3, n_head=2, vocab_size=20, pad_token_id=0))
+    factors = {id(p): group["lr_factor"] for group in parameter_groups(network, 0.5) for p in group["params"]}
+    assert factors[id(network.score.weight)] == factors[id(network.transformer.ln_f.weight)] == 1
+    assert factors[id(network.transformer.h[0].ln_1.weight)] == 0.125
+    assert factors[id(network.transformer.wpe.weight)] == 0.0625
 
 
 def test_frozen_parameters_stay(fit):
