@@ -46,6 +46,7 @@ class Profile(Profiler):
         self.folder, self.skip, self.steps = Path(folder), skip, steps
         self.batches = 0  # micro-batches that have begun
         self.stack: list[tuple[str, Any]] = []  # parts that go on, the innermost last, with their marks in the trace
+        self.counting = False
         self.since = 0.0  # when the innermost has begun, or gone on
         self.seconds = dict.fromkeys([*PARTS, REST], 0.0)
         self.recorder: Optional[torch.profiler.profile] = None
@@ -63,6 +64,9 @@ class Profile(Profiler):
         self.stack.append((part, mark))
 
     def stop(self, action_name: str) -> None:
+        if action_name == "run_training_epoch":  # what comes after the last one is no part of a step
+            self.count()
+            self.counting = False
         if not self.stack:
             return
         part, mark = self.stack[-1]
@@ -77,7 +81,7 @@ class Profile(Profiler):
 
     def count(self) -> None:
         """Adds the time since the last call to what went on."""
-        if self.batches <= self.skip + self.steps:
+        if not self.counting:
             return
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
@@ -100,11 +104,11 @@ class Profile(Profiler):
                 torch.cuda.memory._record_memory_history()
         elif self.recorder is not None:
             self.recorder.step()
-        if self.batches == self.skip + self.steps + 1:
+        if self.batches > self.skip + self.steps and not self.counting:
             self.end_recording()
             if torch.cuda.is_initialized():
                 torch.cuda.synchronize()
-            self.since = time.perf_counter()
+            self.counting, self.since = True, time.perf_counter()
 
     def end_recording(self) -> None:
         """Ends the recorder, which writes its trace if it has not yet."""
@@ -137,7 +141,6 @@ class Profile(Profiler):
         """Prints the table and writes it, once training has ended."""
         if not self.batches:
             return
-        self.count()
         self.end_recording()
         if not dist.is_initialized() or dist.get_rank() == 0:
             print(self.summary())

@@ -106,7 +106,8 @@ def batch_size(fit_flags: list[str], memory: Optional[float] = None) -> int:
             name = f"batch-{size}"
             reason = short_run(settings, folder, name)
             used = max(logged(run_folder(folder / "runs", name), "train/memory").values(), default=None)
-            if reason and not OUT_OF_MEMORY.search(reason):
+            errors = reason + (folder / "err.txt").read_text(errors="replace")  # of all processes
+            if reason and not OUT_OF_MEMORY.search(errors):
                 raise UserError(f"a micro-batch of {size} cannot be tried: {reason}")
             if not reason and used is None and memory is not None:
                 raise UserError("--memory has nothing to compare with: this device does not tell what it uses")

@@ -24,7 +24,7 @@ import time
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Optional, Union
+from typing import TYPE_CHECKING, Any, Literal, Optional, Union, final
 
 from filelock import FileLock, Timeout
 
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     import optuna
 
 
+@final  # as the parser then need not look for subclasses
 @dataclass
 class Values:
     """What may be tried of a flag: a range, which is of integers if all its numbers are, or choices.
@@ -130,7 +131,7 @@ def read_search(file: str, trials: Optional[int] = None) -> Search:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Search)
     try:
-        search = Search(**vars(parser.instantiate_classes(parser.parse_path(file))))
+        search = Search(**vars(parser.instantiate(parser.parse_path(file))))
     except (argparse.ArgumentError, ValueError, TypeError) as error:
         raise UserError(f"the search space {file} cannot be used: {of_command_line(error, ['tune'])}") from error
     search.trials = search.trials if trials is None else trials
@@ -340,8 +341,12 @@ class Study:
             return False
         matplotlib.use("Agg")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            warnings.simplefilter("ignore")  # it is experimental, and axes whose values are all equal are widened
             axes = optuna.visualization.matplotlib.plot_parallel_coordinate(self.trials, target_name=self.search.metric)
+        names = [flag.rpartition(".")[2] for flag in sorted(self.search.flags)]  # Optuna cuts the ends of long ones
+        axes.set_xticklabels([self.search.metric, *names])
+        for lines in axes.collections:
+            lines.set_cmap("viridis_r")  # Optuna's own fades to white
         figure: Any = axes.figure
         figure.set_size_inches(3 + 2 * len(self.search.flags), 5)
         figure.savefig(self.folder / "parallel.png", dpi=120, bbox_inches="tight")
