@@ -155,12 +155,10 @@ class Study:
         name: Of the study, a folder in `runs_dir`. Default: the config's name with `-study`.
 
     Raises:
-        UserError: If `fit` refuses the flags, or what the folder has is another study.
+        UserError: If `fit` refuses the flags.
     """
 
     def __init__(self, fit_flags: list[str], search: Search, name: Optional[str] = None) -> None:
-        import yaml
-
         first = {flag: values.choices[0] if values.choices else values.low for flag, values in search.flags.items()}
         with tempfile.TemporaryDirectory(prefix="tune-") as scratch:
             self.settings = read_settings([*fit_flags, *flags_of(first)], Path(scratch))
@@ -173,24 +171,20 @@ class Study:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"the folder {self.folder} cannot be made ({error.strerror})") from error
-        self.lock = FileLock(self.folder / "study.lock")
-        self.database = self.folder / "study.db"
         self.config = self.folder / "config.yaml"
-        try:
-            self.lock.acquire(timeout=0)
-        except Timeout:
-            raise UserError(f"the study {self.folder} is being worked on by another process") from None
-        self.trials = self.open()
-        self.config.write_text(yaml.safe_dump(self.settings), encoding="utf-8")
 
     def open(self) -> "optuna.Study":
-        """The study in Optuna's terms, new or with the trials that it has."""
+        """The study in Optuna's terms, new or with the trials that it has.
+
+        Raises:
+            UserError: If it was begun with other settings.
+        """
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         search = self.search
         study = optuna.create_study(
-            storage=f"sqlite:///{self.database}",
+            storage=f"sqlite:///{self.folder / 'study.db'}",
             study_name=self.folder.name,
             direction=search.direction,
             load_if_exists=True,
@@ -201,7 +195,7 @@ class Study:
             }[search.pruner],
         )
         space = {"metric": search.metric, "flags": {flag: asdict(values) for flag, values in search.flags.items()}}
-        made_of = {"direction": search.direction} | space | self.settings
+        made_of = json.loads(json.dumps({"direction": search.direction} | space | self.settings, default=str))
         earlier = study.user_attrs.get("made_of")
         if earlier is None:
             study.set_user_attr("made_of", made_of)
@@ -226,11 +220,24 @@ class Study:
         return f"trial-{number:03}"
 
     def run(self) -> None:
-        """Does what trials are missing.
+        """Does what trials are missing, and reports the best of all.
 
         Raises:
-            UserError: If no trial gives a value.
+            UserError: If another process is at it, the folder has another study, or no trial gives a value.
         """
+        import yaml
+
+        try:
+            with FileLock(self.folder / "study.lock").acquire(timeout=0):
+                self.trials = self.open()
+                self.config.write_text(yaml.safe_dump(self.settings), encoding="utf-8")
+                self.run_trials()
+                self.report()
+        except Timeout:
+            raise UserError(f"another process is at the study {self.folder}: wait for it, or end it") from None
+
+    def run_trials(self) -> None:
+        """Runs trials until there are as many as are wanted; those that were interrupted come first."""
         import optuna
 
         before = len(self.ended())
@@ -404,8 +411,6 @@ def main() -> None:
             if importlib.util.find_spec("optuna") is None:
                 raise UserError('studies need Optuna: pip install "lm_lightning[tune]"')
             search = read_search(given.search, given.trials)
-            study = Study(fit_flags, search, given.study)
-            study.run()
-            study.report()
+            Study(fit_flags, search, given.study).run()
     except KeyboardInterrupt:
         sys.exit("stopped: a study goes on with the same command")
