@@ -1,5 +1,6 @@
-"""Predictions: what `predict` finds, one line of JSON a sample."""
+"""Predictions: what `predict` finds, one line of JSON a sample, and as a table where the samples were one."""
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ class Predictions(Callback):
     """Writes the dicts that `predict_step` returns to `predictions.jsonl` in the run folder, in the data's order.
 
     Each process writes a part; the first one joins them by the samples' `id` (processes of tensor parallelism have the
-    same samples).
+    same samples). If the samples came from CSV or TSV files (`predict_table` of the data), there is `predictions.csv`,
+    too.
     """
 
     def part(self, trainer: Trainer, rank: int) -> Path:
@@ -43,3 +45,23 @@ class Predictions(Callback):
         for part in parts:
             part.unlink()
         print(f"predictions: {file}")
+        if getattr(trainer.datamodule, "predict_table", False):
+            write_table([json.loads(lines[sample]) for sample in sorted(lines)], file.with_suffix(".csv"))
+            print(f"predictions: {file.with_suffix('.csv')}")
+
+
+def write_table(rows: list[dict], file: Path) -> None:
+    """Writes predictions as CSV: each score as a column such as `scores.good`, lists as JSON."""
+    flat = []
+    for row in rows:
+        cells: dict[str, Any] = {}
+        for name, value in row.items():
+            if isinstance(value, dict):
+                cells |= {f"{name}.{key}": item for key, item in value.items()}
+            else:
+                cells[name] = json.dumps(value, ensure_ascii=False) if isinstance(value, list) else value
+        flat.append(cells)
+    with open(file, "w", newline="", encoding="utf-8") as stream:
+        table = csv.DictWriter(stream, flat[0] if flat else [])
+        table.writeheader()
+        table.writerows(flat)

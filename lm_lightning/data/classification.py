@@ -1,18 +1,12 @@
 """Data of classification: rows with a text, or a pair of texts, and a label in; batches of tokens and targets out."""
 
-import functools
-import hashlib
 import math
-import os
 from dataclasses import asdict, dataclass
-from typing import Literal, Optional
+from typing import Any, Literal, Optional
 
 import torch
 
-from lm_lightning.data import labelled
-from lm_lightning.data.labelled import Examples, Row, Tables
-from lm_lightning.data.stream import StreamData
-from lm_lightning.data.tokenizer import Tokenizer, fingerprint, load
+from lm_lightning.data.labelled import Examples, LabelledData, Row
 from lm_lightning.errors import UserError
 
 
@@ -31,72 +25,34 @@ class Columns:
     label: str = "label"
 
 
-class ClassificationData(StreamData):
+class ClassificationData(LabelledData):
     """Texts or pairs of texts with a label each, several labels, or a number.
 
     Args:
-        tables: Files of each split.
-        columns: Names of their columns.
+        columns: Names of the tables' columns.
         kind: What is to be told: a `single` label, `several` at once (or none), or a `number`.
         separator: Of several labels in one string.
-        tokenizer: Only its `path` counts. Default: that of `model.pretrained`.
-        max_length: Tokens of a text or pair with the special ones; longer ones are cut, and counted.
-        batch_size: Texts in a micro-batch of one process.
-        num_workers: Processes that load batches ahead.
+        options: Those of all labelled data, see `LabelledData`.
     """
 
     def __init__(
         self,
-        tables: Tables = Tables(),
         columns: Columns = Columns(),
         kind: Literal["single", "several", "number"] = "single",
         separator: str = ",",
-        tokenizer: Tokenizer = Tokenizer(),
-        max_length: int = 128,
-        batch_size: int = 32,
-        num_workers: int = 0,
+        **options: Any,
     ) -> None:
-        super().__init__()
-        self.tables, self.columns, self.kind, self.separator = tables, columns, kind, separator
-        self.tokenizer_options, self.batch_size, self.num_workers = tokenizer, batch_size, num_workers
-        self.block_size = max_length
-        self.labels: list[str] = []  # their names, in the order of their numbers
-        self.examples: dict[str, Examples] = {}
+        super().__init__(**options)
+        self.columns, self.kind, self.separator = columns, kind, separator
 
-    @property
-    def tokens_per_batch(self) -> int:
-        """Targets of a micro-batch of one process: a constant by which its sum of losses is divided."""
-        return self.batch_size
-
-    def setup(self, stage: str) -> None:
-        for name, least in (("max_length", 3), ("batch_size", 1), ("num_workers", 0)):
-            value = self.block_size if name == "max_length" else getattr(self, name)
-            if value < least:
-                raise UserError(f"data.{name} is {value}, but must be {least} or more")
-        if self.tokenizer_options.path is None:
-            raise UserError("say which tokenizer to use: --data.tokenizer.path, or --model.pretrained with one")
-        self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
-        self.tokenizer = load(self.tokenizer_options.path)
-        self.tokenizer.padding_side = "right"
-        self.collate = functools.partial(labelled.padded, self.tokenizer)
-        train = labelled.read(self.tables, "train") if self.tables.train or stage == "fit" else []
+    def find_labels(self, train: list[Row]) -> None:
         if self.kind != "number" and not self.labels:
-            self.labels = sorted({label for row in train for label in self.names(row)})
-            if train and len(self.labels) < 2:
-                raise UserError(f"the training split has {len(self.labels)} label, but must have 2 or more")
-        needed = {"fit": ["train", "validation"], "validate": ["validation"], "test": ["test"], "predict": ["predict"]}
-        for split in needed[stage]:
-            if split not in self.examples:
-                self.examples[split] = self.encode(
-                    split, train if split == "train" else labelled.read(self.tables, split)
-                )
+            self.labels = self.label_names(train, {name for row in train for name in self.names(row)})
 
     def encode(self, split: str, rows: list[Row]) -> Examples:
-        """Tokenizes the rows of a split and tells what it has."""
+        """The rows of a split as tokens and targets."""
         texts = [row.text(self.columns.text) for row in rows]
         pairs = None if self.columns.pair is None else [row.text(self.columns.pair) for row in rows]
-        whole = self.tokenizer(texts, pairs, return_attention_mask=False)["input_ids"]
-        cut = sum(len(ids) > self.block_size for ids in whole)
         encoded = self.tokenizer(
             texts, pairs, return_attention_mask=False, truncation="longest_first", max_length=self.block_size
         )
@@ -105,12 +61,7 @@ class ClassificationData(StreamData):
             targets = torch.full((len(rows),), -100)
         else:
             targets = torch.stack([self.target(row) for row in rows])
-        if self.trainer.is_global_zero:
-            tokens = sum(map(len, (encoding["input_ids"] for encoding in encodings)))
-            print(
-                f"{split}: {len(rows):,} rows, {tokens:,} tokens"
-                + (f", {cut:,} rows are cut to {self.block_size} tokens (data.max_length)" if cut else "")
-            )
+        self.report(split, encodings, sum(bool(encoding.overflowing) for encoding in encoded.encodings))
         seed = self.seed if split == "train" else None
         return Examples(encodings, targets, math.nan if targets.is_floating_point() else -100, seed)
 
@@ -142,32 +93,14 @@ class ClassificationData(StreamData):
         names = self.names(row)
         for name in names:
             if name not in self.labels:
+                whose = "the training split" if self.tables.train else "model.pretrained"
                 raise UserError(
-                    f"{row.where}: the label {name!r} is none of the training split ({', '.join(self.labels[:20])}): "
+                    f"{row.where}: the label {name!r} is none of {whose} ({', '.join(self.labels[:20])}): "
                     "mend the row, or give training rows that have it"
                 )
         if self.kind == "single":
             return torch.tensor(self.labels.index(names[0]))
         return torch.tensor([float(label in names) for label in self.labels])
 
-    def samples(self, split: str) -> Examples:
-        return self.examples[split]
-
-    def predict_dataloader(self) -> torch.utils.data.DataLoader:
-        return self.evaluation_loader("predict")
-
-    @property
-    def info(self) -> dict:
-        rows = {split: len(examples) for split, examples in self.examples.items()}
-        return {"tables": asdict(self.tables), "rows": rows, "labels": self.labels}
-
     def identity(self) -> dict:
-        content = hashlib.sha256()
-        for encoding, target in zip(self.examples["train"].encodings, self.examples["train"].targets.tolist()):
-            content.update(repr((encoding["input_ids"], target)).encode())
-        return {
-            "training rows": content.hexdigest()[:16],
-            "columns": asdict(self.columns),
-            "tokenizer": fingerprint(self.tokenizer)[:16],
-            "seed_everything": self.seed,
-        }
+        return super().identity() | {"columns": asdict(self.columns)}

@@ -1,23 +1,26 @@
 """Labelled data: tables of rows in, tokens with their labels out, in an order that needs little padding.
 
 What a task makes of its rows is its own affair (`classification.py`); here is what all share: reading tables whose
-columns have any names, tokenizing once, and batches of similar lengths.
+columns have any names, the names of the labels, batches of similar lengths, and the place to go on from.
 """
 
 import functools
 import hashlib
+import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Optional
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from lm_lightning.data import formats
 from lm_lightning.data.corpus import Corpus, expand
 from lm_lightning.data.order import PADDING, by_length, samples_at
+from lm_lightning.data.stream import StreamData
+from lm_lightning.data.tokenizer import Tokenizer, fingerprint, load
 from lm_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -97,16 +100,8 @@ def read(tables: Tables, split: str) -> list[Row]:
     Raises:
         UserError: Names the file and line of what cannot be read.
     """
-    patterns = getattr(tables, split)
-    if split == "predict" and not patterns:
-        patterns = tables.test
     own = split in ("train", "validation") and not tables.validation
-    rows = [
-        row
-        for pattern in (tables.train if own else patterns)
-        for _, path in expand(pattern)
-        for row in of(path, tables)
-    ]
+    rows = [row for path in files(tables, split) for row in of(path, tables)]
     if own and tables.train:
         rows = [row for row in rows if held_out(row, tables.validation_fraction) == (split == "validation")]
     if not rows:
@@ -114,9 +109,24 @@ def read(tables: Tables, split: str) -> list[Row]:
     return rows
 
 
+def files(tables: Tables, split: str) -> list[Path]:
+    """The files that the rows of a split are in, in the order of reading."""
+    patterns = getattr(tables, split)
+    if split == "predict":
+        patterns = patterns or tables.test
+    elif split == "validation":
+        patterns = patterns or tables.train
+    return [path for pattern in patterns for _, path in expand(pattern)]
+
+
+def kind(path: Path, tables: Tables) -> str:
+    """The format of a file, as a suffix such as `.csv`."""
+    return FORMATS[tables.format] if tables.format else formats.suffixes(path)[0]
+
+
 def of(path: Path, tables: Tables) -> Iterator[Row]:
     """The rows of a file."""
-    suffix = FORMATS[tables.format] if tables.format else formats.suffixes(path)[0]
+    suffix = kind(path, tables)
     if suffix not in formats.ROWS:
         raise UserError(f"{path} is no table by its name: say what it is with --data.tables.format csv (or tsv, jsonl)")
     if tables.header is not None:
@@ -144,7 +154,7 @@ class Examples(Dataset):
         encodings: Of each row: `input_ids` and, for pairs, `token_type_ids`.
         targets: Of each row, (N, ...) float32 or int64.
         padding: What takes the place of a target that does not count.
-        seed: Of the order and its epochs; None for the rows' own order.
+        seed: Of the order and its epochs; None for evaluation: once through the rows, the longest first.
 
     Items are dicts of the encoding, `targets` and `id`, the number of the row.
     """
@@ -152,14 +162,17 @@ class Examples(Dataset):
     def __init__(self, encodings: list[dict], targets: torch.Tensor, padding: float, seed: Optional[int]) -> None:
         self.encodings, self.targets, self.padding, self.seed = encodings, targets, padding, seed
         self.lengths = np.array([len(encoding["input_ids"]) for encoding in encodings])
+        self.longest_first = np.argsort(-self.lengths, kind="stable")
 
     def __len__(self) -> int:
         return len(self.encodings)
 
     def __getitem__(self, position: int) -> dict:
         if position == PADDING:
-            return self.encodings[0] | {"targets": torch.full_like(self.targets[0], self.padding), "id": PADDING}
-        row = position if self.seed is None else int(self.epoch(position // len(self))[position % len(self)])
+            shortest = self.encodings[self.longest_first[-1]]
+            return shortest | {"targets": torch.full_like(self.targets[0], self.padding), "id": PADDING}
+        order = self.longest_first if self.seed is None else self.epoch(position // len(self))
+        row = int(order[position % len(self)])
         return self.encodings[row] | {"targets": self.targets[row], "id": row}
 
     @functools.lru_cache(maxsize=2)  # noqa: B019 (as long-lived as the run)
@@ -174,3 +187,121 @@ def padded(tokenizer: "PreTrainedTokenizerFast", items: list[dict]) -> dict:
     encodings = [{key: item[key] for key in item if key not in ("targets", "id")} for item in items]
     batch = dict(tokenizer.pad(encodings, pad_to_multiple_of=8, return_tensors="pt"))
     return batch | {"targets": torch.stack([item["targets"] for item in items]), "id": [item["id"] for item in items]}
+
+
+class LabelledData(StreamData):
+    """Base of all labelled data; a subclass says how rows become tokens and targets (`encode`), and what their labels
+    are (`find_labels`).
+
+    Args:
+        tables: Files of each split.
+        tokenizer: Only its `path` counts. Default: that of `model.pretrained`.
+        max_length: Tokens of a row with the special ones; longer ones are cut, and counted.
+        batch_size: Rows in a micro-batch of one process.
+        num_workers: Processes that load batches ahead.
+    """
+
+    def __init__(
+        self,
+        tables: Tables = Tables(),
+        tokenizer: Tokenizer = Tokenizer(),
+        max_length: int = 128,
+        batch_size: int = 32,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        self.tables, self.tokenizer_options = tables, tokenizer
+        self.batch_size, self.num_workers = batch_size, num_workers
+        self.block_size = max_length
+        self.labels: list[str] = []  # their names, in the order of their numbers
+        self.examples: dict[str, Examples] = {}
+
+    def find_labels(self, train: list[Row]) -> None:
+        """Sets `labels`, if the task has any, from the training rows, which may be none unless it is `fit`."""
+
+    def encode(self, split: str, rows: list[Row]) -> Examples:
+        """The rows of a split as tokens and targets; those of `predict` need no labels. It calls `report`."""
+        raise NotImplementedError
+
+    @property
+    def tokens_per_batch(self) -> int:
+        """Targets of a micro-batch of one process: a constant by which its sum of losses is divided."""
+        return self.batch_size
+
+    def setup(self, stage: str) -> None:
+        for name, least in (("max_length", 3), ("batch_size", 1), ("num_workers", 0)):
+            value = self.block_size if name == "max_length" else getattr(self, name)
+            if value < least:
+                raise UserError(f"data.{name} is {value}, but must be {least} or more")
+        if self.tokenizer_options.path is None:
+            raise UserError("say which tokenizer to use: --data.tokenizer.path, or --model.pretrained with one")
+        self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
+        self.tokenizer = load(self.tokenizer_options.path)
+        self.tokenizer.padding_side = "right"
+        self.collate = functools.partial(padded, self.tokenizer)
+        train = read(self.tables, "train") if self.tables.train or stage == "fit" else []
+        self.find_labels(train)
+        needed = {"fit": ["train", "validation"], "validate": ["validation"], "test": ["test"], "predict": ["predict"]}
+        for split in needed[stage]:
+            if split not in self.examples:
+                self.examples[split] = self.encode(split, train if split == "train" else read(self.tables, split))
+
+    def label_names(self, train: list[Row], found: set[str]) -> list[str]:
+        """The labels in the order of their numbers: that of the network, if it tells the same ones already.
+
+        Args:
+            train: The training rows, if there are any.
+            found: The labels in them.
+
+        Raises:
+            UserError: If neither the training split nor the network says which they are, or they do not agree where
+                the network is only measured.
+        """
+        own, names = self.trainer.lightning_module.own_labels(), sorted(found)
+        if train and len(names) < 2:
+            raise UserError(f"the training split has {len(names)} label, but must have 2 or more")
+        if found == set(own) or not found:
+            if not own:
+                raise UserError("which labels there are, the training split says: give --data.tables.train")
+            return own
+        if own and self.trainer.state.fn != "fit" and self.trainer.ckpt_path is None:
+            raise UserError(
+                f"model.pretrained tells the labels {', '.join(own[:20])}, but the training split has "
+                f"{', '.join(names[:20])}: leave --data.tables.train out to take the network's, or fit it first"
+            )
+        return names
+
+    def report(self, split: str, encodings: list[dict], cut: int) -> None:
+        """Prints what a split has, and how many rows of it are cut."""
+        if self.trainer.is_global_zero:
+            tokens = sum(len(encoding["input_ids"]) for encoding in encodings)
+            print(
+                f"{split}: {len(encodings):,} rows, {tokens:,} tokens"
+                + (f", {cut:,} rows are cut to {self.block_size} tokens (data.max_length)" if cut else "")
+            )
+
+    def samples(self, split: str) -> Examples:
+        return self.examples[split]
+
+    @property
+    def predict_table(self) -> bool:
+        """Whether the rows to predict come from CSV or TSV files, so that the predictions are wanted as such."""
+        return all(kind(path, self.tables) in (".csv", ".tsv") for path in files(self.tables, "predict"))
+
+    def predict_dataloader(self) -> DataLoader:
+        return self.evaluation_loader("predict")
+
+    @property
+    def info(self) -> dict:
+        rows = {split: len(examples) for split, examples in self.examples.items()}
+        return {"tables": asdict(self.tables), "rows": rows, "labels": self.labels}
+
+    def identity(self) -> dict:
+        content = hashlib.sha256()
+        for encoding, target in zip(self.examples["train"].encodings, self.examples["train"].targets.tolist()):
+            content.update(repr((encoding["input_ids"], target)).encode())
+        return {
+            "training rows": content.hexdigest()[:16],
+            "tokenizer": fingerprint(self.tokenizer)[:16],
+            "seed_everything": self.seed,
+        }

@@ -1,6 +1,5 @@
 """Classification: texts, or pairs of texts, to a label each, to several labels at once, or to a number."""
 
-import csv
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,8 +21,10 @@ from torchmetrics.classification import (
     MulticlassMatthewsCorrCoef,
     MultilabelExactMatch,
     MultilabelF1Score,
+    MultilabelStatScores,
 )
 
+from lm_lightning import results
 from lm_lightning.data.order import PADDING
 from lm_lightning.errors import UserError
 from lm_lightning.models.module import LanguageModule
@@ -66,12 +67,6 @@ class Classification(LanguageModule):
     def configure_model(self) -> None:
         made = self.network is None
         data = self.trainer.datamodule
-        if made and data.kind != "number" and not data.labels:
-            # No training split, which would tell them: they are the network's own.
-            if self.pretrained is None:
-                raise UserError("which labels there are, the training split says: give --data.tables.train")
-            config = transformers.AutoConfig.from_pretrained(self.pretrained_folder())
-            data.labels = [config.id2label[number] for number in range(config.num_labels)]
         super().configure_model()
         if not made:
             return
@@ -101,7 +96,11 @@ class Classification(LanguageModule):
             metrics = {"pearson": PearsonCorrCoef(), "spearman": SpearmanCorrCoef(), "mae": MeanAbsoluteError()}
         elif data.kind == "several":
             settings = {"num_labels": len(data.labels), "ignore_index": -100}
-            metrics = {"macro_f1": MultilabelF1Score(**settings), "exact_match": MultilabelExactMatch(**settings)}
+            metrics = {
+                "macro_f1": MultilabelF1Score(**settings),
+                "exact_match": MultilabelExactMatch(**settings),
+                "counts": MultilabelStatScores(**settings, average=None),
+            }
         else:
             settings = {"num_classes": len(data.labels), "ignore_index": -100}
             metrics = {
@@ -153,9 +152,19 @@ class Classification(LanguageModule):
         """Adds the metrics of the task, and writes those of each label."""
         values = self.val_metrics.compute()
         self.val_metrics.reset()
-        confusion = values.pop("confusion", None)
-        if confusion is not None and self.trainer.is_global_zero and not self.trainer.sanity_checking:
-            write_results(confusion.cpu(), self.trainer.datamodule.labels, Path(self.trainer.default_root_dir))
+        confusion, counts = (values.pop(name, None) for name in ("confusion", "counts"))
+        if self.trainer.is_global_zero and not self.trainer.sanity_checking:
+            labels, folder = self.trainer.datamodule.labels, Path(self.trainer.default_root_dir)
+            fit, source = self.trainer.state.fn == "fit", self.trainer.ckpt_path or self.pretrained
+            title = f"{split}, " + (f"step {self.trainer.global_step:,}" if fit else Path(str(source)).name)
+            if confusion is not None:
+                confusion = confusion.cpu()
+                told = results.of(labels, confusion.diag(), confusion.sum(1), confusion.sum(0))
+                results.write(told, title, folder)
+                results.write_confusion(confusion, labels, title, folder)
+            elif counts is not None:
+                right, wrong, _, missed, _ = counts.cpu().unbind(1)
+                results.write(results.of(labels, right, right + missed, right + wrong), title, folder)
         return {"loss": loss} | values
 
     def predict_step(self, batch: dict, batch_idx: int) -> list[dict]:
@@ -177,23 +186,3 @@ class Classification(LanguageModule):
                 label = max(named, key=lambda name: named[name])
                 rows.append({"id": number, "label": label, "score": named[label], "scores": named})
         return rows
-
-
-def write_results(confusion: Tensor, labels: list[str], folder: Path) -> None:
-    """Writes `results.csv`, how well each label is told, and `confusion.csv`, how often each was taken for which.
-
-    Args:
-        confusion: (labels, labels) int64, right ones by rows.
-        labels: Their names.
-        folder: Is there.
-    """
-    right, gold, told = confusion.diag().tolist(), confusion.sum(1).tolist(), confusion.sum(0).tolist()
-    with open(folder / "results.csv", "w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file)
-        table.writerow(["label", "precision", "recall", "f1", "rows"])
-        for label, r, g, t in zip(labels, right, gold, told):
-            table.writerow([label, r / t if t else 0.0, r / g if g else 0.0, 2 * r / (g + t) if g + t else 0.0, g])
-    with open(folder / "confusion.csv", "w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file)
-        table.writerow(["right \\ told", *labels])
-        table.writerows([label, *row] for label, row in zip(labels, confusion.tolist()))

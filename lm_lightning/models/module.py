@@ -143,6 +143,20 @@ class LanguageModule(LightningModule):
         """Settings of the network's config that its head needs, beside those of the user."""
         return {}
 
+    def own_labels(self) -> list[str]:
+        """The labels that `pretrained` tells already, in the order of their numbers; none without a head for them."""
+        if self.pretrained is None:
+            return []
+        name = self.pretrained_folder()
+        try:
+            config = transformers.AutoConfig.from_pretrained(name, local_files_only=hub.local_only(name))
+        except (OSError, ValueError) as error:
+            raise hub.explain(name, error) from error
+        head = self.auto_class.__name__.removeprefix("AutoModel")  # such as ForSequenceClassification
+        if not any(architecture.endswith(head) for architecture in config.architectures or []):
+            return []
+        return [config.id2label[number] for number in range(config.num_labels)]
+
     def pretrained_folder(self) -> str:
         """What `pretrained` names: a folder, that of a run's model, or a download of the Hub."""
         name = os.path.expanduser(str(self.pretrained))
@@ -231,12 +245,16 @@ class LanguageModule(LightningModule):
                 attn_implementation=self.attention,
                 dtype=torch.float32,
                 output_loading_info=True,
+                ignore_mismatched_sizes=bool(self.head_settings()),  # of a head for other labels; see below
                 **self.head_settings(),
             )
         except (OSError, ValueError) as error:
             raise hub.explain(name, error) from error
-        if info["missing_keys"]:
-            missing = sorted(info["missing_keys"])
+        other = {key for key, *_ in info["mismatched_keys"]}
+        body = sorted(key for key in other if key.startswith(f"{network.base_model_prefix}."))
+        if body:
+            raise UserError(f"{name} has weights whose sizes are not those of its config.json: {', '.join(body)}")
+        if missing := sorted(other | set(info["missing_keys"])):
             self.print(f"{name} has no weights for {len(missing)} tensors, which are new: {', '.join(missing)}")
         rows = network.get_input_embeddings().weight.shape[0]
         if rows < vocabulary(tokenizer):

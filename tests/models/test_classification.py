@@ -3,6 +3,7 @@
 import csv
 import json
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,10 @@ import pytest
 import torch
 import yaml
 from conftest import command
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
+from lm_lightning.data.labelled import Examples
 from lm_lightning.data.order import by_length, samples_at
 from lm_lightning.data.tokenizer import Tokenizer, train
 from lm_lightning.errors import UserError
@@ -110,14 +114,54 @@ def test_metrics_are_those_of_the_definitions(fit, cli, recipe: Path):
     cli("predict", "--config", recipe, "--ckpt_path", run / "checkpoints" / "last.ckpt")
     told = [json.loads(line)["label"] for line in (run / "predictions.jsonl").read_text().splitlines()]
     gold = [row["label"] for row in rows(45, 2)]
+    with open(run / "results.csv", newline="") as file:
+        table = {row["label"]: row for row in csv.DictReader(file)}
     f1 = []
     for label in WORDS:
         both = sum(t == g == label for t, g in zip(told, gold))
         f1.append(2 * both / (told.count(label) + gold.count(label)))
+        values = {"precision": both / max(told.count(label), 1), "recall": both / gold.count(label), "f1": f1[-1]}
+        assert {name: float(table[label][name]) for name in values} == pytest.approx(values)
+        assert int(table[label]["rows"]) == gold.count(label)
+    with open(run / "confusion.csv", newline="") as file:
+        head, *counts = csv.reader(file)
+    assert counts == [[g, *(str(list(zip(gold, told)).count((g, t))) for t in head[1:])] for g in sorted(WORDS)]
+    assert (run / "results.md").read_text().startswith("test, last.ckpt\n")
+    assert Image.open(run / "confusion.png").size[0] > 300
     accuracy = sum(t == g for t, g in zip(told, gold)) / 45
     for name, value in {"accuracy": accuracy, "macro_f1": sum(f1) / 3}.items():
         shown = next(line for line in out.splitlines() if f"test/{name}" in line).split("│")[2]
         assert float(shown) == pytest.approx(value, abs=1e-5)
+
+
+def test_predictions_are_aligned_with_a_csv_file(fit, cli, recipe: Path):
+    """Two processes, rows of all lengths in batches of similar ones: the table has the file's order."""
+    run, content = fit("--trainer.max_steps", 60), rows(21, 4)
+    file = recipe.parent / "new.csv"
+    with open(file, "w", newline="") as stream:
+        table = csv.DictWriter(stream, ["text", "other"], extrasaction="ignore")
+        table.writeheader()
+        table.writerows(content)
+    flags = ("--config", recipe, "--ckpt_path", run / "checkpoints" / "last.ckpt", "--data.tables.predict", file)
+    result = command("predict", *flags, "--data.batch_size", 4, "--trainer.devices", 2, "--trainer.strategy", "ddp")
+    assert result.returncode == 0, result.stderr
+    with open(run / "predictions.csv", newline="") as stream:
+        told = list(csv.DictReader(stream))
+    assert [int(row["id"]) for row in told] == list(range(21))
+    assert sum(row["label"] == right["label"] for row, right in zip(told, content)) > 0.8 * 21
+    for row in told:
+        scores = {label: float(row[f"scores.{label}"]) for label in WORDS}
+        assert max(scores, key=scores.__getitem__) == row["label"] and sum(scores.values()) == pytest.approx(1)
+
+
+def test_evaluation_needs_little_padding():
+    lengths = np.random.default_rng(0).integers(5, 100, size=500)
+    encodings = [{"input_ids": [1] * int(length)} for length in lengths]
+    examples = Examples(encodings, torch.arange(500), -100, None)
+    batches = [[len(examples[i]["input_ids"]) for i in range(start, start + 20)] for start in range(0, 500, 20)]
+    assert sum(map(sum, batches)) / sum(max(batch) * 20 for batch in batches) > 0.9
+    assert sorted(examples[i]["id"] for i in range(500)) == list(range(500))
+    assert all(examples[i]["targets"] == examples[i]["id"] for i in range(500))
 
 
 @pytest.mark.parametrize(
@@ -139,6 +183,31 @@ def test_kinds(fit, flags: tuple, metric: str):
     assert values[-1] > 0.5
     config = json.loads((run / "model" / "config.json").read_text())
     assert config["problem_type"] == ("regression" if metric == "spearman" else config["problem_type"])
+
+
+def test_results_of_several_labels_are_those_of_the_definitions(fit, cli, recipe: Path):
+    flags = ("--data.kind", "several", "--data.columns.label", "several", "--best.monitor", "val/loss")
+    flags = (*flags, "--best.mode", "min", "--model.schedule.warmup_steps", 2)
+    run = fit(*flags, "--trainer.max_steps", 60)
+    for command_ in ("test", "predict"):
+        cli(command_, "--config", recipe, *flags, "--ckpt_path", run / "checkpoints" / "last.ckpt")
+    told = [set(json.loads(line)["labels"]) for line in (run / "predictions.jsonl").read_text().splitlines()]
+    gold = [set(row["several"]) for row in rows(45, 2)]
+    with open(run / "results.csv", newline="") as file:
+        table = {row["label"]: row for row in csv.DictReader(file)}
+    assert table.keys() == {*WORDS, "short"}
+    for label, row in table.items():
+        both = sum(label in t and label in g for t, g in zip(told, gold))
+        has, said = sum(label in g for g in gold), sum(label in t for t in told)
+        values = (int(row["rows"]), float(row["recall"]), float(row["precision"]))
+        assert values == pytest.approx((has, both / max(has, 1), both / max(said, 1))), label
+    assert any(float(row["precision"]) > 0.5 for row in table.values())
+
+
+def test_training_stops_early(fit):
+    stop = ("--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor", "val/accuracy")
+    run = fit(*stop, "--trainer.callbacks.mode", "max", "--trainer.callbacks.patience", 2, "--trainer.max_steps", 2000)
+    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] < 1000
 
 
 def test_resumed_run_and_other_micro_batches_are_the_same(fit, recipe: Path):
@@ -166,6 +235,41 @@ def test_two_processes_do_and_score_what_one_does(fit, recipe: Path):
         names = ("train/loss", "val/loss", "val/accuracy", "val/macro_f1", "val/matthews")
         values.append([float(row[name]) for row in rows for name in names if row[name]])
     assert len(values[0]) == 40 + 2 * 4 and values[0] == pytest.approx(values[1], abs=1e-4)
+
+
+def accuracy(out: str) -> float:
+    return float(next(line for line in out.splitlines() if "test/accuracy" in line).split("│")[2])
+
+
+def test_a_trained_network_tells_its_labels_itself(fit, cli, recipe: Path):
+    """A network's labels may be numbered in any order; rows are counted by their names."""
+    run = fit("--trainer.max_steps", 60)
+    other = recipe.parent / "other"
+    shutil.copytree(run / "model", other)
+    config = json.loads((other / "config.json").read_text())
+    names = ["mixed", "good", "bad"]  # here they are sorted: bad, good, mixed
+    config |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    (other / "config.json").write_text(json.dumps(config))
+    weights = load_file(other / "model.safetensors")
+    turned = {k: v.flip(0).contiguous() if k.startswith("classifier.") else v for k, v in weights.items()}
+    save_file(turned, other / "model.safetensors", metadata={"format": "pt"})
+
+    right = accuracy(cli("test", "--config", recipe, "--ckpt_path", run / "checkpoints" / "last.ckpt"))
+    assert right > 0.8
+    for pretrained in (run, other):
+        measure = ("test", "--config", recipe, "--model.network", "null", "--model.pretrained", pretrained)
+        assert accuracy(cli(*measure)) == pytest.approx(right)
+        assert accuracy(cli(*measure, "--data.tables.train", "[]")) == pytest.approx(right)
+
+
+def test_a_network_of_other_labels_gets_a_new_head(fit, cli, recipe: Path):
+    run = fit("--trainer.max_steps", 5)
+    train = write(recipe.parent / "two.jsonl", [row for row in rows(100, 3) if row["label"] != "mixed"])
+    flags = ("--model.network", "null", "--model.pretrained", run, "--data.tables.train", train)
+    two = fit(*flags, "--data.tables.validation", train, "--trainer.max_steps", 5)
+    assert json.loads((two / "model" / "config.json").read_text())["id2label"] == {"0": "bad", "1": "good"}
+    with pytest.raises(UserError, match="tells the labels bad, good, mixed, but the training split has bad, good"):
+        cli("test", "--config", recipe, *flags)
 
 
 @pytest.mark.parametrize(
@@ -200,7 +304,10 @@ def test_wrong_columns_and_numbers_are_refused(fit):
 
 def test_what_is_cut_is_counted(cli, recipe: Path):
     out = cli("fit", "--config", recipe, "--data.max_length", 8, "--trainer.max_steps", 3)
-    assert "rows are cut to 8 tokens" in out
+    tokens = [len(row["text"].split()) + 2 for row in rows(300, 0)]  # each word is one, by this tokenizer
+    assert (
+        f"train: 300 rows, {sum(min(n, 8) for n in tokens):,} tokens, {sum(n > 8 for n in tokens)} rows are cut" in out
+    )
 
 
 def test_order_by_length_is_a_permutation_that_needs_little_padding():

@@ -1,0 +1,92 @@
+"""Results: how often labels were right in; tables and a picture in the run folder out, written at each evaluation."""
+
+import csv
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+
+DRAWN = 60  # labels; a picture of more could not be read
+
+
+class Result(NamedTuple):
+    """How well a label is told.
+
+    Attributes:
+        label: Its name.
+        precision: Share of the rows told to have it that have it.
+        recall: Share of the rows that have it that are told to.
+        f1: Their harmonic mean.
+        rows: How many have it.
+    """
+
+    label: str
+    precision: float
+    recall: float
+    f1: float
+    rows: int
+
+
+def of(labels: list[str], right: Tensor, gold: Tensor, told: Tensor) -> list[Result]:
+    """The results of each label.
+
+    Args:
+        labels: Their names.
+        right: Rows that have each and are told to, (labels,) int64.
+        gold: Rows that have it.
+        told: Rows that are told to have it.
+    """
+    return [
+        Result(label, r / t if t else 0.0, r / g if g else 0.0, 2 * r / (g + t) if g + t else 0.0, g)
+        for label, r, g, t in zip(labels, right.tolist(), gold.tolist(), told.tolist())
+    ]
+
+
+def write(results: list[Result], title: str, folder: Path) -> None:
+    """Writes `results.csv`, and `results.md` with the title over it."""
+    with open(folder / "results.csv", "w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(Result._fields)
+        table.writerows(results)
+    lines = [f"{title}\n", "| label | precision | recall | F1 | rows |", "|---|--:|--:|--:|--:|"]
+    for result in results:
+        label = " ".join(result.label.replace("|", "\\|").split())
+        lines.append(f"| {label} | {result.precision:.3f} | {result.recall:.3f} | {result.f1:.3f} | {result.rows:,} |")
+    (folder / "results.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def write_confusion(confusion: Tensor, labels: list[str], title: str, folder: Path) -> None:
+    """Writes `confusion.csv`, how often each label was taken for which, and draws `confusion.png` of up to 60 labels.
+
+    Args:
+        confusion: (labels, labels) int64, right ones by rows.
+        labels: Their names.
+        title: Over the picture, which is drawn where matplotlib is installed.
+        folder: Is there.
+    """
+    with open(folder / "confusion.csv", "w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["right \\ told", *labels])
+        table.writerows([label, *row] for label, row in zip(labels, confusion.tolist()))
+    if len(labels) > DRAWN:
+        return
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    size = 3 + 0.45 * len(labels)
+    figure = Figure(figsize=(size + 0.8, size), layout="constrained")
+    axes = figure.subplots()
+    shares = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
+    image = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(image, label="share of the row", shrink=0.8)
+    names = [label.replace("$", "\\$") for label in labels]  # no formulas
+    names = [name if len(name) <= 24 else name[:23] + "…" for name in names]
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(names)), names)
+    axes.set(xlabel="told", ylabel="right", title=title)
+    for i, row in enumerate(confusion.tolist() if len(labels) <= 20 else []):
+        for j, count in enumerate(row):
+            colour = "white" if shares[i, j] > 0.5 else "black"
+            axes.text(j, i, f"{count:,}", ha="center", va="center", color=colour)
+    figure.savefig(folder / "confusion.png", dpi=120)
