@@ -24,7 +24,7 @@ import time
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Optional, Union, final
+from typing import TYPE_CHECKING, Any, Literal, Optional, Union
 
 from filelock import FileLock, Timeout
 
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     import optuna
 
 
-@final  # as the parser then need not look for subclasses
 @dataclass
 class Values:
     """What may be tried of a flag: a range, which is of integers if all its numbers are, or choices.
@@ -124,6 +123,7 @@ def read_search(file: str, trials: Optional[int] = None) -> Search:
     Raises:
         UserError: Names the file and what is wrong with it.
     """
+    import yaml
     from jsonargparse import ArgumentParser
 
     if not Path(file).is_file():
@@ -131,8 +131,15 @@ def read_search(file: str, trials: Optional[int] = None) -> Search:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Search)
     try:
+        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        flags = content.get("flags") if isinstance(content, dict) else None
+        if not isinstance(flags, dict) or not all(isinstance(values, dict) for values in flags.values()):
+            raise UserError(
+                f"the search space {file} needs flags, each with a range or choices, as "
+                "`flags: {model.schedule.warmup_steps: {low: 10, high: 100}}`"
+            )
         search = Search(**vars(parser.instantiate(parser.parse_path(file))))
-    except (argparse.ArgumentError, ValueError, TypeError) as error:
+    except (argparse.ArgumentError, ValueError, TypeError, yaml.YAMLError) as error:
         raise UserError(f"the search space {file} cannot be used: {of_command_line(error, ['tune'])}") from error
     search.trials = search.trials if trials is None else trials
     if not search.flags:

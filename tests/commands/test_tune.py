@@ -61,6 +61,7 @@ def test_study_that_was_killed_goes_on_to_the_number_of_trials(cli, recipe: Path
     while sys.platform == "linux" and processes(f"--runs_dir {study}"):
         assert time.monotonic() < deadline, "the trial outlives its study"
         time.sleep(0.1)
+    assert not list(study.glob("trial-002/*/model"))
 
     out = cli(*command)
     assert "2 trials are done, 1 were interrupted" in out
@@ -137,8 +138,8 @@ LR = {"low": 1e-4, "high": 1e-1}
         ({"flags": {"lr": {"low": 1}}}, "give low and high, or choices"),
         ({"flags": {"lr": {"low": 1, "choices": [1, 2]}}}, "choices have no low"),
         ({"flags": {"lr": {"lower": 1}}}, "lower"),
-        ({"flags": {"lr": 3}}, "lr"),
-        ({"trials": 3}, "flags"),
+        ({"flags": {"lr": 3}}, "needs flags, each with"),
+        ({"trials": 3}, "needs flags"),
         ([1, 2], "search.yaml"),
     ],
 )
