@@ -49,7 +49,7 @@ def test_study_that_was_killed_goes_on_to_the_number_of_trials(cli, recipe: Path
         "model.optimizer.init_args.lr": {"low": 1e-4, "high": 1e-1, "log": True},
         "data.block_size": {"choices": [32, 100]},  # the network has 64 positions
     }
-    search = write(tmp_path / "search.yaml", {"flags": flags, "trials": 8, "pruner": "none"})
+    search = write(tmp_path / "search.yaml", {"flags": flags, "trials": 8, "pruner": "none", "seed": 2})
     command = ["tune", "--config", str(recipe), "--search", str(search), *SHORT]
     study = tmp_path / "runs" / "tiny-study"
     process = subprocess.Popen([sys.executable, "-m", "lm_lightning", *command], stdout=subprocess.DEVNULL)
@@ -61,7 +61,7 @@ def test_study_that_was_killed_goes_on_to_the_number_of_trials(cli, recipe: Path
     while sys.platform == "linux" and processes(f"--runs_dir {study}"):
         assert time.monotonic() < deadline, "the trial outlives its study"
         time.sleep(0.1)
-    assert not list(study.glob("trial-002/*/model"))
+    assert trials(study)[2].params["data.block_size"] == 32 and not list(study.glob("trial-002/*/model"))
 
     out = cli(*command)
     assert "2 trials are done, 1 were interrupted" in out
