@@ -41,6 +41,7 @@ from lm_lightning.models.bert import MaskedLM  # noqa: F401
 from lm_lightning.models.classification import Classification  # noqa: F401
 from lm_lightning.models.gpt import CausalLM  # noqa: F401
 from lm_lightning.models.module import LanguageModule
+from lm_lightning.profile import Profile  # noqa: F401
 from lm_lightning.strategies import xla
 
 CHECKPOINTS = {

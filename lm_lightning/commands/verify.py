@@ -5,24 +5,19 @@ share (`shared_settings`), and of the variant's flags. What its `metrics.csv` sa
 """
 
 import argparse
-import contextlib
 import csv
 import json
 import math
-import os
 import re
 import shlex
-import signal
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Optional
 
+from lm_lightning.commands.fits import fit, read_settings, shorten
 from lm_lightning.errors import UserError
 
 
@@ -177,37 +172,19 @@ def shared_settings(fit_flags: list[str], steps: int, folder: Path, timeout: flo
     """
     import yaml
 
-    out, reason = fit([*fit_flags, "--print_config"], folder, timeout)
-    if reason:
-        raise UserError(reason)
-    settings = yaml.safe_load(out)
+    settings = read_settings(fit_flags, folder, timeout)
     if settings["ckpt_path"] is not None:
         raise UserError("verify has no use for --ckpt_path: to start from weights, give --model.pretrained")
     trainer, model = settings["trainer"], settings["model"]["init_args"]
-    callbacks = trainer["callbacks"] or []
+    shorten(settings, steps, [{"class_path": "lm_lightning.callbacks.dropout.NoDropout"}])
     trainer |= {
-        "max_steps": steps,
-        "max_epochs": -1,
-        **dict.fromkeys(("min_steps", "min_epochs", "max_time")),
-        "log_every_n_steps": 1,
         "limit_val_batches": 0,
         "val_check_interval": 10**9,  # else an EarlyStopping of the config would ask for val/loss after an epoch
-        "check_val_every_n_epoch": None,
-        "fast_dev_run": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
         "strategy": "auto",
         "precision": "32-true",
-        "logger": {"class_path": "lm_lightning.callbacks.tracking.MetricsFile", "init_args": {"save_dir": "<run>"}},
-        "callbacks": [
-            *(callbacks if isinstance(callbacks, list) else [callbacks]),
-            {"class_path": "lm_lightning.callbacks.dropout.NoDropout"},
-        ],
     }
     if isinstance(settings["seed_everything"], bool):  # drawn anew in each run, or none
         settings["seed_everything"] = 1
-    if "schedule" in model:
-        model["schedule"]["warmup_steps"] = 0
     plain = {"compile": False, "activation_checkpointing": 0}
     model |= {name: value for name, value in plain.items() if name in model}
     (folder / "config.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
@@ -276,51 +253,6 @@ def run(name: str, settings: dict, folder: Path, steps: int, timeout: float) -> 
         memory=max((float(row["train/memory"]) for row in rows if row.get("train/memory")), default=None),
         environment=environment | {"device": device[1] if device else "cpu"},
     )
-
-
-def fit(arguments: list[str], folder: Path, timeout: float, nodes: int = 1) -> tuple[str, str]:
-    """Runs `fit` in a process of its own, or one for each node, which take along what they have started.
-
-    Returns:
-        Its output, and the sentence with which it has failed, empty if it has not.
-    """
-    environments: list[dict[str, str]] = [{}]
-    if nodes > 1:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            main = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-        environments = [main | {"NODE_RANK": str(rank)} for rank in range(nodes)]
-    out, err = folder / "out.txt", folder / "err.txt"
-    processes: list[subprocess.Popen] = []
-    with open(out, "w") as out_file, open(err, "w") as err_file:
-        deadline = time.monotonic() + timeout
-        try:
-            for environment in environments:
-                process = subprocess.Popen(
-                    [sys.executable, "-m", "lm_lightning", "fit", *arguments],
-                    env=os.environ | environment,
-                    stdin=subprocess.DEVNULL,
-                    stdout=out_file,
-                    stderr=err_file,
-                    start_new_session=True,  # a group of processes
-                )
-                processes.append(process)
-            status = max((process.wait(max(0, deadline - time.monotonic())) for process in processes), key=abs)
-        except subprocess.TimeoutExpired:
-            return "", f"not finished after {timeout:g} seconds (--timeout)"
-        finally:
-            for process in processes:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-    text = err.read_text(errors="replace")
-    if status == 0:
-        return out.read_text(errors="replace"), ""
-    if status < 0:
-        return "", f"killed by {signal.Signals(-status).name}" + (" (out of memory?)" if status == -9 else "")
-    pattern = re.compile(r"^(?:\[rank\d+\]: ?)?(?:error: (.*)|([\w.]*(?:Error|Exception)\b.*))$")
-    found = [match[1] or match[2] for line in text.splitlines() if (match := pattern.match(line))]
-    return "", (found or text.strip().splitlines() or [""])[-1][:500] or f"exit status {status}"
 
 
 def differences(outcome: Outcome, base: Outcome) -> Differences:

@@ -1,0 +1,149 @@
+"""Profile: Lightning's actions in; a table of where a step's time goes, and a trace of some steps, out."""
+
+import contextlib
+import time
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.profilers import Profiler
+
+from lm_lightning.errors import UserError
+
+PARTS = {  # part of the step -> ends of the names of Lightning's actions
+    "data": ("train_dataloader_next",),
+    "transfer": ("batch_to_device",),
+    "forward": ("training_step",),
+    "backward": ("backward",),
+    "optimizer": ("optimizer_step", "optimizer_zero_grad", "configure_gradient_clipping", "lr_scheduler_step"),
+    "validation": ("on_validation_model_eval",),  # until the strategy's on_validation_end, which comes last
+    "checkpoints": ("save_checkpoint",),
+}
+REST = "callbacks, logging"
+
+
+class Profile(Profiler):
+    """Tells where the time of training goes, and records a few steps: `--trainer.profiler Profile`.
+
+    The table is printed at the end and is in `profile/parts.txt`. Time within an action counts for the innermost that
+    the table has: forward and backward, which the optimizer's step calls, are not the optimizer's. On CUDA each part is
+    waited for, which takes time itself, so do without the flag where speed matters.
+
+    Beside the table are `trace-<process>.json.gz` of PyTorch's profiler (for https://ui.perfetto.dev) and, on CUDA,
+    `memory-<process>.pickle`, the history of its memory (for https://pytorch.org/memory_viz).
+
+    Args:
+        folder: Takes the files.
+        skip: Micro-batches at the start that do not count, 1 or more: they warm up, or compile.
+        steps: Micro-batches after those that are recorded, and are not in the table; 0 for none.
+    """
+
+    def __init__(self, folder: str = "<run>/profile", skip: int = 5, steps: int = 3) -> None:
+        super().__init__()
+        if skip < 1 or steps < 0:
+            raise UserError(f"trainer.profiler has skip {skip} and steps {steps}, but must have 1 and 0 or more")
+        self.folder, self.skip, self.steps = Path(folder), skip, steps
+        self.batches = 0  # micro-batches that have begun
+        self.stack: list[tuple[str, Any]] = []  # parts that go on, the innermost last, with their marks in the trace
+        self.counting = False
+        self.since = 0.0  # when the innermost has begun, or gone on
+        self.seconds = dict.fromkeys([*PARTS, REST], 0.0)
+        self.recorder: Optional[torch.profiler.profile] = None
+
+    def start(self, action_name: str) -> None:
+        part = next((part for part, ends in PARTS.items() if action_name.endswith(ends)), None)
+        if part == "data":
+            self.next_batch()
+        in_validation = any(outer == "validation" for outer, _ in self.stack)
+        if part is None or not self.batches or (in_validation and part != "checkpoints"):
+            return
+        self.count()
+        mark = torch.profiler.record_function(part) if self.recorder is not None else contextlib.nullcontext()
+        mark.__enter__()
+        self.stack.append((part, mark))
+
+    def stop(self, action_name: str) -> None:
+        if action_name == "run_training_epoch":  # what comes after the last one is no part of a step
+            self.count()
+            self.counting = False
+        if not self.stack:
+            return
+        part, mark = self.stack[-1]
+        if part == "validation":
+            ended = action_name.startswith("[Strategy]") and action_name.endswith("on_validation_end")
+        else:
+            ended = action_name.endswith(PARTS[part])
+        if ended:
+            self.count()
+            self.stack.pop()
+            mark.__exit__(None, None, None)
+
+    def count(self) -> None:
+        """Adds the time since the last call to what went on."""
+        if not self.counting:
+            return
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.seconds[self.stack[-1][0] if self.stack else REST] += now - self.since
+        self.since = now
+
+    def next_batch(self) -> None:
+        """Begins a micro-batch, and with it the recording or the table if it is their turn."""
+        self.count()
+        self.batches += 1
+        if self.batches == self.skip and self.steps:
+            self.recorder = torch.profiler.profile(
+                schedule=torch.profiler.schedule(wait=0, warmup=1, active=self.steps, repeat=1),
+                on_trace_ready=self.save,
+                profile_memory=True,
+            )
+            self.recorder.start()
+            if torch.cuda.is_initialized():
+                torch.cuda.memory._record_memory_history()
+        elif self.recorder is not None:
+            self.recorder.step()
+        if self.batches > self.skip + self.steps and not self.counting:
+            self.end_recording()
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()
+            self.counting, self.since = True, time.perf_counter()
+
+    def end_recording(self) -> None:
+        """Ends the recorder, which writes its trace if it has not yet."""
+        if self.recorder is not None:
+            self.recorder.stop()
+            self.recorder = None
+
+    def save(self, recorder: torch.profiler.profile) -> None:
+        """Writes what was recorded."""
+        process = dist.get_rank() if dist.is_initialized() else 0
+        self.folder.mkdir(parents=True, exist_ok=True)
+        recorder.export_chrome_trace(str(self.folder / f"trace-{process}.json.gz"))
+        if torch.cuda.is_initialized():
+            torch.cuda.memory._dump_snapshot(str(self.folder / f"memory-{process}.pickle"))
+            torch.cuda.memory._record_memory_history(enabled=None)
+
+    def summary(self) -> str:
+        counted = self.batches - self.skip - self.steps
+        if counted < 1:
+            return (
+                f"profile: the run has {self.batches} micro-batches, all of which warm up or are recorded: "
+                "lower trainer.profiler.init_args.skip and steps, or train longer"
+            )
+        total = sum(self.seconds.values())
+        rows = [(part, seconds) for part, seconds in self.seconds.items() if seconds] + [("all", total)]
+        lines = [f"{part:20}{1000 * seconds / counted:10.2f} {100 * seconds / total:6.1f} %" for part, seconds in rows]
+        return "\n".join([f"{'part':20}{'ms':>10}   share, of {counted} micro-batches", *lines])
+
+    def describe(self) -> None:
+        """Prints the table and writes it, once training has ended."""
+        if not self.batches:
+            return
+        self.end_recording()
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            print(self.summary())
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "parts.txt").write_text(self.summary() + "\n", encoding="utf-8")
+            print(f"profile: {self.folder}")
