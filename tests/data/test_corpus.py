@@ -485,5 +485,5 @@ except UserError as error:
 """
     closed = {"HF_ENDPOINT": "http://127.0.0.1:9"} if streaming else {"HF_HUB_OFFLINE": "1"}
     environment = {**os.environ, "HF_HOME": str(tmp_path), **closed}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=15)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
     assert "'any/name' cannot be read" in done.stdout, done.stderr

@@ -61,7 +61,7 @@ class Runs:
             for rank in range(processes)
         ]
         try:
-            outputs = [process.communicate(timeout=240)[0] for process in started]
+            outputs = [process.communicate(timeout=600)[0] for process in started]
         finally:
             for process in started:
                 process.kill()
