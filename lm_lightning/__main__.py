@@ -19,6 +19,7 @@ COMMANDS = {
     "tune": ("lm_lightning.commands.tune", "search good values of flags, a learning rate, the largest micro-batch"),
     "verify": ("lm_lightning.commands.verify", "compare ways to run a config on this machine with a plain run"),
     "export": ("lm_lightning.commands.export", "make a from_pretrained folder of a checkpoint"),
+    "report": ("lm_lightning.commands.report", "make one HTML page of runs: curves, samples, differences"),
 }
 
 

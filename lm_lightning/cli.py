@@ -4,31 +4,27 @@ import dataclasses
 import inspect
 import json
 import logging
-import platform
 import pydoc
 import shutil
-import sys
 import typing
 import warnings
 from pathlib import Path
 from typing import Any, Optional
 
-import lightning.pytorch
 import torch
-import transformers
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-import lm_lightning
 from lm_lightning import hub, strategies
 from lm_lightning import run as runs
 from lm_lightning.callbacks.export import Export, export
 from lm_lightning.callbacks.predictions import Predictions
 from lm_lightning.callbacks.preemption import Preemption
 from lm_lightning.callbacks.progress import RunProgress
+from lm_lightning.callbacks.report import Report
 from lm_lightning.callbacks.resuming import Resuming
 from lm_lightning.callbacks.spikes import Spikes
 from lm_lightning.callbacks.throughput import Throughput
@@ -36,6 +32,7 @@ from lm_lightning.checkpoints import BackgroundCheckpoints, CheckpointFiles, Che
 from lm_lightning.data.classification import ClassificationData  # noqa: F401
 from lm_lightning.data.masked import MaskedData  # noqa: F401 (imported, so that its short name works as class_path)
 from lm_lightning.data.pretraining import PretrainingData  # noqa: F401
+from lm_lightning.environment import environment
 from lm_lightning.errors import UserError
 from lm_lightning.models.bert import MaskedLM  # noqa: F401
 from lm_lightning.models.classification import Classification  # noqa: F401
@@ -184,7 +181,7 @@ class CLI(LightningCLI):
         self.config[self.subcommand] = self.reusable_config  # for RunFolder; the classes are made already
         config = self.config_init[self.subcommand].trainer
         callbacks = config.callbacks or []
-        extra = [Resuming(), Preemption(), Throughput(), Export(), Predictions()]
+        extra = [Resuming(), Preemption(), Throughput(), Export(), Predictions(), Report()]
         if config.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             extra.append(RunProgress())
         if not any(isinstance(c, Spikes) for c in callbacks):
@@ -267,21 +264,6 @@ def refuse_null(value: Any, name: str, target: Any) -> None:
             raise UserError(f"{name}.{key} is null, but must have a value: leave it out for its default")
         if hasattr(option, "items"):  # null within a network's settings is theirs to judge
             refuse_null(option, f"{name}.{key}", hint if dataclasses.is_dataclass(hint) else None)
-
-
-def environment() -> dict:
-    """Versions and machine, as far as they matter for a result."""
-    return {
-        "command": sys.argv,
-        "lm_lightning": lm_lightning.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "lightning": lightning.pytorch.__version__,
-        "transformers": transformers.__version__,
-        "platform": platform.platform(),
-        "threads": torch.get_num_threads(),
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-    }
 
 
 def fill_in(config: Any, run: str) -> Any:

@@ -2,7 +2,7 @@
 
 config.yaml        complete; `fit --config` of it runs the run again
 data.json          where the tokens came from and how many there are
-environment.json   versions and machine
+environment.json   versions, machine and git commit
 tokenizer/         from_pretrained folder
 checkpoints/       last.ckpt to go on from, best.ckpt of the lowest validation loss
 metrics.csv        and tensorboard/: what was logged
@@ -11,6 +11,7 @@ spikes.jsonl       steps whose loss was far above those before, with their train
 results.csv        and results.md: how well each label was told in the last evaluation; also confusion.csv and .png
 predictions.jsonl  and, of rows of CSV and TSV files, predictions.csv: what `predict` found
 model/             from_pretrained folder: the trained network with its tokenizer
+report.html        all of this to look at
 """
 
 import itertools

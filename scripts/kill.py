@@ -100,10 +100,8 @@ def metrics(run: Path) -> list[dict]:
     """What was logged, without what depends on the clock."""
     with open(run / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    return [
-        {k: v for k, v in row.items() if v and not k.endswith(("tokens_per_second", "mfu", "memory", "epoch"))}
-        for row in rows
-    ]
+    clock = ("tokens_per_second", "seconds", "mfu", "memory", "epoch")
+    return [{k: v for k, v in row.items() if v and not k.endswith(clock)} for row in rows]
 
 
 def main() -> None:

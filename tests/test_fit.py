@@ -34,7 +34,8 @@ def metrics(run: Path) -> list[tuple[str, ...]]:
     """What was logged, without what depends on the clock and the machine."""
     with open(run / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    names = sorted(name for name in rows[0] if not name.endswith(("tokens_per_second", "mfu", "memory", "epoch")))
+    clock = ("tokens_per_second", "seconds", "mfu", "memory", "epoch")
+    names = sorted(name for name in rows[0] if not name.endswith(clock))
     return [tuple(row[name] for name in names) for row in rows]
 
 

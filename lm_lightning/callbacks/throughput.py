@@ -1,4 +1,4 @@
-"""Throughput: how many tokens a second, and how much of the device's arithmetic and memory that uses."""
+"""Throughput: how many tokens, in which time, and how much of the device's arithmetic and memory that uses."""
 
 import sys
 import time
@@ -12,7 +12,11 @@ from lm_lightning.strategies.xla import compilations
 
 
 class Throughput(Callback):
-    """Logs `train/tokens_per_second` over all processes, `train/mfu` and `train/memory`.
+    """Logs `train/tokens_per_second`, `train/tokens`, `train/seconds`, `train/mfu` and `train/memory`.
+
+    Tokens are those that the network has read, padding included, over all processes. `train/tokens` and `train/seconds`
+    are those of the whole run so far: a resumed run goes on from its checkpoint's, so that what a killed one did after
+    it is not counted. Seconds are those of the clock, validations and checkpoints included.
 
     Memory is the most that this process has held so far, in GiB: on a GPU of PyTorch's tensors there, else of the whole
     process (its peak resident set, libraries included; not on Windows). On XLA devices there is `train/compilations`,
@@ -27,6 +31,8 @@ class Throughput(Callback):
     def __init__(self) -> None:
         self.tokens = self.targets = 0  # of this process since `since`
         self.since = 0.0
+        self.total = self.step_tokens = 0  # over all processes, up to the last optimizer step and after it
+        self.begin = self.earlier = 0.0  # when this run began, and the seconds of those that it goes on with
         self.peak: Optional[float] = None
         self.flops_per_token = self.flops_per_target = 0.0
 
@@ -41,6 +47,7 @@ class Throughput(Callback):
         self.flops_per_token = 6 * parameters + 12 * config.num_hidden_layers * config.hidden_size * context
         self.flops_per_target = 0 if head is None else 6 * head.weight.numel()
         self.peak = peak_flops(pl_module.device, trainer.precision_plugin.precision)
+        self.begin = time.perf_counter()
         self.restart()
 
     def restart(self) -> None:
@@ -51,10 +58,17 @@ class Throughput(Callback):
     ) -> None:
         self.tokens += batch["input_ids"].numel()
         self.targets += batch["targets"].numel()
+        self.step_tokens += batch["input_ids"].numel() * trainer.datamodule.replicas
+        if pl_module.window is None:  # the optimizer has stepped
+            self.total, self.step_tokens = self.total + self.step_tokens, 0
         if trainer.global_step % trainer.log_every_n_steps or (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         seconds = time.perf_counter() - self.since
-        metrics = {"train/tokens_per_second": self.tokens / seconds * trainer.datamodule.replicas}
+        metrics = {
+            "train/tokens_per_second": self.tokens / seconds * trainer.datamodule.replicas,
+            "train/tokens": self.total,
+            "train/seconds": self.seconds(),
+        }
         if self.peak:
             flops = self.tokens * self.flops_per_token + self.targets * self.flops_per_target
             metrics["train/mfu"] = flops / seconds / self.peak
@@ -68,6 +82,16 @@ class Throughput(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.restart()  # other callbacks may still come, but validation itself is out
+
+    def seconds(self) -> float:
+        """The time that the run has taken so far."""
+        return self.earlier + time.perf_counter() - self.begin
+
+    def state_dict(self) -> dict:
+        return {"tokens": self.total, "seconds": self.seconds()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.total, self.earlier = state["tokens"], state["seconds"]
 
 
 def peak_flops(device: torch.device, precision: str) -> Optional[float]:

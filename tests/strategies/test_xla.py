@@ -101,7 +101,7 @@ def metrics(run: Path) -> list[dict[str, float]]:
     """What was logged, but for what depends on the clock or the device."""
     with open(run / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    device = ("tokens_per_second", "mfu", "memory", "epoch", "compilations")
+    device = ("tokens_per_second", "seconds", "mfu", "memory", "epoch", "compilations")
     return [{k: float(v) for k, v in row.items() if v and not k.endswith(device)} for row in rows]
 
 

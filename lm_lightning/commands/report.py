@@ -1,0 +1,405 @@
+"""`report`: run folders in, one HTML page out that needs nothing else: curves, samples, what differs between runs.
+
+The tables are written here; `report.html`, the template, draws the curves from numbers that lie in the page as JSON.
+"""
+
+import csv
+import html
+import json
+import math
+import re
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Optional
+
+from lm_lightning.errors import UserError
+
+POINTS = 1000  # of a curve, at most
+SAMPLES = 10  # of a prompt, at most
+# In the page's order; metrics of the validation that are not named here come after the loss, others at the end.
+CHARTS = {
+    "loss": "Loss",
+    "learning_rate": "Learning rate",
+    "gradient_norm": "Gradient norm",
+    "tokens_per_second": "Tokens a second",
+    "mfu": "MFU, share of the device's arithmetic that is used",
+    "memory": "Memory in GiB",
+}
+AXES = {"tokens": "train/tokens", "seconds": "train/seconds"}
+Points = list[tuple[int, float]]  # (step, value), by rising steps
+
+
+@dataclass
+class Run:
+    """What a run folder says.
+
+    Attributes:
+        folder: Its path.
+        metrics: Of each column of metrics.csv, the steps that have a value.
+        configs: File name to options by dotted names; config.yaml is the last.
+        environment: environment.json, by dotted names.
+        data: data.json, by dotted names.
+        samples: Lines of samples.jsonl.
+        spikes: Lines of spikes.jsonl.
+        notes: What could not be read.
+    """
+
+    folder: Path
+    metrics: dict[str, Points] = field(default_factory=dict)
+    configs: dict[str, dict[str, str]] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+    data: dict[str, str] = field(default_factory=dict)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    spikes: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return "/".join(self.folder.parts[-2:])
+
+
+# Reading
+
+
+def read(folder: Path) -> Run:
+    """Reads a run folder; files that are not there, or cut since the run was killed, are read as far as they go.
+
+    Raises:
+        UserError: If it is no run folder.
+    """
+    if not (folder / "config.yaml").is_file():
+        raise UserError(
+            f"{folder} is no run folder: it has no config.yaml; name a folder such as runs/gpt/2026-11-25_10-30-00"
+        )
+    run = Run(folder.resolve())
+    run.metrics = read_metrics(folder / "metrics.csv", run.notes)
+    numbered = sorted(folder.glob("config.*.yaml"), key=lambda file: (len(file.name), file.name))
+    run.configs = {file.name: read_options(file, run.notes) for file in [*numbered, folder / "config.yaml"]}
+    run.environment = read_options(folder / "environment.json", run.notes)
+    run.data = read_options(folder / "data.json", run.notes)
+    run.samples = read_lines(folder / "samples.jsonl", {"step": int, "prompt": str, "text": str}, run.notes)
+    run.spikes = read_lines(folder / "spikes.jsonl", {"step": int, "loss": float, "samples": list}, run.notes)
+    return run
+
+
+def read_metrics(file: Path, notes: list[str]) -> dict[str, Points]:
+    """The columns of metrics.csv; a row that is cut is left out from there."""
+    metrics: dict[str, dict[int, float]] = {}
+    bad = 0
+    for row in csv.DictReader(text_of(file, notes).replace("\0", "").splitlines()):
+        try:
+            step = int(row.pop("step", ""))
+            values = {name: float(value) for name, value in row.items() if name and value}
+        except (TypeError, ValueError):
+            bad += 1
+            continue
+        for name, value in values.items():
+            metrics.setdefault(name, {})[step] = value
+    if bad:
+        notes.append(f"{file.name}: {bad} unreadable rows are left out")
+    return {name: sorted(points.items()) for name, points in metrics.items()}
+
+
+def read_options(file: Path, notes: list[str]) -> dict[str, str]:
+    """A YAML or JSON file as texts by dotted names."""
+    import yaml
+
+    try:
+        content = yaml.load(text_of(file, notes), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except (yaml.YAMLError, ValueError):
+        notes.append(f"{file.name} is cut or damaged")
+        return {}
+    return dict(flat(content))
+
+
+def flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """Texts of what options hold, by dotted names; lists of options are numbered."""
+    if isinstance(value, dict) and (value or not name):
+        for key, item in value.items():
+            yield from flat(item, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        for number, item in enumerate(value):
+            yield from flat(item, f"{name}.{number}")
+    elif name:
+        yield name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def read_lines(file: Path, fields: dict[str, type], notes: list[str]) -> list[dict[str, Any]]:
+    """The lines of a JSONL file that have these fields."""
+    rows, bad = [], 0
+    for line in text_of(file, notes).split("\n"):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            rows.append({name: kind(row[name]) for name, kind in fields.items()})
+        except (ValueError, TypeError, KeyError):
+            bad += 1
+    if bad:
+        notes.append(f"{file.name}: {bad} unreadable lines are left out")
+    return rows
+
+
+def text_of(file: Path, notes: list[str]) -> str:
+    """A file's text; nothing if it is not there."""
+    try:
+        return file.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        notes.append(f"{file.name} cannot be read ({error.strerror})")
+        return ""
+
+
+# Curves
+
+
+def charts(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """The curves as the template draws them, JSON-able.
+
+    Returns:
+        Of each chart `name`, `title` and `lines`; of each line `run` (its number), `part` (train, val, spike), and of
+        each point `step`, `tokens`, `seconds` (None where the run does not say) and `value` (None if not finite).
+    """
+    found: dict[str, list[dict[str, Any]]] = {}
+    for number, run in enumerate(runs):
+        curves = {name: points for name, points in run.metrics.items() if "/" in name and name not in AXES.values()}
+        if run.spikes:
+            curves["spike/loss"] = [(spike["step"], spike["loss"]) for spike in run.spikes]
+        for name, points in curves.items():
+            part, _, name = name.partition("/")
+            points = [points[i] for i in thinned([value for _, value in points])]
+            line: dict[str, Any] = {"run": number, "part": part, "step": [step for step, _ in points]}
+            line |= {axis: interpolated(run.metrics.get(column), line["step"]) for axis, column in AXES.items()}
+            line["value"] = [value if math.isfinite(value) else None for _, value in points]
+            found.setdefault(name, []).append(line)
+    known = list(CHARTS)
+
+    def place(name: str) -> tuple[int, int]:
+        if name in known:
+            return (known.index(name) and 2, known.index(name))
+        return (1 if any(line["part"] == "val" for line in found[name]) else 3, 0)
+
+    return [
+        {"name": name, "title": CHARTS.get(name, name.replace("_", " ").capitalize()), "lines": found[name]}
+        for name in sorted(found, key=place)
+    ]
+
+
+def thinned(values: Sequence[float], limit: int = POINTS) -> list[int]:
+    """Which points of a curve are drawn: the lowest and the highest of each stretch, what is not finite as a low."""
+    if len(values) <= limit:
+        return list(range(len(values)))
+    kept, stretches = {0, len(values) - 1}, (limit - 2) // 2
+    for stretch in range(stretches):
+        indices = range(stretch * len(values) // stretches, (stretch + 1) * len(values) // stretches)
+        for pick in (min, max):
+            kept.add(pick(indices, key=lambda i: (math.isfinite(values[i]), values[i])))
+    return sorted(kept)
+
+
+def interpolated(column: Optional[Points], steps: Sequence[int]) -> Optional[list[float]]:
+    """What a column that rises from 0 is at some steps, which it need not have; past its end, its last value."""
+    if not column:
+        return None
+    import numpy as np
+
+    known = [(0, 0.0), *column]
+    return np.interp(steps, [step for step, _ in known], [value for _, value in known]).tolist()
+
+
+# Page
+
+
+def page(runs: Sequence[Run]) -> str:
+    """The report of some runs, a whole HTML document."""
+    parts = [section("Summary", notes(runs) + table([run.name for run in runs], [summary(run) for run in runs]))]
+    drawn = charts(runs)
+    parts.append(section("Curves", '<div id="curves"></div>' if drawn else "<p>Nothing was logged.</p>"))
+    for title, block in (("Spikes of the loss", spikes), ("Samples", samples)):
+        blocks = [(run.name, content) for run in runs if (content := block(run))]
+        if blocks:
+            parts.append(section(title, folded(blocks)))
+    parts.append(section("Config", configs(runs)))
+    parts.append(section("Data", table([run.name for run in runs], [run.data for run in runs])))
+    parts.append(section("Environment", table([run.name for run in runs], [run.environment for run in runs])))
+    title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
+    # "<" would end the script element in "</script>"
+    data = json.dumps({"runs": [run.name for run in runs], "charts": drawn}, ensure_ascii=True).replace("<", "\\u003c")
+    content = {
+        "TITLE": escape(title),
+        "MADE": escape(f"made {datetime.now():%Y-%m-%d %H:%M}"),
+        "BODY": "\n".join(parts),
+        "DATA": data,
+    }
+    template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
+    return re.sub(r"\{\{([A-Z]+)\}\}", lambda match: content[match[1]], template)
+
+
+def escape(text: object) -> str:
+    """Text as HTML; control characters, which HTML may not have, become a sign for what is unknown."""
+    return html.escape(re.sub(r"[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]", "\ufffd", str(text)))
+
+
+def section(title: str, content: str) -> str:
+    """A part of the page."""
+    return f"<section><h2>{escape(title)}</h2>\n{content}\n</section>"
+
+
+def table(names: Sequence[str], columns: Sequence[dict[str, str]], only_different: bool = False) -> str:
+    """A table of what some runs, or files, say by names; rows in which they differ are marked, if not all do.
+
+    Args:
+        names: What the columns are of.
+        columns: Texts by the names of the rows.
+        only_different: Whether rows in which all say the same are left out.
+    """
+    rows = []
+    for key in dict.fromkeys(key for column in columns for key in column):
+        cells = [column.get(key) for column in columns]
+        different = len(set(cells)) > 1
+        if different or not only_different:
+            mark = ' class="differs"' if different and not only_different else ""
+            values = "".join("<td>–</td>" if cell is None else f"<td>{escape(cell)}</td>" for cell in cells)
+            rows.append(f"<tr{mark}><th scope=row>{escape(key)}</th>{values}</tr>")
+    if not rows:
+        return "<p>Nothing.</p>"
+    heads = "".join(f'<th scope=col data-run="{number}">{escape(name)}</th>' for number, name in enumerate(names))
+    head = f"<thead><tr><td></td>{heads}</tr></thead>" if len(names) > 1 else ""
+    return f'<div class="scroll"><table>{head}<tbody>{"".join(rows)}</tbody></table></div>'
+
+
+def folded(blocks: Sequence[tuple[str, str]]) -> str:
+    """Blocks of several runs, of which the first is open; that of a single one as it is."""
+    if len(blocks) == 1:
+        return blocks[0][1]
+    return "".join(
+        f"<details{' open' * (number == 0)}><summary>{escape(name)}</summary>{content}</details>"
+        for number, (name, content) in enumerate(blocks)
+    )
+
+
+def notes(runs: Sequence[Run]) -> str:
+    """What could not be read."""
+    items = "".join(f"<li>{escape(run.name)}: {escape(note)}</li>" for run in runs for note in run.notes)
+    return f'<ul class="notes">{items}</ul>' if items else ""
+
+
+def summary(run: Run) -> dict[str, str]:
+    """What a run has come to, in words."""
+    rows = {"state": "finished" if (run.folder / "model").is_dir() else "without model/: stopped, or still running"}
+    losses = [(value, step) for step, value in run.metrics.get("val/loss", []) if math.isfinite(value)]
+    if losses:
+        best, step = min(losses)
+        rows["lowest validation loss"] = f"{best:.4f} at step {step:,}"
+    for name, points in sorted(run.metrics.items(), key=lambda item: item[0] != "val/loss"):
+        if name.startswith("val/"):
+            rows[f"last validation {name.partition('/')[2].replace('_', ' ')}"] = f"{points[-1][1]:.4g}"
+    if "train/loss" in run.metrics:
+        rows["last training loss"] = f"{run.metrics['train/loss'][-1][1]:.4f}"
+        rows["steps"] = f"{run.metrics['train/loss'][-1][0]:,}"
+    if "train/tokens" in run.metrics:
+        rows["tokens"] = f"{run.metrics['train/tokens'][-1][1]:,.0f}"
+    if "train/seconds" in run.metrics:
+        rows["time"] = duration(run.metrics["train/seconds"][-1][1])
+    if "train/tokens_per_second" in run.metrics:
+        speeds = [value for _, value in run.metrics["train/tokens_per_second"]]
+        rows["tokens a second (median)"] = f"{statistics.median(speeds):,.0f}"
+    if "train/memory" in run.metrics:
+        rows["most memory"] = f"{max(value for _, value in run.metrics['train/memory']):.2f} GiB"
+    return rows
+
+
+def duration(seconds: float) -> str:
+    """A time as people say it."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def spikes(run: Run) -> str:
+    """Steps whose loss was far above those before, and their training samples."""
+    rows = "".join(
+        f"<tr><td>{row['step']:,}</td><td>{row['loss']:.4g}</td><td>{escape(', '.join(map(str, row['samples'])))}</td></tr>"
+        for row in run.spikes
+    )
+    head = "<thead><tr><th>step</th><th>loss</th><th>training samples</th></tr></thead>"
+    return rows and f'<div class="scroll"><table>{head}<tbody>{rows}</tbody></table></div>'
+
+
+def samples(run: Run) -> str:
+    """What the network wrote to each prompt, from the first step to the last."""
+    prompts: dict[str, dict[int, str]] = {}
+    for row in run.samples:  # a step that was done again has another line
+        prompts.setdefault(row["prompt"], {})[row["step"]] = row["text"]
+    blocks = []
+    for prompt, texts in prompts.items():
+        steps = sorted(texts)
+        last = max(1, min(SAMPLES, len(steps)) - 1)
+        shown = dict.fromkeys(steps[i * (len(steps) - 1) // last] for i in range(last + 1))
+        rows = "".join(
+            f'<dt>step {step:,}</dt><dd dir="auto"><b>{escape(prompt)}</b>{escape(texts[step])}</dd>' for step in shown
+        )
+        left = f"<p>{len(steps) - len(shown)} more in samples.jsonl.</p>" if len(shown) < len(steps) else ""
+        heading = f"after “{escape(prompt)}”" if prompt else "a new document"
+        blocks.append(f"<h3>{heading}</h3><dl>{rows}</dl>{left}")
+    return "".join(blocks)
+
+
+def configs(runs: Sequence[Run]) -> str:
+    """How the runs' configs differ from each other, and from those that they were resumed with; and all of them."""
+    content = ""
+    if len(runs) > 1:
+        finals = [run.configs["config.yaml"] for run in runs]
+        content += "<h3>Differences</h3>" + table([run.name for run in runs], finals, only_different=True)
+    for run in runs:
+        if len(run.configs) > 1:
+            title = f"Changed when {run.name} went on"
+            changes = table(list(run.configs), list(run.configs.values()), only_different=True)
+            content += f"<h3>{escape(title)}</h3>" + changes.replace(" data-run=", " data-file=")
+    for run in runs:
+        whole = table(["value"], [run.configs["config.yaml"]])
+        title = "All options" if len(runs) == 1 else f"All options of {escape(run.name)}"
+        content += f"<details><summary>{title}</summary>{whole}</details>"
+    return content
+
+
+def write(folders: Sequence[Path], output: Path) -> None:
+    """Writes the report of some run folders, so that the file is whole or not there.
+
+    Raises:
+        UserError: If one is no run folder, or the file cannot be written.
+    """
+    content = page([read(folder) for folder in folders])
+    partial = output.with_name(output.name + ".partial")
+    try:
+        partial.write_text(content, encoding="utf-8")
+        partial.replace(output)
+    except OSError as error:
+        raise UserError(f"the report {output} cannot be written ({error.strerror}): name another --output") from error
+
+
+def main() -> None:
+    """Reads the command line."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(
+        prog="lm_lightning report",
+        description="Makes one HTML page of runs, to look at without a network: curves, samples, configs, machines.",
+        exit_on_error=False,
+    )
+    parser.add_argument("runs", nargs="+", type=str, help="Run folders; several are laid over each other.")
+    parser.add_argument(
+        "--output",
+        type=Optional[str],
+        help="File to write. Default: report.html in the run folder, of several in the current one.",
+    )
+    given = parser.parse_args(sys.argv[2:])
+    folders = [Path(run) for run in given.runs]
+    output = Path(given.output or (folders[0] if len(folders) == 1 else Path()) / "report.html")
+    write(folders, output)
+    print(output)
