@@ -14,11 +14,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Literal, Optional
 
 from lm_lightning.errors import UserError
 
 POINTS = 1000  # of a curve, at most
+MEANS = 100  # of a curve that needs them to be read, which are those in NOISY
+NOISY = ("train/loss", "train/gradient_norm", "train/tokens_per_second", "train/mfu")
 SAMPLES = 10  # of a prompt, at most
 # In the page's order; metrics of the validation that are not named here come after the loss, others at the end.
 CHARTS = {
@@ -26,7 +28,7 @@ CHARTS = {
     "learning_rate": "Learning rate",
     "gradient_norm": "Gradient norm",
     "tokens_per_second": "Tokens a second",
-    "mfu": "MFU, share of the device's arithmetic that is used",
+    "mfu": "Model FLOPs utilization (MFU)",
     "memory": "Memory in GiB",
 }
 AXES = {"tokens": "train/tokens", "seconds": "train/seconds"}
@@ -87,10 +89,11 @@ def read(folder: Path) -> Run:
 
 
 def read_metrics(file: Path, notes: list[str]) -> dict[str, Points]:
-    """The columns of metrics.csv; a row that is cut is left out from there."""
+    """The columns of metrics.csv; a row that is cut, such as the last of a killed run, is left out."""
     metrics: dict[str, dict[int, float]] = {}
-    bad = 0
-    for row in csv.DictReader(text_of(file, notes).replace("\0", "").splitlines()):
+    *lines, rest = text_of(file, notes).replace("\0", "").split("\n")
+    bad = int(bool(rest))  # (its last number may be cut, too)
+    for row in csv.DictReader(lines):
         try:
             step = int(row.pop("step", ""))
             values = {name: float(value) for name, value in row.items() if name and value}
@@ -100,7 +103,7 @@ def read_metrics(file: Path, notes: list[str]) -> dict[str, Points]:
         for name, value in values.items():
             metrics.setdefault(name, {})[step] = value
     if bad:
-        notes.append(f"{file.name}: {bad} unreadable rows are left out")
+        notes.append(f"{file.name}: cut or damaged rows are left out ({bad})")
     return {name: sorted(points.items()) for name, points in metrics.items()}
 
 
@@ -140,7 +143,7 @@ def read_lines(file: Path, fields: dict[str, type], notes: list[str]) -> list[di
         except (ValueError, TypeError, KeyError):
             bad += 1
     if bad:
-        notes.append(f"{file.name}: {bad} unreadable lines are left out")
+        notes.append(f"{file.name}: cut or damaged lines are left out ({bad})")
     return rows
 
 
@@ -162,21 +165,24 @@ def charts(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """The curves as the template draws them, JSON-able.
 
     Returns:
-        Of each chart `name`, `title` and `lines`; of each line `run` (its number), `part` (train, val, spike), and of
-        each point `step`, `tokens`, `seconds` (None where the run does not say) and `value` (None if not finite).
+        Of each chart `name`, `title` and `lines`; of each line `run` (its number), `part` (train, val, mean, spike), and
+        of each point `step`, `tokens`, `seconds` (None where the run does not say) and `value` (None if not finite).
     """
     found: dict[str, list[dict[str, Any]]] = {}
     for number, run in enumerate(runs):
         curves = {name: points for name, points in run.metrics.items() if "/" in name and name not in AXES.values()}
         if run.spikes:
             curves["spike/loss"] = [(spike["step"], spike["loss"]) for spike in run.spikes]
+        for name in NOISY:
+            if len(points := curves.get(name, [])) > 3 * MEANS:
+                curves[name.replace("train/", "mean/")] = means(points)
         for name, points in curves.items():
-            part, _, name = name.partition("/")
+            part, _, chart = name.partition("/")
             points = [points[i] for i in thinned([value for _, value in points])]
             line: dict[str, Any] = {"run": number, "part": part, "step": [step for step, _ in points]}
             line |= {axis: interpolated(run.metrics.get(column), line["step"]) for axis, column in AXES.items()}
             line["value"] = [value if math.isfinite(value) else None for _, value in points]
-            found.setdefault(name, []).append(line)
+            found.setdefault(chart, []).append(line)
     known = list(CHARTS)
 
     def place(name: str) -> tuple[int, int]:
@@ -202,6 +208,15 @@ def thinned(values: Sequence[float], limit: int = POINTS) -> list[int]:
     return sorted(kept)
 
 
+def means(points: Points) -> Points:
+    """A curve without its noise: the mean of each of some stretches of steps, in their middle."""
+    result = []
+    for stretch in range(MEANS):
+        part = points[stretch * len(points) // MEANS : (stretch + 1) * len(points) // MEANS]
+        result.append((part[len(part) // 2][0], statistics.fmean(value for _, value in part)))
+    return result
+
+
 def interpolated(column: Optional[Points], steps: Sequence[int]) -> Optional[list[float]]:
     """What a column that rises from 0 is at some steps, which it need not have; past its end, its last value."""
     if not column:
@@ -221,12 +236,12 @@ def page(runs: Sequence[Run]) -> str:
     drawn = charts(runs)
     parts.append(section("Curves", '<div id="curves"></div>' if drawn else "<p>Nothing was logged.</p>"))
     for title, block in (("Spikes of the loss", spikes), ("Samples", samples)):
-        blocks = [(run.name, content) for run in runs if (content := block(run))]
+        blocks = [(run.name, written) for run in runs if (written := block(run))]
         if blocks:
             parts.append(section(title, folded(blocks)))
     parts.append(section("Config", configs(runs)))
-    parts.append(section("Data", table([run.name for run in runs], [run.data for run in runs])))
-    parts.append(section("Environment", table([run.name for run in runs], [run.environment for run in runs])))
+    parts.append(section("Data", table([run.name for run in runs], [run.data for run in runs], "marked")))
+    parts.append(section("Environment", table([run.name for run in runs], [run.environment for run in runs], "marked")))
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
     # "<" would end the script element in "</script>"
     data = json.dumps({"runs": [run.name for run in runs], "charts": drawn}, ensure_ascii=True).replace("<", "\\u003c")
@@ -250,20 +265,22 @@ def section(title: str, content: str) -> str:
     return f"<section><h2>{escape(title)}</h2>\n{content}\n</section>"
 
 
-def table(names: Sequence[str], columns: Sequence[dict[str, str]], only_different: bool = False) -> str:
-    """A table of what some runs, or files, say by names; rows in which they differ are marked, if not all do.
+def table(
+    names: Sequence[str], columns: Sequence[dict[str, str]], different: Literal["marked", "alone", "plain"] = "plain"
+) -> str:
+    """A table of what some runs, or files, say by names.
 
     Args:
         names: What the columns are of.
         columns: Texts by the names of the rows.
-        only_different: Whether rows in which all say the same are left out.
+        different: Whether rows in which the columns differ are marked, or are all that is shown.
     """
     rows = []
     for key in dict.fromkeys(key for column in columns for key in column):
         cells = [column.get(key) for column in columns]
-        different = len(set(cells)) > 1
-        if different or not only_different:
-            mark = ' class="differs"' if different and not only_different else ""
+        differs = len(set(cells)) > 1
+        if differs or different != "alone":
+            mark = ' class="differs"' if differs and different == "marked" else ""
             values = "".join("<td>–</td>" if cell is None else f"<td>{escape(cell)}</td>" for cell in cells)
             rows.append(f"<tr{mark}><th scope=row>{escape(key)}</th>{values}</tr>")
     if not rows:
@@ -291,7 +308,7 @@ def notes(runs: Sequence[Run]) -> str:
 
 def summary(run: Run) -> dict[str, str]:
     """What a run has come to, in words."""
-    rows = {"state": "finished" if (run.folder / "model").is_dir() else "without model/: stopped, or still running"}
+    rows = {"state": "finished" if (run.folder / "model").is_dir() else "not finished (no model/)"}
     losses = [(value, step) for step, value in run.metrics.get("val/loss", []) if math.isfinite(value)]
     if losses:
         best, step = min(losses)
@@ -323,10 +340,10 @@ def duration(seconds: float) -> str:
 
 def spikes(run: Run) -> str:
     """Steps whose loss was far above those before, and their training samples."""
-    rows = "".join(
-        f"<tr><td>{row['step']:,}</td><td>{row['loss']:.4g}</td><td>{escape(', '.join(map(str, row['samples'])))}</td></tr>"
-        for row in run.spikes
-    )
+    rows = ""
+    for row in run.spikes:
+        numbers = escape(", ".join(map(str, row["samples"])))
+        rows += f"<tr><td>{row['step']:,}</td><td>{row['loss']:.4g}</td><td>{numbers}</td></tr>"
     head = "<thead><tr><th>step</th><th>loss</th><th>training samples</th></tr></thead>"
     return rows and f'<div class="scroll"><table>{head}<tbody>{rows}</tbody></table></div>'
 
@@ -355,11 +372,11 @@ def configs(runs: Sequence[Run]) -> str:
     content = ""
     if len(runs) > 1:
         finals = [run.configs["config.yaml"] for run in runs]
-        content += "<h3>Differences</h3>" + table([run.name for run in runs], finals, only_different=True)
+        content += "<h3>Differences</h3>" + table([run.name for run in runs], finals, different="alone")
     for run in runs:
         if len(run.configs) > 1:
             title = f"Changed when {run.name} went on"
-            changes = table(list(run.configs), list(run.configs.values()), only_different=True)
+            changes = table(list(run.configs), list(run.configs.values()), different="alone")
             content += f"<h3>{escape(title)}</h3>" + changes.replace(" data-run=", " data-file=")
     for run in runs:
         whole = table(["value"], [run.configs["config.yaml"]])
