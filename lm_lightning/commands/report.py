@@ -165,8 +165,9 @@ def charts(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """The curves as the template draws them, JSON-able.
 
     Returns:
-        Of each chart `name`, `title` and `lines`; of each line `run` (its number), `part` (train, val, mean, spike), and
-        of each point `step`, `tokens`, `seconds` (None where the run does not say) and `value` (None if not finite).
+        Of each chart `name`, `title` and `lines`; of each line `run` (its number), `part` (train, mean of it, val,
+        spike), and of each point `step`, `tokens`, `seconds` (of a run that does not say, None instead of a list) and
+        `value` (None if not finite).
     """
     found: dict[str, list[dict[str, Any]]] = {}
     for number, run in enumerate(runs):

@@ -1,0 +1,243 @@
+"""report: run folders in, a page out that says what they say and lets nothing of them do anything."""
+
+import csv
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from lm_lightning.commands import report
+from lm_lightning.errors import UserError
+
+VOID = {"meta", "input", "br", "img", "link"}
+
+
+class Page(HTMLParser):
+    """A page as a browser reads it: elements that are open and closed in order, their texts, the JSON of the curves."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict]] = []
+        self.rows: list[list[str]] = []
+        self.text, self.data = "", ""
+        self.feed(file.read_text(encoding="utf-8"))
+        self.close()
+        assert self.open == []
+        self.curves = json.loads(self.data, parse_constant=pytest.fail)  # browsers read no NaN
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] == "script":
+            self.data = self.data or data
+        elif self.open and self.open[-1] != "style":
+            self.text += data
+            if {"td", "th"} & set(self.open):
+                self.rows[-1][-1] += data
+
+    def row(self, name: str) -> list[str]:
+        """The cells of a table's row."""
+        return next(row[1:] for row in self.rows if row[0] == name)
+
+    def lines(self, chart: str) -> dict[tuple[str, int], dict]:
+        """The lines of a chart, by part and run."""
+        (lines,) = (c["lines"] for c in self.curves["charts"] if c["name"] == chart)
+        return {(line["part"], line["run"]): line for line in lines}
+
+
+def column(run: Path, name: str) -> dict[int, float]:
+    with open(run / "metrics.csv", newline="") as file:
+        return {int(row["step"]): float(row[name]) for row in csv.DictReader(file) if row.get(name)}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A small run folder without a run."""
+    run = tmp_path / "runs" / "made" / "up"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text("seed_everything: 1\ndata: {batch_size: 4}\n")
+    (run / "metrics.csv").write_text("step,train/loss,val/loss\n1,5.5,\n2,4.5,\n2,,4.25\n")
+    return run
+
+
+def test_run_leaves_a_report_that_says_what_was_logged(fit):
+    sampling = [{"class_path": "lm_lightning.callbacks.samples.Samples", "init_args": {"prompts": ["The old"]}}]
+    run = fit("--trainer.callbacks", json.dumps(sampling))
+    page = Page(run / "report.html")
+    assert page.curves["runs"] == [f"tiny/{run.name}"]
+    for name in ("loss", "learning_rate", "gradient_norm", "memory", "tokens_per_second"):
+        line = page.lines(name)["train", 0]
+        assert dict(zip(line["step"], line["value"])) == column(run, f"train/{name}") and len(line["step"]) == 10
+        assert dict(zip(line["step"], line["tokens"])) == {step: step * 4 * 32 for step in range(1, 11)}
+        assert line["seconds"] == list(column(run, "train/seconds").values()) == sorted(line["seconds"])
+    validation = page.lines("loss")["val", 0]
+    assert dict(zip(validation["step"], validation["value"])) == column(run, "val/loss")
+    assert validation["tokens"] == [5 * 4 * 32, 10 * 4 * 32]
+
+    lowest = min(column(run, "val/loss").values())
+    assert page.row("lowest validation loss")[0].startswith(f"{lowest:.4f} at step ")
+    assert page.row("state") == ["finished"] and page.row("tokens") == ["1,280"] and page.row("steps") == ["10"]
+    assert page.row("data.init_args.block_size") == ["32"]
+    assert page.row("torch") == [torch.__version__]
+    assert page.row("cpu")[0] and page.row("memory")[0].endswith("GiB")
+    (first, *_) = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    assert first["text"] in page.text and "after “The old”" in page.text
+
+
+def test_page_needs_no_network(folder: Path, cli):
+    assert cli("report", folder).strip() == str(folder / "report.html")
+    page = Page(folder / "report.html")
+    assert not {"link", "img", "iframe", "base", "object"} & {tag for tag, _ in page.elements}
+    assert not [
+        value for _, attributes in page.elements for name, value in attributes.items() if name in ("src", "href")
+    ]
+    text = (folder / "report.html").read_text().replace("http://www.w3.org/2000/svg", "")  # a name, not an address
+    assert not re.search(r"https?:|url\(|@import|fetch\(", text)
+
+
+def test_texts_of_a_run_stay_texts(folder: Path, cli):
+    evil = "</script><script>alert(1)</script><img src=x onerror=alert(2)> & \x00\x1b \ud800 {{DATA}} \\1"
+    (folder / "samples.jsonl").write_text(json.dumps({"step": 1, "prompt": evil, "text": evil}) + "\n")
+    (folder / "config.yaml").write_text(yaml.safe_dump({"name": "<b>bold</b>", "<i>": "<u>"}))
+    (folder / "environment.json").write_text(json.dumps({"command": ["<script>alert(3)</script>"]}))
+    (folder / "metrics.csv").write_text("step,train/</script><b>loss\n1,2.5\n")
+    moved = folder.rename(folder.with_name("<b>up<b>"))
+    cli("report", moved)
+    page = Page(moved / "report.html")
+    tags = [tag for tag, _ in page.elements]
+    assert tags.count("script") == 2 and not {"img", "i", "u"} & set(tags)
+    assert "<img src=x onerror=alert(2)> & \ufffd\ufffd \ufffd {{DATA}} \\1" in page.text
+    assert "<b>bold</b>" in page.text and "<script>alert(3)</script>" in page.text
+    assert page.lines("</script><b>loss")["train", 0]["value"] == [2.5]
+    assert page.curves["runs"] == ["made/<b>up<b>"]
+
+
+def test_runs_are_laid_over_each_other_with_what_differs(fit, cli, tmp_path: Path):
+    first, second = fit("--name", "first"), fit("--name", "second", "--data.batch_size", 2)
+    output = tmp_path / "both.html"
+    assert cli("report", first, second, "--output", output).strip() == str(output)
+    page = Page(output)
+    lines = page.lines("loss")
+    for number, run in enumerate((first, second)):
+        assert lines["train", number]["value"] == list(column(run, "train/loss").values())
+    assert lines["train", 1]["tokens"][-1] == 10 * 2 * 32
+    differences = page.text.split("Differences")[1].split("All options")[0]
+    assert "data.init_args.batch_size" in differences and "name" in differences
+    assert "block_size" not in differences and "max_steps" not in differences
+    assert page.row("data.init_args.batch_size") == ["4", "2"]
+
+
+def test_resumed_run_has_one_curve_of_tokens_and_time_and_tells_what_was_changed(fit):
+    run = fit("--model.schedule.shape", "constant", "--trainer.max_steps", 6)
+    before = column(run, "train/seconds")
+    assert fit("--model.schedule.shape", "constant", "--ckpt_path", "last") == run
+    line = Page(run / "report.html").lines("loss")["train", 0]
+    assert line["step"] == list(range(1, 11)) and line["tokens"] == [step * 4 * 32 for step in range(1, 11)]
+    assert line["seconds"][:6] == list(before.values()) and line["seconds"] == sorted(line["seconds"])
+    page = Page(run / "report.html")
+    assert f"Changed when tiny/{run.name} went on" in page.text
+    assert page.row("trainer.max_steps") == ["6", "10"]
+
+
+def test_tokens_so_far_leave_out_an_unfinished_step(fit):
+    run = fit("--trainer.accumulate_grad_batches", 2, "--trainer.val_check_interval", 10, "--trainer.max_steps", 4)
+    assert list(column(run, "train/tokens").values()) == [step * 2 * 4 * 32 for step in range(1, 5)]
+
+
+def test_cut_and_missing_files_are_told_and_the_rest_is_shown(folder: Path, cli):
+    (folder / "metrics.csv").write_text("step,train/loss,val/loss\n1,5.5,\n2,4.5,\nx,y,z\n3,1.2")
+    (folder / "environment.json").write_text('{"torch": "2.13')
+    (folder / "samples.jsonl").write_text('{"step": 5, "prompt": "", "text": "whole"}\n{"step": 9, "pro')
+    (folder / "spikes.jsonl").write_bytes(b'{"step": 2, "loss": 4.5, "samples": [3, 4]}\n[1]\n\xff')
+    cli("report", folder)
+    page = Page(folder / "report.html")
+    assert page.lines("loss")["train", 0]["value"] == [5.5, 4.5]
+    assert page.lines("loss")["spike", 0]["step"] == [2]
+    for note in ("metrics.csv: cut", "environment.json is cut", "samples.jsonl: cut", "spikes.jsonl: cut"):
+        assert note in page.text
+    assert "left out (2)" in page.text and "whole" in page.text and "3, 4" in page.text
+    assert page.row("state") == ["not finished (no model/)"]
+
+    for file in folder.iterdir():
+        if file.name != "config.yaml":
+            file.unlink()
+    (folder / "config.yaml").write_text("a: [1")
+    cli("report", folder)
+    page = Page(folder / "report.html")
+    assert page.curves["charts"] == [] and "Nothing was logged." in page.text and "config.yaml is cut" in page.text
+
+
+def test_loss_that_is_not_finite_is_a_gap(folder: Path, cli):
+    (folder / "metrics.csv").write_text("step,train/loss,val/loss\n1,2.5,\n2,nan,inf\n3,1.5,\n")
+    cli("report", folder)
+    page = Page(folder / "report.html")
+    assert page.lines("loss")["train", 0]["value"] == [2.5, None, 1.5]
+    assert page.lines("loss")["val", 0]["value"] == [None]
+
+
+def test_long_curve_is_thinned_but_keeps_its_extremes_and_ends(folder: Path, cli):
+    values = [3 + math.sin(step) for step in range(20000)]
+    values[777], values[12345], values[15000] = 99.0, -5.0, math.nan
+    rows = "".join(f"{step},{value!r}\n" for step, value in enumerate(values))
+    (folder / "metrics.csv").write_text("step,train/loss\n" + rows)
+    cli("report", folder)
+    lines = Page(folder / "report.html").lines("loss")
+    train = lines["train", 0]
+    points = dict(zip(train["step"], train["value"]))
+    assert 500 < len(points) <= report.POINTS
+    assert points[777] == 99 and points[12345] == -5 and points[15000] is None
+    assert points[0] == values[0] and points[19999] == values[-1]
+    assert train["step"] == sorted(train["step"])
+    assert lines["mean", 0]["value"][10] == pytest.approx(3, abs=0.1)
+
+
+def test_what_is_no_run_folder_is_refused(folder: Path, cli, tmp_path: Path):
+    with pytest.raises(UserError, match="made is no run folder: it has no config.yaml"):
+        cli("report", folder, folder.parent)
+    with pytest.raises(UserError, match="is no run folder"):
+        cli("report", tmp_path / "nothing")
+    with pytest.raises(UserError, match="nowhere/page.html cannot be written .*--output"):
+        cli("report", folder, "--output", tmp_path / "nowhere" / "page.html")
+
+
+def test_run_whose_report_fails_is_a_run(fit, cli, recipe: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(*_: object) -> None:
+        raise RuntimeError("no space")
+
+    monkeypatch.setattr(report, "write", fail)
+    out = cli("fit", "--config", recipe, "--trainer.max_steps", 3)
+    assert "no report is made: RuntimeError: no space" in out and "model: " in out
+
+
+def test_environment_names_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import subprocess
+
+    from lm_lightning.environment import git
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert git() is None
+    identity = ("-c", "user.name=n", "-c", "user.email=e")
+    (tmp_path / "code.py").write_text("a = 1")
+    for arguments in (("init", "-q"), ("add", "."), (*identity, "commit", "-qm", "first")):
+        subprocess.run(["git", *arguments], check=True)
+    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    assert git() == {"commit": head, "changed": False}
+    (tmp_path / "code.py").write_text("a = 2")
+    assert git() == {"commit": head, "changed": True}
