@@ -15,8 +15,6 @@ class Report(Callback):
             return
         run = Path(trainer.default_root_dir)
         try:
-            for logger in trainer.loggers:
-                logger.save()
             report.write([run], run / "report.html")
         except Exception as error:  # the model is trained, whatever is wrong with its report
             print(f"no report is made: {type(error).__name__}: {error}")

@@ -82,7 +82,8 @@ def read(folder: Path) -> Run:
     numbered = sorted(folder.glob("config.*.yaml"), key=lambda file: (len(file.name), file.name))
     run.configs = {file.name: read_options(file, run.notes) for file in [*numbered, folder / "config.yaml"]}
     run.environment = read_options(folder / "environment.json", run.notes)
-    run.data = read_options(folder / "data.json", run.notes)
+    data = read_options(folder / "data.json", run.notes)
+    run.data = {name: text for name, text in data.items() if text != "null"}  # options that were not given
     run.samples = read_lines(folder / "samples.jsonl", {"step": int, "prompt": str, "text": str}, run.notes)
     run.spikes = read_lines(folder / "spikes.jsonl", {"step": int, "loss": float, "samples": list}, run.notes)
     return run
@@ -261,6 +262,11 @@ def escape(text: object) -> str:
     return html.escape(re.sub(r"[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]", "\ufffd", str(text)))
 
 
+def breakable(name: str) -> str:
+    """A name of parts as HTML that a narrow page may break between them."""
+    return re.sub(r"([./_])", r"\1<wbr>", escape(name))
+
+
 def section(title: str, content: str) -> str:
     """A part of the page."""
     return f"<section><h2>{escape(title)}</h2>\n{content}\n</section>"
@@ -283,10 +289,10 @@ def table(
         if differs or different != "alone":
             mark = ' class="differs"' if differs and different == "marked" else ""
             values = "".join("<td>–</td>" if cell is None else f"<td>{escape(cell)}</td>" for cell in cells)
-            rows.append(f"<tr{mark}><th scope=row>{escape(key)}</th>{values}</tr>")
+            rows.append(f"<tr{mark}><th scope=row>{breakable(key)}</th>{values}</tr>")
     if not rows:
         return "<p>Nothing.</p>"
-    heads = "".join(f'<th scope=col data-run="{number}">{escape(name)}</th>' for number, name in enumerate(names))
+    heads = "".join(f'<th scope=col data-run="{number}">{breakable(name)}</th>' for number, name in enumerate(names))
     head = f"<thead><tr><td></td>{heads}</tr></thead>" if len(names) > 1 else ""
     return f'<div class="scroll"><table>{head}<tbody>{"".join(rows)}</tbody></table></div>'
 
@@ -359,9 +365,10 @@ def samples(run: Run) -> str:
         steps = sorted(texts)
         last = max(1, min(SAMPLES, len(steps)) - 1)
         shown = dict.fromkeys(steps[i * (len(steps) - 1) // last] for i in range(last + 1))
-        rows = "".join(
-            f'<dt>step {step:,}</dt><dd dir="auto"><b>{escape(prompt)}</b>{escape(texts[step])}</dd>' for step in shown
-        )
+        rows = ""
+        for step in shown:
+            text = re.sub(r"\n{4,}", lambda blank: f" <i>[{len(blank[0])} line breaks]</i> ", escape(texts[step]))
+            rows += f'<dt>step {step:,}</dt><dd dir="auto"><b>{escape(prompt)}</b>{text}</dd>'
         left = f"<p>{len(steps) - len(shown)} more in samples.jsonl.</p>" if len(shown) < len(steps) else ""
         heading = f"after “{escape(prompt)}”" if prompt else "a new document"
         blocks.append(f"<h3>{heading}</h3><dl>{rows}</dl>{left}")

@@ -26,7 +26,9 @@ def run(tmp_path_factory: pytest.TempPathFactory, corpus_file: Path, cache_dir: 
     return run
 
 
-@pytest.mark.parametrize("name", ["--help", "prepare --help", "generate --help", "export --help", "verify --help"])
+@pytest.mark.parametrize(
+    "name", ["--help", "prepare --help", "generate --help", "export --help", "verify --help", "report --help"]
+)
 def test_help_of_commands_that_do_not_train_imports_no_heavy_library(name: str):
     script = (
         "import sys, runpy\n"

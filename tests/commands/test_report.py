@@ -4,17 +4,20 @@ import csv
 import json
 import math
 import re
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lm_lightning.commands import report
+from lm_lightning.environment import git
 from lm_lightning.errors import UserError
 
-VOID = {"meta", "input", "br", "img", "link"}
+VOID = {"meta", "wbr", "img", "link"}
 
 
 class Page(HTMLParser):
@@ -97,16 +100,14 @@ def test_run_leaves_a_report_that_says_what_was_logged(fit):
     assert page.row("torch") == [torch.__version__]
     assert page.row("cpu")[0] and page.row("memory")[0].endswith("GiB")
     (first, *_) = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
-    assert first["text"] in page.text and "after “The old”" in page.text
+    assert first["text"].strip().split("\n")[0] in page.text and "after “The old”" in page.text
 
 
 def test_page_needs_no_network(folder: Path, cli):
     assert cli("report", folder).strip() == str(folder / "report.html")
     page = Page(folder / "report.html")
     assert not {"link", "img", "iframe", "base", "object"} & {tag for tag, _ in page.elements}
-    assert not [
-        value for _, attributes in page.elements for name, value in attributes.items() if name in ("src", "href")
-    ]
+    assert not {"src", "href"} & {name for _, attributes in page.elements for name in attributes}
     text = (folder / "report.html").read_text().replace("http://www.w3.org/2000/svg", "")  # a name, not an address
     assert not re.search(r"https?:|url\(|@import|fetch\(", text)
 
@@ -126,6 +127,13 @@ def test_texts_of_a_run_stay_texts(folder: Path, cli):
     assert "<b>bold</b>" in page.text and "<script>alert(3)</script>" in page.text
     assert page.lines("</script><b>loss")["train", 0]["value"] == [2.5]
     assert page.curves["runs"] == ["made/<b>up<b>"]
+
+
+def test_blank_lines_of_a_sample_are_counted(folder: Path, cli):
+    row = {"step": 1, "prompt": "", "text": "one\n\ntwo" + "\n" * 30 + "three"}
+    (folder / "samples.jsonl").write_text(json.dumps(row) + "\n")
+    cli("report", folder)
+    assert "one\n\ntwo [30 line breaks] three" in Page(folder / "report.html").text
 
 
 def test_runs_are_laid_over_each_other_with_what_differs(fit, cli, tmp_path: Path):
@@ -155,9 +163,26 @@ def test_resumed_run_has_one_curve_of_tokens_and_time_and_tells_what_was_changed
     assert page.row("trainer.max_steps") == ["6", "10"]
 
 
-def test_tokens_so_far_leave_out_an_unfinished_step(fit):
-    run = fit("--trainer.accumulate_grad_batches", 2, "--trainer.val_check_interval", 10, "--trainer.max_steps", 4)
-    assert list(column(run, "train/tokens").values()) == [step * 2 * 4 * 32 for step in range(1, 5)]
+class SaveAndFail(Callback):
+    """Saves when one of the two micro-batches of the third step is done, and ends the run."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: dict, batch_idx: int) -> None:
+        if batch_idx == 5 and pl_module.resumed_at == 0:
+            trainer.save_checkpoint(Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt")
+            raise RuntimeError("power failure")
+
+
+def test_step_that_is_done_again_counts_once(fit):
+    flags = ("--trainer.accumulate_grad_batches", 2, "--trainer.val_check_interval", 20, "--trainer.max_steps", 4)
+    with pytest.raises(RuntimeError, match="power failure"):
+        fit(*flags, "--trainer.callbacks", '["test_report.SaveAndFail"]')
+    run = fit(*flags, "--ckpt_path", "last")
+    assert column(run, "train/tokens") == {step: step * 2 * 4 * 32 for step in range(1, 5)}
+
+
+def test_run_without_checkpoints_has_a_whole_report(fit):
+    run = fit("--trainer.enable_checkpointing", "false")
+    assert Page(run / "report.html").lines("loss")["train", 0]["step"] == list(range(1, 11))
 
 
 def test_cut_and_missing_files_are_told_and_the_rest_is_shown(folder: Path, cli):
@@ -226,10 +251,6 @@ def test_run_whose_report_fails_is_a_run(fit, cli, recipe: Path, monkeypatch: py
 
 
 def test_environment_names_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    import subprocess
-
-    from lm_lightning.environment import git
-
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     assert git() is None
