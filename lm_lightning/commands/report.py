@@ -367,7 +367,7 @@ def samples(run: Run) -> str:
         shown = dict.fromkeys(steps[i * (len(steps) - 1) // last] for i in range(last + 1))
         rows = ""
         for step in shown:
-            text = re.sub(r"\n{4,}", lambda blank: f" <i>[{len(blank[0])} line breaks]</i> ", escape(texts[step]))
+            text = re.sub(r"\n{4,}", lambda blank: f"\n<i>[{len(blank[0])} line breaks]</i>\n", escape(texts[step]))
             rows += f'<dt>step {step:,}</dt><dd dir="auto"><b>{escape(prompt)}</b>{text}</dd>'
         left = f"<p>{len(steps) - len(shown)} more in samples.jsonl.</p>" if len(shown) < len(steps) else ""
         heading = f"after “{escape(prompt)}”" if prompt else "a new document"

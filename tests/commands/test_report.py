@@ -133,7 +133,7 @@ def test_blank_lines_of_a_sample_are_counted(folder: Path, cli):
     row = {"step": 1, "prompt": "", "text": "one\n\ntwo" + "\n" * 30 + "three"}
     (folder / "samples.jsonl").write_text(json.dumps(row) + "\n")
     cli("report", folder)
-    assert "one\n\ntwo [30 line breaks] three" in Page(folder / "report.html").text
+    assert "one\n\ntwo\n[30 line breaks]\nthree" in Page(folder / "report.html").text
 
 
 def test_runs_are_laid_over_each_other_with_what_differs(fit, cli, tmp_path: Path):
