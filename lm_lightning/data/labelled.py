@@ -6,6 +6,7 @@ columns have any names, the names of the labels, batches of similar lengths, and
 
 import functools
 import hashlib
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Optional
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
 from lm_lightning.data import formats
@@ -170,32 +172,32 @@ def held_out(key: str, fraction: float) -> bool:
 
 
 class Examples(Dataset):
-    """Tokenized rows with their targets.
+    """Tokenized rows with what is to be told of them.
 
     Args:
-        encodings: Of each row: `input_ids` and, for pairs, `token_type_ids`.
-        targets: Of each row, (N, ...) float32 or int64.
-        padding: What takes the place of a target that does not count.
+        rows: Of each row: `input_ids` and what else the tokenizer gives, lists of one length; and its targets, tensors
+            of any names, such as `targets`.
         seed: Of the order and its epochs; None for evaluation: once through the rows, the longest first.
 
-    Items are dicts of the encoding, `targets` and `id`, the number of the row.
+    Items are those rows, with `id`, the number of the row. In rows that only fill up a batch, no target counts: -100,
+    or NaN for numbers.
     """
 
-    def __init__(self, encodings: list[dict], targets: torch.Tensor, padding: float, seed: Optional[int]) -> None:
-        self.encodings, self.targets, self.padding, self.seed = encodings, targets, padding, seed
-        self.lengths = np.array([len(encoding["input_ids"]) for encoding in encodings])
+    def __init__(self, rows: list[dict], seed: Optional[int]) -> None:
+        self.rows, self.seed = rows, seed
+        self.lengths = np.array([len(row["input_ids"]) for row in rows])
         self.longest_first = np.argsort(-self.lengths, kind="stable")
 
     def __len__(self) -> int:
-        return len(self.encodings)
+        return len(self.rows)
 
     def __getitem__(self, position: int) -> dict:
         if position == PADDING:
-            shortest = self.encodings[self.longest_first[-1]]
-            return shortest | {"targets": torch.full_like(self.targets[0], self.padding), "id": PADDING}
+            shortest = self.rows[self.longest_first[-1]]
+            return {k: none(v) if isinstance(v, torch.Tensor) else v for k, v in shortest.items()} | {"id": PADDING}
         order = self.longest_first if self.seed is None else self.epoch(position // len(self))
         row = int(order[position % len(self)])
-        return self.encodings[row] | {"targets": self.targets[row], "id": row}
+        return self.rows[row] | {"id": row}
 
     @functools.lru_cache(maxsize=2)  # noqa: B019 (as long-lived as the run)
     def epoch(self, number: int) -> np.ndarray:
@@ -205,12 +207,27 @@ class Examples(Dataset):
         return by_length(samples_at(positions, len(self), seed), self.lengths, seed + number, number * len(self))
 
 
+def none(target: torch.Tensor) -> torch.Tensor:
+    """A target of the same shape that does not count."""
+    return torch.full_like(target, math.nan if target.is_floating_point() else -100)
+
+
 def padded(tokenizer: "PreTrainedTokenizerFast", items: list[dict]) -> dict:
-    """A batch of examples, padded to the longest: tensors (B, T), `targets`, `id`."""
+    """A batch of examples, padded to the longest.
+
+    Returns:
+        `input_ids` and what else the tokenizer gives, (B, T) int64; the targets, (B, ...), filled up with ones that
+        do not count where their lengths differ; `id`, B numbers.
+    """
     multiple = 8 if torch.cuda.is_available() else None  # tensor cores work on whole eights; a CPU on what there is
-    encodings = [{key: item[key] for key in item if key not in ("targets", "id")} for item in items]
+    targets = [key for key, value in items[0].items() if isinstance(value, torch.Tensor)]
+    encodings = [{key: item[key] for key in item if key not in ("id", *targets)} for item in items]
     batch = dict(tokenizer.pad(encodings, pad_to_multiple_of=multiple, return_tensors="pt"))
-    return batch | {"targets": torch.stack([item["targets"] for item in items]), "id": [item["id"] for item in items]}
+    for key in targets:
+        values = [item[key] for item in items]
+        fill = none(values[0].new_zeros(())).item()
+        batch[key] = pad_sequence(values, True, fill) if values[0].ndim else torch.stack(values)
+    return batch | {"id": [item["id"] for item in items]}
 
 
 class LabelledData(StreamData):
@@ -304,12 +321,12 @@ class LabelledData(StreamData):
             )
         return names
 
-    def report(self, split: str, encodings: list[dict], cut: int) -> None:
+    def report(self, split: str, examples: list[dict], cut: int) -> None:
         """Prints what a split has, and how many rows of it are cut."""
         if self.trainer.is_global_zero:
-            tokens = sum(len(encoding["input_ids"]) for encoding in encodings)
+            tokens = sum(len(example["input_ids"]) for example in examples)
             print(
-                f"{split}: {len(encodings):,} rows, {tokens:,} tokens"
+                f"{split}: {len(examples):,} rows, {tokens:,} tokens"
                 + (f", {cut:,} rows are cut to {self.block_size} tokens (data.max_length)" if cut else "")
             )
 
@@ -334,8 +351,9 @@ class LabelledData(StreamData):
 
     def identity(self) -> dict:
         content = hashlib.sha256()
-        for encoding, target in zip(self.examples["train"].encodings, self.examples["train"].targets.tolist()):
-            content.update(repr((encoding["input_ids"], target)).encode())
+        for row in self.examples["train"].rows:
+            fields = {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in row.items()}
+            content.update(repr(fields).encode())
         return {
             "training rows": content.hexdigest()[:16],
             "tokenizer": fingerprint(self.tokenizer)[:16],
