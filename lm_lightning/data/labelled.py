@@ -28,7 +28,8 @@ from lm_lightning.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-FORMATS = {"jsonl": ".jsonl", "csv": ".csv", "tsv": ".tsv", "parquet": ".parquet"}
+FORMATS = {name: f".{name}" for name in ("jsonl", "csv", "tsv", "parquet", "conll", "conllu")}
+TABLES = formats.ROWS | {".conll": formats.conll_rows, ".conllu": formats.conllu_rows}
 
 
 @dataclass
@@ -36,14 +37,16 @@ class Tables:
     """Where the rows of each split come from.
 
     Args:
-        train: Files, folders or patterns of the training split: JSONL, CSV, TSV, Parquet; also as .gz and .zst.
+        train: Files, folders or patterns of the training split: JSONL, CSV, TSV, Parquet, and of words with labels
+            CoNLL (a word a line with its labels) and CoNLL-U; also as .gz and .zst.
         validation: The same of the validation split. Without any, rows of `train` are taken by a hash of their text,
             so that no text is in both.
         test: The same of the test split.
         predict: The same of the rows that `predict` answers; they need no labels. Default: those of `test`.
         validation_fraction: Share of `train` for validation, where no files are given for it.
         format: Of all files, where their names do not tell.
-        header: Names of the columns, for CSV and TSV files whose first line is a row already.
+        header: Names of the columns, for CSV and TSV files whose first line is a row already, and for CoNLL files,
+            whose columns are `0`, `1`, ... without it.
         hub: Name of a data set of the Hugging Face Hub; `train` and the others then name its splits, not files.
         hub_config: Its configuration.
         hub_revision: Its branch, tag or commit.
@@ -54,7 +57,7 @@ class Tables:
     test: list[str] | str = field(default_factory=list)
     predict: list[str] | str = field(default_factory=list)
     validation_fraction: float = 0.1
-    format: Optional[Literal["jsonl", "csv", "tsv", "parquet"]] = None
+    format: Optional[Literal["jsonl", "csv", "tsv", "parquet", "conll", "conllu"]] = None
     header: Optional[list[str]] = None
     hub: Optional[str] = None
     hub_config: Optional[str] = None
@@ -86,18 +89,38 @@ class Row(Mapping):
     def __len__(self) -> int:
         return len(self.values_by_column)
 
-    def text(self, column: str) -> str:
-        """A column's text, which may not be empty.
+    def value(self, column: str) -> Any:
+        """What a column has.
 
         Raises:
-            UserError: If it is not there.
+            UserError: If there is no such column.
         """
         if column not in self:
             raise UserError(
                 f"{self.where}: there is no column {column!r}; the columns are {', '.join(map(str, self))}: name the "
                 "right one with --data.columns, or all of them with --data.tables.header"
             )
-        value = self[column]
+        return self[column]
+
+    def words(self, column: str) -> list[str]:
+        """A column's words, of which there is at least one: a list of them, or a string with spaces between them.
+
+        Raises:
+            UserError: If it is neither.
+        """
+        value = self.value(column)
+        words = value.split() if isinstance(value, str) else value
+        if not isinstance(words, list) or not words or not all(isinstance(w, str) and w.strip() for w in words):
+            raise UserError(f"{self.where}: column {column!r} has no words, but {value!r:.40}: mend or remove the row")
+        return words
+
+    def text(self, column: str) -> str:
+        """A column's text, which may not be empty.
+
+        Raises:
+            UserError: If it is not there.
+        """
+        value = self.value(column)
         if not isinstance(value, str) or not value.strip():
             raise UserError(f"{self.where}: column {column!r} has no text, but {value!r:.40}: mend or remove the row")
         return value
@@ -151,14 +174,14 @@ def kind(path: Path, tables: Tables) -> str:
 def of(path: Path, tables: Tables) -> Iterator[Row]:
     """The rows of a file."""
     suffix = kind(path, tables)
-    if suffix not in formats.ROWS:
+    if suffix not in TABLES:
         raise UserError(f"{path} is no table by its name: say what it is with --data.tables.format csv (or tsv, jsonl)")
+    options = {}
     if tables.header is not None:
-        if suffix not in (".csv", ".tsv"):
-            raise UserError(f"{path}: --data.tables.header is for CSV and TSV files")
-        rows = formats.csv_rows(path, Corpus(), formats.Counts(), "\t" if suffix == ".tsv" else ",", tables.header)
-    else:
-        rows = formats.ROWS[suffix](path, Corpus(text_column=""), formats.Counts())
+        if suffix not in (".csv", ".tsv", ".conll"):
+            raise UserError(f"{path}: --data.tables.header is for CSV, TSV and CoNLL files")
+        options = {"header": tables.header}
+    rows = TABLES[suffix](path, Corpus(text_column=""), formats.Counts(), **options)
     for number, values in rows:
         if None in values or None in values.values() and suffix in (".csv", ".tsv"):
             raise UserError(f"{path}:{number}: the row has not as many columns as the header: mend it")

@@ -171,8 +171,7 @@ class Classification(LanguageModule):
         confusion, counts = (values.pop(name, None) for name in ("confusion", "counts"))
         if self.trainer.is_global_zero and not self.trainer.sanity_checking:
             labels, folder = self.trainer.datamodule.labels, Path(self.trainer.default_root_dir)
-            fit, source = self.trainer.state.fn == "fit", self.trainer.ckpt_path or self.pretrained
-            title = f"{split}, " + (f"step {self.trainer.global_step:,}" if fit else Path(str(source)).name)
+            title = self.title(split)
             if confusion is not None:
                 confusion = confusion.cpu()
                 told = results.of(labels, confusion.diag(), confusion.sum(1), confusion.sum(0))
