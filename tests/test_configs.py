@@ -21,7 +21,8 @@ SMALL = {
 
 
 RECIPES = {file: yaml.safe_load(file.read_text()) for file in sorted(ROOT.glob("configs/*.yaml"))}
-LABELLED = [file for file, recipe in RECIPES.items() if recipe["data"]["class_path"] == "ClassificationData"]
+PRETRAINING = ("PretrainingData", "MaskedData")
+LABELLED = [file for file, recipe in RECIPES.items() if recipe["data"]["class_path"] not in PRETRAINING]
 
 
 @pytest.mark.parametrize("file", [f for f in RECIPES if f not in LABELLED], ids=lambda file: file.stem)
@@ -51,7 +52,14 @@ def test_recipe_of_labelled_data_trains_and_exports(file: Path, cli, tmp_path: P
     texts = paragraphs(40)
     tokenizer = train(Tokenizer(algorithm="wordpiece", vocab_size=300, lowercase=True), iter(texts), "bert")
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    rows = [{"text": text, "pair": text[::-1], "label": str(len(text) % 2)} for text in texts]
+    rows = []  # with the columns of all tasks
+    for text in texts:
+        words = text.split()[:20]
+        row = {"text": text, "pair": text[::-1], "label": str(len(text) % 2), "words": words, "form": words}
+        row["labels"] = ["B-LONG" if len(word) > 6 else "O" for word in words]
+        row["frames"] = [{"predicate": 1, "spans": [[0, 0, "ARG0"], [1, 1, "V"]]}]
+        row |= {"head": list(range(len(words))), "deprel": ["root"] + ["next"] * (len(words) - 1)}
+        rows.append(row)
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     network = json.dumps({"model_type": "bert", "max_position_embeddings": 128} | SMALL["bert"])
     out = cli(

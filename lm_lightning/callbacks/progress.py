@@ -101,6 +101,7 @@ class RunProgress(ProgressBar):
 
 
 def latest(trainer: Trainer, prefix: str) -> str:
-    """The latest metrics whose names begin with `prefix`, as text."""
+    """The latest metrics whose names begin with `prefix`, as text, but for the time, which a bar has already."""
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith(prefix)}
+    metrics.pop("train/seconds", None)
     return ", ".join(f"{name.removeprefix(prefix)} {value:.4g}" for name, value in metrics.items())

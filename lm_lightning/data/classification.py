@@ -59,14 +59,11 @@ class ClassificationData(LabelledData):
         encoded = self.tokenizer(
             texts, pairs, return_attention_mask=False, truncation="longest_first", max_length=self.block_size
         )
-        encodings = [dict(zip(encoded, values)) for values in zip(*encoded.values())]
-        if split == "predict":
-            targets = torch.full((len(rows),), -100)
-        else:
-            targets = torch.stack([self.target(row) for row in rows])
-        self.report(split, encodings, sum(bool(encoding.overflowing) for encoding in encoded.encodings))
-        seed = self.seed if split == "train" else None
-        return Examples(encodings, targets, math.nan if targets.is_floating_point() else -100, seed)
+        examples = [dict(zip(encoded, values)) for values in zip(*encoded.values())]
+        self.report(split, examples, sum(bool(encoding.overflowing) for encoding in encoded.encodings))
+        for example, row in zip(examples, rows):
+            example["targets"] = torch.tensor(-100) if split == "predict" else self.target(row)
+        return Examples(examples, self.seed if split == "train" else None)
 
     def names(self, row: Row) -> list[str]:
         """The labels of a row."""

@@ -5,6 +5,7 @@ import csv
 import gzip
 import importlib
 import io
+import itertools
 import json
 import re
 import shutil
@@ -158,6 +159,48 @@ def csv_rows(
             yield reader.line_num, row
     except csv.Error as error:
         raise UserError(f"{path}:{reader.line_num}: not valid CSV ({error}); mend it or convert it to JSONL.") from None
+
+
+CONLLU = ["id", "form", "lemma", "upos", "xpos", "feats", "head", "deprel", "deps", "misc"]
+
+
+def conll_rows(path: Path, corpus: "Corpus", counts: Counts, header: Optional[list[str]] = None) -> Rows:
+    """Yield the sentences of a file with a word a line and an empty line after each: lists of its columns' cells.
+
+    The columns are separated by tabs, or else by spaces. Lines -DOCSTART- are no words.
+    """
+    yield from _sentences(path, corpus, counts, lambda line: line.split("\t" if "\t" in line else None), header)
+
+
+def conllu_rows(path: Path, corpus: "Corpus", counts: Counts) -> Rows:
+    """Yield a CoNLL-U file's sentences: lists of its columns' cells, without ranges (2-3) and empty words (2.1)."""
+    yield from _sentences(path, corpus, counts, lambda line: line.split("\t"), CONLLU)
+
+
+def _sentences(
+    path: Path, corpus: "Corpus", counts: Counts, cells: Callable[[str], list[str]], header: Optional[list[str]]
+) -> Rows:
+    conllu = header is CONLLU
+    words: list[list[str]] = []
+    start = 0
+    for line in itertools.chain(lines(path, corpus, counts), [Line(0, "", True)]):
+        if line.blank:
+            if words:
+                columns = [list(column) for column in zip(*words)]
+                yield start, dict(zip(header or map(str, range(len(columns))), columns))
+            words = []
+            continue
+        if line.text.startswith("#") and conllu or line.text.startswith("-DOCSTART-"):
+            continue
+        word = cells(line.text.strip())
+        if conllu and not word[0].isdigit() and len(word) == len(CONLLU):
+            continue
+        if not words:
+            start = line.number
+        width = len(words[0]) if words else len(header or word)
+        if len(word) != width:
+            raise UserError(f"{path}:{line.number}: the line has {len(word)} columns, but must have {width}: mend it")
+        words.append(word)
 
 
 def _parquet_rows(path: Path, corpus: "Corpus", counts: Counts) -> Rows:

@@ -6,6 +6,7 @@ columns have any names, the names of the labels, batches of similar lengths, and
 
 import functools
 import hashlib
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Optional
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
 from lm_lightning.data import formats
@@ -26,7 +28,8 @@ from lm_lightning.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-FORMATS = {"jsonl": ".jsonl", "csv": ".csv", "tsv": ".tsv", "parquet": ".parquet"}
+FORMATS = {name: f".{name}" for name in ("jsonl", "csv", "tsv", "parquet", "conll", "conllu")}
+TABLES = formats.ROWS | {".conll": formats.conll_rows, ".conllu": formats.conllu_rows}
 
 
 @dataclass
@@ -34,14 +37,16 @@ class Tables:
     """Where the rows of each split come from.
 
     Args:
-        train: Files, folders or patterns of the training split: JSONL, CSV, TSV, Parquet; also as .gz and .zst.
+        train: Files, folders or patterns of the training split: JSONL, CSV, TSV, Parquet, and of words with labels
+            CoNLL (a word a line with its labels) and CoNLL-U; also as .gz and .zst.
         validation: The same of the validation split. Without any, rows of `train` are taken by a hash of their text,
             so that no text is in both.
         test: The same of the test split.
         predict: The same of the rows that `predict` answers; they need no labels. Default: those of `test`.
         validation_fraction: Share of `train` for validation, where no files are given for it.
         format: Of all files, where their names do not tell.
-        header: Names of the columns, for CSV and TSV files whose first line is a row already.
+        header: Names of the columns, for CSV and TSV files whose first line is a row already, and for CoNLL files,
+            whose columns are `0`, `1`, ... without it.
         hub: Name of a data set of the Hugging Face Hub; `train` and the others then name its splits, not files.
         hub_config: Its configuration.
         hub_revision: Its branch, tag or commit.
@@ -52,7 +57,7 @@ class Tables:
     test: list[str] | str = field(default_factory=list)
     predict: list[str] | str = field(default_factory=list)
     validation_fraction: float = 0.1
-    format: Optional[Literal["jsonl", "csv", "tsv", "parquet"]] = None
+    format: Optional[Literal["jsonl", "csv", "tsv", "parquet", "conll", "conllu"]] = None
     header: Optional[list[str]] = None
     hub: Optional[str] = None
     hub_config: Optional[str] = None
@@ -84,18 +89,38 @@ class Row(Mapping):
     def __len__(self) -> int:
         return len(self.values_by_column)
 
-    def text(self, column: str) -> str:
-        """A column's text, which may not be empty.
+    def value(self, column: str) -> Any:
+        """What a column has.
 
         Raises:
-            UserError: If it is not there.
+            UserError: If there is no such column.
         """
         if column not in self:
             raise UserError(
                 f"{self.where}: there is no column {column!r}; the columns are {', '.join(map(str, self))}: name the "
                 "right one with --data.columns, or all of them with --data.tables.header"
             )
-        value = self[column]
+        return self[column]
+
+    def words(self, column: str) -> list[str]:
+        """A column's words, of which there is at least one: a list of them, or a string with spaces between them.
+
+        Raises:
+            UserError: If it is neither.
+        """
+        value = self.value(column)
+        words = value.split() if isinstance(value, str) else value
+        if not isinstance(words, list) or not words or not all(isinstance(w, str) and w.strip() for w in words):
+            raise UserError(f"{self.where}: column {column!r} has no words, but {value!r:.40}: mend or remove the row")
+        return words
+
+    def text(self, column: str) -> str:
+        """A column's text, which may not be empty.
+
+        Raises:
+            UserError: If it is not there.
+        """
+        value = self.value(column)
         if not isinstance(value, str) or not value.strip():
             raise UserError(f"{self.where}: column {column!r} has no text, but {value!r:.40}: mend or remove the row")
         return value
@@ -149,14 +174,14 @@ def kind(path: Path, tables: Tables) -> str:
 def of(path: Path, tables: Tables) -> Iterator[Row]:
     """The rows of a file."""
     suffix = kind(path, tables)
-    if suffix not in formats.ROWS:
+    if suffix not in TABLES:
         raise UserError(f"{path} is no table by its name: say what it is with --data.tables.format csv (or tsv, jsonl)")
+    options = {}
     if tables.header is not None:
-        if suffix not in (".csv", ".tsv"):
-            raise UserError(f"{path}: --data.tables.header is for CSV and TSV files")
-        rows = formats.csv_rows(path, Corpus(), formats.Counts(), "\t" if suffix == ".tsv" else ",", tables.header)
-    else:
-        rows = formats.ROWS[suffix](path, Corpus(text_column=""), formats.Counts())
+        if suffix not in (".csv", ".tsv", ".conll"):
+            raise UserError(f"{path}: --data.tables.header is for CSV, TSV and CoNLL files")
+        options = {"header": tables.header}
+    rows = TABLES[suffix](path, Corpus(text_column=""), formats.Counts(), **options)
     for number, values in rows:
         if None in values or None in values.values() and suffix in (".csv", ".tsv"):
             raise UserError(f"{path}:{number}: the row has not as many columns as the header: mend it")
@@ -170,32 +195,32 @@ def held_out(key: str, fraction: float) -> bool:
 
 
 class Examples(Dataset):
-    """Tokenized rows with their targets.
+    """Tokenized rows with what is to be told of them.
 
     Args:
-        encodings: Of each row: `input_ids` and, for pairs, `token_type_ids`.
-        targets: Of each row, (N, ...) float32 or int64.
-        padding: What takes the place of a target that does not count.
+        rows: Of each row: `input_ids` and what else the tokenizer gives, lists of one length; and its targets, tensors
+            of any names, such as `targets`.
         seed: Of the order and its epochs; None for evaluation: once through the rows, the longest first.
 
-    Items are dicts of the encoding, `targets` and `id`, the number of the row.
+    Items are those rows, with `id`, the number of the row. In rows that only fill up a batch, no target counts: -100,
+    or NaN for numbers.
     """
 
-    def __init__(self, encodings: list[dict], targets: torch.Tensor, padding: float, seed: Optional[int]) -> None:
-        self.encodings, self.targets, self.padding, self.seed = encodings, targets, padding, seed
-        self.lengths = np.array([len(encoding["input_ids"]) for encoding in encodings])
+    def __init__(self, rows: list[dict], seed: Optional[int]) -> None:
+        self.rows, self.seed = rows, seed
+        self.lengths = np.array([len(row["input_ids"]) for row in rows])
         self.longest_first = np.argsort(-self.lengths, kind="stable")
 
     def __len__(self) -> int:
-        return len(self.encodings)
+        return len(self.rows)
 
     def __getitem__(self, position: int) -> dict:
         if position == PADDING:
-            shortest = self.encodings[self.longest_first[-1]]
-            return shortest | {"targets": torch.full_like(self.targets[0], self.padding), "id": PADDING}
+            shortest = self.rows[self.longest_first[-1]]
+            return {k: none(v) if isinstance(v, torch.Tensor) else v for k, v in shortest.items()} | {"id": PADDING}
         order = self.longest_first if self.seed is None else self.epoch(position // len(self))
         row = int(order[position % len(self)])
-        return self.encodings[row] | {"targets": self.targets[row], "id": row}
+        return self.rows[row] | {"id": row}
 
     @functools.lru_cache(maxsize=2)  # noqa: B019 (as long-lived as the run)
     def epoch(self, number: int) -> np.ndarray:
@@ -205,12 +230,27 @@ class Examples(Dataset):
         return by_length(samples_at(positions, len(self), seed), self.lengths, seed + number, number * len(self))
 
 
+def none(target: torch.Tensor) -> torch.Tensor:
+    """A target of the same shape that does not count."""
+    return torch.full_like(target, math.nan if target.is_floating_point() else -100)
+
+
 def padded(tokenizer: "PreTrainedTokenizerFast", items: list[dict]) -> dict:
-    """A batch of examples, padded to the longest: tensors (B, T), `targets`, `id`."""
+    """A batch of examples, padded to the longest.
+
+    Returns:
+        `input_ids` and what else the tokenizer gives, (B, T) int64; the targets, (B, ...), filled up with ones that
+        do not count where their lengths differ; `id`, B numbers.
+    """
     multiple = 8 if torch.cuda.is_available() else None  # tensor cores work on whole eights; a CPU on what there is
-    encodings = [{key: item[key] for key in item if key not in ("targets", "id")} for item in items]
+    targets = [key for key, value in items[0].items() if isinstance(value, torch.Tensor)]
+    encodings = [{key: item[key] for key in item if key not in ("id", *targets)} for item in items]
     batch = dict(tokenizer.pad(encodings, pad_to_multiple_of=multiple, return_tensors="pt"))
-    return batch | {"targets": torch.stack([item["targets"] for item in items]), "id": [item["id"] for item in items]}
+    for key in targets:
+        values = [item[key] for item in items]
+        fill = none(values[0].new_zeros(())).item()
+        batch[key] = pad_sequence(values, True, fill) if values[0].ndim else torch.stack(values)
+    return batch | {"id": [item["id"] for item in items]}
 
 
 class LabelledData(StreamData):
@@ -304,12 +344,12 @@ class LabelledData(StreamData):
             )
         return names
 
-    def report(self, split: str, encodings: list[dict], cut: int) -> None:
+    def report(self, split: str, examples: list[dict], cut: int) -> None:
         """Prints what a split has, and how many rows of it are cut."""
         if self.trainer.is_global_zero:
-            tokens = sum(len(encoding["input_ids"]) for encoding in encodings)
+            tokens = sum(len(example["input_ids"]) for example in examples)
             print(
-                f"{split}: {len(encodings):,} rows, {tokens:,} tokens"
+                f"{split}: {len(examples):,} rows, {tokens:,} tokens"
                 + (f", {cut:,} rows are cut to {self.block_size} tokens (data.max_length)" if cut else "")
             )
 
@@ -334,8 +374,9 @@ class LabelledData(StreamData):
 
     def identity(self) -> dict:
         content = hashlib.sha256()
-        for encoding, target in zip(self.examples["train"].encodings, self.examples["train"].targets.tolist()):
-            content.update(repr((encoding["input_ids"], target)).encode())
+        for row in self.examples["train"].rows:
+            fields = {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in row.items()}
+            content.update(repr(fields).encode())
         return {
             "training rows": content.hexdigest()[:16],
             "tokenizer": fingerprint(self.tokenizer)[:16],

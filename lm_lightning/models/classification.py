@@ -86,7 +86,8 @@ class Classification(LanguageModule):
         """
         heads = [m for m in self.network.modules() if isinstance(m, nn.Linear) and m.out_features == 1]
         if heads and heads[-1].bias is not None:
-            heads[-1].bias.data.fill_(self.trainer.datamodule.examples["train"].targets.mean())
+            numbers = [row["targets"] for row in self.trainer.datamodule.examples["train"].rows]
+            heads[-1].bias.data.fill_(torch.stack(numbers).mean())
 
     def weights_of_labels(self) -> Tensor:
         """How much each label counts, (labels,) float32."""
@@ -94,7 +95,8 @@ class Classification(LanguageModule):
         if data.kind != "single":
             raise UserError("model.class_weights are for data.kind single")
         if self.class_weights == "balanced":
-            counts = torch.bincount(data.examples["train"].targets, minlength=len(data.labels))
+            numbers = torch.stack([row["targets"] for row in data.examples["train"].rows])
+            counts = torch.bincount(numbers, minlength=len(data.labels))
             return counts.sum() / (len(counts) * counts.clamp(min=1))
         unknown = set(self.class_weights or {}) - set(data.labels)
         if unknown:
@@ -169,8 +171,7 @@ class Classification(LanguageModule):
         confusion, counts = (values.pop(name, None) for name in ("confusion", "counts"))
         if self.trainer.is_global_zero and not self.trainer.sanity_checking:
             labels, folder = self.trainer.datamodule.labels, Path(self.trainer.default_root_dir)
-            fit, source = self.trainer.state.fn == "fit", self.trainer.ckpt_path or self.pretrained
-            title = f"{split}, " + (f"step {self.trainer.global_step:,}" if fit else Path(str(source)).name)
+            title = self.title(split)
             if confusion is not None:
                 confusion = confusion.cpu()
                 told = results.of(labels, confusion.diag(), confusion.sum(1), confusion.sum(0))

@@ -27,3 +27,28 @@ class Ratio(Metric):
     def compute(self) -> Tensor:
         """Their ratio, () float32."""
         return self.total / self.count
+
+
+class Counts(Metric):
+    """How many of each kind of something, such as spans with a label, are there, are told, and are told rightly.
+
+    Args:
+        kinds: Names of the kinds.
+    """
+
+    full_state_update = False
+
+    def __init__(self, kinds: list[str]) -> None:
+        super().__init__()
+        self.numbers = {kind: number for number, kind in enumerate(kinds)}
+        self.add_state("counts", torch.zeros(3, len(kinds), dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, gold: list[tuple], told: list[tuple]) -> None:
+        """Adds what there is in a sentence and what is told of it: pairs of a kind and a place."""
+        for row, found in enumerate((set(gold) & set(told), gold, told)):
+            for kind, _ in found:
+                self.counts[row, self.numbers[kind]] += 1
+
+    def compute(self) -> Tensor:
+        """How many are right, there, and told, (3, kinds) int64."""
+        return self.counts

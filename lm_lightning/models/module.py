@@ -452,6 +452,12 @@ class LanguageModule(LightningModule):
             metrics["step"] = torch.tensor(float(self.trainer.global_step))
         self.log_dict(metrics)
 
+    def title(self, split: str) -> str:
+        """What an evaluation is of, for tables and pictures: the split, and the step or what the weights are from."""
+        if self.trainer.state.fn == "fit":
+            return f"{split}, step {self.trainer.global_step:,}"
+        return f"{split}, {Path(str(self.trainer.ckpt_path or self.pretrained)).name}"
+
     def metrics(self, loss: Tensor, split: str) -> dict[str, Tensor]:
         """The metrics that follow from the mean loss, in nats a token, of a split."""
         return {"loss": loss}

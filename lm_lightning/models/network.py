@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Optional
 
+import safetensors.torch
 import torch
 import transformers
 from torch import Tensor, nn
@@ -12,6 +13,8 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lm_lightning.errors import UserError
+
+HEAD_FILE = "head.safetensors"  # in an exported folder: weights of a head that `transformers` has not
 
 
 @contextmanager
@@ -79,6 +82,7 @@ def save_network(
     Args:
         description: Of the network to write; see `LanguageModule.description`.
         weights: State dict of the network, whose vocabulary may have more rows: these are padding and are left out.
+            What its class does not have is a head of ours and goes into a file of its own.
         folder: Is made if it does not exist.
         max_shard_size: Largest file of weights, such as `5GB`; larger ones are written in parts. Default: that of
             `transformers`.
@@ -92,6 +96,7 @@ def save_network(
     if description["generation"] is not None:
         network.generation_config = transformers.GenerationConfig.from_dict(description["generation"])
     shapes = {key: tensor.shape for key, tensor in network.state_dict().items()}
+    head = {key.partition(".")[2]: weights.pop(key) for key in list(weights) if key not in shapes}
     weights = {key: w if w.shape == shapes[key] else w[: shapes[key][0]].clone() for key, w in weights.items()}
     network.load_state_dict(weights, assign=True)
     network.tie_weights()
@@ -99,3 +104,5 @@ def save_network(
         network.save_pretrained(folder, **({} if max_shard_size is None else {"max_shard_size": max_shard_size}))
     except ValueError as error:
         raise UserError(f"the model cannot be written: {error}") from error
+    if head:
+        safetensors.torch.save_file(head, folder / HEAD_FILE)

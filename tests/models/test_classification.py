@@ -165,8 +165,9 @@ def test_predictions_are_aligned_with_a_csv_file(fit, cli, recipe: Path):
 
 def test_evaluation_needs_little_padding():
     lengths = np.random.default_rng(0).integers(5, 100, size=500)
-    encodings = [{"input_ids": [1] * int(length)} for length in lengths]
-    examples = Examples(encodings, torch.arange(500), -100, None)
+    examples = Examples(
+        [{"input_ids": [1] * int(length), "targets": torch.tensor(row)} for row, length in enumerate(lengths)], None
+    )
     batches = [[len(examples[i]["input_ids"]) for i in range(start, start + 20)] for start in range(0, 500, 20)]
     assert sum(map(sum, batches)) / sum(max(batch) * 20 for batch in batches) > 0.9
     assert sorted(examples[i]["id"] for i in range(500)) == list(range(500))

@@ -66,7 +66,13 @@ def tokenizer():
 
 def made(model: CausalLM, tokenizer, mask_documents: bool = False) -> CausalLM:
     """A model with its network, as if in a trainer with this tokenizer."""
-    data = SimpleNamespace(tokenizer=tokenizer, block_size=16, tokens_per_batch=1, mask_documents=mask_documents)
+    data = SimpleNamespace(
+        tokenizer=tokenizer,
+        block_size=16,
+        length_option="block_size",
+        tokens_per_batch=1,
+        mask_documents=mask_documents,
+    )
     model._trainer = SimpleNamespace(strategy=None, datamodule=data, is_global_zero=True, progress_bar_callback=None)
     torch.manual_seed(0)
     model.configure_model()
