@@ -36,11 +36,13 @@ from lm_lightning.checkpoints import BackgroundCheckpoints, CheckpointFiles, Che
 from lm_lightning.data.classification import ClassificationData  # noqa: F401
 from lm_lightning.data.masked import MaskedData  # noqa: F401 (imported, so that its short name works as class_path)
 from lm_lightning.data.pretraining import PretrainingData  # noqa: F401
+from lm_lightning.data.questions import QuestionData  # noqa: F401
 from lm_lightning.errors import UserError
 from lm_lightning.models.bert import MaskedLM  # noqa: F401
 from lm_lightning.models.classification import Classification  # noqa: F401
 from lm_lightning.models.gpt import CausalLM  # noqa: F401
 from lm_lightning.models.module import LanguageModule
+from lm_lightning.models.questions import QuestionAnswering  # noqa: F401
 from lm_lightning.profile import Profile  # noqa: F401
 from lm_lightning.strategies import xla
 

@@ -21,7 +21,8 @@ SMALL = {
 
 
 RECIPES = {file: yaml.safe_load(file.read_text()) for file in sorted(ROOT.glob("configs/*.yaml"))}
-LABELLED = [file for file, recipe in RECIPES.items() if recipe["data"]["class_path"] == "ClassificationData"]
+TASKS = ("ClassificationData", "QuestionData")
+LABELLED = [file for file, recipe in RECIPES.items() if recipe["data"]["class_path"] in TASKS]
 
 
 @pytest.mark.parametrize("file", [f for f in RECIPES if f not in LABELLED], ids=lambda file: file.stem)
@@ -52,8 +53,10 @@ def test_recipe_of_labelled_data_trains_and_exports(file: Path, cli, tmp_path: P
     tokenizer = train(Tokenizer(algorithm="wordpiece", vocab_size=300, lowercase=True), iter(texts), "bert")
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     rows = [{"text": text, "pair": text[::-1], "label": str(len(text) % 2)} for text in texts]
+    answers = [{"text": "the", "answer_start": text.index("the")} for text in texts]
+    rows = [row | {"context": row["text"], "question": "Which?", "answers": [a]} for row, a in zip(rows, answers)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    network = json.dumps({"model_type": "bert", "max_position_embeddings": 128} | SMALL["bert"])
+    network = json.dumps({"model_type": "bert", "max_position_embeddings": 512} | SMALL["bert"])
     out = cli(
         *("fit", "--config", file, "--model.network", network, "--data.tokenizer.path", tmp_path / "tokenizer"),
         *("--data.tables.train", tmp_path / "rows.jsonl", "--data.tables.validation_fraction", 0.3),

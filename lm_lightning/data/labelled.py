@@ -28,7 +28,7 @@ from lm_lightning.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-FORMATS = {"jsonl": ".jsonl", "csv": ".csv", "tsv": ".tsv", "parquet": ".parquet"}
+FORMATS = {"json": ".json", "jsonl": ".jsonl", "csv": ".csv", "tsv": ".tsv", "parquet": ".parquet"}
 
 
 @dataclass
@@ -36,7 +36,8 @@ class Tables:
     """Where the rows of each split come from.
 
     Args:
-        train: Files, folders or patterns of the training split: JSONL, CSV, TSV, Parquet; also as .gz and .zst.
+        train: Files, folders or patterns of the training split: JSONL, CSV, TSV, Parquet, and JSON as of
+            SQuAD; also as .gz and .zst.
         validation: The same of the validation split. Without any, rows of `train` are taken by a hash of their text,
             so that no text is in both.
         test: The same of the test split.
@@ -54,7 +55,7 @@ class Tables:
     test: list[str] | str = field(default_factory=list)
     predict: list[str] | str = field(default_factory=list)
     validation_fraction: float = 0.1
-    format: Optional[Literal["jsonl", "csv", "tsv", "parquet"]] = None
+    format: Optional[Literal["json", "jsonl", "csv", "tsv", "parquet"]] = None
     header: Optional[list[str]] = None
     hub: Optional[str] = None
     hub_config: Optional[str] = None
@@ -151,12 +152,14 @@ def kind(path: Path, tables: Tables) -> str:
 def of(path: Path, tables: Tables) -> Iterator[Row]:
     """The rows of a file."""
     suffix = kind(path, tables)
-    if suffix not in formats.ROWS:
+    if suffix not in formats.ROWS and suffix != ".json":
         raise UserError(f"{path} is no table by its name: say what it is with --data.tables.format csv (or tsv, jsonl)")
     if tables.header is not None:
         if suffix not in (".csv", ".tsv"):
             raise UserError(f"{path}: --data.tables.header is for CSV and TSV files")
         rows = formats.csv_rows(path, Corpus(), formats.Counts(), "\t" if suffix == ".tsv" else ",", tables.header)
+    elif suffix == ".json":
+        rows = formats.squad_rows(path)
     else:
         rows = formats.ROWS[suffix](path, Corpus(text_column=""), formats.Counts())
     for number, values in rows:
