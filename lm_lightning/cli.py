@@ -33,6 +33,7 @@ from lm_lightning.data.classification import ClassificationData  # noqa: F401
 from lm_lightning.data.masked import MaskedData  # noqa: F401 (imported, so that its short name works as class_path)
 from lm_lightning.data.parsing import ParsingData  # noqa: F401
 from lm_lightning.data.pretraining import PretrainingData  # noqa: F401
+from lm_lightning.data.questions import QuestionData  # noqa: F401
 from lm_lightning.data.roles import RoleData  # noqa: F401
 from lm_lightning.data.tagging import TaggingData  # noqa: F401
 from lm_lightning.environment import environment
@@ -42,6 +43,7 @@ from lm_lightning.models.classification import Classification  # noqa: F401
 from lm_lightning.models.gpt import CausalLM  # noqa: F401
 from lm_lightning.models.module import LanguageModule
 from lm_lightning.models.parsing import Parser  # noqa: F401
+from lm_lightning.models.questions import QuestionAnswering  # noqa: F401
 from lm_lightning.models.tagging import Tagging  # noqa: F401
 from lm_lightning.profile import Profile  # noqa: F401
 from lm_lightning.strategies import xla

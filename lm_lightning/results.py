@@ -1,8 +1,9 @@
 """Results: how often labels were right in; tables and a picture in the run folder out, written at each evaluation."""
 
 import csv
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -42,16 +43,23 @@ def of(labels: list[str], right: Tensor, gold: Tensor, told: Tensor) -> list[Res
     ]
 
 
-def write(results: list[Result], title: str, folder: Path) -> None:
-    """Writes `results.csv`, and `results.md` with the title over it."""
+def write(results: Sequence[Any], title: str, folder: Path) -> None:
+    """Writes `results.csv`, and `results.md` with the title over it.
+
+    Args:
+        results: Named tuples of one kind, such as `Result`, that begin with a name and end with a number of rows.
+        title: What they are of.
+        folder: Is there.
+    """
     with open(folder / "results.csv", "w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
-        table.writerow(Result._fields)
+        table.writerow(results[0]._fields)
         table.writerows(results)
-    lines = [f"{title}\n", "| label | precision | recall | F1 | rows |", "|---|--:|--:|--:|--:|"]
-    for result in results:
-        label = " ".join(result.label.replace("|", "\\|").split())
-        lines.append(f"| {label} | {result.precision:.3f} | {result.recall:.3f} | {result.f1:.3f} | {result.rows:,} |")
+    names = [name.replace("f1", "F1").replace("_", " ") for name in results[0]._fields]
+    lines = [f"{title}\n", f"| {' | '.join(names)} |", "|---|" + "--:|" * (len(names) - 1)]
+    for name, *shares, rows in results:
+        label = " ".join(name.replace("|", "\\|").split())
+        lines.append(f"| {' | '.join([label, *(f'{share:.3f}' for share in shares), f'{rows:,}'])} |")
     (folder / "results.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

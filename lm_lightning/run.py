@@ -8,7 +8,7 @@ checkpoints/       last.ckpt to go on from, best.ckpt of the lowest validation l
 metrics.csv        and tensorboard/: what was logged
 samples.jsonl      what a GPT wrote at each validation
 spikes.jsonl       steps whose loss was far above those before, with their training samples
-results.csv        and results.md: how well each label was told in the last evaluation; also confusion.csv and .png
+results.csv        and results.md: how well the last evaluation told labels or answers; also confusion.csv and .png
 predictions.jsonl  and, of rows of CSV and TSV files, predictions.csv: what `predict` found
 model/             from_pretrained folder: the trained network with its tokenizer
 report.html        all of this to look at

@@ -59,9 +59,10 @@ def test_recipe_of_labelled_data_trains_and_exports(file: Path, cli, tmp_path: P
         row["labels"] = ["B-LONG" if len(word) > 6 else "O" for word in words]
         row["frames"] = [{"predicate": 1, "spans": [[0, 0, "ARG0"], [1, 1, "V"]]}]
         row |= {"head": list(range(len(words))), "deprel": ["root"] + ["next"] * (len(words) - 1)}
+        row |= {"context": text, "question": "Which?", "answers": [{"text": words[0], "answer_start": 0}]}
         rows.append(row)
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    network = json.dumps({"model_type": "bert", "max_position_embeddings": 128} | SMALL["bert"])
+    network = json.dumps({"model_type": "bert", "max_position_embeddings": 512} | SMALL["bert"])
     out = cli(
         *("fit", "--config", file, "--model.network", network, "--data.tokenizer.path", tmp_path / "tokenizer"),
         *("--data.tables.train", tmp_path / "rows.jsonl", "--data.tables.validation_fraction", 0.3),

@@ -12,8 +12,8 @@ class Predictions(Callback):
     """Writes the dicts that `predict_step` returns to `predictions.jsonl` in the run folder, in the data's order.
 
     Each process writes a part; the first one joins them by the samples' `id` (processes of tensor parallelism have the
-    same samples). If the samples came from CSV or TSV files (`predict_table` of the data), there is `predictions.csv`,
-    too.
+    same samples), and the module may join what belongs to one (`join_predictions`). If the samples came from CSV or TSV
+    files (`predict_table` of the data), there is `predictions.csv`, too.
     """
 
     def part(self, trainer: Trainer, rank: int) -> Path:
@@ -40,13 +40,14 @@ class Predictions(Callback):
             for line in part.read_text(encoding="utf-8").split("\n")
             if line
         }
+        rows = pl_module.join_predictions([json.loads(lines[sample]) for sample in sorted(lines)])
         file = Path(trainer.default_root_dir) / "predictions.jsonl"
-        file.write_text("".join(lines[sample] + "\n" for sample in sorted(lines)), encoding="utf-8")
+        file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
         for part in parts:
             part.unlink()
         print(f"predictions: {file}")
         if getattr(trainer.datamodule, "predict_table", False):
-            write_table([json.loads(lines[sample]) for sample in sorted(lines)], file.with_suffix(".csv"))
+            write_table(rows, file.with_suffix(".csv"))
             print(f"predictions: {file.with_suffix('.csv')}")
 
 

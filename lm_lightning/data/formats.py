@@ -221,6 +221,28 @@ def _parquet_rows(path: Path, corpus: "Corpus", counts: Counts) -> Rows:
             raise UserError(f"{path} is not a readable Parquet file ({error}).") from None
 
 
+def squad_rows(path: Path, corpus: "Corpus", counts: Counts) -> Rows:
+    """Yield the questions of a file as of SQuAD, each with its context, numbered from 1."""
+    with _opened(path) as stream:
+        try:
+            content = json.loads(stream.read().decode("utf-8-sig"))
+            rows = [
+                {"title": article.get("title"), "context": paragraph["context"], **question}
+                for article in content["data"]
+                for paragraph in article["paragraphs"]
+                for question in paragraph["qas"]
+            ]
+        except (ValueError, RecursionError) as error:
+            raise UserError(
+                f"{path}: not valid JSON ({error}); mend the file, or call it .jsonl if it is that."
+            ) from None
+        except (TypeError, KeyError, AttributeError):
+            raise UserError(
+                f"{path}: not as SQuAD's files, with data, paragraphs and qas: convert it to JSONL, a row a line."
+            ) from None
+    yield from enumerate(rows, start=1)
+
+
 ROWS: dict[str, Callable[[Path, "Corpus", Counts], Rows]] = {
     ".jsonl": _jsonl_rows,
     ".ndjson": _jsonl_rows,

@@ -28,8 +28,12 @@ from lm_lightning.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-FORMATS = {name: f".{name}" for name in ("jsonl", "csv", "tsv", "parquet", "conll", "conllu")}
-TABLES = formats.ROWS | {".conll": formats.conll_rows, ".conllu": formats.conllu_rows}
+FORMATS = {name: f".{name}" for name in ("json", "jsonl", "csv", "tsv", "parquet", "conll", "conllu")}
+TABLES = formats.ROWS | {
+    ".conll": formats.conll_rows,
+    ".conllu": formats.conllu_rows,
+    ".json": formats.squad_rows,
+}
 
 
 @dataclass
@@ -38,7 +42,7 @@ class Tables:
 
     Args:
         train: Files, folders or patterns of the training split: JSONL, CSV, TSV, Parquet, and of words with labels
-            CoNLL (a word a line with its labels) and CoNLL-U; also as .gz and .zst.
+            CoNLL (a word a line with its labels) and CoNLL-U, of questions JSON as of SQuAD; also as .gz and .zst.
         validation: The same of the validation split. Without any, rows of `train` are taken by a hash of their text,
             so that no text is in both.
         test: The same of the test split.
@@ -57,7 +61,7 @@ class Tables:
     test: list[str] | str = field(default_factory=list)
     predict: list[str] | str = field(default_factory=list)
     validation_fraction: float = 0.1
-    format: Optional[Literal["jsonl", "csv", "tsv", "parquet", "conll", "conllu"]] = None
+    format: Optional[Literal["json", "jsonl", "csv", "tsv", "parquet", "conll", "conllu"]] = None
     header: Optional[list[str]] = None
     hub: Optional[str] = None
     hub_config: Optional[str] = None

@@ -462,6 +462,10 @@ class LanguageModule(LightningModule):
         """The metrics that follow from the mean loss, in nats a token, of a split."""
         return {"loss": loss}
 
+    def join_predictions(self, rows: list[dict]) -> list[dict]:
+        """What is written of all that `predict_step` has found, in the order of the samples."""
+        return rows
+
     # Checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
