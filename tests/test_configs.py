@@ -61,7 +61,7 @@ def test_recipe_of_labelled_data_trains_and_exports(file: Path, cli, tmp_path: P
         row |= {"head": list(range(len(words))), "deprel": ["root"] + ["next"] * (len(words) - 1)}
         rows.append(row)
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    network = json.dumps({"model_type": "bert", "max_position_embeddings": 128} | SMALL["bert"])
+    network = json.dumps({"model_type": "bert", "max_position_embeddings": 256} | SMALL["bert"])
     out = cli(
         *("fit", "--config", file, "--model.network", network, "--data.tokenizer.path", tmp_path / "tokenizer"),
         *("--data.tables.train", tmp_path / "rows.jsonl", "--data.tables.validation_fraction", 0.3),
