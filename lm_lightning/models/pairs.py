@@ -86,6 +86,17 @@ class SentenceEncoder(LanguageModule):
             "files": embedding.files(self.pooling, size, self.trainer.datamodule.block_size),
         }
 
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["pooling"] = self.pooling
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        super().on_load_checkpoint(checkpoint)
+        saved = checkpoint.get("pooling", self.pooling)
+        if self.pooling_given and saved != self.pooling:
+            raise UserError(f"the checkpoint's pooling is {saved}, model.pooling {self.pooling}: leave it out")
+        self.pooling = saved
+
     # Steps
 
     def pooled(self, ids: Tensor, mask: Tensor) -> Tensor:

@@ -320,6 +320,11 @@ def test_export_tells_its_pooling_to_the_next_run(fit, cli, recipe: Path):
     assert {"modules.json", "1_Pooling/config.json", "sentence_bert_config.json"} <= names
     next_run = fit("--name", "next", "--model.network", "null", "--model.pretrained", run)
     assert pooling_of(str(next_run / "model")) == "cls"
+    test = ("test", "--config", recipe, "--ckpt_path", run / "checkpoints" / "last.ckpt")
+    told = value(cli(*test, "--model.pooling", "cls"), "loss")
+    assert value(cli(*test), "loss") == told
+    with pytest.raises(UserError, match="the checkpoint's pooling is cls, model.pooling mean"):
+        cli(*test, "--model.pooling", "mean")
     file = run / "model" / "1_Pooling" / "config.json"
     file.write_text(json.dumps({"pooling_mode_max_tokens": True}))
     with pytest.raises(UserError, match="pools by max_tokens: give --model.pooling"):
