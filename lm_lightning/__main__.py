@@ -16,6 +16,7 @@ COMMANDS = {
     "predict": ("lm_lightning.cli", "predictions on the test split"),
     "prepare": ("lm_lightning.commands.prepare", "tokenize a corpus, show what is in it"),
     "generate": ("lm_lightning.commands.generate", "continue prompts with a trained model, or chat"),
+    "search": ("lm_lightning.commands.search", "find the texts of an index that are nearest to a query"),
     "tune": ("lm_lightning.commands.tune", "search good values of flags, a learning rate, the largest micro-batch"),
     "verify": ("lm_lightning.commands.verify", "compare ways to run a config on this machine with a plain run"),
     "export": ("lm_lightning.commands.export", "make a from_pretrained folder of a checkpoint"),

@@ -31,6 +31,7 @@ from lm_lightning.callbacks.throughput import Throughput
 from lm_lightning.checkpoints import BackgroundCheckpoints, CheckpointFiles, Checkpoints  # noqa: F401
 from lm_lightning.data.classification import ClassificationData  # noqa: F401
 from lm_lightning.data.masked import MaskedData  # noqa: F401 (imported, so that its short name works as class_path)
+from lm_lightning.data.pairs import PairData  # noqa: F401
 from lm_lightning.data.parsing import ParsingData  # noqa: F401
 from lm_lightning.data.pretraining import PretrainingData  # noqa: F401
 from lm_lightning.data.questions import QuestionData  # noqa: F401
@@ -42,6 +43,7 @@ from lm_lightning.models.bert import MaskedLM  # noqa: F401
 from lm_lightning.models.classification import Classification  # noqa: F401
 from lm_lightning.models.gpt import CausalLM  # noqa: F401
 from lm_lightning.models.module import LanguageModule
+from lm_lightning.models.pairs import SentenceEncoder  # noqa: F401
 from lm_lightning.models.parsing import Parser  # noqa: F401
 from lm_lightning.models.questions import QuestionAnswering  # noqa: F401
 from lm_lightning.models.tagging import Tagging  # noqa: F401

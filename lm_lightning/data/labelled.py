@@ -320,8 +320,11 @@ class LabelledData(StreamData):
         needed = {"fit": ["train", "validation"], "validate": ["validation"], "test": ["test"], "predict": ["predict"]}
         for split in needed[stage]:
             if split not in self.examples:
-                rows = train if split == "train" else read(self.tables, split, self.key)
-                self.examples[split] = self.encode(split, rows)
+                self.examples[split] = self.encode(split, train if split == "train" else self.read(split))
+
+    def read(self, split: str) -> list[Row]:
+        """The rows of a split."""
+        return read(self.tables, split, self.key)
 
     def label_names(self, train: list[Row], found: set[str]) -> list[str]:
         """The labels in the order of their numbers: that of the network, if it tells the same ones already.

@@ -1,5 +1,6 @@
 """Networks of `transformers`: what we need of them beside their forward pass."""
 
+import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -106,3 +107,6 @@ def save_network(
         raise UserError(f"the model cannot be written: {error}") from error
     if head:
         safetensors.torch.save_file(head, folder / HEAD_FILE)
+    for name, content in description.get("files", {}).items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(json.dumps(content, indent=2), encoding="utf-8")

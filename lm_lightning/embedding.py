@@ -1,0 +1,105 @@
+"""Embeddings: texts in, vectors of length 1 out; the same for training, for an index and for a query to it.
+
+An embedding pools the last hidden states of a network over the tokens of a text. How, the files tell that
+sentence-transformers keeps beside a network's own.
+"""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lm_lightning.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+Pooling = Literal["mean", "cls"]
+
+
+def pool(states: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
+    """Embeddings of length 1.
+
+    Args:
+        states: Last hidden states, (B, T, D).
+        mask: 1 for tokens, 0 for padding, which follows them, (B, T).
+        pooling: `mean` of the tokens, or the first one, `cls`.
+
+    Returns:
+        (B, D) float32.
+    """
+    states = states.float()
+    if pooling == "cls":
+        return F.normalize(states[:, 0], dim=-1)
+    weights = mask.unsqueeze(-1).float()
+    return F.normalize((states * weights).sum(1) / weights.sum(1).clamp(min=1), dim=-1)
+
+
+def files(pooling: Pooling, size: int, max_length: int) -> dict[str, Any]:
+    """What sentence-transformers reads beside the network: content by the name of the JSON file.
+
+    Args:
+        pooling: How states are pooled.
+        size: Of an embedding.
+        max_length: Tokens of a text; longer ones are cut.
+    """
+    kinds = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
+    return {
+        "modules.json": [
+            {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+            for i, (path, kind) in enumerate(kinds.items())
+        ],
+        "1_Pooling/config.json": {
+            "word_embedding_dimension": size,
+            "pooling_mode_cls_token": pooling == "cls",
+            "pooling_mode_mean_tokens": pooling == "mean",
+            "pooling_mode_max_tokens": False,
+            "pooling_mode_mean_sqrt_len_tokens": False,
+        },
+        "sentence_bert_config.json": {"max_seq_length": max_length, "do_lower_case": False},
+        "config_sentence_transformers.json": {"similarity_fn_name": "cosine"},
+    }
+
+
+def pooling_of(folder: str) -> Optional[Pooling]:
+    """How a model's states are pooled, if its folder tells.
+
+    Raises:
+        UserError: If it tells a way that there is not here.
+    """
+    file = Path(folder) / "1_Pooling" / "config.json"
+    if not file.is_file():
+        return None
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    modes = [
+        name.removeprefix("pooling_mode_") for name, on in settings.items() if name.startswith("pooling_mode_") and on
+    ]
+    kinds: dict[Any, Pooling] = {"mean_tokens": "mean", "cls_token": "cls", "mean": "mean", "cls": "cls"}
+    modes = modes or [settings.get("pooling_mode")]
+    if len(modes) != 1 or modes[0] not in kinds:
+        raise UserError(f"{file} pools by {', '.join(map(str, modes))}: give --model.pooling mean or cls instead")
+    return kinds[modes[0]]
+
+
+@torch.no_grad()
+def embed(
+    network: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerFast",
+    texts: list[str],
+    pooling: Pooling,
+    max_length: int,
+) -> Tensor:
+    """Embeddings of texts, in one batch: (texts, D) float32, each of length 1."""
+    encoded = tokenizer(
+        texts,
+        truncation=True,
+        max_length=max_length,
+        padding=True,
+        padding_side="right",
+        return_token_type_ids=False,
+        return_tensors="pt",
+    ).to(network.device)
+    return pool(network(**encoded)[0], encoded["attention_mask"], pooling)
