@@ -6,6 +6,8 @@
 import os
 import secrets
 import shutil
+import urllib.error
+import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Optional
@@ -87,10 +89,12 @@ class WandbRun(WandbLogger):
             return super().experiment
         import wandb
 
+        os.environ.setdefault(
+            "WANDB_DATA_DIR", str(self.folder / "data")
+        )  # what is to be sent; else in the home folder
         self._wandb_init |= {"id": self.run_id(), "mode": self.mode()}
         self.part = len(list(self.folder.glob(f"*run-*-{self._wandb_init['id']}*")))
         self._wandb_init["settings"] = wandb.Settings(
-            silent=self._wandb_init["mode"] == "offline",  # we have said how to sync
             init_timeout=self.timeout,
             finish_timeout=self.finish_timeout,
             x_transaction_log_flush_interval=1.0,  # what was logged before a kill stays
@@ -98,8 +102,7 @@ class WandbRun(WandbLogger):
         try:
             return super().experiment
         except wandb.Error as error:
-            self.offline(" ".join(str(error).split())[:150])
-            self._wandb_init["settings"].silent = True
+            self._wandb_init["mode"] = self.offline(f"as it could not be started: {error}")
             return super().experiment
 
     def run_id(self) -> str:
@@ -116,19 +119,29 @@ class WandbRun(WandbLogger):
 
         mode = self._wandb_init["mode"] or os.environ.get("WANDB_MODE") or "online"
         if mode == "offline":
-            self.offline("as you say")
-        elif mode == "online":
+            return self.offline("as you say")
+        try:
+            if mode == "online" and not wandb.login(prompt=False, verify=False):
+                return self.offline("as there is no key (WANDB_API_KEY, or `wandb login`)")
+        except wandb.Error as error:
+            return self.offline(f"as the key is none: {error}")
+        if mode == "online":
+            url = wandb.setup().settings.base_url
             try:
-                if not wandb.login(prompt=False, verify=False):
-                    mode = self.offline("as there is no key (WANDB_API_KEY, or `wandb login`)")
-            except wandb.Error as error:
-                mode = self.offline(str(error))
+                urllib.request.urlopen(url, timeout=self.timeout).close()
+            except urllib.error.HTTPError:
+                pass  # an answer, too
+            except OSError as error:  # (W&B would try for half a minute)
+                return self.offline(f"as {url} does not answer ({getattr(error, 'reason', error)})")
         return mode
 
     def offline(self, reason: str) -> str:
-        """Tells once that the run stays here, and why."""
-        self._wandb_init["mode"] = "offline"
-        print(f"W&B: offline, {reason}; `wandb sync {self.folder}` sends the run")
+        """Tells once that the run stays here, why, and how it is sent."""
+        import wandb
+
+        print(f"W&B: offline, {' '.join(reason.split())[:200]}; `wandb sync {self.folder}` sends the run")
+        os.environ.setdefault("WANDB_SILENT", "true")  # which would tell it again
+        wandb.teardown()  # it reads that anew, and forgets a run that could not be started
         return "offline"
 
     @rank_zero_only
