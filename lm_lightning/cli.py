@@ -40,7 +40,7 @@ from lm_lightning.checkpoints import BackgroundCheckpoints, CheckpointFiles, Che
 from lm_lightning.data.classification import ClassificationData  # noqa: F401
 from lm_lightning.data.masked import MaskedData  # noqa: F401 (imported, so that its short name works as class_path)
 from lm_lightning.data.pretraining import PretrainingData  # noqa: F401
-from lm_lightning.errors import UserError
+from lm_lightning.errors import UserError, of_instance
 from lm_lightning.models.bert import MaskedLM  # noqa: F401
 from lm_lightning.models.classification import Classification  # noqa: F401
 from lm_lightning.models.gpt import CausalLM  # noqa: F401
@@ -173,7 +173,7 @@ class CLI(LightningCLI):
             cause: Optional[BaseException] = error  # jsonargparse wraps what is raised
             while cause is not None and not isinstance(cause, UserError):
                 cause = cause.__cause__ or cause.__context__
-            raise cause or UserError(" ".join(str(error).split())[:500]) from error
+            raise cause or of_instance(error) from error
 
     def after_fit(self) -> None:
         if self.checkpoint is None or self.trainer.global_step > self.model.resumed_at:
