@@ -77,10 +77,11 @@ class WandbRun(WandbLogger):
             raise UserError('wandb is not installed: pip install -e ".[wandb]"') from error
         del self._wandb_init["anonymous"]  # W&B warns of it, whatever it is
         self.folder = run / "wandb"
-        self.log_artifacts, self.saved = log_model, False
+        self.log_artifacts = log_model
         self.timeout, self.finish_timeout = timeout, finish_timeout
         self._experiment: Any = None
         self.part = 0
+        self.before: dict[Path, int] = {}  # what there was when this part began
 
     @property
     @rank_zero_experiment
@@ -94,6 +95,7 @@ class WandbRun(WandbLogger):
         )  # what is to be sent; else in the home folder
         self._wandb_init |= {"id": self.run_id(), "mode": self.mode()}
         self.part = len(list(self.folder.glob(f"*run-*-{self._wandb_init['id']}*")))
+        self.before = self.products()
         self._wandb_init["settings"] = wandb.Settings(
             init_timeout=self.timeout,
             finish_timeout=self.finish_timeout,
@@ -150,23 +152,25 @@ class WandbRun(WandbLogger):
 
     def after_save_checkpoint(self, checkpoint_callback: ModelCheckpoint) -> None:
         """Lightning would give an artifact the alias `best` for any file that is the only one of its callback."""
-        self.saved = True
+
+    def products(self) -> dict[Path, int]:
+        """The checkpoints and the model in the run folder, with the times when they were written."""
+        run = self.folder.parent
+        return {path: path.stat().st_mtime_ns for path in [*sorted(run.glob("checkpoints/*.ckpt")), *run.glob("model")]}
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Leaves the artifacts of a run that has ended well, and ends it."""
-        if self._experiment is None:
-            return
+        """Leaves as artifacts what this part has written, if it has ended well, and ends it."""
         run = self._experiment
-        if status == "success" and self.saved and self.log_artifacts:
-            steps = {
-                path: load_checkpoint(path, weights=False, checked=True)["global_step"]
-                for path in sorted(self.folder.parent.glob("checkpoints/*.ckpt"))
-            }
-            for path, step in steps.items():
-                self.log_artifact(path, "checkpoint", path.stem, step)
-            if (model := self.folder.parent / "model").is_dir():
-                self.log_artifact(model, "model", "latest", max(steps.values()))
+        if run is None:
+            return
+        step = 0
+        for path, time in self.products().items() if status == "success" and self.log_artifacts else ():
+            model = path.name == "model"  # which is that of the last checkpoint
+            if not model:
+                step = load_checkpoint(path, weights=False, checked=True)["global_step"]
+            if self.before.get(path) != time:
+                self.log_artifact(path, *(("model", "latest") if model else ("checkpoint", path.stem)), step)
         run.finish(exit_code=int(status != "success"))
         if not run.offline:
             shutil.rmtree(self.folder / "artifacts", ignore_errors=True)
