@@ -6,6 +6,7 @@ environment.json   versions and machine
 tokenizer/         from_pretrained folder
 checkpoints/       last.ckpt to go on from, best.ckpt of the lowest validation loss
 metrics.csv        and tensorboard/: what was logged
+wandb/             of a run of W&B: its id, and what is or was to be sent
 samples.jsonl      what a GPT wrote at each validation
 spikes.jsonl       steps whose loss was far above those before, with their training samples
 results.csv        and results.md: how well each label was told in the last evaluation; also confusion.csv and .png
