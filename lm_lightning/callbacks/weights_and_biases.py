@@ -90,15 +90,14 @@ class WandbRun(WandbLogger):
             return super().experiment
         import wandb
 
-        os.environ.setdefault(
-            "WANDB_DATA_DIR", str(self.folder / "data")
-        )  # what is to be sent; else in the home folder
+        os.environ.setdefault("WANDB_DATA_DIR", str(self.folder / "data"))  # tables to be sent; else at home
         self._wandb_init |= {"id": self.run_id(), "mode": self.mode()}
         self.part = len(list(self.folder.glob(f"*run-*-{self._wandb_init['id']}*")))
         self.before = self.products()
         self._wandb_init["settings"] = wandb.Settings(
             init_timeout=self.timeout,
             finish_timeout=self.finish_timeout,
+            finish_timeout_raises=True,
             x_transaction_log_flush_interval=0.1,  # seconds of which a kill -9 leaves nothing, else 15
         )
         try:
@@ -171,9 +170,14 @@ class WandbRun(WandbLogger):
                 step = load_checkpoint(path, weights=False, checked=True)["global_step"]
             if self.before.get(path) != time:
                 self.log_artifact(path, *(("model", "latest") if model else ("checkpoint", path.stem)), step)
-        run.finish(exit_code=int(status != "success"))
-        if not run.offline:
-            shutil.rmtree(self.folder / "artifacts", ignore_errors=True)
+        try:
+            run.finish(exit_code=int(status != "success"))
+        except TimeoutError:
+            limit = f"{self.finish_timeout:g} seconds"
+            print(f"W&B: not all is sent in {limit}; `wandb sync --include-online {self.folder}` sends the rest")
+        else:
+            if not run.offline:
+                shutil.rmtree(self.folder / "artifacts", ignore_errors=True)
         self._experiment = None
 
     def log_artifact(self, path: Path, kind: str, alias: str, step: int) -> None:
