@@ -12,15 +12,18 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
+import yaml
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lm_lightning import hub, strategies
 from lm_lightning import run as runs
 from lm_lightning.callbacks.export import Export, export
+from lm_lightning.callbacks.gradients import Gradients  # noqa: F401 (imported, so that its short name works)
 from lm_lightning.callbacks.predictions import Predictions
 from lm_lightning.callbacks.preemption import Preemption
 from lm_lightning.callbacks.progress import RunProgress
@@ -28,6 +31,7 @@ from lm_lightning.callbacks.report import Report
 from lm_lightning.callbacks.resuming import Resuming
 from lm_lightning.callbacks.spikes import Spikes
 from lm_lightning.callbacks.throughput import Throughput
+from lm_lightning.callbacks.weights_and_biases import WandbRun
 from lm_lightning.checkpoints import BackgroundCheckpoints, CheckpointFiles, Checkpoints  # noqa: F401
 from lm_lightning.data.classification import ClassificationData  # noqa: F401
 from lm_lightning.data.masked import MaskedData  # noqa: F401 (imported, so that its short name works as class_path)
@@ -38,7 +42,7 @@ from lm_lightning.data.questions import QuestionData  # noqa: F401
 from lm_lightning.data.roles import RoleData  # noqa: F401
 from lm_lightning.data.tagging import TaggingData  # noqa: F401
 from lm_lightning.environment import environment
-from lm_lightning.errors import UserError
+from lm_lightning.errors import UserError, of_instance
 from lm_lightning.models.bert import MaskedLM  # noqa: F401
 from lm_lightning.models.classification import Classification  # noqa: F401
 from lm_lightning.models.gpt import CausalLM  # noqa: F401
@@ -133,7 +137,10 @@ class CLI(LightningCLI):
             options.tokenizer.path = str(runs.model_folder(pretrained)) if Path(pretrained).is_dir() else pretrained
         run = None
         if self.subcommand != "fit":
-            config.trainer.logger = False
+            # What is found belongs to a run of W&B; the other loggers go on with the training's own files.
+            config.trainer.logger = [
+                own for own in config.trainer.logger or [] if own.class_path.endswith(WandbRun.__name__)
+            ] or False
             if config.ckpt_path is None and not config.model.init_args.get("pretrained"):
                 raise UserError(
                     f"{self.subcommand} of new weights says nothing: give --ckpt_path last, or a checkpoint"
@@ -172,7 +179,7 @@ class CLI(LightningCLI):
             cause: Optional[BaseException] = error  # jsonargparse wraps what is raised
             while cause is not None and not isinstance(cause, UserError):
                 cause = cause.__cause__ or cause.__context__
-            raise cause or UserError(" ".join(str(error).split())[:500]) from error
+            raise cause or of_instance(error) from error
 
     def after_fit(self) -> None:
         if self.checkpoint is None or self.trainer.global_step > self.model.resumed_at:
@@ -226,6 +233,9 @@ class RunFolder(SaveConfigCallback):
         if config.exists():  # resumed: the old one stays under another name, too
             shutil.copy(config, next(p for n in range(1, 10**6) if not (p := run / f"config.{n}.yaml").exists()))
         partial.replace(config)
+        for logger in trainer.loggers:
+            if not isinstance(logger, (CSVLogger, TensorBoardLogger)):  # whose files lie beside it
+                logger.log_hyperparams(yaml.safe_load(config.read_text()))
         (run / "environment.json").write_text(json.dumps(environment(), indent=2))
         (run / "data.json").write_text(json.dumps(trainer.datamodule.info, indent=2))
         trainer.datamodule.tokenizer.save_pretrained(run / "tokenizer")

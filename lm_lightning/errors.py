@@ -25,3 +25,20 @@ def of_command_line(error: Exception, arguments: list[str]) -> UserError:
     where = f" (the config is {', '.join(files)})" if files else ""
     text = text if len(text) < 500 else text[:500] + " ..."
     return UserError(f"{text}{where}; `python -m lm_lightning {arguments[0]} --help` tells what is accepted")
+
+
+def of_instance(error: Exception) -> UserError:
+    """The sentence for an option's value of which its class could not be made.
+
+    Where several types would do, jsonargparse tells of each why it was not that one; what a class itself has refused is
+    among them.
+
+    Args:
+        error: The parser's, or a class's own.
+    """
+    text = str(error)
+    if text.startswith("Does not validate against any of the Union"):
+        tried = [line[4:] for line in text.splitlines() if line.startswith("  - ")]
+        own = [line for line in tried if not line.startswith(("Expected a", "Not a valid subclass"))]
+        text = " ".join(own) or text
+    return UserError(" ".join(text.split())[:500])

@@ -6,6 +6,7 @@ environment.json   versions, machine and git commit
 tokenizer/         from_pretrained folder
 checkpoints/       last.ckpt to go on from, best.ckpt of the lowest validation loss
 metrics.csv        and tensorboard/: what was logged
+wandb/             of a run of W&B: its id, and what is or was to be sent
 samples.jsonl      what a GPT wrote at each validation
 spikes.jsonl       steps whose loss was far above those before, with their training samples
 results.csv        and results.md: how well the last evaluation told labels or answers; also confusion.csv and .png

@@ -6,6 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import WandbLogger
+
+TABLE_ROWS = 10_000  # which W&B shows of a table
 
 
 class Predictions(Callback):
@@ -46,23 +49,35 @@ class Predictions(Callback):
         for part in parts:
             part.unlink()
         print(f"predictions: {file}")
+        table = cells(rows)
         if getattr(trainer.datamodule, "predict_table", False):
-            write_table(rows, file.with_suffix(".csv"))
+            write_table(table, file.with_suffix(".csv"))
             print(f"predictions: {file.with_suffix('.csv')}")
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger) and table:
+                data = [list(row.values()) for row in table[:TABLE_ROWS]]
+                logger.log_text("predictions", list(table[0]), data)
+                if len(table) > TABLE_ROWS:
+                    print(f"W&B: the table has the first {TABLE_ROWS:,} of {len(table):,} predictions")
 
 
-def write_table(rows: list[dict], file: Path) -> None:
-    """Writes predictions as CSV: each score as a column such as `scores.good`, lists as JSON."""
+def cells(rows: list[dict]) -> list[dict[str, Any]]:
+    """Predictions as rows of a table: each score as a column such as `scores.good`, lists as JSON."""
     flat = []
     for row in rows:
-        cells: dict[str, Any] = {}
+        found: dict[str, Any] = {}
         for name, value in row.items():
             if isinstance(value, dict):
-                cells |= {f"{name}.{key}": item for key, item in value.items()}
+                found |= {f"{name}.{key}": item for key, item in value.items()}
             else:
-                cells[name] = json.dumps(value, ensure_ascii=False) if isinstance(value, list) else value
-        flat.append(cells)
+                found[name] = json.dumps(value, ensure_ascii=False) if isinstance(value, list) else value
+        flat.append(found)
+    return flat
+
+
+def write_table(table: list[dict[str, Any]], file: Path) -> None:
+    """Writes rows as CSV."""
     with open(file, "w", newline="", encoding="utf-8") as stream:
-        table = csv.DictWriter(stream, flat[0] if flat else [])
-        table.writeheader()
-        table.writerows(flat)
+        writer = csv.DictWriter(stream, table[0] if table else [])
+        writer.writeheader()
+        writer.writerows(table)

@@ -1,0 +1,49 @@
+"""Gradients: how they are distributed, as histograms."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from torch.distributed.tensor import DTensor
+
+
+class Gradients(Callback):
+    """Logs a histogram of the gradient of each parameter to TensorBoard and W&B, as the optimizer has seen it: of all
+    micro-batches and processes, and clipped. (`wandb.watch` would have those of single micro-batches.)
+
+    Args:
+        every_n_steps: Optimizer steps from one to the next.
+        bins: Of a histogram.
+    """
+
+    def __init__(self, every_n_steps: int = 100, bins: int = 64) -> None:
+        self.every_n_steps, self.bins = every_n_steps, bins
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step % self.every_n_steps or (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        histograms = {}
+        for name, parameter in pl_module.network.named_parameters():
+            gradient = parameter.grad
+            if isinstance(gradient, DTensor):
+                gradient = gradient.full_tensor()  # by all processes
+            if gradient is not None and trainer.is_global_zero:
+                histograms[f"gradients/{name}"] = gradient.float().cpu()
+        for logger in trainer.loggers if histograms else ():
+            if isinstance(logger, TensorBoardLogger):
+                for name, values in histograms.items():
+                    logger.experiment.add_histogram(name, values, trainer.global_step, max_bins=self.bins)
+            elif isinstance(logger, WandbLogger):
+                import wandb
+
+                counts = {name: torch.histogram(values, self.bins) for name, values in histograms.items()}
+                logger.log_metrics(
+                    {
+                        name: wandb.Histogram(np_histogram=(found.hist.numpy(), found.bin_edges.numpy()))
+                        for name, found in counts.items()
+                    },
+                    trainer.global_step,
+                )
