@@ -29,6 +29,7 @@ from lm_lightning.callbacks.export import Export, export
 from lm_lightning.callbacks.predictions import Predictions
 from lm_lightning.callbacks.preemption import Preemption
 from lm_lightning.callbacks.progress import RunProgress
+from lm_lightning.callbacks.pruning import Pruning  # noqa: F401
 from lm_lightning.callbacks.resuming import Resuming
 from lm_lightning.callbacks.spikes import Spikes
 from lm_lightning.callbacks.throughput import Throughput
