@@ -18,6 +18,7 @@ COMMANDS = {
     "generate": ("lm_lightning.commands.generate", "continue prompts with a trained model, or chat"),
     "tune": ("lm_lightning.commands.tune", "search good values of flags, a learning rate, the largest micro-batch"),
     "verify": ("lm_lightning.commands.verify", "compare ways to run a config on this machine with a plain run"),
+    "compress": ("lm_lightning.commands.compress", "quantize, prune or export a model, and measure what came of it"),
     "export": ("lm_lightning.commands.export", "make a from_pretrained folder of a checkpoint"),
 }
 

@@ -10,6 +10,7 @@ import shutil
 import sys
 import typing
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Optional
 
@@ -17,7 +18,7 @@ import lightning.pytorch
 import torch
 import transformers
 from lightning.fabric.plugins import CheckpointIO
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -81,9 +82,14 @@ EXPECTED_WARNINGS = (
 
 
 class CLI(LightningCLI):
-    """`python -m lm_lightning fit | validate | test | predict`."""
+    """`python -m lm_lightning fit | validate | test | predict`.
 
-    def __init__(self) -> None:
+    Args:
+        args: Command line. Default: this process's.
+        callbacks: More of them.
+    """
+
+    def __init__(self, args: Optional[list[str]] = None, callbacks: Sequence[Callback] = ()) -> None:
         hub.quiet()
         for library in ("lightning.pytorch", "lightning.fabric"):
             logging.getLogger(library).setLevel(logging.WARNING)  # of what they report, we tell what matters
@@ -95,7 +101,8 @@ class CLI(LightningCLI):
             subclass_mode_model=True,
             subclass_mode_data=True,
             save_config_callback=RunFolder,
-            trainer_defaults=TRAINER_DEFAULTS,
+            trainer_defaults=TRAINER_DEFAULTS | {"callbacks": list(callbacks)},
+            args=args,
             seed_everything_default=1,
             auto_configure_optimizers=False,
             parser_kwargs={"prog": "lm_lightning", "exit_on_error": False},
