@@ -19,6 +19,7 @@ COMMANDS = {
     "search": ("lm_lightning.commands.search", "find the texts of an index that are nearest to a query"),
     "tune": ("lm_lightning.commands.tune", "search good values of flags, a learning rate, the largest micro-batch"),
     "verify": ("lm_lightning.commands.verify", "compare ways to run a config on this machine with a plain run"),
+    "compress": ("lm_lightning.commands.compress", "quantize, prune or export a model, and measure what came of it"),
     "export": ("lm_lightning.commands.export", "make a from_pretrained folder of a checkpoint"),
     "report": ("lm_lightning.commands.report", "make one HTML page of runs: curves, samples, differences"),
 }

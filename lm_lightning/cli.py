@@ -8,13 +8,14 @@ import pydoc
 import shutil
 import typing
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Optional
 
 import torch
 import yaml
 from lightning.fabric.plugins import CheckpointIO
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -27,6 +28,7 @@ from lm_lightning.callbacks.gradients import Gradients  # noqa: F401 (imported, 
 from lm_lightning.callbacks.predictions import Predictions
 from lm_lightning.callbacks.preemption import Preemption
 from lm_lightning.callbacks.progress import RunProgress
+from lm_lightning.callbacks.pruning import Pruning  # noqa: F401
 from lm_lightning.callbacks.report import Report
 from lm_lightning.callbacks.resuming import Resuming
 from lm_lightning.callbacks.spikes import Spikes
@@ -85,9 +87,14 @@ EXPECTED_WARNINGS = (
 
 
 class CLI(LightningCLI):
-    """`python -m lm_lightning fit | validate | test | predict`."""
+    """`python -m lm_lightning fit | validate | test | predict`.
 
-    def __init__(self) -> None:
+    Args:
+        args: Command line. Default: this process's.
+        callbacks: More of them.
+    """
+
+    def __init__(self, args: Optional[list[str]] = None, callbacks: Sequence[Callback] = ()) -> None:
         hub.quiet()
         for library in ("lightning.pytorch", "lightning.fabric"):
             logging.getLogger(library).setLevel(logging.WARNING)  # of what they report, we tell what matters
@@ -99,7 +106,8 @@ class CLI(LightningCLI):
             subclass_mode_model=True,
             subclass_mode_data=True,
             save_config_callback=RunFolder,
-            trainer_defaults=TRAINER_DEFAULTS,
+            trainer_defaults=TRAINER_DEFAULTS | {"callbacks": list(callbacks)},
+            args=args,
             seed_everything_default=1,
             auto_configure_optimizers=False,
             parser_kwargs={"prog": "lm_lightning", "exit_on_error": False},

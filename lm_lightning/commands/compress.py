@@ -1,0 +1,283 @@
+"""`compress`: a finished model in; smaller ones, and a table and picture of what each costs and gains, out.
+
+Everything in the table is measured on this machine: time by the network alone, loss and metrics by a `validate` of the
+run's own config with the compressed weights.
+"""
+
+import csv
+import math
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional
+
+from lm_lightning import hub
+from lm_lightning.errors import UserError
+from lm_lightning.run import model_folder
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Measures(NamedTuple):
+    """What is measured of a model; NaN where it cannot be.
+
+    Attributes:
+        recipe: How it was made.
+        parameters: Of the network.
+        zeros: Share of the weights in the blocks' linear layers that are zero.
+        disk: MiB of its weights' files.
+        memory: MiB of its parameters and buffers.
+        latency_1: Milliseconds of a forward pass, one row.
+        latency_8: The same with eight rows.
+        decode_1: Tokens a second that a GPT writes, one row.
+        decode_8: The same of eight rows together.
+        loss: Of the run's validation split.
+    """
+
+    recipe: str
+    parameters: int
+    zeros: float
+    disk: float
+    memory: float
+    latency_1: float
+    latency_8: float
+    decode_1: float
+    decode_8: float
+    loss: float
+
+
+def compress(
+    model: str,
+    recipe: list[str] | str = (),  # type: ignore[assignment]
+    output: Optional[str] = None,
+    config: Optional[str] = None,
+    tokens: int = 64,
+    seconds: float = 2.0,
+) -> None:
+    """Compresses a finished model without training, and measures what came of it.
+
+    The recipes are int8, int8-weights (torchao), bnb-int8, nf4, fp4 (bitsandbytes), sparse=0.5, 2:4, width=0.5,
+    layers=0.5, onnx and onnx-int8; several steps with + between, such as width=0.5+int8.
+
+    Args:
+        model: Run folder or `from_pretrained` folder.
+        recipe: One, or more as `[int8, nf4, width=0.5+int8]`. Default: each one, as far as it fits the network.
+        output: Folder of the compressed models, the table and the picture. Default: `compressed` in the model's.
+        config: Config of a run, with whose data the loss is measured. Default: that of the run folder.
+        tokens: Of each row of the timed passes.
+        seconds: How long each time is measured.
+    """
+    from lm_lightning import compression
+
+    hub.quiet()
+    source = model_folder(model)
+    recipes = ([recipe] if isinstance(recipe, str) else list(recipe)) or list(compression.STEPS)
+    for one in recipes:
+        compression.steps_of(one)
+    own = Path(model) / "config.yaml"
+    settings = Path(config) if config else own if own.is_file() else None
+    folder = Path(output) if output else Path(model) / "compressed"
+    folder.mkdir(parents=True, exist_ok=True)
+    rows, metrics = [], []
+    for one in ["none", *recipes]:
+        target = source
+        if one != "none":
+            target = folder / one.replace(":", "of").replace("=", "-")
+            shutil.rmtree(target, ignore_errors=True)
+            try:
+                compression.compress(source, one, target)
+            except BaseException as error:
+                shutil.rmtree(target, ignore_errors=True)
+                if recipe or not isinstance(error, UserError):
+                    raise
+                print(f"{one}: left out, since {error}", flush=True)
+                continue
+        found = evaluate(settings, source, target) if settings else {}
+        metrics.append(found)
+        rows.append(measure(one, target, tokens, seconds, found.get("val/loss", math.nan)))
+        print(f"{one}: {'measured' if one == 'none' else target}", flush=True)
+    best = pareto(rows)
+    write(rows, metrics, best, folder)
+    print((folder / "compression.md").read_text(encoding="utf-8"))
+    print(f"table: {folder / 'compression.md'}")
+
+
+def evaluate(settings: Path, source: Path, folder: Path) -> dict[str, float]:
+    """The metrics of a run's validation split, with the weights of a folder."""
+    from lightning.pytorch import Callback, LightningModule, Trainer
+
+    from lm_lightning import compression
+    from lm_lightning.cli import CLI
+
+    class InTheNetworksPlace(Callback):
+        """Has an ONNX model give the outputs."""
+
+        def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            running = compression.session(folder)
+            pl_module.separable = False
+
+            def forward(input_ids: "Tensor", attention_mask: Optional["Tensor"] = None, **others: Any) -> Any:
+                from transformers.modeling_outputs import TokenClassifierOutput
+
+                return TokenClassifierOutput(logits=compression.run_onnx(running, input_ids, attention_mask))
+
+            pl_module.network.forward = forward
+
+    onnx = (folder / compression.ONNX).is_file()
+    with tempfile.TemporaryDirectory() as runs:
+        flags = ["--config", str(settings), "--runs_dir", runs, "--name", "compressed", "--ckpt_path", "null"]
+        weights = ["--model.network", "null", "--model.pretrained", str(source if onnx else folder)]
+        plain = ["--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.strategy", "auto"]
+        plain += ["--trainer.precision", "32-true", "--model.compile", "false", "--trainer.callbacks", "null"]
+        cli = CLI(["validate", *flags, *weights, *plain], [InTheNetworksPlace()] if onnx else [])
+        return {name: float(value) for name, value in cli.trainer.callback_metrics.items()}
+
+
+def measure(recipe: str, folder: Path, tokens: int, seconds: float, loss: float) -> Measures:
+    """Measures a model of a folder."""
+    import torch
+    import transformers
+
+    from lm_lightning import compression
+    from lm_lightning.callbacks.pruning import linear_layers, zeros_of
+
+    disk = sum(f.stat().st_size for f in folder.iterdir() if f.suffix in (".safetensors", ".onnx")) / 2**20
+    if (folder / compression.ONNX).is_file():
+        running = compression.session(folder)
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        one, eight = (
+            timed(partial(compression.run_onnx, running, rows_of(config.vocab_size, size, tokens)), seconds)
+            for size in (1, 8)
+        )
+        return Measures(recipe, 0, math.nan, disk, disk, one, eight, math.nan, math.nan, loss)
+    network = compression.load(folder)
+    memory = sum(bytes_of(tensor) for tensor in [*network.parameters(), *network.buffers()]) / 2**20
+    try:
+        zeros, weights = zeros_of(linear_layers(network))
+        share = zeros / weights
+    except (RuntimeError, NotImplementedError):  # of quantized ones
+        share = math.nan
+    times: list[float] = []
+    speeds: list[float] = []
+    with torch.no_grad():
+        for size in (1, 8):
+            ids = rows_of(network.config.vocab_size, size, tokens)
+            times.append(timed(partial(network, ids), seconds))
+            if not network.can_generate():
+                speeds.append(math.nan)
+                continue
+            ids, new = ids[:, :8], min(32, tokens)
+            settings = {"do_sample": False, "min_new_tokens": new, "max_new_tokens": new, "pad_token_id": 0}
+            write = partial(network.generate, ids, attention_mask=torch.ones_like(ids), **settings)
+            speeds.append(size * new * 1000 / timed(write, seconds))
+    parameters = network.num_parameters() if recipe.split("+")[-1] not in ("nf4", "fp4") else 0
+    return Measures(recipe, parameters, share, disk, memory, times[0], times[1], speeds[0], speeds[1], loss)
+
+
+def rows_of(vocabulary: int, size: int, tokens: int) -> "Tensor":
+    """Rows of tokens, the same for all models."""
+    import torch
+
+    return torch.randint(vocabulary, (size, tokens), generator=torch.Generator().manual_seed(0))
+
+
+def bytes_of(tensor: "Tensor") -> int:
+    """What a tensor takes in memory; one of torchao is made of several."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        names, _ = tensor.__tensor_flatten__()
+        return sum(bytes_of(getattr(tensor, name)) for name in names)
+    return tensor.numel() * tensor.element_size()
+
+
+def timed(call: Callable[[], Any], seconds: float) -> float:
+    """The median time of a call in milliseconds, of as many as go into some seconds, three at least."""
+    call()
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(times) < 3 or time.perf_counter() < end:
+        start = time.perf_counter()
+        call()
+        times.append(1000 * (time.perf_counter() - start))
+    return statistics.median(times)
+
+
+def pareto(rows: list[Measures]) -> set[str]:
+    """The recipes to which no other is at least equal in size, latency and loss, and better in one of them."""
+
+    def values(row: Measures) -> tuple[float, float, float]:
+        return row.disk, row.latency_1, -math.inf if math.isnan(row.loss) else row.loss
+
+    def better(one: Measures, other: Measures) -> bool:
+        pairs = list(zip(values(one), values(other)))
+        return all(a <= b for a, b in pairs) and any(a < b for a, b in pairs)
+
+    return {row.recipe for row in rows if not any(better(other, row) for other in rows)}
+
+
+def write(rows: list[Measures], metrics: list[dict[str, float]], best: set[str], folder: Path) -> None:
+    """Writes `compression.csv` and `.md`, and draws `compression.png` where matplotlib is installed."""
+    names = sorted({name for found in metrics for name in found} - {"val/loss"})
+    with open(folder / "compression.csv", "w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow([*Measures._fields, *names, "pareto"])
+        for row, found in zip(rows, metrics):
+            table.writerow([*row, *(found.get(name, "") for name in names), row.recipe in best])
+    head = [
+        "recipe",
+        "parameters",
+        "zeros",
+        "MiB on disk",
+        "in memory",
+        "ms, 1 row",
+        "8 rows",
+        "tokens/s, 1 row",
+        "8 rows",
+    ]
+    lines = ["| " + " | ".join([*head, "loss", *names]) + " |", "|---" + "|--:" * (len(head) + len(names)) + "|"]
+    for row, found in zip(rows, metrics):
+        base = rows[0]
+        cells = [
+            f"**{row.recipe}**" if row.recipe in best else row.recipe,
+            f"{row.parameters:,}" if row.parameters else "",
+            f"{row.zeros:.1%}",
+            *(f"{a:.1f} ({a / b:.2f})" for a, b in zip(row[3:7], base[3:7])),
+            *(f"{a:.0f} ({a / b:.2f})" for a, b in zip(row[7:9], base[7:9])),
+            f"{row.loss:.4f}",
+            *(f"{found[name]:.4f}" if name in found else "" for name in names),
+        ]
+        lines.append("| " + " | ".join("" if "nan" in cell else cell for cell in cells) + " |")
+    lines += ["", "In brackets: as a part of the first row. Bold: no other is smaller, faster and better."]
+    (folder / "compression.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    has_loss = not math.isnan(rows[0].loss)
+    panels = figure.subplots(1, 2 if has_loss else 1, squeeze=False)[0]
+    for axes, field, label in (
+        zip(panels, ("loss", "disk"), ("loss", "MiB on disk")) if has_loss else [(panels[0], "disk", "MiB on disk")]
+    ):
+        for row in rows:
+            colour = "tab:blue" if row.recipe in best else "tab:gray"
+            axes.scatter(row.latency_1, getattr(row, field), color=colour)
+            axes.annotate(
+                row.recipe, (row.latency_1, getattr(row, field)), fontsize=8, xytext=(4, 3), textcoords="offset points"
+            )
+        axes.set(xlabel="milliseconds of a pass, 1 row", ylabel=label)
+        axes.set_xlim(left=0)
+        axes.grid(alpha=0.3)
+    figure.savefig(folder / "compression.png", dpi=120)
+
+
+def main() -> None:
+    """Reads the command line."""
+    from jsonargparse import auto_cli
+
+    auto_cli(compress, args=sys.argv[2:], prog="lm_lightning compress", exit_on_error=False)

@@ -1,0 +1,191 @@
+"""Compression: folders that load again to the same outputs, of the sizes that were asked for, and a measured table."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import paragraphs
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
+
+from lm_lightning import compression
+from lm_lightning.data.tokenizer import Tokenizer, train
+from lm_lightning.errors import UserError
+
+SIZES = {
+    "gpt2": {"n_layer": 4, "n_embd": 64, "n_head": 2, "n_positions": 64},
+    "llama": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 2},
+    "bert": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 2},
+}
+TOKENS = torch.arange(5, 29).view(2, 12)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of small networks with their tokenizer."""
+    texts = paragraphs(50)
+    result = {}
+    for kind, sizes in SIZES.items():
+        family, algorithm = ("bert", "wordpiece") if kind == "bert" else ("gpt", "bpe")
+        tokenizer = train(Tokenizer(algorithm=algorithm, vocab_size=300), iter(texts), family)
+        torch.manual_seed(0)
+        auto = AutoModelForMaskedLM if kind == "bert" else AutoModelForCausalLM
+        network = auto.from_config(AutoConfig.for_model(kind, vocab_size=300, **sizes))
+        with torch.no_grad():
+            for parameter in network.parameters():  # biases are zero at first
+                parameter.add_(0.02 * torch.randn_like(parameter))
+        result[kind] = tmp_path_factory.mktemp(kind)
+        network.save_pretrained(result[kind])
+        tokenizer.save_pretrained(result[kind])
+    return result
+
+
+@torch.no_grad()
+def outputs(folder: Path) -> torch.Tensor:
+    return compression.load(folder)(TOKENS)[0]
+
+
+@pytest.mark.parametrize("kind", SIZES)
+@pytest.mark.parametrize("recipe", ["int8", "int8-weights", "bnb-int8", "nf4"])
+def test_quantized_model_is_small_and_loads_in_plain_transformers(folders, kind: str, recipe: str, tmp_path: Path):
+    pytest.importorskip("bitsandbytes" if recipe in ("bnb-int8", "nf4") else "torchao")
+    target = tmp_path / "target"
+    if kind == "gpt2" and recipe.startswith("int8"):  # torchao passes by Conv1D without a word
+        with pytest.raises(UserError, match="leaves 16 of 16 linear layers of GPT2LMHeadModel .*Conv1D"):
+            compression.compress(folders[kind], recipe, target)
+        return
+    compression.compress(folders[kind], recipe, target)
+    code = """
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+auto = AutoModelForMaskedLM if sys.argv[2] == "bert" else AutoModelForCausalLM
+network = auto.from_pretrained(sys.argv[1]).eval()
+AutoTokenizer.from_pretrained(sys.argv[1])
+with torch.no_grad():
+    torch.save(network(torch.arange(5, 29).view(2, 12))[0], sys.argv[3])
+assert "lm_lightning" not in sys.modules
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, target, kind, tmp_path / "outputs.pt"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    again, own, whole = torch.load(tmp_path / "outputs.pt"), outputs(target), outputs(folders[kind])
+    assert torch.allclose(again, own, atol=1e-4)
+    assert 0 < (own - whole).abs().mean() < 0.3 * whole.std()
+
+    def of_blocks(folder: Path) -> int:
+        inside = [w for n, w in load_file(folder / "model.safetensors").items() if "layer" in n or ".h." in n]
+        return sum(w.numel() * w.element_size() for w in inside if w.ndim > 1)
+
+    share = of_blocks(target) / of_blocks(folders[kind])
+    assert share <= (0.3 if recipe != "nf4" else 0.16), share
+    with pytest.raises(UserError, match="is quantized already"):
+        compression.compress(target, recipe, tmp_path / "twice")
+
+
+@pytest.mark.parametrize("kind", SIZES)
+def test_narrow_model_gives_the_outputs_of_the_masked_one(folders, kind: str, tmp_path: Path):
+    compression.compress(folders[kind], "width=0.5", tmp_path / "target")
+    narrow, whole = compression.load(tmp_path / "target"), compression.load(folders[kind])
+    key, width = compression.width_of(whole.config)
+    assert getattr(narrow.config, key) == width // 2
+    assert narrow.num_parameters() < whole.num_parameters()
+    # The units that are gone, made zero in the whole network: those whose row into the next layer is not in the other.
+    down = {"gpt2": "mlp.c_proj", "llama": "mlp.down_proj", "bert": "output.dense"}[kind]
+    with torch.no_grad():
+        kept = dict(narrow.named_modules())
+        for name, layer in whole.named_modules():
+            if name.endswith(down) and "attention" not in name:
+                rows = layer.weight if kind == "gpt2" else layer.weight.T
+                own = kept[name].weight if kind == "gpt2" else kept[name].weight.T
+                gone = ~(rows[:, None] == own[None]).all(-1).any(1)
+                assert gone.sum() == width // 2
+                rows[gone] = 0
+        assert torch.allclose(narrow(TOKENS)[0], whole(TOKENS)[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", SIZES)
+def test_shallow_model_has_the_named_blocks(folders, kind: str, tmp_path: Path):
+    compression.compress(folders[kind], "layers=0.5", tmp_path / "target")
+    shallow, whole = compression.load(tmp_path / "target"), compression.load(folders[kind])
+    from lm_lightning.models.network import blocks
+
+    assert shallow.config.num_hidden_layers == 2
+    for own, other in zip(blocks(shallow), [blocks(whole)[0], blocks(whole)[3]]):
+        assert all(torch.equal(a, b) for a, b in zip(own.parameters(), other.parameters()))
+
+
+@pytest.mark.parametrize("kind", SIZES)
+def test_sparse_models_have_as_many_zeros_as_were_asked_for(folders, kind: str, tmp_path: Path):
+    from lm_lightning.callbacks.pruning import by_rows, linear_layers
+
+    compression.compress(folders[kind], "sparse=0.7", tmp_path / "sparse")
+    compression.compress(folders[kind], "2:4", tmp_path / "two")
+    for layer in linear_layers(AutoModel.from_pretrained(tmp_path / "sparse")).values():
+        assert (layer.weight == 0).sum() == round(0.7 * layer.weight.numel())
+    for layer in linear_layers(AutoModel.from_pretrained(tmp_path / "two")).values():
+        assert ((by_rows(layer, layer.weight).unflatten(1, (-1, 4)) == 0).sum(2) == 2).all()
+
+
+def test_onnx_gives_the_outputs_of_the_network(folders, tmp_path: Path):
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    for recipe, tolerance in (("onnx", 1e-4), ("width=0.5+onnx-int8", 0.3)):
+        folder = tmp_path / recipe.replace("=", "-")
+        compression.compress(folders["bert"], recipe, folder)
+        running = compression.session(folder)
+        compression.compress(folders["bert"], "width=0.5", tmp_path / f"{recipe}.torch")
+        right = outputs(folders["bert"] if recipe == "onnx" else tmp_path / f"{recipe}.torch")
+        for rows in (1, 2):  # any number of rows and tokens
+            told = compression.run_onnx(running, TOKENS[:rows, : 6 * rows])
+            if rows == 2:
+                assert (told - right).abs().max() < tolerance * right.std()
+        assert (folder / "tokenizer.json").is_file() and not list(folder.glob("*.safetensors"))
+
+
+def test_table_is_of_what_was_measured(fit, cli, recipe: Path):
+    run = fit("--model.network.n_positions", 64)
+    out = cli("compress", run, "--recipe", '["sparse=0.5", "width=0.5"]', "--seconds", 0.05, "--tokens", 16)
+    with open(run / "compressed" / "compression.csv", newline="") as file:
+        rows = {row["recipe"]: row for row in csv.DictReader(file)}
+    assert list(rows) == ["none", "sparse=0.5", "width=0.5"]
+    assert float(rows["none"]["zeros"]) == 0 and float(rows["sparse=0.5"]["zeros"]) == pytest.approx(0.5, abs=1e-3)
+    assert int(rows["width=0.5"]["parameters"]) < int(rows["none"]["parameters"])
+    validation = cli(
+        "validate",
+        "--config",
+        recipe,
+        "--model.network",
+        "null",
+        "--model.pretrained",
+        run / "model",
+        "--data.tokenizer.path",
+        run / "model",
+    )
+    (line,) = [line for line in validation.splitlines() if "val/loss" in line]
+    assert float(rows["none"]["loss"]) == pytest.approx(float(line.split("│")[2]), abs=1e-4)
+    assert float(rows["sparse=0.5"]["loss"]) != float(rows["none"]["loss"])
+    assert (run / "compressed" / "compression.png").is_file()
+    assert "| width=0.5 |" in out.replace("*", "")
+    network = AutoModelForCausalLM.from_pretrained(run / "compressed" / "width-0.5")
+    assert network.config.n_inner == 64
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ("int9", "there is no recipe 'int9'; the recipes are int8, "),
+        ("width=2", "takes a share between 0 and 1, such as width=0.5"),
+        ("nf4=0.5", "takes no value"),
+        ("width=", "takes a share"),
+    ],
+)
+def test_unknown_recipes_are_refused(cli, folders, recipe: str, message: str):
+    with pytest.raises(UserError, match=message):
+        cli("compress", folders["bert"], "--recipe", recipe)
+    assert json.loads((folders["bert"] / "config.json").read_text())["architectures"] == ["BertForMaskedLM"]
+    assert not (folders["bert"] / "compressed").exists()
