@@ -152,7 +152,7 @@ def test_export_that_does_not_reload_to_the_same_logits_is_refused(cli, run: Pat
 
     save = network.save_network
     monkeypatch.setattr(network, "save_network", damaged)
-    with pytest.raises(UserError, match="logits differ"):
+    with pytest.raises(UserError, match="outputs differ"):
         cli("export", run, "--output", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
