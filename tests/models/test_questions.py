@@ -200,8 +200,8 @@ def test_windows_are_joined_in_any_order():
     context = "🙂🙂 un cafe\u0301 noir"
     offsets = np.array([[0, 0], [0, 2], [3, 5], [6, 10], [12, 16]])
     questions = [Question("a", context, [Answer("cafe\u0301", 6)]), Question("b", context, [])]
-    windows = [Window(0, offsets), Window(1, offsets), Window(0, offsets)]
-    places, scores = [[0, 1, 1], [2, 3, 3], [1, 2, 3], [-1, 0, 0], [2, 3, 3]], [[1.0, 4.0], [3.0, 5.0], [0.0, 9.0]]
+    windows = [Window(0, offsets), Window(1, offsets), Window(0, offsets), Window(0, offsets)]
+    places, scores = [[3, 1, 1], [2, 3, 3], [1, 2, 3], [-1, 0, 0], [2, 3, 3]], [[1.0, 4.0], [3.0, 5.0], [0.0, 9.0]]
     scores += [[99.0, -99.0], [3.0, 5.0]]
     spans = join(questions, windows, places, scores)
     assert spans[0] == ("cafe\u0301", 6, 11, 3.0, 4.0) and context[6:11] == "cafe\u0301"
