@@ -208,7 +208,7 @@ def test_windows_are_joined_in_any_order():
     assert spans[1] == ("un cafe\u0301", 3, 11, 0.0, 9.0) and len(spans) == 2
 
 
-# The official scripts, in their own words but for names, to compare with.
+# What the official scripts do, written again from their rules, to compare with.
 
 
 def official_normalize(s):
