@@ -260,7 +260,7 @@ def test_wandb_that_is_not_installed_is_named_with_its_command(fit, monkeypatch:
 def test_the_sweep_is_one_that_an_agent_can_run(cli, recipe: Path, monkeypatch: pytest.MonkeyPatch):
     from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
-    sweep = yaml.safe_load((ROOT / "configs" / "search" / "wandb_sweep.yaml").read_text())
+    sweep = yaml.safe_load((ROOT / "configs" / "sweep" / "gpt.yaml").read_text())
     chosen = {
         name: {"value": choice.get("min", choice.get("values", [0])[-1])}
         for name, choice in sweep["parameters"].items()
