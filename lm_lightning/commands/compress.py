@@ -23,6 +23,8 @@ from lm_lightning.run import model_folder
 if TYPE_CHECKING:
     from torch import Tensor
 
+WRITTEN = 32  # tokens of a GPT
+
 
 class Measures(NamedTuple):
     """What is measured of a model; NaN where it cannot be.
@@ -37,6 +39,11 @@ class Measures(NamedTuple):
         latency_8: The same with eight rows.
         decode_1: Tokens a second that a GPT writes, one row.
         decode_8: The same of eight rows together.
+        relative_latency_1: That latency as a part of the uncompressed model's, which runs in turn with it, so that
+            whatever else the machine does slows down both.
+        relative_latency_8: The same with eight rows.
+        relative_decode_1: The same of the tokens a second.
+        relative_decode_8: The same with eight rows.
         loss: Of the run's validation split.
     """
 
@@ -49,6 +56,10 @@ class Measures(NamedTuple):
     latency_8: float
     decode_1: float
     decode_8: float
+    relative_latency_1: float
+    relative_latency_8: float
+    relative_decode_1: float
+    relative_decode_8: float
     loss: float
 
 
@@ -85,6 +96,7 @@ def compress(
     folder = Path(output) if output else Path(model) / "compressed"
     folder.mkdir(parents=True, exist_ok=True)
     rows, metrics = [], []
+    base = calls(source, tokens)
     for one in ["none", *recipes]:
         target = source
         if one != "none":
@@ -100,7 +112,7 @@ def compress(
                 continue
         found = evaluate(settings, source, target) if settings else {}
         metrics.append(found)
-        rows.append(measure(one, target, tokens, seconds, found.get("val/loss", math.nan)))
+        rows.append(measure(one, target, base, tokens, seconds, found.get("val/loss", math.nan)))
         print(f"{one}: {'measured' if one == 'none' else target}", flush=True)
     best = pareto(rows)
     write(rows, metrics, best, folder)
@@ -139,23 +151,46 @@ def evaluate(settings: Path, source: Path, folder: Path) -> dict[str, float]:
         return {name: float(value) for name, value in cli.trainer.callback_metrics.items()}
 
 
-def measure(recipe: str, folder: Path, tokens: int, seconds: float, loss: float) -> Measures:
-    """Measures a model of a folder."""
+def calls(folder: Path, tokens: int) -> dict[str, Callable[[], Any]]:
+    """What is timed of a model: a pass of one and of eight rows, and of a GPT also the writing of 32 tokens."""
     import torch
     import transformers
 
     from lm_lightning import compression
+
+    onnx = (folder / compression.ONNX).is_file()
+    running: Any = compression.session(folder) if onnx else compression.load(folder)
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    found: dict[str, Callable[[], Any]] = {}
+    for size in (1, 8):
+        ids = torch.randint(config.vocab_size, (size, tokens), generator=torch.Generator().manual_seed(0))
+        if onnx:
+            found[f"latency_{size}"] = partial(compression.run_onnx, running, ids)
+            continue
+        mask = torch.ones_like(ids)
+        found[f"latency_{size}"] = torch.no_grad()(partial(running, ids, attention_mask=mask))
+        if running.can_generate():
+            settings = {"do_sample": False, "min_new_tokens": WRITTEN, "max_new_tokens": WRITTEN, "pad_token_id": 0}
+            found[f"decode_{size}"] = partial(running.generate, ids[:, :8], attention_mask=mask[:, :8], **settings)
+    return found
+
+
+def measure(
+    recipe: str, folder: Path, base: dict[str, Callable[[], Any]], tokens: int, seconds: float, loss: float
+) -> Measures:
+    """Measures a model of a folder, whose times are compared with those of `base`, see `calls`."""
+    from lm_lightning import compression
     from lm_lightning.callbacks.pruning import linear_layers, zeros_of
 
     disk = sum(f.stat().st_size for f in folder.iterdir() if f.suffix in (".safetensors", ".onnx")) / 2**20
+    times = dict.fromkeys(Measures._fields[5:-1], math.nan)
+    for name, call in calls(folder, tokens).items():
+        own, other = timed(call, base[name], seconds)
+        if name.startswith("decode"):  # tokens a second
+            own, other = (1000 * WRITTEN * int(name[-1]) / value for value in (own, other))
+        times[name], times[f"relative_{name}"] = own, own / other
     if (folder / compression.ONNX).is_file():
-        running = compression.session(folder)
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-        one, eight = (
-            timed(partial(compression.run_onnx, running, rows_of(config.vocab_size, size, tokens)), seconds)
-            for size in (1, 8)
-        )
-        return Measures(recipe, 0, math.nan, disk, disk, one, eight, math.nan, math.nan, loss)
+        return Measures(recipe, 0, math.nan, disk, disk, *times.values(), loss=loss)  # type: ignore[misc]
     network = compression.load(folder)
     memory = sum(bytes_of(tensor) for tensor in [*network.parameters(), *network.buffers()]) / 2**20
     try:
@@ -163,28 +198,8 @@ def measure(recipe: str, folder: Path, tokens: int, seconds: float, loss: float)
         share = zeros / weights
     except (RuntimeError, NotImplementedError):  # of quantized ones
         share = math.nan
-    times: list[float] = []
-    speeds: list[float] = []
-    with torch.no_grad():
-        for size in (1, 8):
-            ids = rows_of(network.config.vocab_size, size, tokens)
-            times.append(timed(partial(network, ids), seconds))
-            if not network.can_generate():
-                speeds.append(math.nan)
-                continue
-            ids, new = ids[:, :8], min(32, tokens)
-            settings = {"do_sample": False, "min_new_tokens": new, "max_new_tokens": new, "pad_token_id": 0}
-            write = partial(network.generate, ids, attention_mask=torch.ones_like(ids), **settings)
-            speeds.append(size * new * 1000 / timed(write, seconds))
     parameters = network.num_parameters() if recipe.split("+")[-1] not in ("nf4", "fp4") else 0
-    return Measures(recipe, parameters, share, disk, memory, times[0], times[1], speeds[0], speeds[1], loss)
-
-
-def rows_of(vocabulary: int, size: int, tokens: int) -> "Tensor":
-    """Rows of tokens, the same for all models."""
-    import torch
-
-    return torch.randint(vocabulary, (size, tokens), generator=torch.Generator().manual_seed(0))
+    return Measures(recipe, parameters, share, disk, memory, *times.values(), loss=loss)  # type: ignore[misc]
 
 
 def bytes_of(tensor: "Tensor") -> int:
@@ -195,23 +210,24 @@ def bytes_of(tensor: "Tensor") -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def timed(call: Callable[[], Any], seconds: float) -> float:
-    """The median time of a call in milliseconds, of as many as go into some seconds, three at least."""
-    call()
-    times: list[float] = []
+def timed(call: Callable[[], Any], other: Callable[[], Any], seconds: float) -> tuple[float, float]:
+    """The median times of two calls in milliseconds, which are made in turn for some seconds, three times at least."""
+    times: tuple[list[float], list[float]] = ([], [])
+    call(), other()
     end = time.perf_counter() + seconds
-    while len(times) < 3 or time.perf_counter() < end:
-        start = time.perf_counter()
-        call()
-        times.append(1000 * (time.perf_counter() - start))
-    return statistics.median(times)
+    while len(times[0]) < 3 or time.perf_counter() < end:
+        for own, one in zip(times, (call, other)):
+            start = time.perf_counter()
+            one()
+            own.append(1000 * (time.perf_counter() - start))
+    return statistics.median(times[0]), statistics.median(times[1])
 
 
 def pareto(rows: list[Measures]) -> set[str]:
     """The recipes to which no other is at least equal in size, latency and loss, and better in one of them."""
 
     def values(row: Measures) -> tuple[float, float, float]:
-        return row.disk, row.latency_1, -math.inf if math.isnan(row.loss) else row.loss
+        return row.disk, row.relative_latency_1, -math.inf if math.isnan(row.loss) else row.loss
 
     def better(one: Measures, other: Measures) -> bool:
         pairs = list(zip(values(one), values(other)))
@@ -241,18 +257,20 @@ def write(rows: list[Measures], metrics: list[dict[str, float]], best: set[str],
     ]
     lines = ["| " + " | ".join([*head, "loss", *names]) + " |", "|---" + "|--:" * (len(head) + len(names)) + "|"]
     for row, found in zip(rows, metrics):
-        base = rows[0]
         cells = [
             f"**{row.recipe}**" if row.recipe in best else row.recipe,
             f"{row.parameters:,}" if row.parameters else "",
             f"{row.zeros:.1%}",
-            *(f"{a:.1f} ({a / b:.2f})" for a, b in zip(row[3:7], base[3:7])),
-            *(f"{a:.0f} ({a / b:.2f})" for a, b in zip(row[7:9], base[7:9])),
+            *(f"{own:.1f} ({own / whole:.2f})" for own, whole in zip(row[3:5], rows[0][3:5])),
+            *(f"{own:.1f} ({share:.2f})" for own, share in zip(row[5:9], row[9:13])),
             f"{row.loss:.4f}",
             *(f"{found[name]:.4f}" if name in found else "" for name in names),
         ]
         lines.append("| " + " | ".join("" if "nan" in cell else cell for cell in cells) + " |")
-    lines += ["", "In brackets: as a part of the first row. Bold: no other is smaller, faster and better."]
+    lines += [
+        "",
+        "In brackets: as a part of the uncompressed model's, in turn with it. Bold: no other is smaller, faster and better.",
+    ]
     (folder / "compression.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     try:
         from matplotlib.figure import Figure
@@ -266,11 +284,15 @@ def write(rows: list[Measures], metrics: list[dict[str, float]], best: set[str],
     ):
         for row in rows:
             colour = "tab:blue" if row.recipe in best else "tab:gray"
-            axes.scatter(row.latency_1, getattr(row, field), color=colour)
+            axes.scatter(row.relative_latency_1, getattr(row, field), color=colour)
             axes.annotate(
-                row.recipe, (row.latency_1, getattr(row, field)), fontsize=8, xytext=(4, 3), textcoords="offset points"
+                row.recipe,
+                (row.relative_latency_1, getattr(row, field)),
+                fontsize=8,
+                xytext=(4, 3),
+                textcoords="offset points",
             )
-        axes.set(xlabel="milliseconds of a pass, 1 row", ylabel=label)
+        axes.set(xlabel="time of a pass, 1 row, as a part of the uncompressed model's", ylabel=label)
         axes.set_xlim(left=0)
         axes.grid(alpha=0.3)
     figure.savefig(folder / "compression.png", dpi=120)

@@ -53,7 +53,7 @@ def test_study_that_was_killed_goes_on_to_the_number_of_trials(cli, recipe: Path
     command = ["tune", "--config", str(recipe), "--search", str(search), *SHORT]
     study = tmp_path / "runs" / "tiny-study"
     process = subprocess.Popen([sys.executable, "-m", "lm_lightning", *command], stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 500
     while not list(study.glob("trial-002/*/")) and time.monotonic() < deadline:
         time.sleep(0.1)
     process.send_signal(signal.SIGKILL)
