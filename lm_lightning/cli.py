@@ -82,6 +82,7 @@ EXPECTED_WARNINGS = (
     "`isinstance\\(treespec, LeafSpec\\)` is deprecated",
     "The dirpath has changed",  # an earlier state goes on in another folder
     "It is recommended to use `self.log",  # what is logged is the same on all ranks
+    "Metric `SpearmanCorrcoef` will save all",  # as many numbers as there are rows
     "LightningCLI's args parameter is intended",  # by `compress`
     "You are using a custom batch sampler",  # SequentialBatches leaves nothing out
 )

@@ -269,7 +269,7 @@ def write(rows: list[Measures], metrics: list[dict[str, float]], best: set[str],
         lines.append("| " + " | ".join("" if "nan" in cell else cell for cell in cells) + " |")
     lines += [
         "",
-        "In brackets: as a part of the uncompressed model's, in turn with it. Bold: no other is smaller, faster and better.",
+        "In brackets: as a part of the first row's, in turn with it. Bold: no other is smaller, faster and better.",
     ]
     (folder / "compression.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     try:
