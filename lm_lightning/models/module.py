@@ -238,7 +238,10 @@ class LanguageModule(LightningModule):
         tokenizer, name = self.trainer.datamodule.tokenizer, self.pretrained_folder()
         self.refuse_other_tokenizer(name)
         try:
-            self.check_config(transformers.AutoConfig.from_pretrained(name, local_files_only=hub.local_only(name)))
+            config = transformers.AutoConfig.from_pretrained(name, local_files_only=hub.local_only(name))
+            self.check_config(config)
+            if self.trainer.state.fn == "fit" and getattr(config, "quantization_config", None) is not None:
+                raise UserError(f"{name} is quantized, and can be measured, but not trained: train what it was made of")
             network, info = self.auto_class.from_pretrained(
                 name,
                 local_files_only=hub.local_only(name),

@@ -87,6 +87,14 @@ assert "lm_lightning" not in sys.modules
         compression.compress(target, recipe, tmp_path / "twice")
 
 
+def test_quantized_model_is_not_trained(fit, folders, tmp_path: Path):
+    pytest.importorskip("torchao")
+    compression.compress(folders["llama"], "int8", tmp_path / "target")
+    weights = ("--model.network", "null", "--model.pretrained", tmp_path / "target")
+    with pytest.raises(UserError, match="is quantized, and can be measured, but not trained"):
+        fit(*weights, "--data.tokenizer.path", tmp_path / "target")
+
+
 @pytest.mark.parametrize("kind", SIZES)
 def test_narrow_model_gives_the_outputs_of_the_masked_one(folders, kind: str, tmp_path: Path):
     compression.compress(folders[kind], "width=0.5", tmp_path / "target")
