@@ -74,13 +74,18 @@ def test_only_the_named_layers_are_pruned_and_after_the_start(fit):
 
 
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "movement"])
-def test_run_that_is_resumed_amid_the_schedule_prunes_the_same(fit, method: str):
+def test_run_that_is_resumed_amid_the_schedule_prunes_the_same(fit, recipe: Path, method: str):
     flags = options(sparsity=0.7, method=method, end=10, frequency=2)
     whole = fit(*flags, "--name", "whole")
     # Stopped by an exception after step 7, of which the checkpoint of step 5 is left.
     stop = ("--trainer.callbacks+=test_pruning.Stop", "--trainer.callbacks.step", 7)
     with pytest.raises(RuntimeError, match="power failure"):
         fit(*flags, *stop, "--name", "part")
+    (cut,) = (recipe.parent / "runs" / "part").iterdir()
+    saved = torch.load(cut / "checkpoints" / "last.ckpt", weights_only=True)
+    (state,) = [state for name, state in saved["callbacks"].items() if "Pruning" in name]
+    for name, mask in state["masks"].items():  # after every step, not only at the end
+        assert (saved["state_dict"][f"network.{name}.weight"][~mask] == 0).all() and not mask.all()
     part = fit(*flags, "--name", "part", "--ckpt_path", "last")
     first, second = (load_file(run / "model" / "model.safetensors") for run in (whole, part))
     assert all(torch.equal(first[name], second[name]) for name in first)

@@ -112,6 +112,12 @@ def test_narrow_model_gives_the_outputs_of_the_masked_one(folders, kind: str, tm
                 own = kept[name].weight if kind == "gpt2" else kept[name].weight.T
                 gone = ~(rows[:, None] == own[None]).all(-1).any(1)
                 assert gone.sum() == width // 2
+                importance = rows.norm(dim=1)  # and of what comes in
+                for up in {"gpt2": ["c_fc"], "llama": ["gate_proj", "up_proj"], "bert": ["intermediate.dense"]}[kind]:
+                    end = down if kind == "bert" else down.rpartition(".")[2]
+                    before = dict(whole.named_modules())[name.removesuffix(end) + up]
+                    importance = importance * (before.weight.T if kind == "gpt2" else before.weight).norm(dim=1)
+                assert importance[gone].max() <= importance[~gone].min()
                 rows[gone] = 0
         assert torch.allclose(narrow(TOKENS)[0], whole(TOKENS)[0], atol=1e-5)
 

@@ -82,6 +82,14 @@ def test_names_are_learned_scored_as_by_seqeval_and_told_by_the_pipeline(fit, cl
     assert 0.2 < f1 < 1
     (line,) = [line for line in out.splitlines() if "test/f1" in line]
     assert float(line.split("│")[2]) == pytest.approx(f1, abs=1e-6)
+    # The loss is that of the words that are there.
+    kept = [[n for n, label in enumerate(row["labels"]) if label is not None] for row in told]
+    short = [{k: [row[k][n] for n in own] for k in ("words", "labels")} for row, own in zip(gold, kept)]
+    again = cli("test", *flags, "--data.tables.test", write(tmp_path / "short.jsonl", short))
+    losses = [line.split("│")[2] for text in (out, again) for line in text.splitlines() if "test/loss" in line]
+    assert float(losses[0]) == pytest.approx(float(losses[1]), abs=1e-6)
+
+    cli("test", *flags)
     with open(run / "results.csv", newline="") as file:
         assert {row["label"]: int(row["rows"]) for row in csv.DictReader(file)} == {
             kind: sum(label == f"B-{kind}" for row in gold for label in row["labels"]) for kind in ("LOC", "PER")
