@@ -162,6 +162,7 @@ def bitsandbytes(**settings: Any) -> Callable[[Path, Path, float], None]:
     """A step that quantizes by bitsandbytes."""
 
     def run(source: Path, target: Path, value: float) -> None:
+        package("accelerate")  # with which transformers loads
         modules = package("bitsandbytes").nn
         quantize(
             source,

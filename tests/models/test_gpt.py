@@ -73,7 +73,13 @@ def made(model: CausalLM, tokenizer, mask_documents: bool = False) -> CausalLM:
         tokens_per_batch=1,
         mask_documents=mask_documents,
     )
-    model._trainer = SimpleNamespace(strategy=None, datamodule=data, is_global_zero=True, progress_bar_callback=None)
+    model._trainer = SimpleNamespace(
+        strategy=None,
+        datamodule=data,
+        is_global_zero=True,
+        progress_bar_callback=None,
+        state=SimpleNamespace(fn="fit"),
+    )
     torch.manual_seed(0)
     model.configure_model()
     return model
