@@ -11,9 +11,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from lm_lightning.callbacks.pruning import by_rows, linear_layers, smallest
 from lm_lightning.errors import UserError
-from lm_lightning.models.network import blocks
+from lm_lightning.models.network import blocks, by_rows, linear_layers, smallest
 
 ONNX = "model.onnx"  # in a folder that is not for `transformers`
 

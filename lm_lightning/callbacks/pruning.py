@@ -1,6 +1,5 @@
 """Pruning: weights of little importance become zeros in the course of a training, which makes up for them."""
 
-import fnmatch
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal, Optional
@@ -9,46 +8,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from lm_lightning.errors import UserError
-from lm_lightning.models.network import blocks
-
-
-def linear_layers(network: Any, patterns: Sequence[str] = ()) -> dict[str, nn.Linear]:
-    """The linear layers of a network's blocks, GPT-2's `Conv1D` among them, by their names.
-
-    Args:
-        network: Of `transformers`.
-        patterns: Only those whose names match one, such as `*mlp*`; none for all.
-
-    Raises:
-        UserError: If there are none.
-    """
-    inside = {id(module) for block in blocks(network) for module in block.modules()}
-    found = {
-        name: module
-        for name, module in network.named_modules()
-        if id(module) in inside and isinstance(module, (nn.Linear, Conv1D))
-    }
-    chosen = {
-        name: m for name, m in found.items() if not patterns or any(fnmatch.fnmatchcase(name, p) for p in patterns)
-    }
-    if not chosen:
-        raise UserError(f"{', '.join(patterns)} is the name of no linear layer, such as {', '.join(list(found)[:3])}")
-    return chosen
-
-
-def by_rows(module: nn.Linear, weight: Tensor) -> Tensor:
-    """A view of a weight, or what has its shape, as (outputs, inputs)."""
-    return weight.T if isinstance(module, Conv1D) else weight
-
-
-def smallest(scores: Tensor, share: float) -> Tensor:
-    """Which elements of the last dimension are the share with the smallest scores, exactly as many: bool."""
-    chosen = torch.zeros_like(scores, dtype=torch.bool)
-    number = round(share * scores.shape[-1])
-    return chosen.scatter_(-1, scores.topk(number, dim=-1, largest=False, sorted=False).indices, True)
+from lm_lightning.models.network import by_rows, linear_layers, smallest, zeros_of
 
 
 class Pruning(Callback):
@@ -233,9 +195,3 @@ class Pruning(Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.masks, self.importance = dict(state["masks"]), dict(state["importance"])
-
-
-def zeros_of(layers: dict[str, nn.Linear]) -> tuple[int, int]:
-    """How many weights of some layers are zero, and how many there are."""
-    weights = [layer.weight for layer in layers.values()]
-    return sum(int((weight == 0).sum()) for weight in weights), sum(weight.numel() for weight in weights)

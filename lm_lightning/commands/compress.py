@@ -180,7 +180,7 @@ def measure(
 ) -> Measures:
     """Measures a model of a folder, whose times are compared with those of `base`, see `calls`."""
     from lm_lightning import compression
-    from lm_lightning.callbacks.pruning import linear_layers, zeros_of
+    from lm_lightning.models.network import linear_layers, zeros_of
 
     disk = sum(f.stat().st_size for f in folder.iterdir() if f.suffix in (".safetensors", ".onnx")) / 2**20
     times = dict.fromkeys(Measures._fields[5:-1], math.nan)

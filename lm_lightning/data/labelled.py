@@ -28,7 +28,7 @@ from lm_lightning.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-FORMATS = {name: f".{name}" for name in ("json", "jsonl", "csv", "tsv", "parquet", "conll", "conllu")}
+FORMATS = {name: f".{name}" for name in ("jsonl", "csv", "tsv", "parquet", "conll", "conllu")} | {"squad": ".json"}
 TABLES = formats.ROWS | {
     ".conll": formats.conll_rows,
     ".conllu": formats.conllu_rows,
@@ -61,7 +61,7 @@ class Tables:
     test: list[str] | str = field(default_factory=list)
     predict: list[str] | str = field(default_factory=list)
     validation_fraction: float = 0.1
-    format: Optional[Literal["json", "jsonl", "csv", "tsv", "parquet", "conll", "conllu"]] = None
+    format: Optional[Literal["jsonl", "csv", "tsv", "parquet", "conll", "conllu", "squad"]] = None
     header: Optional[list[str]] = None
     hub: Optional[str] = None
     hub_config: Optional[str] = None

@@ -18,10 +18,8 @@ OUTSIDE = "O"
 PREFIXES = {"bio": "BI", "bioes": "BIES"}
 BEGINS, ENDS = ("B", "S"), ("E", "S")
 
-
-Found = tuple[
-    str, tuple
-]  # what is right or wrong as a whole: a type, and the words (the first, the one after the last)
+# What is right or wrong as a whole: a type, and the words (the first, the one after the last).
+Found = tuple[str, tuple]
 
 
 def parts(label: str) -> tuple[str, str]:
@@ -122,7 +120,7 @@ class TaggingData(LabelledData):
             UserError: If they look like those of spans, and some do not.
         """
         marks = {label for label in labels if label == OUTSIDE or label[:2] in ("B-", "I-", "E-", "S-")}
-        if not any(label[:2] == "B-" for label in labels) or not marks:
+        if not any(label[:2] == "B-" for label in labels):
             return "plain"
         if others := sorted(labels - marks):
             raise UserError(

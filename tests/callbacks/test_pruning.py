@@ -4,22 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
 from safetensors.torch import load_file
 
 from lm_lightning.errors import UserError
-
-
-class Stop(Callback):
-    """Ends a run after a step, as a power failure does."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
-        if trainer.global_step == self.step:
-            raise RuntimeError("power failure")
-
 
 CALLBACK = "--trainer.callbacks+=Pruning"
 
@@ -78,7 +65,7 @@ def test_run_that_is_resumed_amid_the_schedule_prunes_the_same(fit, recipe: Path
     flags = options(sparsity=0.7, method=method, end=10, frequency=2)
     whole = fit(*flags, "--name", "whole")
     # Stopped by an exception after step 7, of which the checkpoint of step 5 is left.
-    stop = ("--trainer.callbacks+=test_pruning.Stop", "--trainer.callbacks.step", 7)
+    stop = ("--trainer.callbacks+=test_fit.Stop", "--trainer.callbacks.step", 7)
     with pytest.raises(RuntimeError, match="power failure"):
         fit(*flags, *stop, "--name", "part")
     (cut,) = (recipe.parent / "runs" / "part").iterdir()

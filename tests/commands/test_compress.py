@@ -135,7 +135,7 @@ def test_shallow_model_has_the_named_blocks(folders, kind: str, tmp_path: Path):
 
 @pytest.mark.parametrize("kind", SIZES)
 def test_sparse_models_have_as_many_zeros_as_were_asked_for(folders, kind: str, tmp_path: Path):
-    from lm_lightning.callbacks.pruning import by_rows, linear_layers
+    from lm_lightning.models.network import by_rows, linear_layers
 
     compression.compress(folders[kind], "sparse=0.7", tmp_path / "sparse")
     compression.compress(folders[kind], "2:4", tmp_path / "two")
