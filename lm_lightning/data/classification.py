@@ -90,17 +90,10 @@ class ClassificationData(LabelledData):
             if not math.isfinite(number):
                 raise UserError(f"{row.where}: column {self.columns.label!r} has no number, but {value!r:.40}")
             return torch.tensor(number)
-        names = self.names(row)
-        for name in names:
-            if name not in self.labels:
-                whose = "the training split" if self.tables.train else "model.pretrained"
-                raise UserError(
-                    f"{row.where}: the label {name!r} is none of {whose} ({', '.join(self.labels[:20])}): "
-                    "mend the row, or give training rows that have it"
-                )
+        numbers = [self.number(row, name) for name in self.names(row)]
         if self.kind == "single":
-            return torch.tensor(self.labels.index(names[0]))
-        return torch.tensor([float(label in names) for label in self.labels])
+            return torch.tensor(numbers[0])
+        return torch.tensor([float(number in numbers) for number in range(len(self.labels))])
 
     def identity(self) -> dict:
         return super().identity() | {"columns": asdict(self.columns)}

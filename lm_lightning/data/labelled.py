@@ -284,6 +284,7 @@ class LabelledData(StreamData):
         self.batch_size, self.num_workers = batch_size, num_workers
         self.block_size = max_length
         self.labels: list[str] = []  # their names, in the order of their numbers
+        self.numbers: dict[str, int] = {}  # of each label
         self.examples: dict[str, Examples] = {}
 
     def key(self, row: Row) -> str:
@@ -317,6 +318,7 @@ class LabelledData(StreamData):
         self.collate = functools.partial(padded, self.tokenizer)
         train = read(self.tables, "train", self.key) if self.tables.train or stage == "fit" else []
         self.find_labels(train)
+        self.numbers = {label: number for number, label in enumerate(self.labels)}
         needed = {"fit": ["train", "validation"], "validate": ["validation"], "test": ["test"], "predict": ["predict"]}
         for split in needed[stage]:
             if split not in self.examples:
@@ -351,6 +353,20 @@ class LabelledData(StreamData):
             )
         return names
 
+    def number(self, row: Row, label: str, what: str = "label") -> int:
+        """The number of a row's label.
+
+        Raises:
+            UserError: If it is unknown; calls it `what`.
+        """
+        if label not in self.numbers:
+            whose = "the training split" if self.tables.train else "model.pretrained"
+            raise UserError(
+                f"{row.where}: the {what} {label!r} is none of {whose} ({', '.join(self.labels[:20])}): "
+                "mend the row, or give training rows that have it"
+            )
+        return self.numbers[label]
+
     def report(self, split: str, examples: list[dict], cut: int) -> None:
         """Prints what a split has, and how many rows of it are cut."""
         if self.trainer.is_global_zero:
@@ -359,6 +375,14 @@ class LabelledData(StreamData):
                 f"{split}: {len(examples):,} rows, {tokens:,} tokens"
                 + (f", {cut:,} rows are cut to {self.block_size} tokens (data.max_length)" if cut else "")
             )
+
+    def report_words(self, split: str, examples: list[dict]) -> None:
+        """The same of examples with `words`, see `encode_words`, and how many of these are cut off."""
+        cut = [int((example["words"] < 0).sum()) for example in examples]
+        self.report(split, examples, len(cut) - cut.count(0))
+        if self.trainer.is_global_zero and any(cut):
+            words = sum(len(example["words"]) for example in examples)
+            print(f"{split}: {sum(cut):,} of {words:,} words are cut off, and what they should tell counts as missed")
 
     def samples(self, split: str) -> Examples:
         return self.examples[split]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from lm_lightning.data.labelled import Examples, LabelledData, Row
-from lm_lightning.data.words import CUT, encode_words
+from lm_lightning.data.words import encode_words
 from lm_lightning.errors import UserError
 
 
@@ -48,8 +48,8 @@ class ParsingData(LabelledData):
     def encode(self, split: str, rows: list[Row]) -> Examples:
         """The rows of a split as tokens, `words`, `targets` and `relations`.
 
-        These are, (W,) int64 each: the place of the first token of each word, or `CUT`; its head, 0 for the root, else
-        the number of a word from 1; and the number of its relation.
+        These are, (W,) int64 each: the place of the first token of each word, see `encode_words`; its head, 0 for the
+        root, else the number of a word from 1; and the number of its relation.
         """
         sentences = [row.words(self.columns.words) for row in rows]
         examples = encode_words(self.tokenizer, sentences, self.block_size)
@@ -59,11 +59,7 @@ class ParsingData(LabelledData):
             else:
                 example["targets"] = torch.tensor(self.heads(row, len(words)))
                 example["relations"] = torch.tensor(self.relations(row, len(words)))
-        self.report(split, examples, sum(bool((example["words"] == CUT).any()) for example in examples))
-        cut = sum(int((example["words"] == CUT).sum()) for example in examples)
-        if self.trainer.is_global_zero and cut:
-            words_of_all = sum(map(len, sentences))
-            print(f"{split}: {cut:,} of {words_of_all:,} words are cut off, and what they should tell counts as missed")
+        self.report_words(split, examples)
         return Examples(examples, self.seed if split == "train" else None)
 
     def heads(self, row: Row, words: int) -> list[int]:
@@ -90,14 +86,7 @@ class ParsingData(LabelledData):
         names = row.words(self.columns.relations)
         if len(names) != words:
             raise UserError(f"{row.where}: there are {words} words, but {len(names)} relations: mend the row")
-        for name in names:
-            if name not in self.labels:
-                whose = "the training split" if self.tables.train else "model.pretrained"
-                raise UserError(
-                    f"{row.where}: the relation {name!r} is none of {whose} ({', '.join(self.labels[:20])}): "
-                    "mend the row, or give training rows that have it"
-                )
-        return [self.labels.index(name) for name in names]
+        return [self.number(row, name, "relation") for name in names]
 
     def identity(self) -> dict:
         return super().identity() | {"columns": asdict(self.columns)}

@@ -142,8 +142,7 @@ class RoleData(TaggingData):
                 if split == "predict":
                     targets.append(torch.full((len(words),), -100))
                 else:
-                    labels = self.checked(frame, self.labels_of_frame(frame, words))
-                    targets.append(torch.tensor([self.labels.index(label) for label in labels]))
+                    targets.append(self.targets(frame, self.labels_of_frame(frame, words)))
         if not sentences:
             raise UserError(
                 f"the rows of the {split} split have no frames: name their column with --data.columns.frames"

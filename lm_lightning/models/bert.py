@@ -38,11 +38,7 @@ class MaskedLM(LanguageModule):
         pairs = self.trainer.datamodule.next_sentence
         return transformers.AutoModelForPreTraining if pairs else transformers.AutoModelForMaskedLM
 
-    def configure_model(self) -> None:
-        made = self.network is None
-        super().configure_model()
-        if not made:
-            return
+    def network_made(self) -> None:
         # Padding comes with an attention mask; told of its token, networks would look for it, and a GPU wait for that.
         self.network.config.pad_token_id = None
         self.separable = True

@@ -58,18 +58,10 @@ class Classification(LanguageModule):
         kinds = {"single": "single_label_classification", "several": "multi_label_classification"}
         if data.kind == "number":
             return {"num_labels": 1, "problem_type": "regression"}
-        return {
-            "id2label": dict(enumerate(data.labels)),
-            "label2id": {label: number for number, label in enumerate(data.labels)},
-            "problem_type": kinds[data.kind],
-        }
+        return self.label_settings() | {"problem_type": kinds[data.kind]}
 
-    def configure_model(self) -> None:
-        made = self.network is None
+    def network_made(self) -> None:
         data = self.trainer.datamodule
-        super().configure_model()
-        if not made:
-            return
         self.network.config.pad_token_id = data.tokenizer.pad_token_id  # GPTs look for the last token before it
         new = self.pretrained is not None and len(self.own_labels()) != 1  # one of one label is kept
         if data.kind == "number" and self.trainer.state.fn == "fit" and new:

@@ -18,16 +18,13 @@ class CausalLM(LanguageModule):
 
     auto_class = transformers.AutoModelForCausalLM
 
-    def configure_model(self) -> None:
-        made = self.network is None
-        super().configure_model()
-        if made:
-            # Blocks have no padding. Told of a padding token, which often is also the end of text, a network would look
-            # for it in every batch, for which a GPU has to wait, and would give its embedding no gradient.
-            self.network.config.pad_token_id = None
-            self.network.get_input_embeddings().padding_idx = None
-            self.separable = self.head_is_last()
-            self.refuse_leaks()
+    def network_made(self) -> None:
+        # Blocks have no padding. Told of a padding token, which often is also the end of text, a network would look
+        # for it in every batch, for which a GPU has to wait, and would give its embedding no gradient.
+        self.network.config.pad_token_id = None
+        self.network.get_input_embeddings().padding_idx = None
+        self.separable = self.head_is_last()
+        self.refuse_leaks()
 
     @torch.no_grad()
     def refuse_leaks(self) -> None:

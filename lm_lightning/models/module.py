@@ -127,6 +127,10 @@ class LanguageModule(LightningModule):
         self.print(f"network: {type(self.network).__name__}, {self.network.num_parameters():,} parameters")
         if self.compile_body:
             self.network.base_model.compile()
+        self.network_made()
+
+    def network_made(self) -> None:
+        """What a subclass does, once, when the network is there; `configure_model` calls it."""
 
     def freeze_parameters(self) -> None:
         """Takes the parameters whose names match a pattern of `freeze` out of the training."""
@@ -142,6 +146,11 @@ class LanguageModule(LightningModule):
     def head_settings(self) -> dict[str, Any]:
         """Settings of the network's config that its head needs, beside those of the user."""
         return {}
+
+    def label_settings(self) -> dict[str, Any]:
+        """`head_settings` of a head that tells the data's labels, whose names the config keeps."""
+        labels = self.trainer.datamodule.labels
+        return {"id2label": dict(enumerate(labels)), "label2id": {label: n for n, label in enumerate(labels)}}
 
     def own_labels(self) -> list[str]:
         """The labels that `pretrained` tells already, in the order of their numbers; none without a head for them."""

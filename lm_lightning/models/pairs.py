@@ -70,10 +70,7 @@ class SentenceEncoder(LanguageModule):
 
     # Network
 
-    def configure_model(self) -> None:
-        if self.network is not None:
-            return
-        super().configure_model()
+    def network_made(self) -> None:
         pooler = getattr(self.network, "pooler", None)
         if pooler is not None:
             pooler.requires_grad_(False)  # nobody reads it

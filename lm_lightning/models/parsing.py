@@ -93,8 +93,7 @@ class Parser(LanguageModule):
         return super().own_labels() if has_head else []
 
     def head_settings(self) -> dict[str, Any]:
-        labels = self.trainer.datamodule.labels
-        return {"id2label": dict(enumerate(labels)), "label2id": {label: n for n, label in enumerate(labels)}}
+        return self.label_settings()
 
     def new_network(self) -> transformers.PreTrainedModel:
         return self.with_head(super().new_network())
@@ -114,11 +113,7 @@ class Parser(LanguageModule):
         network.parser = Biaffine(size, labels, self.arc_size, self.relation_size, self.dropout)
         return network
 
-    def configure_model(self) -> None:
-        made = self.network is None
-        super().configure_model()
-        if not made:
-            return
+    def network_made(self) -> None:
         if getattr(self.network, "pooler", None) is not None:
             self.network.pooler.requires_grad_(False)  # nobody reads it
         self.counts = Counts(sorted({universal(label) for label in self.trainer.datamodule.labels}))

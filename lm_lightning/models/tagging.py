@@ -22,27 +22,16 @@ class Tagging(LanguageModule):
     """A network of `transformers` with a head over each token, of which the first of each word tells its label.
 
     Where labels mark spans, the best legal sequence of them is taken: no I- without its B-.
-
-    Args:
-        options: Those of all models, see `LanguageModule`.
     """
 
     auto_class = transformers.AutoModelForTokenClassification
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-
     # Network
 
     def head_settings(self) -> dict[str, Any]:
-        labels = self.trainer.datamodule.labels
-        return {"id2label": dict(enumerate(labels)), "label2id": {label: n for n, label in enumerate(labels)}}
+        return self.label_settings()
 
-    def configure_model(self) -> None:
-        made = self.network is None
-        super().configure_model()
-        if not made:
-            return
+    def network_made(self) -> None:
         data = self.trainer.datamodule
         self.rules = legal(data.labels, data.scheme) if data.marks_spans else None
         self.counts = Counts(data.kinds)
