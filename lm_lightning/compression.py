@@ -1,7 +1,10 @@
 """Compression of finished models: a `from_pretrained` folder in, one of a smaller or faster model out."""
 
+import inspect
+import json
 import math
 import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +14,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from lm_lightning.data import tokenizer as tokenizers
 from lm_lightning.errors import UserError
-from lm_lightning.models.network import blocks, by_rows, linear_layers, smallest
+from lm_lightning.models.network import HEAD_FILE, blocks, by_rows, linear_layers, smallest
 
 ONNX = "model.onnx"  # in a folder that is not for `transformers`
 
@@ -22,29 +26,31 @@ class Step:
     """A way to compress.
 
     Args:
-        does: What it does, for the help.
-        run: Makes of a folder another one, both `from_pretrained`, with the value behind the step's name.
+        run: Makes of a `from_pretrained` folder another one, with the value behind the step's name.
         value: Its default; None if the step takes none.
+        last: Whether no step can follow, since what it leaves are no plain weights.
     """
 
-    does: str
     run: Callable[[Path, Path, float], None]
     value: Optional[float] = None
+    last: bool = False
 
 
 def steps_of(recipe: str) -> list[tuple[Step, float]]:
     """The steps of a recipe such as `width=0.5+int8`, with their values.
 
     Raises:
-        UserError: If it names none.
+        UserError: If it names none, or one that cannot be where it is.
     """
-    found = []
+    found: list[tuple[Step, float]] = []
     for part in recipe.split("+"):
         name, has_value, text = part.partition("=")
         if name not in STEPS:
             raise UserError(
                 f"there is no recipe {name!r}; the recipes are {', '.join(STEPS)}, and several with + between"
             )
+        if found and found[-1][0].last:
+            raise UserError(f"the recipe {recipe} has {name} after a step that leaves no plain weights: put it first")
         step, value = STEPS[name], STEPS[name].value or 0.0
         if has_value:
             try:
@@ -61,31 +67,39 @@ def steps_of(recipe: str) -> list[tuple[Step, float]]:
 
 
 def compress(source: Path, recipe: str, target: Path) -> None:
-    """Makes a compressed model, with the tokenizer and whatever else is in its folder.
+    """Makes a compressed model, with the tokenizer and what else is beside the weights.
 
     Args:
         source: `from_pretrained` folder.
         recipe: See `steps_of`.
-        target: Folder to write; is made.
+        target: Folder to write, which is whole or not there; what was there is replaced.
 
     Raises:
         UserError: If the recipe does not fit the network, or needs a package that is missing.
     """
     if "quantization_config" in transformers.AutoConfig.from_pretrained(source, local_files_only=True).to_dict():
         raise UserError(f"{source} is quantized already: take the model that it was made of")
-    steps = steps_of(recipe)
-    for number, (step, value) in enumerate(steps, start=1):
-        folder = target if number == len(steps) else target.with_name(f"{target.name}.{number}")
-        folder.mkdir(parents=True)
-        for file in source.iterdir():  # the tokenizer and the like; no weights, whose files may have other names
-            if file.suffix not in (".safetensors", ".onnx") and file.name != "model.safetensors.index.json":
-                shutil.copy(file, folder)
-        try:
-            step.run(source, folder, value)
-        finally:
-            if number > 1:
-                shutil.rmtree(source)
-        source = folder
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f"{target.name}.") as scratch:  # beside, for a rename
+        for number, (step, value) in enumerate(steps_of(recipe)):
+            made = Path(scratch) / str(number)
+            made.mkdir()
+            copy_beside(source, made)
+            step.run(source, made, value)
+            source = made
+        shutil.rmtree(target, ignore_errors=True)
+        source.rename(target)
+
+
+def copy_beside(source: Path, target: Path) -> None:
+    """Copies what a `from_pretrained` folder has beside the network's weights: tokenizer, a head of ours, poolings."""
+    for file in source.iterdir():
+        weights = file.suffix in (".safetensors", ".onnx") or file.name.endswith(".index.json")
+        if file.is_file() and (file.name == HEAD_FILE or not weights):
+            shutil.copy(file, target)
+    modules = source / "modules.json"  # of sentence-transformers
+    for module in json.loads(modules.read_text(encoding="utf-8")) if modules.is_file() else []:
+        if module["path"] and (source / module["path"]).is_dir():
+            shutil.copytree(source / module["path"], target / module["path"])
 
 
 def load(folder: Path, **settings: Any) -> transformers.PreTrainedModel:
@@ -274,37 +288,50 @@ def save_as(network: transformers.PreTrainedModel, changes: dict[str, Any], weig
 # ONNX
 
 
+def tensors_of(output: Any) -> dict[str, Tensor]:
+    """The outputs of a network that are tensors, by their names."""
+    return {name: value for name, value in output.items() if isinstance(value, Tensor)}
+
+
 def onnx(source: Path, target: Path, value: float) -> None:
-    """Writes `model.onnx`: tokens and mask in, (batch, tokens) int64 each; logits or states out, float32."""
+    """Writes `model.onnx`: what the tokenizer gives in, (batch, tokens) int64 each; all outputs of the network out."""
     package("onnxscript")
     package("onnxruntime")
     network = load(source)
     network.config.use_cache = False
+    taken = inspect.signature(network.forward).parameters
+    names = [name for name in tokenizers.load(str(source)).model_input_names if name in taken]
+    draw = torch.Generator().manual_seed(0)
+    limits = {"input_ids": network.config.vocab_size, "token_type_ids": getattr(network.config, "type_vocab_size", 1)}
+    inputs = {name: torch.randint(limits.get(name, 2), (2, 16), generator=draw) for name in names}
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])  # a row of padding alone would have no output
+    with torch.no_grad():
+        right = tensors_of(network(**inputs))
 
     class Outputs(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.network = network
 
-        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-            return self.network(input_ids=input_ids, attention_mask=attention_mask)[0]
+        def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+            return tuple(tensors_of(self.network(**dict(zip(inputs, tensors)))).values())
 
-    tokens = torch.arange(5, 37).view(2, 16) % network.config.vocab_size
     sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens")}
     torch.onnx.export(
         Outputs(),
-        (tokens, torch.ones_like(tokens)),
+        tuple(inputs.values()),
         target / ONNX,
-        input_names=["input_ids", "attention_mask"],
-        output_names=["output"],
-        dynamic_shapes=(sizes, sizes),
+        input_names=list(inputs),
+        output_names=list(right),
+        dynamic_shapes=(tuple(sizes for _ in inputs),),
         dynamo=True,
         external_data=False,
         verbose=False,
     )
+    told = run_onnx(session(target), {name: tensor[:1, :11] for name, tensor in inputs.items()})
     with torch.no_grad():
-        right = network(tokens[:1, :11], attention_mask=torch.ones_like(tokens[:1, :11]))[0]
-    difference = (run_onnx(session(target), tokens[:1, :11]) - right).abs().max().item()
+        right = tensors_of(network(**{name: tensor[:1, :11] for name, tensor in inputs.items()}))
+    difference = max((told[name] - tensor).abs().max().item() for name, tensor in right.items())
     if not difference < 1e-3:
         raise UserError(f"the outputs of {ONNX} differ from the network's by {difference:.2g}: it is of no use")
 
@@ -332,28 +359,31 @@ def session(folder: Path) -> Any:
     return runtime.InferenceSession(str(folder / ONNX), options, providers=["CPUExecutionProvider"])
 
 
-def run_onnx(running: Any, tokens: Tensor, mask: Optional[Tensor] = None) -> Tensor:
-    """The outputs for tokens, (B, T) int64, and a mask of the same shape, or none."""
-    mask = torch.ones_like(tokens) if mask is None else mask
-    return torch.from_numpy(running.run(None, {"input_ids": tokens.numpy(), "attention_mask": mask.numpy()})[0])
+def run_onnx(running: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The outputs for some inputs, (B, T) int64 each; without a mask all tokens count, without types all are 0.
+
+    Raises:
+        UserError: If the file does not know an input.
+    """
+    known = [own.name for own in running.get_inputs()]
+    if unknown := inputs.keys() - set(known):
+        raise UserError(f"{ONNX} takes {', '.join(known)}, and this model's data has {', '.join(unknown)}, too")
+    fill = {"attention_mask": torch.ones_like, "token_type_ids": torch.zeros_like}
+    given = {name: inputs[name] if name in inputs else fill[name](inputs["input_ids"]) for name in known}
+    found = running.run(None, {name: tensor.numpy() for name, tensor in given.items()})
+    return {own.name: torch.from_numpy(value) for own, value in zip(running.get_outputs(), found)}
 
 
 STEPS = {
-    "int8": Step("int8 weights and inputs, by torchao", torchao("Int8DynamicActivationInt8WeightConfig")),
-    "int8-weights": Step("int8 weights, by torchao", torchao("Int8WeightOnlyConfig")),
-    "bnb-int8": Step("int8 weights and inputs, by bitsandbytes", bitsandbytes(load_in_8bit=True)),
-    "nf4": Step(
-        "4-bit normal floats, by bitsandbytes",
-        bitsandbytes(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True),
-    ),
-    "fp4": Step(
-        "4-bit floats, by bitsandbytes",
-        bitsandbytes(load_in_4bit=True, bnb_4bit_quant_type="fp4", bnb_4bit_use_double_quant=True),
-    ),
-    "sparse": Step("zeros in the place of the smallest weights", sparse, 0.5),
-    "2:4": Step("zeros in the place of two of four inputs", two_of_four),
-    "width": Step("a share of the feed-forward width", narrow, 0.5),
-    "layers": Step("a share of the blocks", shallow, 0.5),
-    "onnx": Step("ONNX, for onnxruntime", onnx),
-    "onnx-int8": Step("ONNX with int8 weights and inputs", onnx_int8),
+    "int8": Step(torchao("Int8DynamicActivationInt8WeightConfig"), last=True),
+    "int8-weights": Step(torchao("Int8WeightOnlyConfig"), last=True),
+    "bnb-int8": Step(bitsandbytes(load_in_8bit=True), last=True),
+    "nf4": Step(bitsandbytes(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True), last=True),
+    "fp4": Step(bitsandbytes(load_in_4bit=True, bnb_4bit_quant_type="fp4", bnb_4bit_use_double_quant=True), last=True),
+    "sparse": Step(sparse, 0.5),
+    "2:4": Step(two_of_four),
+    "width": Step(narrow, 0.5),
+    "layers": Step(shallow, 0.5),
+    "onnx": Step(onnx, last=True),
+    "onnx-int8": Step(onnx_int8, last=True),
 }

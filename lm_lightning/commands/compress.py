@@ -6,7 +6,6 @@ run's own config with the compressed weights.
 
 import csv
 import math
-import shutil
 import statistics
 import sys
 import tempfile
@@ -79,7 +78,8 @@ def compress(
     Args:
         model: Run folder or `from_pretrained` folder.
         recipe: One, or more as `[int8, nf4, width=0.5+int8]`. Default: each one, as far as it fits the network.
-        output: Folder of the compressed models, the table and the picture. Default: `compressed` in the model's.
+        output: Folder of the compressed models, the table and the picture, which may not have any of them yet.
+            Default: `compressed` in the run folder, or one beside the model's; older ones there are replaced.
         config: Config of a run, with whose data the loss is measured. Default: that of the run folder.
         tokens: Of each row of the timed passes.
         seconds: How long each time is measured.
@@ -93,24 +93,28 @@ def compress(
         compression.steps_of(one)
     own = Path(model) / "config.yaml"
     settings = Path(config) if config else own if own.is_file() else None
-    folder = Path(output) if output else Path(model) / "compressed"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = Path(output) if output else default_folder(Path(model), source)
+    targets = {one: folder / one.replace(":", "of").replace("=", "-") for one in recipes}
+    there = [target for target in targets.values() if target.exists()]
+    if output and there:
+        raise UserError(f"{there[0]} exists already: remove it, or name another --output")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the folder {folder} cannot be made ({error.strerror}): name another --output") from error
     rows, metrics = [], []
-    base = calls(source, tokens)
+    base = calls(source, compression.load(source), tokens)
     for one in ["none", *recipes]:
-        target = source
-        if one != "none":
-            target = folder / one.replace(":", "of").replace("=", "-")
-            shutil.rmtree(target, ignore_errors=True)
-            try:
+        target = targets.get(one, source)
+        try:
+            if one != "none":
                 compression.compress(source, one, target)
-            except BaseException as error:
-                shutil.rmtree(target, ignore_errors=True)
-                if recipe or not isinstance(error, UserError):
-                    raise
-                print(f"{one}: left out, since {error}", flush=True)
-                continue
-        found = evaluate(settings, source, target) if settings else {}
+            found = evaluate(settings, source, target) if settings else {}
+        except UserError as error:
+            if recipe or one == "none":
+                raise
+            print(f"{one}: left out, since {error}", flush=True)
+            continue
         metrics.append(found)
         rows.append(measure(one, target, base, tokens, seconds, found.get("val/loss", math.nan)))
         print(f"{one}: {'measured' if one == 'none' else target}", flush=True)
@@ -120,9 +124,15 @@ def compress(
     print(f"table: {folder / 'compression.md'}")
 
 
+def default_folder(model: Path, source: Path) -> Path:
+    """`compressed` in a run folder, else beside the model's."""
+    return source.with_name(f"{source.name}-compressed") if model == source else model / "compressed"
+
+
 def evaluate(settings: Path, source: Path, folder: Path) -> dict[str, float]:
     """The metrics of a run's validation split, with the weights of a folder."""
     from lightning.pytorch import Callback, LightningModule, Trainer
+    from transformers.utils import ModelOutput
 
     from lm_lightning import compression
     from lm_lightning.cli import CLI
@@ -134,10 +144,9 @@ def evaluate(settings: Path, source: Path, folder: Path) -> dict[str, float]:
             running = compression.session(folder)
             pl_module.separable = False
 
-            def forward(input_ids: "Tensor", attention_mask: Optional["Tensor"] = None, **others: Any) -> Any:
-                from transformers.modeling_outputs import TokenClassifierOutput
-
-                return TokenClassifierOutput(logits=compression.run_onnx(running, input_ids, attention_mask))
+            def forward(**inputs: Any) -> ModelOutput:
+                inputs.pop("use_cache", None)
+                return ModelOutput(compression.run_onnx(running, inputs))
 
             pl_module.network.forward = forward
 
@@ -151,27 +160,32 @@ def evaluate(settings: Path, source: Path, folder: Path) -> dict[str, float]:
         return {name: float(value) for name, value in cli.trainer.callback_metrics.items()}
 
 
-def calls(folder: Path, tokens: int) -> dict[str, Callable[[], Any]]:
-    """What is timed of a model: a pass of one and of eight rows, and of a GPT also the writing of 32 tokens."""
+def calls(folder: Path, running: Any, tokens: int) -> dict[str, Callable[[], Any]]:
+    """What is timed of a model: a pass of one and of eight rows, and of a GPT also the writing of 32 tokens.
+
+    Args:
+        folder: Of the model.
+        running: Its network, or what runs its ONNX file.
+        tokens: Of each row.
+    """
     import torch
     import transformers
 
     from lm_lightning import compression
 
-    onnx = (folder / compression.ONNX).is_file()
-    running: Any = compression.session(folder) if onnx else compression.load(folder)
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    vocabulary = transformers.AutoConfig.from_pretrained(folder, local_files_only=True).vocab_size
     found: dict[str, Callable[[], Any]] = {}
     for size in (1, 8):
-        ids = torch.randint(config.vocab_size, (size, tokens), generator=torch.Generator().manual_seed(0))
-        if onnx:
-            found[f"latency_{size}"] = partial(compression.run_onnx, running, ids)
+        ids = torch.randint(vocabulary, (size, tokens), generator=torch.Generator().manual_seed(0))
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if not hasattr(running, "forward"):
+            found[f"latency_{size}"] = partial(compression.run_onnx, running, inputs)
             continue
-        mask = torch.ones_like(ids)
-        found[f"latency_{size}"] = torch.no_grad()(partial(running, ids, attention_mask=mask))
+        found[f"latency_{size}"] = torch.no_grad()(partial(running, **inputs))
         if running.can_generate():
             settings = {"do_sample": False, "min_new_tokens": WRITTEN, "max_new_tokens": WRITTEN, "pad_token_id": 0}
-            found[f"decode_{size}"] = partial(running.generate, ids[:, :8], attention_mask=mask[:, :8], **settings)
+            prompts = {name: tensor[:, :8] for name, tensor in inputs.items()}
+            found[f"decode_{size}"] = partial(running.generate, **prompts, **settings)
     return found
 
 
@@ -183,23 +197,23 @@ def measure(
     from lm_lightning.models.network import linear_layers, zeros_of
 
     disk = sum(f.stat().st_size for f in folder.iterdir() if f.suffix in (".safetensors", ".onnx")) / 2**20
+    onnx = (folder / compression.ONNX).is_file()
+    network: Any = compression.session(folder) if onnx else compression.load(folder)
     times = dict.fromkeys(Measures._fields[5:-1], math.nan)
-    for name, call in calls(folder, tokens).items():
+    for name, call in calls(folder, network, tokens).items():
         own, other = timed(call, base[name], seconds)
         if name.startswith("decode"):  # tokens a second
             own, other = (1000 * WRITTEN * int(name[-1]) / value for value in (own, other))
         times[name], times[f"relative_{name}"] = own, own / other
-    if (folder / compression.ONNX).is_file():
+    if onnx:
         return Measures(recipe, 0, math.nan, disk, disk, *times.values(), loss=loss)  # type: ignore[misc]
-    network = compression.load(folder)
     memory = sum(bytes_of(tensor) for tensor in [*network.parameters(), *network.buffers()]) / 2**20
     try:
         zeros, weights = zeros_of(linear_layers(network))
         share = zeros / weights
     except (RuntimeError, NotImplementedError):  # of quantized ones
         share = math.nan
-    parameters = network.num_parameters() if recipe.split("+")[-1] not in ("nf4", "fp4") else 0
-    return Measures(recipe, parameters, share, disk, memory, *times.values(), loss=loss)  # type: ignore[misc]
+    return Measures(recipe, network.num_parameters(), share, disk, memory, *times.values(), loss=loss)  # type: ignore[misc]
 
 
 def bytes_of(tensor: "Tensor") -> int:

@@ -1,6 +1,5 @@
 """BERT: masked language models, with or without next sentences."""
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -67,11 +66,18 @@ class MaskedLM(LanguageModule):
     def outputs(self, batch: dict) -> Any:
         """The network's outputs, where its prediction logits are for the targets only: (B, K, V).
 
-        If `separable`, what would go into the head's last layer stands in the place of the logits: (B, K, H).
+        If `separable`, what would go into the head's last layer stands in the place of the logits: (B, K, H). Else
+        the network as it is gives the logits of all tokens, of which these are taken.
         """
         names = ("input_ids", "attention_mask", "token_type_ids")
         inputs = {name: batch[name] for name in names if name in batch}
         positions = batch["positions"].unsqueeze(-1)
+
+        if not self.separable:
+            output = self.network(**inputs)
+            name = "prediction_logits" if "prediction_logits" in output else "logits"
+            output[name] = output[name].gather(1, positions.expand(-1, -1, output[name].shape[-1]))
+            return output
 
         def gather(module: nn.Module, args: Any, output: Any) -> Any:
             hidden = output.last_hidden_state
@@ -80,7 +86,7 @@ class MaskedLM(LanguageModule):
 
         hook = self.network.base_model.register_forward_hook(gather)
         try:
-            with headless(self.network) if self.separable else nullcontext():
+            with headless(self.network):
                 return self.network(**inputs)
         finally:
             hook.remove()

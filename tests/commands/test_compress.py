@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import paragraphs
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from lm_lightning import compression
@@ -153,12 +154,71 @@ def test_onnx_gives_the_outputs_of_the_network(folders, tmp_path: Path):
         compression.compress(folders["bert"], recipe, folder)
         running = compression.session(folder)
         compression.compress(folders["bert"], "width=0.5", tmp_path / f"{recipe}.torch")
-        right = outputs(folders["bert"] if recipe == "onnx" else tmp_path / f"{recipe}.torch")
-        for rows in (1, 2):  # any number of rows and tokens
-            told = compression.run_onnx(running, TOKENS[:rows, : 6 * rows])
-            if rows == 2:
-                assert (told - right).abs().max() < tolerance * right.std()
+        whole = compression.load(folders["bert"] if recipe == "onnx" else tmp_path / f"{recipe}.torch")
+        for rows in (1, 2):  # any number of rows and tokens, with a mask and token types
+            ids = TOKENS[:rows, : 6 * rows]
+            inputs = {"input_ids": ids, "token_type_ids": ids % 2, "attention_mask": torch.ones_like(ids)}
+            inputs["attention_mask"][0, -2:] = 0
+            told = compression.run_onnx(running, inputs)["logits"]
+            with torch.no_grad():
+                right = whole(**inputs).logits
+                other = whole(input_ids=ids, attention_mask=inputs["attention_mask"]).logits
+            assert (told - right).abs().max() < tolerance * right.std()
+            assert (other - right).abs().max() > 1e-3  # so that the types matter
         assert (folder / "tokenizer.json").is_file() and not list(folder.glob("*.safetensors"))
+        with pytest.raises(UserError, match="takes input_ids, token_type_ids, attention_mask, and .* has position_ids"):
+            compression.run_onnx(running, {"input_ids": TOKENS, "position_ids": TOKENS})
+
+
+def test_what_lies_beside_the_weights_is_kept(folders, tmp_path: Path):
+    """The head of a parser, and the pooling of embeddings."""
+    source = shutil.copytree(folders["bert"], tmp_path / "source")
+    (source / "1_Pooling").mkdir()
+    (source / "1_Pooling" / "config.json").write_text("{}")
+    (source / "modules.json").write_text(json.dumps([{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Normalize"}]))
+    save_file({"root": torch.ones(2)}, source / "head.safetensors")
+    for recipe in ("sparse", "width=0.5+layers=0.5"):
+        compression.compress(source, recipe, tmp_path / "target")  # the second in the first one's place
+        assert (tmp_path / "target" / "1_Pooling" / "config.json").is_file()
+        assert torch.equal(load_file(tmp_path / "target" / "head.safetensors")["root"], torch.ones(2))
+    assert compression.load(tmp_path / "target").config.num_hidden_layers == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "target"}  # nothing half done is left
+
+
+@pytest.mark.parametrize(
+    ("data", "model", "monitor"),
+    [
+        ("ParsingData", "Parser", "val/las"),
+        ("TaggingData", "Tagging", "val/f1"),
+    ],
+)
+def test_tasks_keep_their_metrics(cli, tmp_path: Path, data: str, model: str, monitor: str):
+    """Fewer bits, or another runtime, but the same network: also with a head that transformers has not."""
+    from clauses import recipe as recipe_of
+
+    pytest.importorskip("onnxruntime")
+    recipe = recipe_of(tmp_path, model, data, monitor)
+    out = cli("fit", "--config", recipe, "--trainer.max_steps", 60, "--trainer.val_check_interval", 60)
+    run = Path(next(line for line in out.splitlines() if line.startswith("run folder: ")).split(": ", 1)[1])
+    cli("compress", run, "--recipe", "[onnx, sparse=0.01]", "--seconds", 0.05, "--tokens", 16)
+    with open(run / "compressed" / "compression.csv", newline="") as file:
+        none, onnx, sparse = csv.DictReader(file)
+    assert float(none[monitor]) > 0.5
+    assert float(onnx["loss"]) == pytest.approx(float(none["loss"]), abs=1e-4)
+    assert float(onnx[monitor]) == pytest.approx(float(none[monitor]), abs=1e-6)
+    assert float(sparse["loss"]) == pytest.approx(float(none["loss"]), abs=0.05)
+
+
+def test_masked_language_models_have_the_same_loss_in_onnx(fit, cli, recipe: Path, tmp_path: Path):
+    pytest.importorskip("onnxruntime")
+    network = json.dumps({"model_type": "bert", "max_position_embeddings": 64} | SIZES["bert"])
+    flags = ("--model.class_path", "MaskedLM", "--model.network", network, "--data.class_path", "MaskedData")
+    wordpiece = ("--data.tokenizer.algorithm", "wordpiece", "--data.next_sentence", "false")
+    run = fit(*flags, *wordpiece)
+    cli("compress", run, "--recipe", "onnx", "--seconds", 0.05, "--tokens", 16)
+    with open(run / "compressed" / "compression.csv", newline="") as file:
+        none, onnx = csv.DictReader(file)
+    assert float(onnx["loss"]) == pytest.approx(float(none["loss"]), abs=1e-4)
 
 
 def test_table_is_of_what_was_measured(fit, cli, recipe: Path):
@@ -196,6 +256,7 @@ def test_table_is_of_what_was_measured(fit, cli, recipe: Path):
         ("width=2", "takes a share between 0 and 1, such as width=0.5"),
         ("nf4=0.5", "takes no value"),
         ("width=", "takes a share"),
+        ("int8+width=0.5", "has width after a step that leaves no plain weights"),
     ],
 )
 def test_unknown_recipes_are_refused(cli, folders, recipe: str, message: str):
@@ -203,3 +264,19 @@ def test_unknown_recipes_are_refused(cli, folders, recipe: str, message: str):
         cli("compress", folders["bert"], "--recipe", recipe)
     assert json.loads((folders["bert"] / "config.json").read_text())["architectures"] == ["BertForMaskedLM"]
     assert not (folders["bert"] / "compressed").exists()
+
+
+def test_folders_of_the_user_are_left_alone(cli, folders, tmp_path: Path):
+    (tmp_path / "layers-0.5").mkdir()
+    (tmp_path / "layers-0.5" / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match="layers-0.5 exists already: remove it, or name another --output"):
+        cli("compress", folders["bert"], "--recipe", "[sparse, layers=0.5]", "--output", tmp_path)
+    assert (tmp_path / "layers-0.5" / "mine.txt").is_file() and not (tmp_path / "sparse").exists()
+
+
+def test_folder_of_a_model_alone_gets_its_own_beside_it(cli, folders, tmp_path: Path):
+    source = shutil.copytree(folders["gpt2"], tmp_path / "mine")
+    for _ in range(2):  # the second in the place of the first
+        out = cli("compress", source, "--recipe", "sparse", "--seconds", 0.05, "--tokens", 16)
+    assert (tmp_path / "mine-compressed" / "sparse" / "model.safetensors").is_file()
+    assert "| sparse |" in out.replace("*", "")
