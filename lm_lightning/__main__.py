@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import logging
 import os
 import re
 import sys
@@ -42,6 +43,8 @@ def main() -> None:
             raise UserError(f"there is no command {command}; the commands are {', '.join(COMMANDS)}")
         # asked for, so that the tokenizers library does not warn of the loader's forks
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+        for library in ("torchao", "torch.utils._pytree"):  # of kernels for GPUs that are not here, at each import
+            logging.getLogger(library).setLevel(logging.ERROR)
         run(command)
     except UserError as error:
         if {os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID")} == {"0"}:

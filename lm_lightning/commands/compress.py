@@ -4,7 +4,10 @@ Everything in the table is measured on this machine: time by the network alone, 
 run's own config with the compressed weights.
 """
 
+import contextlib
 import csv
+import io
+import logging
 import math
 import statistics
 import sys
@@ -87,6 +90,7 @@ def compress(
     from lm_lightning import compression
 
     hub.quiet()
+    logging.getLogger("bitsandbytes.autograd").setLevel(logging.ERROR)  # of each layer in each pass
     source = model_folder(model)
     recipes = ([recipe] if isinstance(recipe, str) else list(recipe)) or list(compression.STEPS)
     for one in recipes:
@@ -156,7 +160,8 @@ def evaluate(settings: Path, source: Path, folder: Path) -> dict[str, float]:
         weights = ["--model.network", "null", "--model.pretrained", str(source if onnx else folder)]
         plain = ["--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.strategy", "auto"]
         plain += ["--trainer.precision", "32-true", "--model.compile", "false", "--trainer.callbacks", "null"]
-        cli = CLI(["validate", *flags, *weights, *plain], [InTheNetworksPlace()] if onnx else [])
+        with contextlib.redirect_stdout(io.StringIO()):  # of one run each recipe
+            cli = CLI(["validate", *flags, *weights, *plain], [InTheNetworksPlace()] if onnx else [])
         return {name: float(value) for name, value in cli.trainer.callback_metrics.items()}
 
 
