@@ -72,7 +72,7 @@ def _import(name: str) -> ModuleType:
         return importlib.import_module(name)
     except ImportError:
         package = name.partition(".")[0]
-        raise UserError(f'This corpus needs the package {package}: pip install "lm_lightning[data]".') from None
+        raise UserError(f'This corpus needs the package {package}: pip install -e ".[data]".') from None
 
 
 def _open_zst(path: Path) -> Any:

@@ -15,7 +15,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lm_lightning.commands.find import largest, steepest
 from lm_lightning.commands.fits import logged
-from lm_lightning.commands.tune import flags_of, read_search
+from lm_lightning.commands.search_space import read_search
+from lm_lightning.commands.tune import flags_of
 from lm_lightning.errors import UserError
 
 ROOT = Path(__file__).parent.parent.parent

@@ -322,7 +322,7 @@ def test_rows_without_text_are_skipped_and_counted(tmp_path, capsys):
 @pytest.mark.parametrize("name", ["a.parquet", "a.txt.zst"])
 def test_a_missing_package_is_an_error_with_the_remedy(tmp_path, monkeypatch, name):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    assert 'pip install "lm_lightning[data]"' in error_of(write(tmp_path / name, "x"))
+    assert 'pip install -e ".[data]"' in error_of(write(tmp_path / name, "x"))
 
 
 def test_importing_is_cheap():
