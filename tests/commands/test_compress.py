@@ -13,7 +13,8 @@ from conftest import paragraphs
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
-from lm_lightning import compression
+from lm_lightning.compression import formats, recipes, structure
+from lm_lightning.compression.folder import load
 from lm_lightning.data.tokenizer import Tokenizer, train
 from lm_lightning.errors import UserError
 
@@ -47,7 +48,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @torch.no_grad()
 def outputs(folder: Path) -> torch.Tensor:
-    return compression.load(folder)(TOKENS)[0]
+    return load(folder)(TOKENS)[0]
 
 
 @pytest.mark.parametrize("kind", SIZES)
@@ -57,9 +58,9 @@ def test_quantized_model_is_small_and_loads_in_plain_transformers(folders, kind:
     target = tmp_path / "target"
     if kind == "gpt2" and recipe.startswith("int8"):  # torchao passes by Conv1D without a word
         with pytest.raises(UserError, match="leaves 16 of 16 linear layers of GPT2LMHeadModel .*Conv1D"):
-            compression.compress(folders[kind], recipe, target)
+            recipes.compress(folders[kind], recipe, target)
         return
-    compression.compress(folders[kind], recipe, target)
+    recipes.compress(folders[kind], recipe, target)
     code = """
 import sys, torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
@@ -85,12 +86,12 @@ assert "lm_lightning" not in sys.modules
     share = of_blocks(target) / of_blocks(folders[kind])
     assert share <= (0.3 if recipe != "nf4" else 0.16), share
     with pytest.raises(UserError, match="is quantized already"):
-        compression.compress(target, recipe, tmp_path / "twice")
+        recipes.compress(target, recipe, tmp_path / "twice")
 
 
 def test_quantized_model_is_not_trained(fit, folders, tmp_path: Path):
     pytest.importorskip("torchao")
-    compression.compress(folders["llama"], "int8", tmp_path / "target")
+    recipes.compress(folders["llama"], "int8", tmp_path / "target")
     weights = ("--model.network", "null", "--model.pretrained", tmp_path / "target")
     with pytest.raises(UserError, match="is quantized, and can be measured, but not trained"):
         fit(*weights, "--data.tokenizer.path", tmp_path / "target")
@@ -98,9 +99,9 @@ def test_quantized_model_is_not_trained(fit, folders, tmp_path: Path):
 
 @pytest.mark.parametrize("kind", SIZES)
 def test_narrow_model_gives_the_outputs_of_the_masked_one(folders, kind: str, tmp_path: Path):
-    compression.compress(folders[kind], "width=0.5", tmp_path / "target")
-    narrow, whole = compression.load(tmp_path / "target"), compression.load(folders[kind])
-    key, width = compression.width_of(whole.config)
+    recipes.compress(folders[kind], "width=0.5", tmp_path / "target")
+    narrow, whole = load(tmp_path / "target"), load(folders[kind])
+    key, width = structure.width_of(whole.config)
     assert getattr(narrow.config, key) == width // 2
     assert narrow.num_parameters() < whole.num_parameters()
     # The units that are gone, made zero in the whole network: those whose row into the next layer is not in the other.
@@ -125,8 +126,8 @@ def test_narrow_model_gives_the_outputs_of_the_masked_one(folders, kind: str, tm
 
 @pytest.mark.parametrize("kind", SIZES)
 def test_shallow_model_has_the_named_blocks(folders, kind: str, tmp_path: Path):
-    compression.compress(folders[kind], "layers=0.5", tmp_path / "target")
-    shallow, whole = compression.load(tmp_path / "target"), compression.load(folders[kind])
+    recipes.compress(folders[kind], "layers=0.5", tmp_path / "target")
+    shallow, whole = load(tmp_path / "target"), load(folders[kind])
     from lm_lightning.models.network import blocks
 
     assert shallow.config.num_hidden_layers == 2
@@ -138,8 +139,8 @@ def test_shallow_model_has_the_named_blocks(folders, kind: str, tmp_path: Path):
 def test_sparse_models_have_as_many_zeros_as_were_asked_for(folders, kind: str, tmp_path: Path):
     from lm_lightning.models.network import by_rows, linear_layers
 
-    compression.compress(folders[kind], "sparse=0.7", tmp_path / "sparse")
-    compression.compress(folders[kind], "2:4", tmp_path / "two")
+    recipes.compress(folders[kind], "sparse=0.7", tmp_path / "sparse")
+    recipes.compress(folders[kind], "2:4", tmp_path / "two")
     for layer in linear_layers(AutoModel.from_pretrained(tmp_path / "sparse")).values():
         assert (layer.weight == 0).sum() == round(0.7 * layer.weight.numel())
     for layer in linear_layers(AutoModel.from_pretrained(tmp_path / "two")).values():
@@ -151,15 +152,15 @@ def test_onnx_gives_the_outputs_of_the_network(folders, tmp_path: Path):
     pytest.importorskip("onnxruntime")
     for recipe, tolerance in (("onnx", 1e-4), ("width=0.5+onnx-int8", 0.3)):
         folder = tmp_path / recipe.replace("=", "-")
-        compression.compress(folders["bert"], recipe, folder)
-        running = compression.session(folder)
-        compression.compress(folders["bert"], "width=0.5", tmp_path / f"{recipe}.torch")
-        whole = compression.load(folders["bert"] if recipe == "onnx" else tmp_path / f"{recipe}.torch")
+        recipes.compress(folders["bert"], recipe, folder)
+        running = formats.runner(folder)
+        recipes.compress(folders["bert"], "width=0.5", tmp_path / f"{recipe}.torch")
+        whole = load(folders["bert"] if recipe == "onnx" else tmp_path / f"{recipe}.torch")
         for rows in (1, 2):  # any number of rows and tokens, with a mask and token types
             ids = TOKENS[:rows, : 6 * rows]
             inputs = {"input_ids": ids, "token_type_ids": ids % 2, "attention_mask": torch.ones_like(ids)}
             inputs["attention_mask"][0, -2:] = 0
-            told = compression.run_onnx(running, inputs)["logits"]
+            told = running(**inputs)["logits"]
             with torch.no_grad():
                 right = whole(**inputs).logits
                 other = whole(input_ids=ids, attention_mask=inputs["attention_mask"]).logits
@@ -167,7 +168,7 @@ def test_onnx_gives_the_outputs_of_the_network(folders, tmp_path: Path):
             assert (other - right).abs().max() > 1e-3  # so that the types matter
         assert (folder / "tokenizer.json").is_file() and not list(folder.glob("*.safetensors"))
         with pytest.raises(UserError, match="takes input_ids, token_type_ids, attention_mask, and .* has position_ids"):
-            compression.run_onnx(running, {"input_ids": TOKENS, "position_ids": TOKENS})
+            running(input_ids=TOKENS, position_ids=TOKENS)
 
 
 def test_what_lies_beside_the_weights_is_kept(folders, tmp_path: Path):
@@ -178,10 +179,10 @@ def test_what_lies_beside_the_weights_is_kept(folders, tmp_path: Path):
     (source / "modules.json").write_text(json.dumps([{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Normalize"}]))
     save_file({"root": torch.ones(2)}, source / "head.safetensors")
     for recipe in ("sparse", "width=0.5+layers=0.5"):
-        compression.compress(source, recipe, tmp_path / "target")  # the second in the first one's place
+        recipes.compress(source, recipe, tmp_path / "target")  # the second in the first one's place
         assert (tmp_path / "target" / "1_Pooling" / "config.json").is_file()
         assert torch.equal(load_file(tmp_path / "target" / "head.safetensors")["root"], torch.ones(2))
-    assert compression.load(tmp_path / "target").config.num_hidden_layers == 2
+    assert load(tmp_path / "target").config.num_hidden_layers == 2
     assert {path.name for path in tmp_path.iterdir()} == {"source", "target"}  # nothing half done is left
 
 

@@ -1,0 +1,72 @@
+"""Folders of models: what a step of a recipe reads and leaves."""
+
+import importlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import transformers
+from torch import Tensor
+
+from lm_lightning.errors import UserError
+from lm_lightning.models.network import HEAD_FILE
+
+PROGRAMS = (".onnx", ".pt2")  # not for `transformers`
+
+
+def load(folder: Path, **settings: Any) -> transformers.PreTrainedModel:
+    """The network of a folder, of the class that it was saved from, in evaluation mode."""
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    name = (config.architectures or ["none"])[0]
+    if not hasattr(transformers, name):
+        raise UserError(f"{folder}/config.json tells no class of transformers: it has architectures {name}")
+    return getattr(transformers, name).from_pretrained(folder, local_files_only=True, **settings).eval()
+
+
+def copy_beside(source: Path, target: Path) -> None:
+    """Copies what a folder has beside the network's weights: tokenizer, a head of ours, poolings."""
+    for file in source.iterdir():
+        weights = file.suffix in (".safetensors", *PROGRAMS) or file.name.endswith(".index.json")
+        if file.is_file() and (file.name == HEAD_FILE or not weights):
+            shutil.copy(file, target)
+    modules = source / "modules.json"  # of sentence-transformers
+    for module in json.loads(modules.read_text(encoding="utf-8")) if modules.is_file() else []:
+        if module["path"] and (source / module["path"]).is_dir():
+            shutil.copytree(source / module["path"], target / module["path"])
+
+
+def save_as(
+    network: transformers.PreTrainedModel, changes: dict[str, Any], weights: dict[str, Tensor], target: Path
+) -> None:
+    """Writes a network of other sizes.
+
+    Args:
+        network: Of the sizes until now.
+        changes: Settings of its config that are others.
+        weights: Of the new sizes.
+        target: Folder that is there.
+
+    Raises:
+        UserError: If its class does not take them.
+    """
+    try:
+        config = type(network.config).from_dict(network.config.to_dict() | changes)
+        smaller = type(network)(config)
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"{type(network).__name__} does not take {changes} ({' '.join(str(error).split())[:200]}): take "
+            "another share"
+        ) from error
+    smaller.load_state_dict(weights)
+    if network.can_generate():
+        smaller.generation_config = network.generation_config
+    smaller.save_pretrained(target)
+
+
+def package(name: str) -> Any:
+    """A package that is not always needed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(f'this recipe needs the package {name}: pip install -e ".[compress]"') from error

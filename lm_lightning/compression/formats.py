@@ -1,0 +1,220 @@
+"""Formats of finished models that run without `transformers`: ONNX, and PyTorch's own exported programs.
+
+Both take what the tokenizer gives, (batch, tokens) int64 each, of any sizes, and give all outputs of the network.
+"""
+
+import inspect
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, nn
+
+from lm_lightning.compression.calibration import Calibration
+from lm_lightning.compression.folder import load, package
+from lm_lightning.data import tokenizer as tokenizers
+from lm_lightning.errors import UserError
+from lm_lightning.models.network import linear_layers
+
+ONNX, PROGRAM = "model.onnx", "model.pt2"
+Runner = Callable[..., dict[str, Tensor]]  # inputs by their names in, outputs by theirs out
+
+
+def tensors_of(output: Any) -> dict[str, Tensor]:
+    """The outputs of a network that are tensors, by their names."""
+    return {name: value for name, value in output.items() if isinstance(value, Tensor)}
+
+
+class Outputs(nn.Module):
+    """A network that takes its inputs in an order, and gives its outputs in one.
+
+    Args:
+        network: Of `transformers`.
+        names: Of the inputs.
+    """
+
+    def __init__(self, network: nn.Module, names: list[str]) -> None:
+        super().__init__()
+        self.network, self.names = network, names
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensors_of(self.network(**dict(zip(self.names, tensors)))).values())
+
+
+class Format:
+    """A step of a recipe that writes a network as another program does, and checks that it gives the same there."""
+
+    def check(self, network: nn.Module, modules: Sequence[str] = ()) -> None:
+        """Any network will do, until it is tried."""
+
+    def write(self, program: Outputs, inputs: dict[str, Tensor], outputs: list[str], target: Path) -> None:
+        """Writes the program into a folder that is there.
+
+        Args:
+            program: The network.
+            inputs: Examples.
+            outputs: Their names.
+            target: Folder.
+        """
+        raise NotImplementedError
+
+    def __call__(
+        self, source: Path, target: Path, value: float, calibration: Optional[Calibration], modules: Sequence[str]
+    ) -> None:
+        network = load(source)
+        network.config.use_cache = False
+        taken = inspect.signature(network.forward).parameters
+        names = [name for name in tokenizers.load(str(source)).model_input_names if name in taken]
+        draw = torch.Generator().manual_seed(0)
+        limits = {
+            "input_ids": network.config.vocab_size,
+            "token_type_ids": getattr(network.config, "type_vocab_size", 1),
+        }
+        inputs = {name: torch.randint(limits.get(name, 2), (2, 16), generator=draw) for name in names}
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])  # a row of padding would have no output
+        with torch.no_grad():
+            outputs = list(tensors_of(network(**inputs)))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of how both trace
+            self.write(Outputs(network, list(inputs)), inputs, outputs, target)
+        other = {name: tensor[:1, :11] for name, tensor in inputs.items()}
+        with torch.no_grad():
+            right = tensors_of(network(**other))
+        told = runner(target)(**other)  # type: ignore[misc]
+        difference = max((told[name] - tensor).abs().max().item() for name, tensor in right.items())
+        if not difference < 1e-3:
+            raise UserError(
+                f"the outputs of the program differ from the network's by {difference:.2g}: it is of no use"
+            )
+        self.finish(network, target, modules)
+
+    def finish(self, network: nn.Module, target: Path, modules: Sequence[str]) -> None:
+        """What is done with the program when it was found to be right."""
+
+
+def sizes(inputs: dict[str, Tensor]) -> tuple:
+    """That rows and tokens of all inputs may be of any number."""
+    return (tuple({0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens")} for _ in inputs),)
+
+
+class Program(Format):
+    """`model.pt2`, what `torch.export` leaves; `torch.export.load` and AOTInductor take it."""
+
+    def write(self, program: Outputs, inputs: dict[str, Tensor], outputs: list[str], target: Path) -> None:
+        any_size = torch.export.Dim.DYNAMIC
+        dynamic = (tuple({0: any_size, 1: any_size} for _ in inputs),)
+        exported = torch.export.export(program.eval(), tuple(inputs.values()), dynamic_shapes=dynamic)
+        torch.export.save(exported, target / PROGRAM, extra_files={"names": "\n".join([",".join(inputs), *outputs])})
+
+
+class Onnx(Format):
+    """`model.onnx`.
+
+    Args:
+        int8: Whether its weights are int8, and the layers' inputs are quantized as they come.
+    """
+
+    def __init__(self, int8: bool = False) -> None:
+        self.int8 = int8
+
+    def write(self, program: Outputs, inputs: dict[str, Tensor], outputs: list[str], target: Path) -> None:
+        package("onnxscript")
+        package("onnxruntime")
+        torch.onnx.export(
+            program,
+            tuple(inputs.values()),
+            target / ONNX,
+            input_names=list(inputs),
+            output_names=outputs,
+            dynamic_shapes=sizes(inputs),
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+
+    def finish(self, network: nn.Module, target: Path, modules: Sequence[str]) -> None:
+        if not self.int8:
+            return
+        quantization = package("onnxruntime.quantization")
+        whole = (target / ONNX).rename(target / "whole.onnx")
+        nodes = products(whole, list(linear_layers(network, modules)))
+        quantization.quantize_dynamic(
+            whole,
+            target / ONNX,
+            weight_type=quantization.QuantType.QInt8,
+            per_channel=True,
+            op_types_to_quantize=["MatMul", "Gemm"],
+            nodes_to_quantize=nodes,
+        )
+        whole.unlink()
+
+
+def products(file: Path, layers: list[str]) -> list[str]:
+    """The names of the nodes of an ONNX file that are the products of some layers.
+
+    Raises:
+        UserError: If some layer has none.
+    """
+    found: dict[str, str] = {}
+    for node in package("onnx").load(file, load_external_data=False).graph.node:
+        if node.op_type in ("MatMul", "Gemm"):
+            scopes = {item.key: item.value for item in node.metadata_props}.get("pkg.torch.onnx.name_scopes", "")
+            for layer in layers:
+                if f"'network.{layer}'" in scopes:
+                    found[layer] = node.name
+    missing = [layer for layer in layers if layer not in found]
+    if missing:
+        raise UserError(f"{ONNX} does not tell where {len(missing)} of {len(layers)} layers are, such as {missing[0]}")
+    return list(found.values())
+
+
+def runner(folder: Path) -> Optional[Runner]:
+    """What runs the program of a folder, with as many threads as torch has; None if there is none.
+
+    It takes inputs by name, (B, T) int64 each; without a mask all tokens count, without types all are 0. It raises
+    UserError if the program does not know an input.
+    """
+    if (folder / ONNX).is_file():
+        return of_onnx(folder / ONNX)
+    if (folder / PROGRAM).is_file():
+        return of_program(folder / PROGRAM)
+    return None
+
+
+def complete(inputs: dict[str, Tensor], known: Sequence[str], file: Path) -> list[Tensor]:
+    """The inputs that a program knows, in its order."""
+    if unknown := inputs.keys() - set(known):
+        raise UserError(f"{file.name} takes {', '.join(known)}, and this model's data has {', '.join(unknown)}, too")
+    fill = {"attention_mask": torch.ones_like, "token_type_ids": torch.zeros_like}
+    return [inputs[name] if name in inputs else fill[name](inputs["input_ids"]) for name in known]
+
+
+def of_onnx(file: Path) -> Runner:
+    """What runs an ONNX file."""
+    runtime = package("onnxruntime")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = runtime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    known, made = ([own.name for own in part] for part in (session.get_inputs(), session.get_outputs()))
+
+    def run(**inputs: Tensor) -> dict[str, Tensor]:
+        given = complete(inputs, known, file)
+        found = session.run(None, {name: tensor.numpy() for name, tensor in zip(known, given)})
+        return {name: torch.from_numpy(value) for name, value in zip(made, found)}
+
+    return run
+
+
+def of_program(file: Path) -> Runner:
+    """What runs a program of `torch.export`."""
+    extra = {"names": ""}
+    program = torch.export.load(file, extra_files=extra).module()
+    first, *made = extra["names"].split("\n")
+
+    @torch.no_grad()
+    def run(**inputs: Tensor) -> dict[str, Tensor]:
+        return dict(zip(made, program(*complete(inputs, first.split(","), file))))
+
+    return run

@@ -1,0 +1,194 @@
+"""Measures: a folder of a model in; its sizes, and how long it takes beside another one, out."""
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors
+import torch
+import transformers
+from torch import Tensor
+
+from lm_lightning.compression import formats
+from lm_lightning.compression.folder import PROGRAMS, load, package
+from lm_lightning.compression.sparsity import semi_structured
+from lm_lightning.models.network import linear_layers, zeros_of
+
+WRITTEN = 32  # tokens of a GPT
+
+
+class Measures(NamedTuple):
+    """What is measured of a model; NaN where it cannot be.
+
+    Attributes:
+        recipe: How it was made.
+        parameters: Of the network.
+        zeros: Share of the weights in the blocks' linear layers that are zero.
+        layers: MiB of the weights of the blocks' linear layers, in the files.
+        disk: MiB of all its weights' files.
+        memory: MiB of its parameters and buffers.
+        latency_1: Milliseconds of a forward pass, one row.
+        latency_8: The same with eight rows.
+        decode_1: Tokens a second that a GPT writes, one row.
+        decode_8: The same of eight rows together.
+        relative_latency_1: That latency as a part of the uncompressed model's, which runs in turn with it, so that
+            whatever else the machine does slows down both.
+        relative_latency_8: The same with eight rows.
+        relative_decode_1: The same of the tokens a second.
+        relative_decode_8: The same with eight rows.
+        loss: Of the run's validation split.
+    """
+
+    recipe: str
+    parameters: int
+    zeros: float
+    layers: float
+    disk: float
+    memory: float
+    latency_1: float
+    latency_8: float
+    decode_1: float
+    decode_8: float
+    relative_latency_1: float
+    relative_latency_8: float
+    relative_decode_1: float
+    relative_decode_8: float
+    loss: float
+
+
+TIMES = Measures._fields[6:-1]
+
+
+class Bench:
+    """Measures models beside one, the uncompressed.
+
+    Args:
+        base: Its folder.
+        tokens: Of each row of the timed passes.
+        seconds: How long each time is measured.
+        device: `cpu` or `cuda`.
+    """
+
+    def __init__(self, base: Path, tokens: int, seconds: float, device: str = "cpu") -> None:
+        self.tokens, self.seconds, self.device = tokens, seconds, device
+        self.base = self.calls(base, self.network(base))
+
+    def network(self, folder: Path) -> transformers.PreTrainedModel:
+        """The network of a folder on the device, in its quickest form."""
+        if self.device == "cpu":
+            return load(folder)
+        network = load(folder, device_map=self.device)
+        semi_structured(network)
+        return network
+
+    def calls(self, folder: Path, running: Any) -> dict[str, Callable[[], Any]]:
+        """What is timed of a model: a pass of one and of eight rows, and of a GPT also the writing of 32 tokens.
+
+        Args:
+            folder: Of the model.
+            running: Its network, or what runs its program.
+        """
+        vocabulary = transformers.AutoConfig.from_pretrained(folder, local_files_only=True).vocab_size
+        found: dict[str, Callable[[], Any]] = {}
+        network = isinstance(running, torch.nn.Module)
+        for size in (1, 8):
+            ids = torch.randint(vocabulary, (size, self.tokens), generator=torch.Generator().manual_seed(0))
+            ids = ids.to(self.device) if network else ids
+            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            found[f"latency_{size}"] = torch.no_grad()(partial(running, **inputs))
+            if network and running.can_generate():
+                settings = {"do_sample": False, "min_new_tokens": WRITTEN, "max_new_tokens": WRITTEN, "pad_token_id": 0}
+                prompts = {name: tensor[:, :8] for name, tensor in inputs.items()}
+                found[f"decode_{size}"] = partial(running.generate, **prompts, **settings)
+        return found
+
+    def measure(self, recipe: str, folder: Path, loss: float) -> Measures:
+        """Measures a model of a folder.
+
+        Args:
+            recipe: How it was made.
+            folder: `from_pretrained` folder, or one with a program.
+            loss: What was found of it.
+        """
+        disk = sum(f.stat().st_size for f in folder.iterdir() if f.suffix in (".safetensors", *PROGRAMS)) / 2**20
+        running: Any = formats.runner(folder)
+        program = running is not None
+        network = None if program else self.network(folder)
+        times = dict.fromkeys(TIMES, math.nan)
+        for name, call in self.calls(folder, running or network).items():
+            own, other = self.timed(call, self.base[name])
+            if name.startswith("decode"):  # tokens a second
+                own, other = (1000 * WRITTEN * int(name[-1]) / value for value in (own, other))
+            times[name], times[f"relative_{name}"] = own, own / other
+        if network is None:
+            return Measures(recipe, 0, math.nan, of_int8(folder), disk, disk, *times.values(), loss=loss)  # type: ignore
+        memory = sum(bytes_of(tensor) for tensor in [*network.parameters(), *network.buffers()]) / 2**20
+        try:
+            zeros, weights = zeros_of(linear_layers(network))
+            share = zeros / weights
+        except (RuntimeError, NotImplementedError):  # of quantized ones
+            share = math.nan
+        layers = in_files(folder, list(linear_layers(network)))
+        return Measures(recipe, network.num_parameters(), share, layers, disk, memory, *times.values(), loss=loss)  # type: ignore
+
+    def timed(self, call: Callable[[], Any], other: Callable[[], Any]) -> tuple[float, float]:
+        """The median times of two calls in milliseconds, which are made in turn, three times at least."""
+        wait = torch.cuda.synchronize if self.device == "cuda" else lambda: None
+        times: tuple[list[float], list[float]] = ([], [])
+        call(), other()
+        end = time.perf_counter() + self.seconds
+        while len(times[0]) < 3 or time.perf_counter() < end:
+            for own, one in zip(times, (call, other)):
+                wait()
+                start = time.perf_counter()
+                one()
+                wait()
+                own.append(1000 * (time.perf_counter() - start))
+        return statistics.median(times[0]), statistics.median(times[1])
+
+
+def in_files(folder: Path, layers: list[str]) -> float:
+    """MiB of the weights of some layers in a folder's files, with the scales that quantized ones have beside them."""
+    total = 0
+    for path in folder.glob("*.safetensors"):
+        with safetensors.safe_open(path, "pt") as file:
+            for key in file.keys():  # noqa: SIM118 (it is no dict)
+                if key.rpartition(".")[2] != "bias" and any(key.startswith(f"{layer}.") for layer in layers):
+                    tensor = file.get_tensor(key)
+                    total += tensor.numel() * tensor.element_size()
+    return total / 2**20
+
+
+def of_int8(folder: Path) -> float:
+    """MiB of the quantized weights of an ONNX file, with their scales; NaN if there are none."""
+    total = 0
+    if (folder / formats.ONNX).is_file():
+        for own in package("onnx").load(folder / formats.ONNX).graph.initializer:
+            if own.name.endswith(("_quantized", "_scale", "_zero_point")):
+                total += len(own.raw_data) or own.ByteSize()
+    return total / 2**20 or math.nan
+
+
+def bytes_of(tensor: Tensor) -> int:
+    """What a tensor takes in memory; one of torchao is made of several."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        names, _ = tensor.__tensor_flatten__()
+        return sum(bytes_of(getattr(tensor, name)) for name in names)
+    return tensor.numel() * tensor.element_size()
+
+
+def pareto(rows: list[Measures]) -> set[str]:
+    """The recipes to which no other is at least equal in size, latency and loss, and better in one of them."""
+
+    def values(row: Measures) -> tuple[float, float, float]:
+        return row.disk, row.relative_latency_1, -math.inf if math.isnan(row.loss) else row.loss
+
+    def better(one: Measures, other: Measures) -> bool:
+        pairs = list(zip(values(one), values(other)))
+        return all(a <= b for a, b in pairs) and any(a < b for a, b in pairs)
+
+    return {row.recipe for row in rows if not any(better(other, row) for other in rows)}

@@ -1,0 +1,121 @@
+"""Recipes: names of steps with their shares in, such as `width=0.5+int8`; a folder of a compressed model out."""
+
+import math
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Optional
+
+import transformers
+
+from lm_lightning.compression.calibration import Calibration
+from lm_lightning.compression.folder import copy_beside
+from lm_lightning.compression.formats import Onnx, Program
+from lm_lightning.compression.quantization import BitsAndBytes, TorchAO
+from lm_lightning.compression.sparsity import Sparsity
+from lm_lightning.compression.structure import Structure
+from lm_lightning.errors import UserError
+
+
+@dataclass(frozen=True)
+class Step:
+    """A way to compress.
+
+    Args:
+        run: Makes of a `from_pretrained` folder another one, which is there already, with the value behind the step's
+            name, by what a calibration finds, if there is one, and only of the layers that patterns name, if any.
+        value: Its default; None if the step takes none.
+        last: Whether no step can follow, since what it leaves are no plain weights.
+    """
+
+    run: Callable[[Path, Path, float, Optional[Calibration], Sequence[str]], None]
+    value: Optional[float] = None
+    last: bool = False
+
+
+STEPS = {
+    "int8": Step(TorchAO("Int8DynamicActivationInt8WeightConfig"), last=True),
+    "int8-weights": Step(TorchAO("Int8WeightOnlyConfig"), last=True),
+    "float8": Step(TorchAO("Float8DynamicActivationFloat8WeightConfig", device="cuda"), last=True),
+    "float8-weights": Step(TorchAO("Float8WeightOnlyConfig"), last=True),
+    "int4-weights": Step(
+        TorchAO("Int4WeightOnlyConfig", device="cuda", int4_packing_format="tile_packed_to_4d"), last=True
+    ),
+    "bnb-int8": Step(BitsAndBytes(8), last=True),
+    "nf4": Step(BitsAndBytes(4, "nf4"), last=True),
+    "fp4": Step(BitsAndBytes(4, "fp4"), last=True),
+    "sparse": Step(Sparsity(), 0.5),
+    "wanda": Step(Sparsity(wanda=True), 0.5),
+    "2:4": Step(Sparsity("2:4")),
+    "wanda-2:4": Step(Sparsity("2:4", wanda=True)),
+    "width": Step(Structure("width"), 0.5),
+    "heads": Step(Structure("heads"), 0.5),
+    "layers": Step(Structure("layers"), 0.5),
+    "onnx": Step(Onnx(), last=True),
+    "onnx-int8": Step(Onnx(int8=True), last=True),
+    "pt2": Step(Program(), last=True),
+}
+
+
+def steps_of(recipe: str) -> list[tuple[Step, float]]:
+    """The steps of a recipe such as `width=0.5+int8`, with their values.
+
+    Raises:
+        UserError: If it names none, or one that cannot be where it is.
+    """
+    found: list[tuple[Step, float]] = []
+    for part in recipe.split("+"):
+        name, has_value, text = part.partition("=")
+        if name not in STEPS:
+            raise UserError(
+                f"there is no recipe {name!r}; the recipes are {', '.join(STEPS)}, and several with + between"
+            )
+        if found and found[-1][0].last:
+            raise UserError(f"the recipe {recipe} has {name} after a step that leaves no plain weights: put it first")
+        step, value = STEPS[name], STEPS[name].value or 0.0
+        if has_value:
+            try:
+                value = float(text)
+            except ValueError:
+                value = math.nan
+            if step.value is None or not 0 < value < 1:
+                raise UserError(
+                    f"the recipe {part} has {text!r}, but takes "
+                    + ("no value" if step.value is None else f"a share between 0 and 1, such as {name}={step.value:g}")
+                )
+        found.append((step, value))
+    return found
+
+
+def compress(
+    source: Path,
+    recipe: str,
+    target: Path,
+    calibration: Optional[Calibration] = None,
+    modules: Sequence[str] = (),
+) -> None:
+    """Makes a compressed model, with the tokenizer and what else is beside the weights.
+
+    Args:
+        source: `from_pretrained` folder.
+        recipe: See `steps_of`.
+        target: Folder to write, which is whole or not there; what was there is replaced.
+        calibration: Measures what the layers of a folder's network are given.
+        modules: Patterns of the names of linear layers of the blocks, for the steps that go by layers. Default: all.
+
+    Raises:
+        UserError: If the recipe does not fit the network, or needs a package or data that is missing.
+    """
+    if "quantization_config" in transformers.AutoConfig.from_pretrained(source, local_files_only=True).to_dict():
+        raise UserError(f"{source} is quantized already: take the model that it was made of")
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f"{target.name}.") as scratch:  # beside, for a rename
+        for number, (step, value) in enumerate(steps_of(recipe)):
+            made = Path(scratch) / str(number)
+            made.mkdir()
+            copy_beside(source, made)
+            step.run(source, made, value, calibration, modules)
+            source = made
+        shutil.rmtree(target, ignore_errors=True)
+        source.rename(target)

@@ -1,0 +1,218 @@
+"""Structure: units between feed-forward layers, attention heads and whole blocks that are left out of a network."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Optional
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from lm_lightning.compression.calibration import Calibration
+from lm_lightning.compression.folder import load, save_as
+from lm_lightning.errors import UserError
+from lm_lightning.models.network import blocks, by_rows, linear_layers
+
+Kind = Literal["width", "heads", "layers"]
+
+
+class Units(NamedTuple):
+    """What can be left out of a block together: units between its feed-forward layers, or heads of its attention.
+
+    Of heads that share keys and values, one unit is all that share them.
+
+    Attributes:
+        number: How many there are.
+        into: The layers whose outputs they are, by their names, as many outputs in a row for each unit.
+        out: The name of the layer whose inputs they are.
+        layer: That layer.
+    """
+
+    number: int
+    into: dict[str, nn.Linear]
+    out: str
+    layer: nn.Linear
+
+    def importance(self, norms: Optional[dict[str, Tensor]] = None) -> Tensor:
+        """How much each counts, (number,) float32.
+
+        Args:
+            norms: See `calibration.Inputs`: a unit then counts as much as its values weigh in the next layer. Default:
+                the norms of the weights that make them stand in for the values.
+        """
+        out = self.group(by_rows(self.layer, self.layer.weight).T)
+        if norms is not None:
+            return (out.norm(dim=2) * norms[self.out].to(out.device).view(self.number, -1)).norm(dim=1)
+        importance = out.flatten(1).norm(dim=1)
+        for layer in self.into.values():
+            importance = importance * self.group(by_rows(layer, layer.weight)).flatten(1).norm(dim=1)
+        return importance
+
+    def group(self, rows: Tensor) -> Tensor:
+        """Rows of a weight by units: (number, rows of each, columns)."""
+        return rows.unflatten(0, (self.number, -1))
+
+
+def width_of(config: transformers.PreTrainedConfig) -> tuple[str, int]:
+    """The setting of a network's feed-forward width, and its value."""
+    for key in ("n_inner", "intermediate_size", "ffn_dim", "hidden_dim"):
+        if hasattr(config, key):
+            return key, getattr(config, key) or 4 * config.hidden_size
+    raise UserError(f"networks of type {config.model_type} have no feed-forward width that is known here")
+
+
+def units(network: transformers.PreTrainedModel, kind: Kind) -> list[Units]:
+    """The units of each block of a network.
+
+    Args:
+        network: Of `transformers`.
+        kind: `width` for those between feed-forward layers, `heads` for those of attention.
+
+    Raises:
+        UserError: If it has none that can be left out of a network that plain `transformers` loads.
+    """
+    linear = linear_layers(network)
+    names = {id(module): name for name, module in network.named_modules()}
+    config, name = network.config, type(network).__name__
+    found = []
+    for block in blocks(network):
+        own = {n: layer for n, layer in linear.items() if n.startswith(f"{names[id(block)]}.")}
+        if kind == "width":
+            number = width_of(config)[1]
+            into = {n: layer for n, layer in own.items() if by_rows(layer, layer.weight).shape[0] == number}
+            out = {n: layer for n, layer in own.items() if by_rows(layer, layer.weight).shape[1] == number}
+            if not into or len(out) != 1 or number == config.hidden_size:
+                raise UserError(f"the feed-forward layers of {name} are not known here: leave width out")
+        else:
+            number = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+            into = {n: layer for n, layer in own.items() if n.endswith(("q_proj", "k_proj", "v_proj"))}
+            out = {n: layer for n, layer in own.items() if n.endswith("o_proj")}
+            if not hasattr(config, "head_dim") or len(into) != 3 or len(out) != 1:
+                raise UserError(
+                    f"{name} has heads that transformers cannot do without one of, since their size follows from their "
+                    "number: leave heads out (networks like Llama and Qwen can)"
+                )
+        found.append(Units(number, into, *next(iter(out.items()))))
+    return found
+
+
+def check(network: transformers.PreTrainedModel, kind: Kind, share: float) -> None:
+    """Refuses a network that cannot be made smaller in that way, before any work is done."""
+    kept_number(network, kind, share)
+    if kind == "layers":
+        prefix(network)
+    else:
+        units(network, kind)
+
+
+def kept_number(network: transformers.PreTrainedModel, kind: Kind, share: float) -> int:
+    """How many units, heads or blocks are kept of that share; feed-forward units in eights, which computers like.
+
+    Raises:
+        UserError: If that is all of them.
+    """
+    if kind == "width":
+        number = width_of(network.config)[1]
+        kept = max(8, round(share * number / 8) * 8)
+    elif kind == "heads":
+        number = getattr(network.config, "num_key_value_heads", None) or network.config.num_attention_heads
+        kept = max(1, round(share * number))
+    else:
+        number = len(blocks(network))
+        kept = max(1, round(share * number))
+    if kept >= number:
+        raise UserError(f"{kind}={share:g} keeps all {number} of {type(network).__name__}: take a smaller share")
+    return kept
+
+
+def prefix(network: transformers.PreTrainedModel) -> str:
+    """The name of the list that a network's blocks are in."""
+    all_blocks = blocks(network)
+    names = {id(module): name for name, module in network.named_modules()}
+    found = names[id(all_blocks[0])].rpartition(".")[0]
+    if [names[id(block)] for block in all_blocks] != [f"{found}.{number}" for number in range(len(all_blocks))]:
+        raise UserError(f"the blocks of {type(network).__name__} are no single list: leave layers out")
+    return found
+
+
+class Structure:
+    """A step of a recipe that keeps a share of a network's units, heads or blocks, the important ones.
+
+    Units and heads are kept by what their values weigh in the next layer, blocks by how far they turn what they are
+    given, if there is data; without, units and heads by their weights alone, and blocks at even distances, the first
+    and the last among them (Sajjad et al., 2023, arXiv:2004.03844).
+
+    Args:
+        kind: Which.
+    """
+
+    def __init__(self, kind: Kind) -> None:
+        self.kind: Kind = kind
+
+    @torch.no_grad()
+    def __call__(
+        self, source: Path, target: Path, value: float, calibration: Optional[Calibration], modules: Sequence[str]
+    ) -> None:
+        network = load(source)
+        check(network, self.kind, value)
+        kept = kept_number(network, self.kind, value)
+        if self.kind == "layers":
+            number = len(blocks(network))
+            if calibration is not None:
+                changes = torch.tensor(calibration(source).changes)
+                chosen = changes.topk(kept).indices.sort().values
+            else:
+                chosen = torch.linspace(0, number - 1, kept).round().long()
+            keep_blocks(network, chosen.tolist(), target)
+        else:
+            norms = calibration(source).norms if calibration is not None else None
+            choices = [block.importance(norms).topk(kept).indices for block in units(network, self.kind)]
+            keep_units(network, self.kind, choices, target)
+
+
+@torch.no_grad()
+def keep_units(network: transformers.PreTrainedModel, kind: Kind, chosen: list[Tensor], target: Path) -> None:
+    """Writes a network with some of its units or heads.
+
+    Args:
+        network: With all of them.
+        kind: `width` or `heads`.
+        chosen: Those of each block, as many of each.
+        target: Folder that is there.
+    """
+    weights, kept = network.state_dict(), len(chosen[0])
+    for block, choice in zip(units(network, kind), chosen):
+        choice = choice.sort().values.to(block.layer.weight.device)
+        for name, layer in block.into.items():
+            rows = block.group(by_rows(layer, layer.weight))[choice].flatten(0, 1)
+            weights[f"{name}.weight"] = by_rows(layer, rows).contiguous()
+            if layer.bias is not None:
+                weights[f"{name}.bias"] = block.group(layer.bias)[choice].flatten(0, 1)
+        columns = block.group(by_rows(block.layer, block.layer.weight).T)[choice].flatten(0, 1).T
+        weights[f"{block.out}.weight"] = by_rows(block.layer, columns).contiguous()
+    config = network.config
+    if kind == "width":
+        changes = {width_of(config)[0]: kept}
+    else:
+        shared = config.num_attention_heads // units(network, kind)[0].number
+        changes = {"num_attention_heads": kept * shared, "head_dim": config.head_dim}
+        if hasattr(config, "num_key_value_heads"):
+            changes["num_key_value_heads"] = kept
+    save_as(network, changes, weights, target)
+
+
+@torch.no_grad()
+def keep_blocks(network: transformers.PreTrainedModel, chosen: list[int], target: Path) -> None:
+    """Writes a network with some of its blocks, by their numbers, into a folder that is there."""
+    start, weights = prefix(network), {}
+    for key, weight in network.state_dict().items():
+        if key.startswith(f"{start}."):
+            block, _, rest = key.removeprefix(f"{start}.").partition(".")
+            if int(block) not in chosen:
+                continue
+            key = f"{start}.{chosen.index(int(block))}.{rest}"
+        weights[key] = weight
+    changes: dict[str, Any] = {"num_hidden_layers": len(chosen)}
+    if getattr(network.config, "layer_types", None):
+        changes["layer_types"] = [network.config.layer_types[block] for block in chosen]
+    save_as(network, changes, weights, target)
