@@ -29,9 +29,11 @@ from lm_lightning.callbacks.predictions import Predictions
 from lm_lightning.callbacks.preemption import Preemption
 from lm_lightning.callbacks.progress import RunProgress
 from lm_lightning.callbacks.pruning import Pruning  # noqa: F401
+from lm_lightning.callbacks.quantization import Quantization  # noqa: F401
 from lm_lightning.callbacks.report import Report
 from lm_lightning.callbacks.resuming import Resuming
 from lm_lightning.callbacks.spikes import Spikes
+from lm_lightning.callbacks.structured_pruning import StructuredPruning  # noqa: F401
 from lm_lightning.callbacks.throughput import Throughput
 from lm_lightning.callbacks.weights_and_biases import WandbRun
 from lm_lightning.checkpoints import BackgroundCheckpoints, CheckpointFiles, Checkpoints  # noqa: F401

@@ -28,12 +28,18 @@ class Export(Callback):
 
 
 def export(pl_module: LightningModule, folder: Path) -> None:
-    """Writes the model, so that the folder is whole or not there; all processes call it."""
+    """Writes the model, so that the folder is whole or not there; all processes call it.
+
+    A callback with a method `on_export` may change the folder before it is in place.
+    """
     partial = folder.with_suffix(".partial")
     if pl_module.trainer.is_global_zero:
         shutil.rmtree(partial, ignore_errors=True)
     pl_module.export(partial)
     if pl_module.trainer.is_global_zero:
+        for callback in pl_module.trainer.callbacks:
+            if hasattr(callback, "on_export"):
+                callback.on_export(partial)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
         print(f"model: {folder}")

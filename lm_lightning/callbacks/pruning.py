@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, Optional
 
 import torch
@@ -9,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
+from lm_lightning.commands.compress import in_own_process
 from lm_lightning.errors import UserError
 from lm_lightning.models.network import by_rows, linear_layers, smallest, zeros_of
 
@@ -30,6 +32,8 @@ class Pruning(Callback):
         start: Optimizer steps before the first zeros.
         end: Optimizer step from which the share is `sparsity`. Default: half of the run.
         frequency: Steps from one choice of weights to the next.
+        table: Whether to measure size, speed, loss and metrics when training has ended, and if it began with pretrained
+            weights, those of before, see `compress`.
     """
 
     def __init__(
@@ -42,6 +46,7 @@ class Pruning(Callback):
         start: int = 0,
         end: Optional[int] = None,
         frequency: int = 50,
+        table: bool = True,
     ) -> None:
         if not 0 < sparsity < 1:
             raise UserError(f"the pruning's sparsity is {sparsity}, but must be between 0 and 1, without both")
@@ -58,6 +63,7 @@ class Pruning(Callback):
             raise UserError("the pruning's method wanda compares the weights of an output: leave scope out")
         self.sparsity, self.method, self.pattern, self.scope = sparsity, method, pattern, scope
         self.patterns, self.start, self.end, self.frequency = modules, start, end, frequency
+        self.table = table
         self.layers: dict[str, nn.Linear] = {}
         self.masks: dict[str, Tensor] = {}  # what is kept
         self.importance: dict[str, Tensor] = {}  # squared norms of inputs, or movements; summed up since the start
@@ -86,19 +92,27 @@ class Pruning(Callback):
         self.last = self.end if self.end is not None else max(self.start, int(total) // 2)
         if self.last > total:
             raise UserError(f"the pruning ends at step {self.last}, but the run at step {total:.0f}: lower its end")
-        self.layers = linear_layers(pl_module.network, self.patterns)
+        self.layers = self.layers_of(pl_module.network)
         odd = [name for name, layer in self.layers.items() if by_rows(layer, layer.weight).shape[1] % 4]
         if self.pattern == "2:4" and odd:
             raise UserError(f"{odd[0]} has no multiple of 4 inputs, which the pattern 2:4 needs: leave it out")
+
+    def layers_of(self, network: Any) -> dict[str, nn.Linear]:
+        """The layers whose weights are pruned, by their names."""
+        return linear_layers(network, self.patterns)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.step, self.processes = trainer.global_step, trainer.world_size
         self.reduce = partial(trainer.strategy.reduce, reduce_op="sum")
         for tensors in (self.masks, self.importance):
             for name in tensors:
-                tensors[name] = tensors[name].to(self.layers[name].weight.device)
+                tensors[name] = tensors[name].to(pl_module.device)
         if self.method == "wanda":
-            self.hooks = [layer.register_forward_pre_hook(self.measure(name)) for name, layer in self.layers.items()]
+            self.hooks = self.watch(pl_module.network)
+
+    def watch(self, network: Any) -> list[Any]:
+        """Hooks that measure what importance is told by, in training."""
+        return [layer.register_forward_pre_hook(self.measure(name)) for name, layer in self.layers.items()]
 
     def measure(self, name: str) -> Any:
         """A hook that adds up the squares of a layer's inputs."""
@@ -180,10 +194,24 @@ class Pruning(Callback):
         for hook in self.hooks:
             hook.remove()
         self.apply()
+        self.report(pl_module)
+
+    def report(self, pl_module: LightningModule) -> None:
+        """Tells how much is zero."""
         zeros, weights = zeros_of(self.layers)
         pl_module.print(
             f"pruned: {zeros:,} of {weights:,} weights in {len(self.layers)} layers are zero ({zeros / weights:.1%})"
         )
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        run = Path(trainer.default_root_dir)
+        if not self.table or not trainer.is_global_zero or trainer.fast_dev_run or not (run / "model").exists():
+            return
+        if pl_module.pretrained is None:
+            in_own_process(run, "--recipe", "none")
+        else:
+            flags = ["--config", str(run / "config.yaml"), "--output", str(run / "compressed")]
+            in_own_process(Path(pl_module.pretrained_folder()), "--recipe", "none", "--beside", f"[{run}]", *flags)
 
     # Checkpoints
 

@@ -7,12 +7,15 @@ run's own config with the compressed weights.
 import csv
 import logging
 import math
+import os
+import subprocess
 import sys
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Optional
 
 from lm_lightning import hub
+from lm_lightning import run as runs
 from lm_lightning.errors import UserError
 from lm_lightning.run import model_folder
 
@@ -31,6 +34,7 @@ def compress(
     tokens: int = 64,
     seconds: float = 2.0,
     device: Literal["cpu", "cuda"] = "cpu",
+    measure: bool = True,
 ) -> None:
     """Compresses a finished model without training, and measures what came of it.
 
@@ -53,6 +57,7 @@ def compress(
         tokens: Of each row of the timed passes.
         seconds: How long each time is measured.
         device: What the times are measured on.
+        measure: Whether to measure, and not only to make the compressed models.
     """
     from lm_lightning.compression import calibration, measures, recipes
 
@@ -76,24 +81,47 @@ def compress(
     except OSError as error:
         raise UserError(f"the folder {folder} cannot be made ({error.strerror}): name another --output") from error
     inputs = partial(calibration.calibrate, settings, batches=calibration_batches) if settings else None
-    rows, metrics = [], []
-    bench = measures.Bench(source, tokens, seconds, device)
+
+    def left_out(one: str, error: UserError) -> None:
+        if recipe or one not in targets:
+            raise error
+        print(f"{one}: left out, since {error}", flush=True)
+
+    for one, target in list(targets.items()):
+        try:
+            recipes.compress(source, one, target, inputs if calibration_batches else None, modules)
+            print(f"{one}: {target}", flush=True)
+        except UserError as error:
+            left_out(one, error)
+            del targets[one]
+    if not measure:
+        return
+    rows, metrics, bench = [], [], measures.Bench(source, tokens, seconds, device)
     for one, target in {"none": source, **targets, **others}.items():
         try:
-            if one in targets:
-                recipes.compress(source, one, target, inputs if calibration_batches else None, modules)
             found = evaluate(settings, source, target, device) if settings else {}
         except UserError as error:
-            if recipe or one not in targets:
-                raise
-            print(f"{one}: left out, since {error}", flush=True)
+            left_out(one, error)
             continue
         metrics.append(found)
         rows.append(bench.measure(one, target, found.get("val/loss", math.nan)))
-        print(f"{one}: {target if one in targets else 'measured'}", flush=True)
+        print(f"{one}: measured", flush=True)
     write(rows, metrics, measures.pareto(rows), folder)
     print((folder / "compression.md").read_text(encoding="utf-8"))
     print(f"table: {folder / 'compression.md'}")
+
+
+def in_own_process(model: Path, *flags: str) -> None:
+    """Runs the command in a process of its own, which knows nothing of the others of a training run.
+
+    Raises:
+        UserError: If it fails; what it prints tells why.
+    """
+    of_runs = ("RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "NODE_RANK", "MASTER_", "TORCHELASTIC_", "SLURM_")
+    own = {name: value for name, value in os.environ.items() if not name.startswith((*of_runs, runs.ENVIRONMENT))}
+    command = [sys.executable, "-m", "lm_lightning", "compress", str(model), *flags]
+    if subprocess.run(command, env=own, check=False).returncode:
+        raise UserError(f"the model is finished, but was not compressed: {' '.join(command[1:])} has failed")
 
 
 def default_folder(model: Path, source: Path) -> Path:

@@ -54,6 +54,7 @@ def write(saved: dict, tokenizer: Path, folder: Path, max_shard_size: Optional[s
     import torch
     import transformers
 
+    from lm_lightning.compression.structure import shrink
     from lm_lightning.data import tokenizer as tokenizers
     from lm_lightning.models.network import save_network
 
@@ -63,6 +64,9 @@ def write(saved: dict, tokenizer: Path, folder: Path, max_shard_size: Optional[s
     config = network_class.config_class.from_dict(description["config"])
     weights = {k.removeprefix("network."): w for k, w in saved["state_dict"].items() if k.startswith("network.")}
     save_network(description, weights, folder, max_shard_size)
+    for state in saved.get("callbacks", {}).values():
+        if "kept" in state:  # of StructuredPruning
+            shrink(folder, state["kind"], state["kept"])
     own = tokenizers.load(str(tokenizer))
     own.save_pretrained(folder)
     if tokenizers.fingerprint(tokenizers.load(str(folder))) != tokenizers.fingerprint(own):

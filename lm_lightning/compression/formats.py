@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lm_lightning.compression.calibration import Calibration
 from lm_lightning.compression.folder import load, package
+from lm_lightning.compression.quantization import Rounding
 from lm_lightning.data import tokenizer as tokenizers
 from lm_lightning.errors import UserError
 from lm_lightning.models.network import linear_layers
@@ -46,8 +47,8 @@ class Outputs(nn.Module):
 class Format:
     """A step of a recipe that writes a network as another program does, and checks that it gives the same there."""
 
-    def check(self, network: nn.Module, modules: Sequence[str] = ()) -> None:
-        """Any network will do, until it is tried."""
+    def check(self, network: nn.Module, value: float, modules: Sequence[str]) -> None:
+        """Refuses nothing: whether a network can be written is seen when it is tried."""
 
     def write(self, program: Outputs, inputs: dict[str, Tensor], outputs: list[str], target: Path) -> None:
         """Writes the program into a folder that is there.
@@ -134,21 +135,42 @@ class Onnx(Format):
             verbose=False,
         )
 
+    def rounding(self) -> Optional[Rounding]:
+        """How int8 rounds: weights by their outputs, inputs all together."""
+
+        def weight(weight: Tensor) -> Tensor:
+            scales = weight.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / 127
+            zeros = torch.zeros_like(scales, dtype=torch.int32)
+            return torch.fake_quantize_per_channel_affine(weight, scales, zeros, 0, -127, 127)
+
+        def of_all(inputs: Tensor) -> Tensor:
+            inputs = inputs.float()
+            least = inputs.amin().clamp(max=0)
+            scale = ((inputs.amax().clamp(min=0) - least) / 255).clamp(min=torch.finfo(torch.float32).tiny)
+            zero = (-least / scale).round().int()
+            return torch.fake_quantize_per_tensor_affine(inputs, scale, zero, 0, 255)
+
+        return Rounding(weight, of_all) if self.int8 else None
+
     def finish(self, network: nn.Module, target: Path, modules: Sequence[str]) -> None:
         if not self.int8:
             return
         quantization = package("onnxruntime.quantization")
         whole = (target / ONNX).rename(target / "whole.onnx")
-        nodes = products(whole, list(linear_layers(network, modules)))
+        layers = list(linear_layers(network, modules))
         quantization.quantize_dynamic(
             whole,
             target / ONNX,
             weight_type=quantization.QuantType.QInt8,
             per_channel=True,
             op_types_to_quantize=["MatMul", "Gemm"],
-            nodes_to_quantize=nodes,
+            nodes_to_quantize=products(whole, layers),
         )
         whole.unlink()
+        weights = package("onnx").load(target / ONNX).graph.initializer
+        done = [weight.name for weight in weights if weight.name.endswith("_quantized")]
+        if len(done) != len(layers):
+            raise UserError(f"onnxruntime has quantized {len(done)} weights, but there are {len(layers)} layers")
 
 
 def products(file: Path, layers: list[str]) -> list[str]:
@@ -162,8 +184,8 @@ def products(file: Path, layers: list[str]) -> list[str]:
         if node.op_type in ("MatMul", "Gemm"):
             scopes = {item.key: item.value for item in node.metadata_props}.get("pkg.torch.onnx.name_scopes", "")
             for layer in layers:
-                if f"'network.{layer}'" in scopes:
-                    found[layer] = node.name
+                if f"'network.{layer}'" in scopes:  # (a Gemm is made a MatMul first)
+                    found[layer] = node.name + ("_MatMul" if node.op_type == "Gemm" else "")
     missing = [layer for layer in layers if layer not in found]
     if missing:
         raise UserError(f"{ONNX} does not tell where {len(missing)} of {len(layers)} layers are, such as {missing[0]}")

@@ -50,12 +50,13 @@ class Quantization:
         """How it rounds, None if that is not known here."""
         return None
 
-    def check(self, network: nn.Module, modules: Sequence[str] = ()) -> None:
+    def check(self, network: nn.Module, value: float, modules: Sequence[str]) -> None:
         """Refuses a network before any work is done.
 
         Raises:
             UserError: If a layer would be left out, or something is missing.
         """
+        self.config([])  # whose packages may be missing
         layers = linear_layers(network, modules)
         odd = [name for name, layer in layers.items() if self.linear_only and isinstance(layer, Conv1D)]
         if odd:
@@ -69,9 +70,8 @@ class Quantization:
     def __call__(
         self, source: Path, target: Path, value: float, calibration: Optional[Calibration], modules: Sequence[str]
     ) -> None:
-        self.config([])  # whose packages may be missing
         network = load(source)
-        self.check(network, modules)
+        self.check(network, value, modules)
         layers = linear_layers(network, modules)
         stay = [name for name, layer in network.named_modules() if isinstance(layer, (nn.Linear, Conv1D))]
         stay = [name for name in stay if name not in layers]
@@ -117,7 +117,7 @@ class TorchAO(Quantization):
 
         def weight(weight: Tensor) -> Tensor:
             layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-            layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+            layer.weight = nn.Parameter(weight.clone(), requires_grad=False)
             quantization.quantize_(layer, config)
             return layer.weight.dequantize()
 
@@ -154,11 +154,19 @@ class BitsAndBytes(Quantization):
         functional = package("bitsandbytes.functional")
 
         def eight(weight: Tensor) -> Tensor:
-            numbers, scales, _ = functional.int8_vectorwise_quant(weight.detach().half())
+            numbers, scales, _ = functional.int8_vectorwise_quant(weight.half())
             return functional.int8_vectorwise_dequant(numbers, scales)
+
+        def eight_of_inputs(inputs: Tensor) -> Tensor:
+            rows = inputs.flatten(0, -2).half()
+            numbers, scales, large = functional.int8_vectorwise_quant(rows, threshold=6.0)  # that of transformers
+            result = functional.int8_vectorwise_dequant(numbers, scales)
+            if large is not None:  # columns that are left as they are
+                result[:, large] = rows[:, large].float()
+            return result.view_as(inputs)
 
         def four(weight: Tensor) -> Tensor:
             settings = {"blocksize": 64, "compress_statistics": True, "quant_type": self.kind}
-            return functional.dequantize_4bit(*functional.quantize_4bit(weight.detach().contiguous(), **settings))
+            return functional.dequantize_4bit(*functional.quantize_4bit(weight.contiguous(), **settings))
 
-        return Rounding(eight if self.bits == 8 else four)
+        return Rounding(eight, eight_of_inputs) if self.bits == 8 else Rounding(four)

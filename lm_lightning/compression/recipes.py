@@ -3,10 +3,10 @@
 import math
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional, Protocol
 
 import transformers
 
@@ -19,18 +19,37 @@ from lm_lightning.compression.structure import Structure
 from lm_lightning.errors import UserError
 
 
+class Way(Protocol):
+    """What a step does."""
+
+    def check(self, network: Any, value: float, modules: Sequence[str]) -> None:
+        """Refuses a network before any work is done."""
+
+    def __call__(
+        self, source: Path, target: Path, value: float, calibration: Optional[Calibration], modules: Sequence[str]
+    ) -> None:
+        """Makes of a `from_pretrained` folder another one.
+
+        Args:
+            source: The one.
+            target: The other, which is there, with all but the weights.
+            value: That behind the step's name.
+            calibration: Measures what the layers of a folder's network are given, where there is data.
+            modules: Patterns of the names of linear layers, for a way that goes by layers; none for all.
+        """
+
+
 @dataclass(frozen=True)
 class Step:
-    """A way to compress.
+    """A step of a recipe.
 
     Args:
-        run: Makes of a `from_pretrained` folder another one, which is there already, with the value behind the step's
-            name, by what a calibration finds, if there is one, and only of the layers that patterns name, if any.
+        way: To compress.
         value: Its default; None if the step takes none.
         last: Whether no step can follow, since what it leaves are no plain weights.
     """
 
-    run: Callable[[Path, Path, float, Optional[Calibration], Sequence[str]], None]
+    way: Way
     value: Optional[float] = None
     last: bool = False
 
@@ -115,7 +134,7 @@ def compress(
             made = Path(scratch) / str(number)
             made.mkdir()
             copy_beside(source, made)
-            step.run(source, made, value, calibration, modules)
+            step.way(source, made, value, calibration, modules)
             source = made
         shutil.rmtree(target, ignore_errors=True)
         source.rename(target)

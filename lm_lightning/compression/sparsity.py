@@ -25,7 +25,7 @@ class Sparsity:
     def __init__(self, pattern: str = "free", wanda: bool = False) -> None:
         self.pattern, self.wanda = pattern, wanda
 
-    def check(self, network: nn.Module, modules: Sequence[str] = ()) -> None:
+    def check(self, network: nn.Module, value: float, modules: Sequence[str]) -> None:
         """Refuses a network whose layers do not have the inputs that the pattern needs."""
         for name, layer in linear_layers(network, modules).items():
             inputs = by_rows(layer, layer.weight).shape[1]
@@ -37,7 +37,7 @@ class Sparsity:
         self, source: Path, target: Path, value: float, calibration: Optional[Calibration], modules: Sequence[str]
     ) -> None:
         network = load(source)
-        self.check(network, modules)
+        self.check(network, value, modules)
         norms: dict[str, Tensor] = {}
         if self.wanda:
             if calibration is None:

@@ -1,5 +1,7 @@
 """Structure: units between feed-forward layers, attention heads and whole blocks that are left out of a network."""
 
+import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Optional
@@ -9,7 +11,7 @@ import transformers
 from torch import Tensor, nn
 
 from lm_lightning.compression.calibration import Calibration
-from lm_lightning.compression.folder import load, save_as
+from lm_lightning.compression.folder import copy_beside, load, save_as
 from lm_lightning.errors import UserError
 from lm_lightning.models.network import blocks, by_rows, linear_layers
 
@@ -96,15 +98,6 @@ def units(network: transformers.PreTrainedModel, kind: Kind) -> list[Units]:
     return found
 
 
-def check(network: transformers.PreTrainedModel, kind: Kind, share: float) -> None:
-    """Refuses a network that cannot be made smaller in that way, before any work is done."""
-    kept_number(network, kind, share)
-    if kind == "layers":
-        prefix(network)
-    else:
-        units(network, kind)
-
-
 def kept_number(network: transformers.PreTrainedModel, kind: Kind, share: float) -> int:
     """How many units, heads or blocks are kept of that share; feed-forward units in eights, which computers like.
 
@@ -149,12 +142,20 @@ class Structure:
     def __init__(self, kind: Kind) -> None:
         self.kind: Kind = kind
 
+    def check(self, network: transformers.PreTrainedModel, value: float, modules: Sequence[str]) -> None:
+        """Refuses a network that cannot be made smaller in that way."""
+        kept_number(network, self.kind, value)
+        if self.kind == "layers":
+            prefix(network)
+        else:
+            units(network, self.kind)
+
     @torch.no_grad()
     def __call__(
         self, source: Path, target: Path, value: float, calibration: Optional[Calibration], modules: Sequence[str]
     ) -> None:
         network = load(source)
-        check(network, self.kind, value)
+        self.check(network, value, modules)
         kept = kept_number(network, self.kind, value)
         if self.kind == "layers":
             number = len(blocks(network))
@@ -199,6 +200,30 @@ def keep_units(network: transformers.PreTrainedModel, kind: Kind, chosen: list[T
         if hasattr(config, "num_key_value_heads"):
             changes["num_key_value_heads"] = kept
     save_as(network, changes, weights, target)
+
+
+def shrink(folder: Path, kind: Kind, kept: list[Tensor]) -> None:
+    """Takes what gives zeros out of a model, in its place.
+
+    Args:
+        folder: `from_pretrained` folder.
+        kind: What is left out.
+        kept: Of each block the numbers of its units or heads that are kept; of `layers`, one tensor with those of the
+            blocks; empty if all are.
+    """
+    if not kept:
+        return
+    network = load(folder)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.") as scratch:
+        made = Path(scratch) / "made"
+        made.mkdir()
+        copy_beside(folder, made)
+        if kind == "layers":
+            keep_blocks(network, kept[0].tolist(), made)
+        else:
+            keep_units(network, kind, kept, made)
+        shutil.rmtree(folder)
+        made.rename(folder)
 
 
 @torch.no_grad()

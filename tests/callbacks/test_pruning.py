@@ -12,6 +12,7 @@ CALLBACK = "--trainer.callbacks+=Pruning"
 
 
 def options(**values: object) -> list[str]:
+    values = {"table": "false"} | values
     return [CALLBACK, *(f"--trainer.callbacks.{name}={value}" for name, value in values.items())]
 
 
