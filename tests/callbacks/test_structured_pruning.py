@@ -28,22 +28,14 @@ NETWORKS = {
     },
 }
 MASKED = (
-    "--model.class_path",
-    "MaskedLM",
-    "--data.class_path",
-    "MaskedData",
-    "--data.tokenizer.algorithm",
-    "wordpiece",
+    *("--model.class_path", "MaskedLM", "--data.class_path", "MaskedData"),
+    *("--data.tokenizer.algorithm", "wordpiece", "--data.next_sentence", "false"),
 )
 
 
 def options(network: str, **values: object) -> list[str]:
     flags = [f"--trainer.callbacks.{name}={value}" for name, value in ({"table": "false"} | values).items()]
-    model = (
-        (*MASKED, "--data.tokenizer.algorithm", "wordpiece", "--data.next_sentence", "false")
-        if network == "bert"
-        else ()
-    )
+    model = MASKED if network == "bert" else ()
     return [*model, "--trainer.callbacks+=StructuredPruning", *flags, "--model.network", json.dumps(NETWORKS[network])]
 
 
