@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import paragraphs
+from lightning.pytorch import Callback
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
-from lm_lightning.compression import formats, recipes, structure
+from lm_lightning.compression import calibration, formats, recipes, structure
 from lm_lightning.compression.folder import load
 from lm_lightning.data.tokenizer import Tokenizer, train
 from lm_lightning.errors import UserError
@@ -52,11 +53,11 @@ def outputs(folder: Path) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", SIZES)
-@pytest.mark.parametrize("recipe", ["int8", "int8-weights", "bnb-int8", "nf4"])
+@pytest.mark.parametrize("recipe", ["int8", "int8-weights", "float8-weights", "bnb-int8", "nf4"])
 def test_quantized_model_is_small_and_loads_in_plain_transformers(folders, kind: str, recipe: str, tmp_path: Path):
     pytest.importorskip("bitsandbytes" if recipe in ("bnb-int8", "nf4") else "torchao")
     target = tmp_path / "target"
-    if kind == "gpt2" and recipe.startswith("int8"):  # torchao passes by Conv1D without a word
+    if kind == "gpt2" and recipe.startswith(("int8", "float8")):  # torchao passes by Conv1D without a word
         with pytest.raises(UserError, match="leaves 16 of 16 linear layers of GPT2LMHeadModel .*Conv1D"):
             recipes.compress(folders[kind], recipe, target)
         return
@@ -147,6 +148,142 @@ def test_sparse_models_have_as_many_zeros_as_were_asked_for(folders, kind: str, 
         assert ((by_rows(layer, layer.weight).unflatten(1, (-1, 4)) == 0).sum(2) == 2).all()
 
 
+def test_heads_are_left_out_with_all_that_share_their_keys(tmp_path: Path):
+    torch.manual_seed(0)
+    sizes = SIZES["llama"] | {"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 300}
+    whole = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **sizes)).eval()
+    whole.save_pretrained(tmp_path / "whole")
+    recipes.compress(tmp_path / "whole", "heads=0.5", tmp_path / "target")
+    narrow = load(tmp_path / "target")
+    settings = ("num_attention_heads", "num_key_value_heads", "head_dim")
+    assert [getattr(narrow.config, name) for name in settings] == [4, 2, 8]
+    with torch.no_grad():
+        for own, block in zip(narrow.model.layers, whole.model.layers):
+            columns, kept = block.self_attn.o_proj.weight.T, own.self_attn.o_proj.weight.T
+            gone = ~(columns[:, None] == kept[None]).all(-1).any(1)
+            groups = gone.view(4, 16)  # two heads of eight, by their keys
+            assert (groups.all(1) | ~groups.any(1)).all() and gone.sum() == 32
+            columns[gone] = 0
+        assert torch.allclose(narrow(TOKENS)[0], whole(TOKENS)[0], atol=1e-5)
+
+
+def test_program_runs_with_torch_alone(folders, tmp_path: Path):
+    """In a fresh process, with other numbers of rows and tokens."""
+    code = """
+import sys, torch
+program = torch.export.load(sys.argv[1]).module()
+tokens = torch.arange(3, 30).view(3, 9)
+torch.save(program(tokens, torch.zeros_like(tokens), torch.ones_like(tokens)), sys.argv[2])
+assert "transformers" not in sys.modules
+"""
+    recipes.compress(folders["bert"], "layers=0.5+pt2", tmp_path / "target")
+    recipes.compress(folders["bert"], "layers=0.5", tmp_path / "torch")
+    command = [sys.executable, "-c", code, tmp_path / "target" / "model.pt2", tmp_path / "outputs.pt"]
+    assert subprocess.run(command).returncode == 0
+    tokens = torch.arange(3, 30).view(3, 9)
+    with torch.no_grad():
+        right = load(tmp_path / "torch")(tokens).logits
+    (told,) = torch.load(tmp_path / "outputs.pt")
+    assert torch.allclose(told, right, atol=1e-5)
+    assert torch.allclose(formats.runner(tmp_path / "target")(input_ids=tokens)["logits"], right, atol=1e-5)
+    for recipe in ("onnx", "pt2"):
+        recipes.compress(folders["gpt2"], recipe, tmp_path / recipe)
+        told = formats.runner(tmp_path / recipe)(input_ids=tokens)["logits"]
+        with torch.no_grad():
+            assert torch.allclose(told, load(folders["gpt2"])(tokens).logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "bert"])
+def test_int8_of_onnx_is_of_the_blocks_and_not_of_the_head(folders, kind: str, tmp_path: Path):
+    onnx = pytest.importorskip("onnx")
+    recipes.compress(folders[kind], "onnx-int8", tmp_path / "target")
+    weights = onnx.load(tmp_path / "target" / "model.onnx").graph.initializer
+    done = [tuple(own.dims) for own in weights if own.name.endswith("_quantized")]
+    layers = structure.linear_layers(load(folders[kind]))
+    assert sorted(done) == sorted(tuple(sorted_shape(layer)) for layer in layers.values())
+
+
+def sorted_shape(layer: torch.nn.Module) -> tuple[int, int]:
+    """(inputs, outputs), as ONNX has them."""
+    return tuple(structure.by_rows(layer, layer.weight).T.shape)
+
+
+def test_calibration_measures_what_layers_are_given(fit, recipe: Path):
+    """By the run's first training batches, as a plain loop over them tells."""
+    run = fit()
+    inputs = calibration.calibrate(run / "config.yaml", run / "model", 3)
+    network = AutoModelForCausalLM.from_pretrained(run / "model").eval()
+    from lm_lightning.cli import CLI
+
+    class Batches(Callback):
+        def on_validation_start(self, trainer, pl_module):
+            trainer.datamodule.setup("fit")
+            self.ids = [batch["input_ids"] for _, batch in zip(range(3), trainer.datamodule.train_dataloader())]
+
+    batches = Batches()
+    weights = ("--model.network", "null", "--model.pretrained", run, "--data.tokenizer.path", run / "model")
+    CLI(["validate", "--config", str(recipe), *map(str, weights)], [batches])
+    assert len(torch.stack(batches.ids).unique(dim=0)) == 3
+    squares, changes = torch.zeros(32), torch.zeros(2)
+    with torch.no_grad():
+        for ids in batches.ids:
+            states = network(ids, output_hidden_states=True).hidden_states
+            squares += network.transformer.h[1].ln_1(states[1]).square().mean((0, 1)) / 3
+            changes[0] += (1 - torch.cosine_similarity(states[0], states[1], dim=-1)).mean() / 3
+    assert torch.allclose(inputs.norms["transformer.h.1.attn.c_attn"], squares.sqrt(), rtol=1e-3)
+    assert inputs.changes[0] == pytest.approx(changes[0].item(), rel=1e-3) and len(inputs.changes) == 2
+
+
+def test_recipes_go_by_what_layers_are_given(folders, tmp_path: Path):
+    network = load(folders["gpt2"])
+    draw = torch.Generator().manual_seed(0)
+    norms = {
+        name: 10 * torch.rand(structure.by_rows(layer, layer.weight).shape[1], generator=draw)
+        for name, layer in structure.linear_layers(network).items()
+    }
+    known = lambda folder: calibration.Inputs(norms, [0.3, 0.1, 0.2, 0.05])  # noqa: E731
+    for recipe in ("wanda=0.5", "wanda-2:4", "width=0.5", "layers=0.5"):
+        recipes.compress(folders["gpt2"], recipe, tmp_path / recipe, known)
+    for name, layer in structure.linear_layers(load(tmp_path / "wanda=0.5")).items():
+        scores = dict(network.named_modules())[name].weight.abs() * norms[name][:, None]
+        gone = layer.weight == 0
+        assert (gone.sum(0) == len(gone) // 2).all()
+        for column in range(0, gone.shape[1], 7):
+            assert scores[gone[:, column], column].max() <= scores[~gone[:, column], column].min()
+    for name, layer in structure.linear_layers(load(tmp_path / "wanda-2:4")).items():
+        scores = (dict(network.named_modules())[name].weight.abs() * norms[name][:, None]).T.unflatten(1, (-1, 4))
+        kept = scores.topk(2).indices.sort().values
+        assert torch.equal((layer.weight.T.unflatten(1, (-1, 4)) != 0).nonzero()[:, 2].view_as(kept), kept)
+    narrow = load(tmp_path / "width=0.5").transformer.h[2].mlp.c_proj.weight
+    whole = network.transformer.h[2].mlp.c_proj.weight
+    importance = whole.norm(dim=1) * norms["transformer.h.2.mlp.c_proj"]
+    assert torch.equal(narrow, whole[importance.topk(128).indices.sort().values])
+    shallow = load(tmp_path / "layers=0.5").transformer.h
+    for own, number in zip(shallow, (0, 2)):
+        assert torch.equal(own.mlp.c_fc.weight, network.transformer.h[number].mlp.c_fc.weight)
+    with pytest.raises(UserError, match="need data to measure inputs by: give a run folder, or --config"):
+        recipes.compress(folders["gpt2"], "wanda", tmp_path / "none")
+
+
+def test_only_the_named_layers_are_compressed(folders, tmp_path: Path):
+    for recipe in ("sparse", "nf4", "onnx-int8"):
+        recipes.compress(folders["llama"], recipe, tmp_path / recipe, modules=["*mlp*"])
+    for name, layer in structure.linear_layers(load(tmp_path / "sparse")).items():
+        assert ((layer.weight == 0).sum() > 0) == ("mlp" in name)
+    for name, layer in structure.linear_layers(load(tmp_path / "nf4")).items():
+        assert (layer.weight.dtype == torch.uint8) == ("mlp" in name)
+    with pytest.raises(UserError, match=r"\*none\* is the name of no linear layer"):
+        recipes.compress(folders["llama"], "sparse", tmp_path / "none", modules=["*none*"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU can compute them")
+@pytest.mark.parametrize("recipe", ["float8", "int4-weights"])
+def test_recipes_of_gpus_are_refused_elsewhere(folders, recipe: str, tmp_path: Path):
+    pytest.importorskip("torchao")
+    with pytest.raises(UserError, match="needs a GPU with CUDA: take int8 or nf4 here"):
+        recipes.compress(folders["llama"], recipe, tmp_path / "target")
+
+
 def test_onnx_gives_the_outputs_of_the_network(folders, tmp_path: Path):
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")
@@ -224,10 +361,14 @@ def test_masked_language_models_have_the_same_loss_in_onnx(fit, cli, recipe: Pat
 
 def test_table_is_of_what_was_measured(fit, cli, recipe: Path):
     run = fit("--model.network.n_positions", 64)
-    out = cli("compress", run, "--recipe", '["sparse=0.5", "width=0.5"]', "--seconds", 0.05, "--tokens", 16)
+    other = fit("--seed_everything", 2)
+    flags = ("--seconds", 0.05, "--tokens", 16, "--beside", f"[{other}]")
+    out = cli("compress", run, "--recipe", '["sparse=0.5", "width=0.5"]', *flags)
     with open(run / "compressed" / "compression.csv", newline="") as file:
         rows = {row["recipe"]: row for row in csv.DictReader(file)}
-    assert list(rows) == ["none", "sparse=0.5", "width=0.5"]
+    assert list(rows) == ["none", "sparse=0.5", "width=0.5", str(other)]
+    assert float(rows[str(other)]["loss"]) != float(rows["none"]["loss"])
+    assert float(rows["none"]["layers"]) == 4 * 12 * 32 * 32 * 2 / 2**20
     assert float(rows["none"]["zeros"]) == 0 and float(rows["sparse=0.5"]["zeros"]) == pytest.approx(0.5, abs=1e-3)
     assert int(rows["width=0.5"]["parameters"]) < int(rows["none"]["parameters"])
     validation = cli(
