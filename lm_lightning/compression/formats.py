@@ -3,9 +3,11 @@
 Both take what the tokenizer gives, (batch, tokens) int64 each, of any sizes, and give all outputs of the network.
 """
 
+import contextlib
 import inspect
+import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
@@ -21,6 +23,19 @@ from lm_lightning.models.network import linear_layers
 
 ONNX, PROGRAM = "model.onnx", "model.pt2"
 Runner = Callable[..., dict[str, Tensor]]  # inputs by their names in, outputs by theirs out
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Leaves out what tracers and quantizers report of themselves."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
 
 
 def tensors_of(output: Any) -> dict[str, Tensor]:
@@ -77,8 +92,7 @@ class Format:
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])  # a row of padding would have no output
         with torch.no_grad():
             outputs = list(tensors_of(network(**inputs)))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of how both trace
+        with quiet():
             self.write(Outputs(network, list(inputs)), inputs, outputs, target)
         other = {name: tensor[:1, :11] for name, tensor in inputs.items()}
         with torch.no_grad():
@@ -89,7 +103,8 @@ class Format:
             raise UserError(
                 f"the outputs of the program differ from the network's by {difference:.2g}: it is of no use"
             )
-        self.finish(network, target, modules)
+        with quiet():
+            self.finish(network, target, modules)
 
     def finish(self, network: nn.Module, target: Path, modules: Sequence[str]) -> None:
         """What is done with the program when it was found to be right."""

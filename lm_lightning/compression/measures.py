@@ -127,13 +127,12 @@ class Bench:
         if network is None:
             return Measures(recipe, 0, math.nan, of_int8(folder), disk, disk, *times.values(), loss=loss)  # type: ignore
         memory = sum(bytes_of(tensor) for tensor in [*network.parameters(), *network.buffers()]) / 2**20
-        try:
-            zeros, weights = zeros_of(linear_layers(network))
+        layers, share = linear_layers(network), math.nan
+        if all(type(layer.weight) is torch.nn.Parameter for layer in layers.values()):  # of no quantized ones
+            zeros, weights = zeros_of(layers)
             share = zeros / weights
-        except (RuntimeError, NotImplementedError):  # of quantized ones
-            share = math.nan
-        layers = in_files(folder, list(linear_layers(network)))
-        return Measures(recipe, network.num_parameters(), share, layers, disk, memory, *times.values(), loss=loss)  # type: ignore
+        in_file = in_files(folder, list(layers))
+        return Measures(recipe, network.num_parameters(), share, in_file, disk, memory, *times.values(), loss=loss)  # type: ignore
 
     def timed(self, call: Callable[[], Any], other: Callable[[], Any]) -> tuple[float, float]:
         """The median times of two calls in milliseconds, which are made in turn, three times at least."""
