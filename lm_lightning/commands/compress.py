@@ -64,8 +64,9 @@ def compress(
     hub.quiet()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of each layer in each pass, and of kernels not here
     source = model_folder(model)
-    chosen = ([recipe] if isinstance(recipe, str) else list(recipe)) or list(recipes.STEPS)
-    chosen = [one for one in chosen if one != "none"]
+    if isinstance(recipe, str):  # also a list that YAML does not read as one of names, since 2:4 is a number to it
+        recipe = [one.strip(" '\"") for one in recipe.strip("[]").split(",")]
+    chosen = [one for one in list(recipe) or recipes.STEPS if one != "none"]
     for one in chosen:
         recipes.steps_of(one)
     others = {name: model_folder(name) for name in beside}

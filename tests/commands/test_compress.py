@@ -363,10 +363,10 @@ def test_table_is_of_what_was_measured(fit, cli, recipe: Path):
     run = fit("--model.network.n_positions", 64)
     other = fit("--seed_everything", 2)
     flags = ("--seconds", 0.05, "--tokens", 16, "--beside", f"[{other}]")
-    out = cli("compress", run, "--recipe", '["sparse=0.5", "width=0.5"]', *flags)
+    out = cli("compress", run, "--recipe", "[sparse=0.5, 2:4, width=0.5]", *flags)
     with open(run / "compressed" / "compression.csv", newline="") as file:
         rows = {row["recipe"]: row for row in csv.DictReader(file)}
-    assert list(rows) == ["none", "sparse=0.5", "width=0.5", str(other)]
+    assert list(rows) == ["none", "sparse=0.5", "2:4", "width=0.5", str(other)]
     assert float(rows[str(other)]["loss"]) != float(rows["none"]["loss"])
     assert float(rows["none"]["layers"]) == 4 * 12 * 32 * 32 * 2 / 2**20
     assert float(rows["none"]["zeros"]) == 0 and float(rows["sparse=0.5"]["zeros"]) == pytest.approx(0.5, abs=1e-3)
