@@ -63,8 +63,8 @@ def semi_structured(network: nn.Module) -> None:
     """
     for layer in linear_layers(network).values():
         weight, rows = layer.weight, by_rows(layer, layer.weight)
-        if type(layer) is not nn.Linear or not weight.is_cuda or weight.shape[0] % 32 or weight.shape[1] % 64:
+        known = type(layer) is nn.Linear and type(weight) is nn.Parameter and weight.dtype == torch.bfloat16
+        if not known or weight.shape[0] % 32 or weight.shape[1] % 64:
             continue
         if ((rows.unflatten(1, (-1, 4)) == 0).sum(2) >= 2).all():
-            half = torch.sparse.to_sparse_semi_structured(weight.detach().bfloat16())
-            layer.weight = nn.Parameter(half, requires_grad=False)
+            layer.weight = nn.Parameter(torch.sparse.to_sparse_semi_structured(weight.detach()), requires_grad=False)

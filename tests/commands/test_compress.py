@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from conftest import paragraphs
@@ -53,9 +54,9 @@ def outputs(folder: Path) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", SIZES)
-@pytest.mark.parametrize("recipe", ["int8", "int8-weights", "float8-weights", "bnb-int8", "nf4"])
+@pytest.mark.parametrize("recipe", ["int8", "int8-weights", "float8-weights", "bnb-int8", "nf4", "fp4"])
 def test_quantized_model_is_small_and_loads_in_plain_transformers(folders, kind: str, recipe: str, tmp_path: Path):
-    pytest.importorskip("bitsandbytes" if recipe in ("bnb-int8", "nf4") else "torchao")
+    pytest.importorskip("bitsandbytes" if recipe in ("bnb-int8", "nf4", "fp4") else "torchao")
     target = tmp_path / "target"
     if kind == "gpt2" and recipe.startswith(("int8", "float8")):  # torchao passes by Conv1D without a word
         with pytest.raises(UserError, match="leaves 16 of 16 linear layers of GPT2LMHeadModel .*Conv1D"):
@@ -85,7 +86,7 @@ assert "lm_lightning" not in sys.modules
         return sum(w.numel() * w.element_size() for w in inside if w.ndim > 1)
 
     share = of_blocks(target) / of_blocks(folders[kind])
-    assert share <= (0.3 if recipe != "nf4" else 0.16), share
+    assert share <= (0.16 if recipe in ("nf4", "fp4") else 0.3), share
     with pytest.raises(UserError, match="is quantized already"):
         recipes.compress(target, recipe, tmp_path / "twice")
 
@@ -186,11 +187,30 @@ assert "transformers" not in sys.modules
     (told,) = torch.load(tmp_path / "outputs.pt")
     assert torch.allclose(told, right, atol=1e-5)
     assert torch.allclose(formats.runner(tmp_path / "target")(input_ids=tokens)["logits"], right, atol=1e-5)
-    for recipe in ("onnx", "pt2"):
+    for recipe in ("onnx", "pt2"):  # of a GPT
         recipes.compress(folders["gpt2"], recipe, tmp_path / recipe)
         told = formats.runner(tmp_path / recipe)(input_ids=tokens)["logits"]
         with torch.no_grad():
             assert torch.allclose(told, load(folders["gpt2"])(tokens).logits, atol=1e-4)
+
+
+def test_onnx_runs_with_onnxruntime_alone(folders, tmp_path: Path):
+    pytest.importorskip("onnxruntime")
+    code = """
+import sys, numpy, onnxruntime
+session = onnxruntime.InferenceSession(sys.argv[1])
+tokens = numpy.arange(3, 30).reshape(3, 9)
+inputs = {"input_ids": tokens, "attention_mask": numpy.ones_like(tokens)}
+numpy.save(sys.argv[2], session.run(["logits"], inputs)[0])
+assert "torch" not in sys.modules
+"""
+    with torch.no_grad():
+        right = load(folders["llama"])(torch.arange(3, 30).view(3, 9)).logits
+    for recipe, tolerance in (("onnx", 1e-4), ("onnx-int8", 0.3)):
+        recipes.compress(folders["llama"], recipe, tmp_path / recipe)
+        command = [sys.executable, "-c", code, tmp_path / recipe / "model.onnx", tmp_path / "outputs.npy"]
+        assert subprocess.run(command).returncode == 0
+        assert (torch.from_numpy(numpy.load(tmp_path / "outputs.npy")) - right).abs().max() < tolerance * right.std()
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "bert"])
