@@ -5,6 +5,7 @@ run's own config with the compressed weights.
 """
 
 import csv
+import inspect
 import logging
 import math
 import os
@@ -223,6 +224,8 @@ def write(rows: list["Measures"], metrics: list[dict[str, float]], best: set[str
 
 def main() -> None:
     """Reads the command line."""
-    from jsonargparse import auto_cli
+    from jsonargparse import ArgumentParser
 
-    auto_cli(compress, args=sys.argv[2:], prog="lm_lightning compress", exit_on_error=False)
+    parser = ArgumentParser(prog="lm_lightning compress", description=inspect.getdoc(compress), exit_on_error=False)
+    parser.add_function_arguments(compress, as_positional=True)  # (`auto_cli` keeps an option --config for itself)
+    compress(**vars(parser.parse_args(sys.argv[2:])))

@@ -127,6 +127,7 @@ def test_pruned_pretrained_model_is_measured_beside_what_it_was(fit):
     with open(run / "compressed" / "compression.csv", newline="") as file:
         before, after = csv.DictReader(file)
     assert int(after["parameters"]) < int(before["parameters"])
+    assert 0 < float(before["loss"]) != float(after["loss"]) > 0
     code = "import sys, transformers; transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])"
     assert subprocess.run([sys.executable, "-c", code, run / "model"]).returncode == 0
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+import yaml
 from conftest import paragraphs
 from lightning.pytorch import Callback
 from safetensors.torch import load_file, save_file
@@ -442,3 +443,16 @@ def test_folder_of_a_model_alone_gets_its_own_beside_it(cli, folders, tmp_path: 
         out = cli("compress", source, "--recipe", "sparse", "--seconds", 0.05, "--tokens", 16)
     assert (tmp_path / "mine-compressed" / "sparse" / "model.safetensors").is_file()
     assert "| sparse |" in out.replace("*", "")
+
+
+def test_model_alone_is_measured_by_the_data_of_a_config(fit, cli, recipe: Path, tmp_path: Path):
+    run = fit()
+    source = shutil.copytree(run / "model", tmp_path / "alone")
+    settings = yaml.safe_load(recipe.read_text())
+    settings["data"]["init_args"]["tokenizer"] = {"path": str(source)}
+    recipe.write_text(yaml.safe_dump(settings))
+    flags = ("--seconds", 0.05, "--tokens", 16, "--calibration_batches", 2)
+    cli("compress", source, "--config", recipe, "--recipe", "wanda=0.5", *flags)
+    with open(tmp_path / "alone-compressed" / "compression.csv", newline="") as file:
+        none, wanda = csv.DictReader(file)
+    assert 0 < float(none["loss"]) != float(wanda["loss"]) > 0
