@@ -5,7 +5,6 @@ run's own config with the compressed weights.
 """
 
 import csv
-import inspect
 import logging
 import math
 import os
@@ -39,14 +38,12 @@ def compress(
 ) -> None:
     """Compresses a finished model without training, and measures what came of it.
 
-    The recipes are int8, int8-weights, float8-weights (torchao; on GPUs also float8 and int4-weights), bnb-int8, nf4,
-    fp4 (bitsandbytes), sparse=0.5, 2:4, wanda=0.5, wanda-2:4 (zeros), width=0.5, heads=0.5, layers=0.5 (smaller
-    networks), onnx, onnx-int8 and pt2 (other formats); several steps with + between, such as width=0.5+int8.
-
     Args:
         model: Run folder or `from_pretrained` folder.
-        recipe: One, or more as `[int8, nf4, width=0.5+int8]`; `none` for none. Default: each one, as far as it fits
-            the network.
+        recipe: One, or more as `[int8, nf4]`: int8, int8-weights, float8-weights (torchao; on GPUs also float8 and
+            int4-weights), bnb-int8, nf4, fp4 (bitsandbytes), sparse=0.5, 2:4, wanda=0.5, wanda-2:4 (zeros), width=0.5,
+            heads=0.5, layers=0.5 (smaller networks), onnx, onnx-int8, pt2 (other formats); several steps with +
+            between, such as width=0.5+int8; none to measure alone. Default: each one, as far as it fits the network.
         output: Folder of the compressed models, the table and the picture, which may not have any of them yet.
             Default: `compressed` in the run folder, or one beside the model's; older ones there are replaced.
         config: Config of a run, with whose data the loss is measured. Default: that of the run folder.
@@ -226,6 +223,6 @@ def main() -> None:
     """Reads the command line."""
     from jsonargparse import ArgumentParser
 
-    parser = ArgumentParser(prog="lm_lightning compress", description=inspect.getdoc(compress), exit_on_error=False)
+    parser = ArgumentParser(prog="lm_lightning compress", exit_on_error=False)
     parser.add_function_arguments(compress, as_positional=True)  # (`auto_cli` keeps an option --config for itself)
     compress(**vars(parser.parse_args(sys.argv[2:])))
