@@ -15,6 +15,8 @@ def export(
 ) -> None:
     """Makes a `from_pretrained` folder of a checkpoint and checks that it reloads to the same logits.
 
+    Of LoRA, the adapters are added to their base, which is loaded from where it came from.
+
     Args:
         run: Run folder.
         checkpoint: `last`, `best` or another name in the run's `checkpoints/`, or the path of a checkpoint file.
@@ -55,6 +57,7 @@ def write(saved: dict, tokenizer: Path, folder: Path, max_shard_size: Optional[s
     import transformers
 
     from lm_lightning.data import tokenizer as tokenizers
+    from lm_lightning.models import lora
     from lm_lightning.models.network import save_network
 
     hub.quiet()
@@ -62,6 +65,8 @@ def write(saved: dict, tokenizer: Path, folder: Path, max_shard_size: Optional[s
     network_class = getattr(transformers, description["class"])
     config = network_class.config_class.from_dict(description["config"])
     weights = {k.removeprefix("network."): w for k, w in saved["state_dict"].items() if k.startswith("network.")}
+    if "lora" in saved:
+        weights = lora.merged(*lora.network_of(saved), saved["lora"]["alpha"] / saved["lora"]["rank"])
     save_network(description, weights, folder, max_shard_size)
     own = tokenizers.load(str(tokenizer))
     own.save_pretrained(folder)
