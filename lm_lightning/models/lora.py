@@ -65,7 +65,7 @@ class LoRA:
             raise UserError("tensor parallelism does not know how to split model.lora: take --trainer.strategy ddp")
         if self.base != "whole" and isinstance(strategy, (FSDP2, XLA)):
             raise UserError(
-                f"{type(strategy).__name__} has no whole matrices on a device, which model.lora.base {self.base} needs: "
+                f"{type(strategy).__name__} splits the matrices that model.lora.base {self.base} needs whole: "
                 "take --trainer.strategy ddp, or model.lora.base whole"
             )
 

@@ -369,6 +369,8 @@ class LanguageModule(LightningModule):
 
     def whole_weights(self) -> dict[str, Any]:
         """The state dict of the network, each tensor whole; in the first process, if there are several."""
+        if self.lora is not None and self.lora.base != "whole":  # never sharded, and PyTorch does not know its tensors
+            return {name: tensor.cpu() for name, tensor in self.network.state_dict().items()}
         return get_model_state_dict(self.network, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
     # Training
