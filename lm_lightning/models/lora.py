@@ -91,7 +91,10 @@ class LoRA:
             "bnb_4bit_use_double_quant": True,
             "bnb_4bit_compute_dtype": COMPUTE.get(precision.split("-")[0], torch.float32),
         }
-        settings: dict[str, Any] = {"load_in_8bit": True} if self.base == "int8" else four
+        # bitsandbytes would take columns with large inputs out of int8, those of a batch as a whole, so that a token
+        # would depend on those after it, and a text on its neighbours.
+        eight = {"load_in_8bit": True, "llm_int8_threshold": 0.0}
+        settings: dict[str, Any] = eight if self.base == "int8" else four
         config = transformers.BitsAndBytesConfig(llm_int8_skip_modules=stay, **settings)
         return {"quantization_config": config, "device_map": {"": str(device)}}
 

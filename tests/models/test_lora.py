@@ -1,13 +1,26 @@
 """LoRA: the base stays as it is, checkpoints are small, and what is exported is what was trained."""
 
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from clauses import recipe as recipe_of
 from conftest import paragraphs
-from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+from lightning.pytorch import Callback, LightningModule, Trainer
+from processes import Runs
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+)
 
 from lm_lightning.data.tokenizer import Tokenizer, train
 from lm_lightning.errors import UserError
@@ -20,6 +33,28 @@ SIZES = {
     "llama": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2},
     "bert": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2},
 }
+ADAPTED = {  # inputs and outputs of the linear layers of a block
+    "gpt2": [(64, 192), (64, 64), (64, 256), (256, 64)],
+    "llama": [(64, 64)] * 4 + [(64, 128)] * 2 + [(128, 64)],
+    "bert": [(64, 64)] * 4 + [(64, 128), (128, 64)],
+}
+MASKED = ("--model.class_path", "MaskedLM", "--data.class_path", "MaskedData", "--data.next_sentence", "false")
+TOKENS = torch.arange(5, 29).view(2, 12)
+LOGITS = "--trainer.callbacks+=test_lora.Logits"
+
+
+class Logits(Callback):
+    """Writes what the trained network gives for `TOKENS` to `logits.pt` in the run folder, and looks at its base."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.base = {n: p.detach().clone() for n, p in pl_module.network.named_parameters() if not p.requires_grad}
+
+    @torch.no_grad()
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        logits = pl_module.network.eval()(TOKENS)[0]
+        parameters = dict(pl_module.network.named_parameters())
+        same = all(torch.equal(tensor, parameters[name]) for name, tensor in self.base.items())
+        torch.save({"logits": logits, "same": same, "frozen": len(self.base)}, f"{trainer.default_root_dir}/logits.pt")
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +83,196 @@ def flags(folder: Path, **lora: object) -> list[object]:
     return [*weights, *(f"--model.lora.{name}={value}" for name, value in settings.items())]
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def state(run: Path) -> dict:
+    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def test_export_and_adapter_give_what_was_trained(fit, cli, recipe: Path, bases, tmp_path: Path):
+    """In a process that has not this project; and the command makes the same of the checkpoint."""
+    runs = {}
+    for kind, base in [("gpt2", "whole"), ("gpt2", "nf4"), ("llama", "nf4"), ("llama", "int8"), ("bert", "whole")]:
+        name = f"{kind}-{base}"
+        runs[name] = fit("--name", name, *(MASKED if kind == "bert" else ()), *flags(bases[kind], base=base), LOGITS)
+        before = load_file(runs[name] / "model" / "model.safetensors")
+        cli("export", runs[name])
+        after = load_file(runs[name] / "model" / "model.safetensors")
+        assert all(torch.allclose(before[key], after[key], atol=1e-6) for key in before | after)
+        assert before.keys() == load_file(bases[kind] / "model.safetensors").keys()
+    script = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, BitsAndBytesConfig
+found, tokens = {}, torch.arange(5, 29).view(2, 12)
+for name, run in json.loads(sys.argv[1]).items():
+    auto = AutoModelForMaskedLM if name.startswith("bert") else AutoModelForCausalLM
+    with torch.no_grad():
+        plain = auto.from_pretrained(f"{run}/model").eval()
+        assert plain.dtype == torch.float32 and not hasattr(plain.config, "quantization_config")
+        found[name] = [plain(tokens)[0]]
+        import peft
+        settings = json.load(open(f"{run}/adapter/adapter_config.json"))
+        bits = {"nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+            "int8": {"load_in_8bit": True, "llm_int8_threshold": 0.0}}.get(name.partition("-")[2])
+        more = {"quantization_config": BitsAndBytesConfig(**bits)} if bits else {}
+        base = auto.from_pretrained(settings["base_model_name_or_path"], dtype=torch.float32, **more)
+        for module in base.modules():  # else it computes in bf16 on such CPUs
+            module.support_avx512bf16_for_cpu = False
+        found[name].append(peft.PeftModel.from_pretrained(base, f"{run}/adapter").eval()(tokens)[0])
+torch.save(found, sys.argv[2])
+assert "lm_lightning" not in sys.modules
+"""
+    arguments = json.dumps({name: str(run) for name, run in runs.items()})
+    done = subprocess.run(
+        [sys.executable, "-c", script, arguments, tmp_path / "found.pt"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found = torch.load(tmp_path / "found.pt")
+    for name, run in runs.items():
+        trained = torch.load(run / "logits.pt")["logits"]
+        merged, adapted = ((other - trained).abs().max() for other in found[name])
+        assert adapted < 1e-5, (name, adapted)
+        assert merged < (1e-5 if "int8" not in name else 0.1), (name, merged)  # which quantizes what comes in, too
+        kind, base = name.split("-")
+        auto = AutoModelForMaskedLM if kind == "bert" else AutoModelForCausalLM
+        with torch.no_grad():
+            assert (auto.from_pretrained(bases[kind])(TOKENS)[0] - trained).abs().max() > 0.1  # it has learned
+
+
+@pytest.mark.parametrize("kind", SIZES)
 @pytest.mark.parametrize("base", ["whole", "int8", "nf4", "fp4"])
-def test_try(fit, bases, kind, base):
-    run = fit(*flags(bases[kind], base=base))
-    print(*(p for p in run.rglob("*") if p.is_file()))
-    print(torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"].keys())
+def test_adapters_alone_are_trained_and_saved(cli, recipe: Path, bases, kind: str, base: str):
+    masked = MASKED if kind == "bert" else ()
+    out = cli("fit", "--config", recipe, *masked, *flags(bases[kind], base=base), LOGITS, "--trainer.max_steps", 3)
+    run = Path(out.split("run folder: ")[1].splitlines()[0])
+    told = torch.load(run / "logits.pt")
+    assert told["same"] and told["frozen"] > 15
+    trained = sum(2 * 4 * sum(sizes) for sizes in ADAPTED[kind])
+    layers = 2 * len(ADAPTED[kind])
+    assert f"lora: rank 4 in {layers} layers, {trained:,} parameters are trained" in out
+    saved = state(run)
+    assert all(".lora_A." in name or ".lora_B." in name for name in saved["state_dict"])
+    assert sum(tensor.numel() for tensor in saved["state_dict"].values()) == trained
+    assert all(tensor.any() for tensor in saved["state_dict"].values())  # B began at zero
+    of_optimizer = sum(len(group["params"]) for group in saved["optimizer_states"][0]["param_groups"])
+    assert of_optimizer == len(saved["state_dict"]) == 2 * layers
+
+
+def test_only_the_named_layers_are_adapted(fit, bases):
+    names = state(fit(*flags(bases["llama"], modules='["*mlp*"]'), "--trainer.max_steps", 3))["state_dict"]
+    assert len(names) == 2 * 2 * 3 and all(".mlp." in name for name in names)
+
+
+@pytest.mark.parametrize("base", ["whole", "nf4"])
+def test_resumed_run_ends_in_the_same_bits(fit, cli, recipe: Path, bases, base: str):
+    """Dropout of the adapters included; and the checkpoint is measured as the run had measured it."""
+    settings = flags(bases["gpt2"], base=base, dropout=0.3)
+    whole = fit("--name", "whole", *settings)
+    with pytest.raises(RuntimeError, match="power failure"):
+        fit("--name", "part", *settings, "--trainer.callbacks+=test_fit.Stop", "--trainer.callbacks.step", 7)
+    part = fit("--name", "part", *settings, "--ckpt_path", "last")
+    first, second = state(whole), state(part)
+    assert all(torch.equal(first["state_dict"][name], second["state_dict"][name]) for name in first["state_dict"])
+    models = [load_file(run / "model" / "model.safetensors") for run in (whole, part)]
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+    out = cli("validate", "--config", recipe, *settings, "--ckpt_path", part / "checkpoints" / "best.ckpt")
+    (line,) = [line for line in out.splitlines() if "val/loss" in line]
+    best = torch.load(part / "checkpoints" / "best.ckpt", weights_only=True)
+    (score,) = {
+        float(value["best_model_score"])
+        for value in best["callbacks"].values()
+        if isinstance(value, dict) and value.get("monitor") == "val/loss"
+    }
+    assert float(line.split("│")[2]) == pytest.approx(score, abs=1e-5)
+    other = state(fit("--name", "other", *flags(bases["gpt2"], base=base, dropout=0)))  # it is not without dropout
+    assert not any(torch.equal(tensor, other["state_dict"][name]) for name, tensor in first["state_dict"].items())
+
+
+def test_a_checkpoint_is_refused_where_it_does_not_belong(fit, cli, recipe: Path, bases, tmp_path: Path):
+    folder = shutil.copytree(bases["gpt2"], tmp_path / "base")
+    run = fit(*flags(folder), "--trainer.max_steps", 5)
+    resume = ("--ckpt_path", "last", "--trainer.max_steps", 8)
+    for settings, message in (
+        (flags(folder, rank=8), r"model.lora has rank 4 \(here 8\)"),
+        (flags(folder, alpha=1), r"model.lora has alpha 16.0 \(here 1.0\)"),
+        (flags(folder, base="nf4"), r"base whole \(here nf4\)"),
+        (flags(folder)[:6], "the checkpoint is of LoRA: give --model.pretrained"),
+    ):
+        with pytest.raises(UserError, match=message):
+            fit(*settings, *resume)
+    moved = folder.rename(tmp_path / "moved")
+    with pytest.raises(UserError, match="adapters need their base.* does not exist"):
+        cli("export", run)
+    fit(*flags(moved), *resume)  # the same weights
+    weights = load_file(moved / "model.safetensors")
+    weights["transformer.h.1.mlp.c_fc.weight"][3, 3] += 1e-3
+    save_file(weights, moved / "model.safetensors", metadata={"format": "pt"})
+    for command in (("fit", *resume), ("validate", "--ckpt_path", run / "checkpoints" / "last.ckpt")):
+        with pytest.raises(UserError, match="are not those that the checkpoint's adapters belong to"):
+            cli(command[0], "--config", recipe, *flags(moved), *command[1:])
+    with pytest.raises(UserError, match="are not those that the checkpoint's adapters belong to"):
+        cli("export", run)
+    plain = fit(*flags(folder := bases["gpt2"])[:6], "--trainer.max_steps", 5)
+    with pytest.raises(UserError, match="the checkpoint has no LoRA"):
+        fit(*flags(folder), "--ckpt_path", plain / "checkpoints" / "last.ckpt", "--trainer.max_steps", 8)
+
+
+@pytest.mark.parametrize(
+    ("data", "model", "monitor", "base"),
+    [("TaggingData", "Tagging", "val/f1", "whole"), ("ParsingData", "Parser", "val/las", "nf4")],
+)
+def test_new_heads_are_trained_saved_and_exported(cli, tmp_path: Path, data: str, model: str, monitor: str, base: str):
+    file, folder = recipe_of(tmp_path, model, data, monitor), tmp_path / "base"
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tok")
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("bert", vocab_size=len(tokenizer), max_position_embeddings=64, **SIZES["bert"])
+    AutoModelForMaskedLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    steps = ("--trainer.max_steps", 80, "--trainer.val_check_interval", 80)
+    out = cli("fit", "--config", file, *flags(folder, base=base), LOGITS, *steps)
+    run = Path(out.split("run folder: ")[1].splitlines()[0])
+    trained = torch.load(run / "logits.pt")
+    assert trained["same"]
+    names = [name for name in state(run)["state_dict"] if name.startswith("network.") and ".lora_" not in name]
+    assert names and all(".pooler." in name or ".classifier." in name or ".parser." in name for name in names)
+
+    def score(out: str) -> float:
+        return float(next(line for line in out.splitlines() if monitor in line).split("│")[2])
+
+    measure = ("validate", "--config", file, "--model.network", "null", "--model.pretrained")
+    by_checkpoint = score(
+        cli(*measure[:3], *flags(folder, base=base), "--ckpt_path", run / "checkpoints" / "last.ckpt")
+    )
+    assert by_checkpoint == pytest.approx(score(cli(*measure, run)), abs=1e-4) and by_checkpoint > 0.5
+    merged = load_file(run / "model" / "model.safetensors")
+    cli("export", run)
+    assert all(
+        torch.equal(tensor, merged[name]) for name, tensor in load_file(run / "model" / "model.safetensors").items()
+    )
+    if model == "Tagging":
+        from peft import PeftModel
+
+        labels = len(json.loads((run / "model" / "config.json").read_text())["id2label"])
+        plain = AutoModelForTokenClassification.from_pretrained(folder, num_labels=labels)
+        with torch.no_grad():
+            told = PeftModel.from_pretrained(plain, run / "adapter").eval()(TOKENS)[0]
+        assert torch.allclose(told, trained["logits"], atol=1e-5)
+
+
+def test_two_processes_do_what_one_does(recipe: Path, bases, tmp_path: Path):
+    runs, config = Runs(tmp_path / "runs"), yaml.safe_load(recipe.read_text())
+    runs.folder.mkdir()
+    commands = {}
+    for base in ("whole", "nf4"):
+        fit = ("fit", "--config", recipe, *flags(bases["llama"], base=base, dropout=0))
+        two = (*fit, "--trainer.devices", 2, "--data.batch_size", config["data"]["init_args"]["batch_size"] // 2)
+        strategies = {f"{name}_{base}": (*two, "--trainer.strategy", name) for name in ("ddp", "fsdp2", "tp")}
+        commands |= {f"one_{base}": fit, **strategies}
+    runs(commands)
+    for name in ("ddp_whole", "fsdp2_whole", "ddp_nf4"):
+        one = f"one_{name.partition('_')[2]}"
+        assert runs.differ(name, one, "train/loss") < 1e-5, name
+        assert runs.differ(name, one, "val/loss") < 1e-5, name
+        first, second = (load_file(runs.folder / n / "model" / "model.safetensors") for n in (name, one))
+        assert all(torch.allclose(first[key], second[key], atol=1e-4) for key in first), name
+        assert state(runs.folder / name)["state_dict"].keys() == state(runs.folder / one)["state_dict"].keys()
+    assert "tensor parallelism does not know how to split model.lora" in runs.error("tp_whole")
+    assert "splits the matrices that model.lora.base nf4 needs whole" in runs.error("fsdp2_nf4")
