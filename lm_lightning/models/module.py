@@ -483,6 +483,12 @@ class LanguageModule(LightningModule):
             optimizer = self.optimizer_factory(parameter_groups(self.network, self.layer_decay))
         except (ValueError, TypeError) as error:
             raise UserError(f"the optimizer does not accept its settings: {error}") from error
+        sharded = any(isinstance(p, DTensor) for group in optimizer.param_groups for p in group["params"])
+        if sharded and type(optimizer).__module__.startswith("bitsandbytes."):
+            raise UserError(
+                f"{type(optimizer).__name__} of bitsandbytes cannot step with sharded weights: take --trainer.strategy "
+                "ddp, or an optimizer of torch"
+            )
         for group in optimizer.param_groups:
             group["lr"] *= group.get("lr_factor", 1.0)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.schedule.factor(step, total))
