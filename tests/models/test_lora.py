@@ -1,5 +1,6 @@
 """LoRA: the base stays as it is, checkpoints are small, and what is exported is what was trained."""
 
+import argparse
 import json
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
 )
@@ -257,6 +259,34 @@ def test_new_heads_are_trained_saved_and_exported(cli, tmp_path: Path, data: str
         assert torch.allclose(told, trained["logits"], atol=1e-5)
 
 
+def test_a_new_head_over_texts_goes_into_both_exports(cli, bases, tmp_path: Path):
+    """With a pooler, which a masked language model has not."""
+    from peft import PeftModel
+
+    texts = [" ".join(text.split()[1:8]) for text in paragraphs(200)]
+    rows = [{"text": text, "label": "captain" if "captain" in text else "other"} for text in texts]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"tables": {"train": str(tmp_path / "rows.jsonl"), "validation_fraction": 0.2}, "max_length": 32}
+    config = {
+        "model": {"class_path": "Classification", "init_args": {"schedule": {"warmup_steps": 1}}},
+        "data": {"class_path": "ClassificationData", "init_args": options},
+        "trainer": {"max_steps": 30, "accelerator": "cpu", "precision": "32-true"},
+        "runs_dir": str(tmp_path / "runs"),
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(config))
+    settings = flags(bases["bert"])[2:4] + flags(bases["bert"])[6:]
+    out = cli("fit", "--config", tmp_path / "recipe.yaml", *settings, LOGITS)
+    run = Path(out.split("run folder: ")[1].splitlines()[0])
+    plain, merged = (
+        AutoModelForSequenceClassification.from_pretrained(folder) for folder in (bases["bert"], run / "model")
+    )
+    assert merged.config.id2label == {0: "captain", 1: "other"}
+    trained = torch.load(run / "logits.pt")["logits"]
+    for network in (merged, PeftModel.from_pretrained(plain, run / "adapter")):
+        with torch.no_grad():
+            assert torch.allclose(network.eval()(TOKENS)[0], trained, atol=1e-5)
+
+
 def test_two_processes_do_what_one_does(recipe: Path, bases, tmp_path: Path):
     runs, config = Runs(tmp_path / "runs"), yaml.safe_load(recipe.read_text())
     runs.folder.mkdir()
@@ -276,3 +306,37 @@ def test_two_processes_do_what_one_does(recipe: Path, bases, tmp_path: Path):
         assert state(runs.folder / name)["state_dict"].keys() == state(runs.folder / one)["state_dict"].keys()
     assert "tensor parallelism does not know how to split model.lora" in runs.error("tp_whole")
     assert "splits the matrices that model.lora.base nf4 needs whole" in runs.error("fsdp2_nf4")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["--model.lora.rank=0"], "must have a rank of 1 or more"),
+        (["--model.lora.dropout=1"], "a dropout from 0 to below 1"),
+        (['--model.lora.modules=["*banana*"]'], r"\*banana\* is the name of no linear layer, such as transformer.h.0"),
+        (["--model.lora.base=int3"], "int3"),
+        (["--trainer.callbacks+=Pruning"], "pruning changes the weights that model.lora leaves as they are"),
+    ],
+)
+def test_impossible_settings_are_refused(fit, bases, settings: list, message: str):
+    with pytest.raises((UserError, argparse.ArgumentError), match=message):
+        fit(*flags(bases["gpt2"]), *settings)
+
+
+def test_new_tokens_are_refused(fit, bases, tmp_path: Path):
+    """Their rows of the embedding would stay as they were drawn."""
+    folder = shutil.copytree(bases["gpt2"], tmp_path / "base", ignore=shutil.ignore_patterns("tokenizer*"))
+    larger = train(Tokenizer(algorithm="bpe", vocab_size=310), iter(paragraphs(50)), "gpt")
+    larger.save_pretrained(tmp_path / "tok")
+    with pytest.raises(UserError, match="has 300 tokens and the tokenizer 310, whose rows model.lora would not train"):
+        fit(*flags(folder), "--data.tokenizer.path", tmp_path / "tok")
+
+
+def test_a_new_network_and_missing_packages_are_refused(fit, bases, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(UserError, match="which of a new network says nothing: give model.pretrained"):
+        fit("--model.lora.rank", 8)
+    for name, base in (("peft", "whole"), ("bitsandbytes", "nf4"), ("accelerate", "int8")):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, name, None)
+            with pytest.raises(UserError, match=rf'model.lora needs the package {name}: pip install -e "\.\[lora\]"'):
+                fit(*flags(bases["llama"], base=base))
