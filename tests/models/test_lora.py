@@ -26,6 +26,9 @@ from transformers import (
 
 from lm_lightning.data.tokenizer import Tokenizer, train
 from lm_lightning.errors import UserError
+from lm_lightning.models.lora import LoRA
+from lm_lightning.run import load_checkpoint
+from lm_lightning.strategies import FSDP2, TensorParallel
 
 pytest.importorskip("peft")
 pytest.importorskip("bitsandbytes")
@@ -99,7 +102,10 @@ def test_export_and_adapter_give_what_was_trained(fit, cli, recipe: Path, bases,
         cli("export", runs[name])
         after = load_file(runs[name] / "model" / "model.safetensors")
         assert all(torch.allclose(before[key], after[key], atol=1e-6) for key in before | after)
-        assert before.keys() == load_file(bases[kind] / "model.safetensors").keys()
+        frozen = load_file(bases[kind] / "model.safetensors")
+        assert before.keys() == frozen.keys()
+        changed = {key for key in frozen if not torch.equal(frozen[key], before[key])}
+        assert len(changed) == 2 * len(ADAPTED[kind]) and all(".h." in key or ".layer" in key for key in changed)
     script = """
 import json, sys, torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, BitsAndBytesConfig
@@ -139,8 +145,10 @@ assert "lm_lightning" not in sys.modules
             assert (auto.from_pretrained(bases[kind])(TOKENS)[0] - trained).abs().max() > 0.1  # it has learned
 
 
-@pytest.mark.parametrize("kind", SIZES)
-@pytest.mark.parametrize("base", ["whole", "int8", "nf4", "fp4"])
+@pytest.mark.parametrize(
+    ("kind", "base"),
+    [("gpt2", "whole"), ("gpt2", "int8"), ("gpt2", "fp4"), ("llama", "nf4"), ("bert", "int8"), ("bert", "nf4")],
+)
 def test_adapters_alone_are_trained_and_saved(cli, recipe: Path, bases, kind: str, base: str):
     masked = MASKED if kind == "bert" else ()
     out = cli("fit", "--config", recipe, *masked, *flags(bases[kind], base=base), LOGITS, "--trainer.max_steps", 3)
@@ -287,25 +295,67 @@ def test_a_new_head_over_texts_goes_into_both_exports(cli, bases, tmp_path: Path
             assert torch.allclose(network.eval()(TOKENS)[0], trained, atol=1e-5)
 
 
-def test_two_processes_do_what_one_does(recipe: Path, bases, tmp_path: Path):
-    runs, config = Runs(tmp_path / "runs"), yaml.safe_load(recipe.read_text())
+def test_two_processes_do_what_one_does(fit, recipe: Path, bases, tmp_path: Path):
+    """And a sharded checkpoint, which has not the base either, is gone on from."""
+    runs, alone, commands = Runs(tmp_path / "two"), {}, {}
     runs.folder.mkdir()
-    commands = {}
+    ddp = ("--trainer.strategy", "ddp")
+    folders = ("--trainer.strategy", "lm_lightning.strategies.FSDP2", "--trainer.strategy.sharded_checkpoints", "true")
     for base in ("whole", "nf4"):
-        fit = ("fit", "--config", recipe, *flags(bases["llama"], base=base, dropout=0))
-        two = (*fit, "--trainer.devices", 2, "--data.batch_size", config["data"]["init_args"]["batch_size"] // 2)
-        strategies = {f"{name}_{base}": (*two, "--trainer.strategy", name) for name in ("ddp", "fsdp2", "tp")}
-        commands |= {f"one_{base}": fit, **strategies}
+        settings = (*flags(bases["llama"], base=base, dropout=0), "--model.schedule.shape", "constant")
+        alone[base] = fit(*settings)
+        two = ("fit", "--config", recipe, *settings, "--trainer.devices", 2, "--data.batch_size", 2)
+        commands[base] = (*two, *ddp)
+        if base == "whole":
+            last = runs.folder / "fsdp2" / "checkpoints" / "last.ckpt"
+            commands["fsdp2"] = (*two, *folders, "--trainer.max_steps", 6)
+            commands["resumed"] = (*two, *folders, "--ckpt_path", last)
     runs(commands)
-    for name in ("ddp_whole", "fsdp2_whole", "ddp_nf4"):
-        one = f"one_{name.partition('_')[2]}"
-        assert runs.differ(name, one, "train/loss") < 1e-5, name
-        assert runs.differ(name, one, "val/loss") < 1e-5, name
-        first, second = (load_file(runs.folder / n / "model" / "model.safetensors") for n in (name, one))
-        assert all(torch.allclose(first[key], second[key], atol=1e-4) for key in first), name
-        assert state(runs.folder / name)["state_dict"].keys() == state(runs.folder / one)["state_dict"].keys()
-    assert "tensor parallelism does not know how to split model.lora" in runs.error("tp_whole")
-    assert "splits the matrices that model.lora.base nf4 needs whole" in runs.error("fsdp2_nf4")
+    assert not runs.error("resumed")
+    for name, base in (("whole", "whole"), ("nf4", "nf4"), ("fsdp2", "whole")):
+        shutil.copytree(alone[base], runs.folder / f"one_{name}")
+        assert runs.differ(name, f"one_{name}", "train/loss") < 1e-5
+        first, second = (load_file(runs.folder / n / "model" / "model.safetensors") for n in (name, f"one_{name}"))
+        assert all(torch.allclose(first[key], second[key], atol=1e-4) for key in second), name
+        adapters = [load_file(runs.folder / n / "adapter" / "adapter_model.safetensors") for n in (name, f"one_{name}")]
+        assert all(torch.allclose(adapters[0][key], adapters[1][key], atol=1e-4) for key in adapters[1]), name
+    assert runs.differ("nf4", "one_nf4", "val/loss") < 1e-5
+    weights = [name for name in load_checkpoint(last)["state_dict"] if name.startswith("network.")]
+    assert all(".lora_" in name for name in weights) and len(weights) == 2 * 2 * 7
+
+
+def test_strategies_that_split_what_has_to_be_whole_are_refused():
+    with pytest.raises(UserError, match="tensor parallelism does not know how to split model.lora"):
+        LoRA().check(TensorParallel())
+    with pytest.raises(UserError, match="FSDP2 splits the matrices that model.lora.base nf4 needs whole"):
+        LoRA(base="nf4").check(FSDP2())
+    LoRA().check(FSDP2())
+
+
+def test_bits_are_those_of_the_paper_and_of_the_blocks_alone():
+    with torch.device("meta"):
+        network = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", vocab_size=300, **SIZES["llama"]))
+    for precision, dtype in (("32-true", torch.float32), ("bf16-mixed", torch.bfloat16), ("16-mixed", torch.float16)):
+        config = LoRA(base="nf4").quantization(network, torch.device("cpu"), precision)["quantization_config"]
+        assert config.bnb_4bit_quant_type == "nf4" and config.bnb_4bit_use_double_quant
+        assert config.bnb_4bit_compute_dtype == dtype and config.llm_int8_skip_modules == ["lm_head"]
+
+
+def test_large_inputs_do_not_let_int8_see_the_tokens_to_come(fit, bases, tmp_path: Path):
+    folder = shutil.copytree(bases["gpt2"], tmp_path / "large")
+    weights = load_file(folder / "model.safetensors")
+    scaled = {name: 5 * w if name.endswith(("ln_1.weight", "ln_2.weight")) else w for name, w in weights.items()}
+    save_file(scaled, folder / "model.safetensors", metadata={"format": "pt"})
+    fit(*flags(folder, base="int8"), "--trainer.max_steps", 3)
+
+
+@pytest.mark.parametrize(("kind", "base"), [("gpt2", "nf4"), ("llama", "whole")])
+def test_activation_checkpointing_changes_nothing(fit, bases, kind: str, base: str):
+    """Gradients reach the adapters although nothing before the first of them is trained."""
+    settings = (*flags(bases[kind], base=base), "--trainer.max_steps", 3)
+    first, second = (state(fit(*settings, *more)) for more in ((), ("--model.activation_checkpointing", 1)))
+    for name, tensor in first["state_dict"].items():
+        assert torch.allclose(tensor, second["state_dict"][name], atol=1e-6), name
 
 
 @pytest.mark.parametrize(
