@@ -64,9 +64,10 @@ class LoRA:
         if isinstance(strategy, TensorParallel):
             raise UserError("tensor parallelism does not know how to split model.lora: take --trainer.strategy ddp")
         if self.base != "whole" and isinstance(strategy, (FSDP2, XLA)):
+            why = "splits its matrices" if isinstance(strategy, FSDP2) else "bitsandbytes does not know"
             raise UserError(
-                f"{type(strategy).__name__} splits the matrices that model.lora.base {self.base} needs whole: "
-                "take --trainer.strategy ddp, or model.lora.base whole"
+                f"model.lora.base {self.base} does not work with {type(strategy).__name__}, which {why}: take "
+                "--trainer.strategy ddp, or model.lora.base whole"
             )
 
     def quantization(
@@ -115,13 +116,15 @@ class LoRA:
         layers = linear_layers(network, self.modules)
         if self.base != "whole":
             kinds = package("bitsandbytes").nn
-            refuse_left(network, linear_layers(network), (kinds.Linear4bit, kinds.Linear8bitLt), "quantized")
+            refuse_left(
+                network, linear_layers(network), (kinds.Linear4bit, kinds.Linear8bitLt), "model.lora.base whole"
+            )
             for module in network.modules():
                 # On CPUs with bf16 it would pack the weights anew in an evaluation, and then could not train on.
                 if isinstance(module, kinds.Linear4bit):
                     module.support_avx512bf16_for_cpu = False
         peft.inject_adapter_in_model(self.peft_config(layers), network)
-        refuse_left(network, layers, peft.tuners.lora.LoraLayer, "adapted")
+        refuse_left(network, layers, peft.tuners.lora.LoraLayer, "others in model.lora.modules")
         for name, parameter in network.named_parameters():
             if name in new:
                 parameter.requires_grad_(True)
@@ -147,18 +150,18 @@ def package(name: str) -> Any:
         raise UserError(f'model.lora needs the package {name}: pip install -e ".[lora]"') from error
 
 
-def refuse_left(network: nn.Module, names: Collection[str], kinds: Any, what: str) -> None:
-    """Refuses a network of which layers are not of these kinds.
+def refuse_left(network: nn.Module, names: Collection[str], kinds: Any, remedy: str) -> None:
+    """Refuses a network of which layers have not become of these kinds, but are as they were.
 
     Raises:
-        UserError: Names the first of them.
+        UserError: Names the first of them, and the remedy.
     """
     modules = dict(network.named_modules())
     left = [name for name in names if not isinstance(modules[name], kinds)]
     if left:
         raise UserError(
-            f"{len(left)} of {len(names)} linear layers of {type(network).__name__} cannot be {what}, such as "
-            f"{left[0]} ({type(modules[left[0]]).__name__}): name others in model.lora.modules, or leave model.lora out"
+            f"model.lora leaves {len(left)} of {len(names)} linear layers of {type(network).__name__} as they are, "
+            f"such as {left[0]} ({type(modules[left[0]]).__name__}): take {remedy}"
         )
 
 
@@ -218,17 +221,19 @@ def save_adapter(
     network_class = getattr(transformers, saved["class"])
     with torch.device("meta"):
         known = network_class(network_class.config_class.from_dict(saved["config"])).state_dict().keys()
-    modules = sorted({name.rpartition(".")[0] for name in saved["new"] if name in known})
+    modules: list[str] = []  # of those within each other, the outer one
+    for module in sorted({name.rpartition(".")[0] for name in saved["new"] if name in known}):
+        modules += [] if f"{module}.".startswith(tuple(f"{outer}." for outer in modules)) else [module]
     settings = settings_of(saved).peft_config(
         adapted_layers(network), modules_to_save=modules or None, base_model_name_or_path=saved["pretrained"]
     )
     settings.inference_mode = True  # as peft's own files say
     settings.save_pretrained(folder)
-    whole = [f"{module}." for module in modules]
-    tensors = {
-        f"base_model.model.{name.replace('.default.', '.')}": tensor.contiguous()
+    whole = tuple(f"{module}." for module in modules)
+    tensors = {  # (of tied ones, each name has its own)
+        f"base_model.model.{name.replace('.default.', '.')}": tensor.clone(memory_format=torch.contiguous_format)
         for name, tensor in weights.items()
-        if ".lora_" in name or name.startswith(tuple(whole))
+        if ".lora_" in name or name.startswith(whole)
     }
     safetensors.torch.save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     head = {name.partition(".")[2]: weights[name] for name in saved["new"] if name not in known}

@@ -98,10 +98,13 @@ def test_export_and_adapter_give_what_was_trained(fit, cli, recipe: Path, bases,
     for kind, base in [("gpt2", "whole"), ("gpt2", "nf4"), ("llama", "nf4"), ("llama", "int8"), ("bert", "whole")]:
         name = f"{kind}-{base}"
         runs[name] = fit("--name", name, *(MASKED if kind == "bert" else ()), *flags(bases[kind], base=base), LOGITS)
-        before = load_file(runs[name] / "model" / "model.safetensors")
+        files = [runs[name] / file for file in ("model/model.safetensors", "adapter/adapter_model.safetensors")]
+        before, adapter = map(load_file, files)
+        files[1].unlink()
         cli("export", runs[name])
-        after = load_file(runs[name] / "model" / "model.safetensors")
+        after, again = map(load_file, files)
         assert all(torch.allclose(before[key], after[key], atol=1e-6) for key in before | after)
+        assert all(torch.equal(adapter[key], again[key]) for key in adapter | again)
         frozen = load_file(bases[kind] / "model.safetensors")
         assert before.keys() == frozen.keys()
         changed = {key for key in frozen if not torch.equal(frozen[key], before[key])}
@@ -327,7 +330,7 @@ def test_two_processes_do_what_one_does(fit, recipe: Path, bases, tmp_path: Path
 def test_strategies_that_split_what_has_to_be_whole_are_refused():
     with pytest.raises(UserError, match="tensor parallelism does not know how to split model.lora"):
         LoRA().check(TensorParallel())
-    with pytest.raises(UserError, match="FSDP2 splits the matrices that model.lora.base nf4 needs whole"):
+    with pytest.raises(UserError, match="nf4 does not work with FSDP2, which splits its matrices"):
         LoRA(base="nf4").check(FSDP2())
     LoRA().check(FSDP2())
 
