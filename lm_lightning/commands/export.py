@@ -15,8 +15,8 @@ def export(
 ) -> None:
     """Makes a `from_pretrained` folder of a checkpoint and checks that it reloads to the same logits.
 
-    Of LoRA, the adapters are added to their base, which is loaded from where it came from; without an `output`, they are
-    written to `adapter/` of the run folder, too.
+    Of LoRA, the adapters are added to their base, which is loaded from where it came from; without an `output`, they
+    are written to `adapter/` of the run folder, too.
 
     Args:
         run: Run folder.
@@ -69,7 +69,6 @@ def write(
     import transformers
 
     from lm_lightning.data import tokenizer as tokenizers
-    from lm_lightning.models import lora
     from lm_lightning.models.network import save_network
 
     hub.quiet()
@@ -78,6 +77,8 @@ def write(
     config = network_class.config_class.from_dict(description["config"])
     weights = {k.removeprefix("network."): w for k, w in saved["state_dict"].items() if k.startswith("network.")}
     if "lora" in saved:
+        from lm_lightning.models import lora
+
         network, weights = lora.network_of(saved)
         if adapter is not None:
             lora.save_adapter(network, weights, saved["lora"] | description, adapter)
