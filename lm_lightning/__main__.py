@@ -43,7 +43,8 @@ def main() -> None:
             raise UserError(f"there is no command {command}; the commands are {', '.join(COMMANDS)}")
         # asked for, so that the tokenizers library does not warn of the loader's forks
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-        for library in ("torchao", "torch.utils._pytree"):  # of kernels for GPUs that are not here, at each import
+        # of kernels for GPUs that are not here, at each import, and of casts, at each layer
+        for library in ("torchao", "torch.utils._pytree", "bitsandbytes"):
             logging.getLogger(library).setLevel(logging.ERROR)
         run(command)
     except UserError as error:

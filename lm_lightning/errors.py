@@ -12,6 +12,10 @@ NOISE = re.compile(
     r"Does not validate|Subtypes:|Errors:|- Expected a <class 'NoneType'>|Given value|- Problems? with given class_path"
 )
 
+# What a class that an option names may lack, and the extra that brings it.
+MISSING = re.compile(r"(?:No module named '|import of )(bitsandbytes)\b")
+EXTRAS = {"bitsandbytes": "lora"}
+
 
 def of_command_line(error: Exception, arguments: list[str]) -> UserError:
     """The sentence for a command line or a YAML file that the parser refused.
@@ -20,6 +24,8 @@ def of_command_line(error: Exception, arguments: list[str]) -> UserError:
         error: The parser's, of many lines.
         arguments: The command and its arguments.
     """
+    if missing := MISSING.search(str(error)):
+        return UserError(f'an option names a class of {missing[1]}: pip install -e ".[{EXTRAS[missing[1]]}]"')
     text = " ".join(line.strip() for line in str(error).splitlines() if line.strip() and not NOISE.search(line))
     files = [value for flag, value in zip(arguments, arguments[1:]) if flag in ("-c", "--config")]
     where = f" (the config is {', '.join(files)})" if files else ""

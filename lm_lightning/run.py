@@ -12,6 +12,7 @@ spikes.jsonl       steps whose loss was far above those before, with their train
 results.csv        and results.md: how well the last evaluation told labels or answers; also confusion.csv and .png
 predictions.jsonl  and, of rows of CSV and TSV files, predictions.csv: what `predict` found
 model/             from_pretrained folder: the trained network with its tokenizer
+adapter/           of LoRA: what was trained, as a folder of peft's
 report.html        all of this to look at
 """
 

@@ -1,11 +1,16 @@
 """Optimizers and schedules: who gets which treatment, and what the learning rate is when."""
 
 import copy
+import csv
 import io
+import json
 import math
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import command, refusal
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig
 
 from lm_lightning.errors import UserError
@@ -249,3 +254,66 @@ def test_the_matrices_of_a_mixture_of_experts_get_muon_although_the_experts_are_
     optimizer = MuonAdamW(parameter_groups(model))
     train(model, [optimizer], 0, 1)
     assert "momentum_buffer" in optimizer.state[model.model.layers[0].self_attn.q_proj.weight]
+
+
+# 8 bits, by bitsandbytes
+
+BITS = "bitsandbytes.optim.AdamW8bit"
+WIDE = (  # its state of tensors with fewer than 4096 elements stays in 32 bits
+    "--model.network",
+    json.dumps({"model_type": "gpt2", "n_layer": 2, "n_embd": 64, "n_head": 2, "n_positions": 64}),
+)
+
+
+def optimizer(name: str, **settings: float) -> list[object]:
+    return ["--model.optimizer", name, *(f"--model.optimizer.{key}={value}" for key, value in settings.items())]
+
+
+def losses(run: Path) -> list[float]:
+    with open(run / "metrics.csv", newline="") as file:
+        return [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
+
+
+def test_8_bit_optimizers_keep_a_quarter_and_train_as_their_own_kind(fit):
+    pytest.importorskip("bitsandbytes")
+    settings = {"lr": 1e-2, "weight_decay": 0.1}
+    whole = fit(*WIDE, *optimizer("torch.optim.AdamW", **settings))
+    run = fit(*WIDE, *optimizer(BITS, **settings))
+    assert losses(run) == pytest.approx(losses(whole), abs=0.02)
+    saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["optimizer_states"][0]
+    large = [values["__bnb_optimizer_quant_state__"] for values in saved["state"].values()]
+    large = [values for values in large if values["state1"].numel() >= 4096]
+    assert len(large) == 10 and all(v[f"state{n}"].dtype == torch.uint8 for v in large for n in (1, 2))
+    assert {group["name"]: group["weight_decay"] for group in saved["param_groups"]} == {
+        **{"hidden": 0.1, "embeddings": 0.1, "vectors": 0.0}
+    }
+    with pytest.raises(UserError, match="the checkpoint's optimizer is AdamW8bit, this run's AdamW"):
+        fit(*WIDE, "--ckpt_path", "last", "--trainer.max_steps", 12)
+
+
+@pytest.mark.parametrize("name", [BITS, "bitsandbytes.optim.Lion8bit"])
+def test_8_bit_optimizers_are_resumed_to_the_bit(fit, name: str):
+    pytest.importorskip("bitsandbytes")
+    flags = (*WIDE, *optimizer(name, lr=1e-3))
+    whole = fit("--name", "whole", *flags)
+    with pytest.raises(RuntimeError, match="power failure"):
+        fit("--name", "part", *flags, "--trainer.callbacks+=test_fit.Stop", "--trainer.callbacks.step", 7)
+    part = fit("--name", "part", *flags, "--ckpt_path", "last")
+    states = [torch.load(run / "checkpoints" / "last.ckpt", weights_only=True) for run in (whole, part)]
+    assert_equal(states[1]["state_dict"], states[0]["state_dict"])
+    moments = [[v["__bnb_optimizer_quant_state__"] for v in s["optimizer_states"][0]["state"].values()] for s in states]
+    assert all(torch.equal(a["state1"], b["state1"]) for a, b in zip(*moments))
+
+
+def test_8_bit_optimizers_are_refused_with_sharded_weights(recipe: Path):
+    pytest.importorskip("bitsandbytes")
+    flags = (*WIDE, *optimizer(BITS), "--trainer.strategy", "fsdp2", "--trainer.devices", 2)
+    message = refusal(command("fit", "--config", recipe, *flags))
+    assert "AdamW8bit of bitsandbytes cannot step with sharded weights: take --trainer.strategy ddp" in message
+
+
+def test_missing_bitsandbytes_is_told_with_its_remedy(fit, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    for flags in (optimizer(BITS), ["--model.optimizer.class_path", BITS]):
+        with pytest.raises(UserError, match=r'names a class of bitsandbytes: pip install -e "\.\[lora\]"$'):
+            fit(*flags)

@@ -1,6 +1,7 @@
 """Export: leaves a folder that plain `transformers` loads, and a checkpoint of the very end."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -28,18 +29,30 @@ class Export(Callback):
 
 
 def export(pl_module: LightningModule, folder: Path) -> None:
-    """Writes the model, so that the folder is whole or not there; all processes call it.
+    """Writes the model, and of LoRA `adapter/` beside it, each whole or not there; all processes call it.
 
-    A callback with a method `on_export` may change the folder before it is in place.
+    A callback with a method `on_export` may change the model's folder before it is in place.
     """
+
+    def write(partial: Path) -> None:
+        pl_module.export(partial)
+        for callback in pl_module.trainer.callbacks:
+            if hasattr(callback, "on_export") and pl_module.trainer.is_global_zero:
+                callback.on_export(partial)
+
+    replace(pl_module, folder, write)
+    if pl_module.lora is not None:
+        replace(pl_module, folder.with_name("adapter"), pl_module.export_adapter)
+    if pl_module.trainer.is_global_zero:
+        print(f"model: {folder}")
+
+
+def replace(pl_module: LightningModule, folder: Path, write: Callable[[Path], None]) -> None:
+    """Gives a folder its name when it is written."""
     partial = folder.with_suffix(".partial")
     if pl_module.trainer.is_global_zero:
         shutil.rmtree(partial, ignore_errors=True)
-    pl_module.export(partial)
+    write(partial)
     if pl_module.trainer.is_global_zero:
-        for callback in pl_module.trainer.callbacks:
-            if hasattr(callback, "on_export"):
-                callback.on_export(partial)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
-        print(f"model: {folder}")

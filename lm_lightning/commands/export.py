@@ -15,6 +15,9 @@ def export(
 ) -> None:
     """Makes a `from_pretrained` folder of a checkpoint and checks that it reloads to the same logits.
 
+    Of LoRA, the adapters are added to their base, which is loaded from where it came from; without an `output`, they
+    are written to `adapter/` of the run folder, too.
+
     Args:
         run: Run folder.
         checkpoint: `last`, `best` or another name in the run's `checkpoints/`, or the path of a checkpoint file.
@@ -31,26 +34,37 @@ def export(
     if output is not None and Path(output).exists():
         raise UserError(f"the output folder {output} exists already: remove it or name another one")
     folder = Path(output or Path(run) / "model")
-    partial = folder.with_name(folder.name + ".partial")
-    if partial.exists():
-        shutil.rmtree(partial)
+    partial, adapter = folder.with_name(folder.name + ".partial"), Path(run) / "adapter.partial"
+    for unfinished in (partial, adapter):
+        shutil.rmtree(unfinished, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
     except OSError as error:
         raise UserError(f"the folder {folder} cannot be made ({error.strerror}): name another --output") from error
     try:
-        write(saved, Path(run) / "tokenizer", partial, max_shard_size)
+        write(saved, Path(run) / "tokenizer", partial, max_shard_size, None if output else adapter)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        for unfinished in (partial, adapter):
+            shutil.rmtree(unfinished, ignore_errors=True)
         raise
-    if folder.exists():
-        shutil.rmtree(folder)
-    partial.rename(folder)
+    for written, place in ((partial, folder), (adapter, Path(run) / "adapter")):
+        if written.exists():
+            shutil.rmtree(place, ignore_errors=True)
+            written.rename(place)
     print(folder)
 
 
-def write(saved: dict, tokenizer: Path, folder: Path, max_shard_size: Optional[str] = None) -> None:
-    """Writes network and tokenizer into `folder` and refuses it if it does not give the checkpoint's logits."""
+def write(
+    saved: dict,
+    tokenizer: Path,
+    folder: Path,
+    max_shard_size: Optional[str] = None,
+    adapter: Optional[Path] = None,
+) -> None:
+    """Writes network and tokenizer into `folder` and refuses it if it does not give the checkpoint's logits.
+
+    Of LoRA, the adapters go into another folder, too, if given.
+    """
     import torch
     import transformers
 
@@ -63,6 +77,13 @@ def write(saved: dict, tokenizer: Path, folder: Path, max_shard_size: Optional[s
     network_class = getattr(transformers, description["class"])
     config = network_class.config_class.from_dict(description["config"])
     weights = {k.removeprefix("network."): w for k, w in saved["state_dict"].items() if k.startswith("network.")}
+    if "lora" in saved:
+        from lm_lightning.models import lora
+
+        network, weights = lora.network_of(saved)
+        if adapter is not None:
+            lora.save_adapter(network, weights, saved["lora"] | description, adapter)
+        weights = lora.merged(network, weights, saved["lora"]["alpha"] / saved["lora"]["rank"])
     save_network(description, weights, folder, max_shard_size)
     for state in saved.get("callbacks", {}).values():
         if "kept" in state:  # of StructuredPruning

@@ -27,7 +27,9 @@ from lm_lightning import run as runs
 from lm_lightning.data.order import PADDING
 from lm_lightning.data.tokenizer import document_ids, fingerprint, load, vocabulary
 from lm_lightning.errors import UserError
+from lm_lightning.models import lora as adapters
 from lm_lightning.models.finite import FiniteSteps, Step
+from lm_lightning.models.lora import LoRA
 from lm_lightning.models.metrics import Ratio
 from lm_lightning.models.network import blocks, gradient_norm, save_network
 from lm_lightning.optim import OptimizerFactory, Schedule, parameter_groups
@@ -65,6 +67,7 @@ class LanguageModule(LightningModule):
         skip_limit: Steps in a row that are skipped; at one more, the run stops.
         freeze: Patterns of names of parameters that are not trained, such as `*embeddings*`.
         layer_decay: Factor of the learning rate from each layer to the one below it; the head has the whole rate.
+        lora: Trains small matrices beside those of `pretrained`, which stay as they are. Default: trains all weights.
     """
 
     auto_class: Any  # of transformers, such as AutoModelForCausalLM
@@ -83,6 +86,7 @@ class LanguageModule(LightningModule):
         skip_limit: int = 10,
         freeze: Sequence[str] = (),
         layer_decay: float = 1.0,
+        lora: Optional[LoRA] = None,
     ) -> None:
         super().__init__()
         if activation_checkpointing < 0:
@@ -92,7 +96,14 @@ class LanguageModule(LightningModule):
                 "give one of model.network (a new network, such as {model_type: gpt2, n_layer: 4}) and "
                 f"model.pretrained (weights to start from), not {'both' if network else 'neither'}"
             )
+        if lora is not None and pretrained is None:
+            raise UserError(
+                "model.lora leaves the weights as they are, which of a new network says nothing: give "
+                "model.pretrained in the place of model.network, or leave model.lora out"
+            )
         self.settings, self.pretrained = network, pretrained
+        self.lora, self.new_tensors = lora, list[str]()  # of these, `pretrained` has none
+        self.strict_loading = lora is None  # of LoRA, a checkpoint has not the base
         self.optimizer_factory, self.schedule = optimizer, schedule
         self.attention, self.compile_body = attention, compile
         self.activation_checkpointing = activation_checkpointing
@@ -120,6 +131,9 @@ class LanguageModule(LightningModule):
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"the network of model.network or model.pretrained cannot be made: {reason}") from error
         self.network.train()  # `from_pretrained` leaves it in evaluation mode
+        if self.lora is not None:
+            self.own_tensors = self.lora.adapt(self.network, self.new_tensors)
+            self.lora_description = adapters.described(self.lora, self.pretrained_folder(), self.new_tensors)
         self.freeze_parameters()
         self.network_class = type(self.network).__name__  # sharding makes another one of it
         if self.activation_checkpointing:
@@ -128,6 +142,12 @@ class LanguageModule(LightningModule):
         if self.compile_body:
             self.network.base_model.compile()
         self.network_made()
+        if self.lora is not None:
+            trained = sum(p.numel() for p in self.network.parameters() if p.requires_grad)
+            self.print(
+                f"lora: rank {self.lora.rank} in {len(adapters.adapted_layers(self.network))} layers, {trained:,} "
+                f"parameters are trained ({trained / self.network.num_parameters():.2%}); base: {self.lora.base}"
+            )
 
     def network_made(self) -> None:
         """What a subclass does, once, when the network is there; `configure_model` calls it."""
@@ -239,6 +259,8 @@ class LanguageModule(LightningModule):
                 f"data.{self.trainer.datamodule.length_option} is {block_size}, but this network has positions for "
                 f"{limit} tokens: lower it, or make a network with more of them"
             )
+        if self.lora is not None:
+            self.lora.check(self.trainer.strategy)
         if hasattr(self.trainer.strategy, "check"):  # one of ours
             self.trainer.strategy.check(config)
 
@@ -251,6 +273,12 @@ class LanguageModule(LightningModule):
             self.check_config(config)
             if self.trainer.state.fn == "fit" and getattr(config, "quantization_config", None) is not None:
                 raise UserError(f"{name} is quantized, and can be measured, but not trained: train what it was made of")
+            quantization: dict[str, Any] = {}
+            if self.lora is not None:
+                with torch.device("meta"):
+                    skeleton = self.auto_class.from_config(config)
+                device, precision = self.trainer.strategy.root_device, self.trainer.precision
+                quantization = self.lora.quantization(skeleton, device, precision)
             network, info = self.auto_class.from_pretrained(
                 name,
                 local_files_only=hub.local_only(name),
@@ -259,6 +287,7 @@ class LanguageModule(LightningModule):
                 output_loading_info=True,
                 ignore_mismatched_sizes=bool(self.head_settings()),  # of a head for other labels; see below
                 **self.head_settings(),
+                **quantization,
             )
         except (OSError, ValueError) as error:
             raise hub.explain(name, error) from error
@@ -266,10 +295,16 @@ class LanguageModule(LightningModule):
         body = sorted(key for key in other if key.startswith(f"{network.base_model_prefix}."))
         if body:
             raise UserError(f"{name} has weights whose sizes are not those of its config.json: {', '.join(body)}")
-        if missing := sorted(other | set(info["missing_keys"])):
+        self.new_tensors = sorted(other | set(info["missing_keys"]))
+        if missing := self.new_tensors:
             self.print(f"{name} has no weights for {len(missing)} tensors, which are new: {', '.join(missing)}")
         rows = network.get_input_embeddings().weight.shape[0]
         if rows < vocabulary(tokenizer):
+            if self.lora is not None:
+                raise UserError(
+                    f"{name} has {rows} tokens and the tokenizer {vocabulary(tokenizer)}, whose rows model.lora would "
+                    f"not train: give --data.tokenizer.path {name}, or leave model.lora out"
+                )
             self.print(f"{name} has {rows} tokens, the tokenizer {vocabulary(tokenizer)}: the others' rows are new")
             network.resize_token_embeddings(vocabulary(tokenizer))
         return network
@@ -304,9 +339,12 @@ class LanguageModule(LightningModule):
         """
         tokenizer, generation = self.trainer.datamodule.tokenizer, getattr(self.network, "generation_config", None)
         own = {"vocab_size": self.vocab_size, "pad_token_id": tokenizer.pad_token_id}
+        config = self.network.config.to_dict()
+        if self.lora is not None:
+            config.pop("quantization_config", None)  # what is exported is whole
         return {
             "class": self.network_class,
-            "config": self.network.config.to_dict() | own,
+            "config": config | own,
             "generation": None if generation is None else generation.to_dict(),
             "rows": self.network.config.vocab_size,
         }
@@ -316,11 +354,24 @@ class LanguageModule(LightningModule):
 
         Where the weights are sharded, the first process gathers them in the host's memory.
         """
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        weights = get_model_state_dict(self.network, options=options)
+        weights = self.whole_weights()
         if self.trainer.is_global_zero:
+            if self.lora is not None:
+                weights = adapters.merged(self.network, weights, self.lora.alpha / self.lora.rank)
             save_network(self.description(), weights, folder)
             self.trainer.datamodule.tokenizer.save_pretrained(folder)
+
+    def export_adapter(self, folder: Path) -> None:
+        """Writes what LoRA has trained as a folder of peft's; all processes call it."""
+        weights = self.whole_weights()
+        if self.trainer.is_global_zero:
+            adapters.save_adapter(self.network, weights, self.lora_description | self.description(), folder)
+
+    def whole_weights(self) -> dict[str, Any]:
+        """The state dict of the network, each tensor whole; in the first process, if there are several."""
+        if self.lora is not None and self.lora.base != "whole":  # never sharded, and PyTorch does not know its tensors
+            return {name: tensor.cpu() for name, tensor in self.network.state_dict().items()}
+        return get_model_state_dict(self.network, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
     # Training
 
@@ -432,6 +483,12 @@ class LanguageModule(LightningModule):
             optimizer = self.optimizer_factory(parameter_groups(self.network, self.layer_decay))
         except (ValueError, TypeError) as error:
             raise UserError(f"the optimizer does not accept its settings: {error}") from error
+        sharded = any(isinstance(p, DTensor) for group in optimizer.param_groups for p in group["params"])
+        if sharded and type(optimizer).__module__.startswith("bitsandbytes."):
+            raise UserError(
+                f"{type(optimizer).__name__} of bitsandbytes cannot step with sharded weights: take --trainer.strategy "
+                "ddp, or an optimizer of torch"
+            )
         for group in optimizer.param_groups:
             group["lr"] *= group.get("lr_factor", 1.0)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.schedule.factor(step, total))
@@ -486,6 +543,13 @@ class LanguageModule(LightningModule):
         checkpoint["network"] = self.description()
         checkpoint["optimizer"] = type(self.optimizers().optimizer).__name__
         checkpoint["skipped_steps"] = self.finite.skipped
+        if self.lora is not None:
+            checkpoint["lora"], own = self.lora_description, {f"network.{name}" for name in self.own_tensors}
+            checkpoint["state_dict"] = {
+                name: tensor
+                for name, tensor in checkpoint["state_dict"].items()
+                if name in own or not name.startswith("network.")
+            }
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         saved, own = checkpoint["network"]["config"], self.description()["config"]
@@ -498,6 +562,7 @@ class LanguageModule(LightningModule):
             raise UserError(
                 f"the checkpoint's network has {', '.join(different)}: take the model.network that it was made with"
             )
+        adapters.refuse_other(checkpoint.get("lora"), None if self.lora is None else self.lora_description)
         if self.trainer.state.fn != "fit":
             return
         self.resumed_at, self.finite.skipped = checkpoint["global_step"], checkpoint.get("skipped_steps", 0)

@@ -103,6 +103,7 @@ class Parser(LanguageModule):
         if self.own_labels() == self.trainer.datamodule.labels:
             network.parser.load_state_dict(safetensors.torch.load_file(Path(self.pretrained_folder()) / HEAD_FILE))
         else:
+            self.new_tensors += [f"parser.{key}" for key in network.parser.state_dict()]
             self.print(f"the head is new: {sum(p.numel() for p in network.parser.parameters()):,} parameters")
         return network
 

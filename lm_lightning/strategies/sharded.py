@@ -128,11 +128,15 @@ class FSDP2(ModelParallelStrategy):
         self.lightning_module.on_load_checkpoint(checkpoint)  # refuses another network, before its weights are loaded
         optimizer = self.optimizers[0] if self.optimizers else None
         state: Any
+        strict = self.lightning_module.strict_loading  # of LoRA, the base is in no checkpoint
         if path.is_dir():
             weights = get_model_state_dict(self.model)
+            if not strict:
+                own = self.lightning_module.own_tensors
+                weights = {name: tensor for name, tensor in weights.items() if name.removeprefix("network.") in own}
             state = None if optimizer is None else get_optimizer_state_dict(self.model, optimizer)
             sharded_checkpoint.load(path, weights, state)
-            options = StateDictOptions()
+            options = StateDictOptions(strict=strict)
         else:
             weights, (state,) = checkpoint.pop("state_dict"), checkpoint.pop("optimizer_states", [None])
             if optimizer is not None:
@@ -140,7 +144,7 @@ class FSDP2(ModelParallelStrategy):
                 state = sharded_checkpoint.named(
                     state, [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
                 )
-            options = StateDictOptions(full_state_dict=True)
+            options = StateDictOptions(full_state_dict=True, strict=strict)
         set_model_state_dict(self.model, weights, options=options)
         if optimizer is not None:
             set_optimizer_state_dict(self.model, optimizer, state, options=options)
