@@ -103,6 +103,7 @@ class LanguageModule(LightningModule):
         self.freeze, self.layer_decay = freeze, layer_decay
         self.finite = FiniteSteps(on_nonfinite, skip_limit)
         self.resumed_at = 0  # the step of the checkpoint
+        self.new_weights: list[str] = []  # tensors that `pretrained` does not have, or not in this size
 
     def loss(self, batch: dict) -> tuple[Tensor, Tensor]:
         """The loss of a batch: its sum over target tokens, () float32, and their number, () int64."""
@@ -266,10 +267,13 @@ class LanguageModule(LightningModule):
         body = sorted(key for key in other if key.startswith(f"{network.base_model_prefix}."))
         if body:
             raise UserError(f"{name} has weights whose sizes are not those of its config.json: {', '.join(body)}")
-        if missing := sorted(other | set(info["missing_keys"])):
-            self.print(f"{name} has no weights for {len(missing)} tensors, which are new: {', '.join(missing)}")
+        self.new_weights = sorted(other | set(info["missing_keys"]))
+        if self.new_weights:
+            new = ", ".join(self.new_weights)
+            self.print(f"{name} has no weights for {len(self.new_weights)} tensors, which are new: {new}")
         rows = network.get_input_embeddings().weight.shape[0]
         if rows < vocabulary(tokenizer):
+            self.new_weights.append(f"{vocabulary(tokenizer) - rows} tokens of the data's tokenizer")
             self.print(f"{name} has {rows} tokens, the tokenizer {vocabulary(tokenizer)}: the others' rows are new")
             network.resize_token_embeddings(vocabulary(tokenizer))
         return network
