@@ -2,7 +2,6 @@
 
 import copy
 import csv
-import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -251,19 +250,23 @@ def test_loss_of_a_question_answerer_is_the_formula_over_the_context(tokenizer, 
 # Whole runs
 
 
-def test_shallow_student_ends_nearer_to_its_teacher_than_one_without(fit, tmp_path: Path):
-    teacher = fit("--model.network.n_layer", 3, "--trainer.max_steps", 150)
-    student = ("--model.network.n_layer", 1, "--trainer.max_steps", 60)
+def test_shallow_student_comes_back_to_its_teacher_and_one_without_does_not(fit, tmp_path: Path):
+    brief = ("--trainer.limit_val_batches", 0)
+    teacher = fit("--model.network.n_layer", 3, "--trainer.max_steps", 80, *brief)
+    shallow = transformers.AutoModelForCausalLM.from_pretrained(teacher / "model")
+    shallow.transformer.h, shallow.config.n_layer = shallow.transformer.h[:1], 1
+    shallow.save_pretrained(tmp_path / "shallow")
+    student = ("--model.network", "null", "--model.pretrained", tmp_path / "shallow", "--trainer.max_steps", 30, *brief)
     alone, taught = fit(*student), fit(*student, *options(teacher, weight=0.9))
     networks = [transformers.AutoModelForCausalLM.from_pretrained(run / "model") for run in (teacher, alone, taught)]
     ids = transformers.AutoTokenizer.from_pretrained(teacher / "tokenizer")("\n\n".join(paragraphs(20, seed=1)))
     blocks = torch.tensor(ids["input_ids"][: 32 * 30]).view(30, 32)
     with torch.no_grad():
-        told, *own = (network(blocks).logits for network in networks)
-    distances = [(kl(logits, told) / blocks.numel()).item() for logits in own]
-    assert distances[1] < 0.9 * distances[0], distances
-    steps = logged(taught, "train/distillation")
-    assert len(steps) == 60 and sum(map(sum, steps[-10:])) < 0.7 * sum(map(sum, steps[:10]))
+        told, *own = (network(blocks).logits for network in (*networks, shallow))
+    without, near, before = ((kl(logits, told) / blocks.numel()).item() for logits in own)
+    assert near < 0.7 * min(before, without), (near, before, without)
+    steps = [distance for (distance,) in logged(taught, "train/distillation")]
+    assert len(steps) == 30 and sum(steps[-5:]) < 0.7 * sum(steps[:5])
 
 
 def test_teacher_without_weight_changes_no_bit_and_is_in_no_file(fit):
@@ -288,10 +291,11 @@ def test_resumed_run_ends_in_the_same_bits(fit, recipe: Path):
 
 
 def test_micro_batches_and_processes_do_what_one_does(fit, recipe: Path, tmp_path: Path):
-    teacher = fit("--model.network.n_embd", 64, "--trainer.max_steps", 4)
+    short = (*OFF, "--trainer.max_steps", 4, "--trainer.limit_val_batches", 0)
+    flags = (*short, *options(fit("--model.network.n_embd", 64, *short)))
     runs = Runs(tmp_path / "parallel")
     runs.folder.mkdir()
-    two = ("fit", "--config", recipe, *OFF, *options(teacher), "--trainer.devices", 2)
+    two = ("fit", "--config", recipe, *flags, "--trainer.devices", 2)
     runs(
         {
             "ddp": (*two, "--trainer.strategy", "ddp", "--data.batch_size", 2),
@@ -299,15 +303,14 @@ def test_micro_batches_and_processes_do_what_one_does(fit, recipe: Path, tmp_pat
             "tp": (*two, "--trainer.strategy", "tp"),
         }
     )
-    halves = ("--data.batch_size", 2, "--trainer.accumulate_grad_batches", 2, "--trainer.val_check_interval", 10)
-    one, accumulated = fit(*OFF, *options(teacher)), fit(*OFF, *options(teacher), *halves)
+    one, accumulated = fit(*flags), fit(*flags, "--data.batch_size", 2, "--trainer.accumulate_grad_batches", 2)
     names = ("step", "train/loss", "train/gradient_norm", "train/distillation")
     expected = logged(one, *names)
-    assert len(expected) == 10
+    assert len(expected) == 4
     for run in (accumulated, runs.folder / "ddp", runs.folder / "fsdp2"):
         assert not runs.error(run.name), runs.error(run.name)
         for own, right in zip(logged(run, *names), expected, strict=True):
-            assert own == pytest.approx(right, abs=1e-4), run.name
+            assert own == pytest.approx(right, abs=2e-5), run.name
     assert "whole head in each process: take --trainer.strategy fsdp2" in runs.error("tp")
 
 
