@@ -80,7 +80,7 @@ def linear_distillation(
 ) -> tuple[Tensor, Tensor]:
     """The same of a head that also learns from a teacher, whose logits are never all there, either.
 
-    Both losses come of the same logits. The teacher's head must be whole.
+    Both losses come of the same logits. Neither head may be sharded.
 
     Returns:
         The loss, (1 - share) * cross entropy + share * divergence, and the divergence by itself, without gradients;

@@ -74,9 +74,8 @@ class Distillation(Callback):
         """
         self.teacher: Any = type(pl_module)(pretrained=self.name, attention=pl_module.attention)
         self.teacher.trainer = trainer
-        settings = self.teacher.head_settings()
         labels = self.teacher.own_labels()
-        if "id2label" in settings and labels and labels != trainer.datamodule.labels:
+        if "id2label" in self.teacher.head_settings() and labels and labels != trainer.datamodule.labels:
             raise UserError(
                 f"the teacher {self.name} tells the labels {', '.join(labels[:20])}, and the data has "
                 f"{', '.join(trainer.datamodule.labels[:20])}: take a teacher with the same ones in the same order"
@@ -89,7 +88,8 @@ class Distillation(Callback):
             )
         self.teacher.network_made()
         self.teacher.eval().requires_grad_(False).to(trainer.strategy.root_device)
-        pl_module.print(f"teacher: {type(self.teacher.network).__name__}, {self.teacher.network.num_parameters():,}")
+        network = self.teacher.network
+        pl_module.print(f"teacher: {type(network).__name__}, {network.num_parameters():,} parameters")
 
     def loss(
         self,
@@ -123,6 +123,7 @@ class Distillation(Callback):
         return getattr(self.teacher, method)(batch)
 
     def mixed(self, own: Tensor, distance: Tensor) -> Tensor:
+        """The loss that is made of both."""
         return (1 - self.weight) * own + self.weight * distance
 
     def of_tokens(
