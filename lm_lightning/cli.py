@@ -23,8 +23,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lm_lightning import hub, strategies
 from lm_lightning import run as runs
+from lm_lightning.callbacks.distillation import Distillation  # noqa: F401 (imported, so that its short name works)
 from lm_lightning.callbacks.export import Export, export
-from lm_lightning.callbacks.gradients import Gradients  # noqa: F401 (imported, so that its short name works)
+from lm_lightning.callbacks.gradients import Gradients  # noqa: F401
 from lm_lightning.callbacks.predictions import Predictions
 from lm_lightning.callbacks.preemption import Preemption
 from lm_lightning.callbacks.progress import RunProgress

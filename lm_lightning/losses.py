@@ -1,14 +1,49 @@
 """Losses that need more care than a call of `torch.nn.functional`."""
 
-from typing import Optional
+from typing import NamedTuple, Optional
 
 import torch
 import torch.distributed
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 CHUNK_LOGITS = 1 << 26  # held at once: enough for large matrix products, little beside the gradients
 SLICE_LOGITS = 1 << 20  # of these, a CPU does so many at a time, which stay in its cache between the passes
+
+
+class Teacher(NamedTuple):
+    """What another network's linear head takes in, and how much of the loss it is to nearly say the same.
+
+    Attributes:
+        hidden: Its last hidden states of the same tokens, (N, H') float, without gradients.
+        weight: Its head, (V', H') float, whose first rows are those of the student's head.
+        bias: Bias of that head, (V',) float, or None.
+        share: Of `divergence` in the loss; the rest is the cross entropy's.
+        temperature: By which the logits of both are divided.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Optional[Tensor]
+    share: float
+    temperature: float
+
+
+def divergence(logits: Tensor, told: Tensor, temperature: float) -> Tensor:
+    """How far predictions are from those of a teacher (Hinton et al., 2015, arXiv:1503.02531).
+
+    Args:
+        logits: (..., V) float.
+        told: The teacher's, of the same shape.
+        temperature: By which the logits of both are divided.
+
+    Returns:
+        T^2 * KL(teacher || student), in float32: (...). By that factor, gradients do not shrink with the temperature.
+    """
+    lowest = torch.finfo(torch.float32).min  # of what cannot be, also if it is divided by less than 1
+    log_p, log_told = ((both.float() / temperature).clamp(min=lowest).log_softmax(-1) for both in (logits, told))
+    return temperature**2 * F.kl_div(log_p, log_told, reduction="none", log_target=True).sum(-1)
 
 
 def linear_cross_entropy(
@@ -32,6 +67,36 @@ def linear_cross_entropy(
     Returns:
         Sum of -log p(target) over rows that have a target, in nats, () float32.
     """
+    return _linear_loss(hidden, weight, bias, targets, vocab_size, None)[0]
+
+
+def linear_distillation(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor],
+    targets: Tensor,
+    teacher: Teacher,
+    vocab_size: Optional[int] = None,
+) -> tuple[Tensor, Tensor]:
+    """The same of a head that also learns from a teacher, whose logits are never all there, either.
+
+    Both losses come of the same logits. Neither head may be sharded.
+
+    Returns:
+        The loss, (1 - share) * cross entropy + share * divergence, and the divergence by itself, without gradients;
+        both summed over the rows that have a target, () float32.
+    """
+    return _linear_loss(hidden, weight, bias, targets, vocab_size, teacher)
+
+
+def _linear_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor],
+    targets: Tensor,
+    vocab_size: Optional[int],
+    teacher: Optional[Teacher],
+) -> tuple[Tensor, Tensor]:
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     vocab_size, first, group = vocab_size or len(weight), 0, None
@@ -41,15 +106,23 @@ def linear_cross_entropy(
         first, group = mesh.get_local_rank() * len(weight), mesh.get_group()
     if not torch.is_grad_enabled():  # which the function itself cannot know
         hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
+    if teacher is not None:
+        rows = min(vocab_size, len(teacher.weight))  # that are tokens of both
+        teacher = teacher._replace(
+            hidden=teacher.hidden.to(dtype),
+            weight=teacher.weight[:rows].to(dtype),
+            bias=None if teacher.bias is None else teacher.bias[:rows],
+        )
     with torch.autocast(device, enabled=False):  # the casts are made once, not for each chunk
-        return _LinearCrossEntropy.apply(hidden, weight, bias, targets, vocab_size, dtype, first, group)
+        return _LinearLoss.apply(hidden, weight, bias, targets, vocab_size, dtype, first, group, teacher)
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
+class _LinearLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, vocab_size, dtype, first, group):
+    def forward(ctx, hidden, weight, bias, targets, vocab_size, dtype, first, group, teacher):
         train = any(ctx.needs_input_grad)
         total = hidden.new_zeros((), dtype=torch.float32)
+        distance = total.clone()
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if ctx.needs_input_grad[2] else None
@@ -61,16 +134,26 @@ class _LinearCrossEntropy(torch.autograd.Function):
             chunk = hidden[start : start + rows]
             logits = torch.mm(chunk, weight.T, out=buffer[: len(chunk)])
             logits[:, max(0, vocab_size - first) :] = -torch.inf
-            for part, target in zip(logits.split(slice_rows), targets[start : start + rows].split(slice_rows)):
-                log_p = log_softmax(part if bias is None else part + bias, group)
+            told = logits[:, :0] if teacher is None else teacher.hidden[start : start + rows] @ teacher.weight.T
+            parts = (logits, targets[start : start + rows], told)
+            for part, target, told_part in zip(*(tensor.split(slice_rows) for tensor in parts)):
+                scores = part if bias is None else part + bias
+                log_p = log_softmax(scores, group)
                 index = (target - first).unsqueeze(1)
                 elsewhere = (index < 0) | (index >= len(weight))  # no target, or in the rows of another process
                 index = index.clamp_(0, len(weight) - 1)
                 total -= log_p.gather(1, index).masked_fill_(elsewhere, 0).sum()
+                missing = (target == -100).unsqueeze(1)
+                if teacher is not None:
+                    apart, pull = _divergence(scores, told_part, teacher)
+                    distance += apart.masked_fill_(missing, 0).sum()
                 if train:  # the gradient of the logits, softmax - one-hot, takes their place
                     one = log_p.new_full(index.shape, -1).masked_fill_(elsewhere, 0)
                     gradient = log_p.exp_().scatter_add_(1, index, one)
-                    part.copy_(gradient.masked_fill_((target == -100).unsqueeze(1), 0))
+                    if teacher is not None:
+                        gradient *= 1 - teacher.share
+                        gradient[:, : pull.shape[1]].add_(pull, alpha=teacher.share)
+                    part.copy_(gradient.masked_fill_(missing, 0))
             if grad_hidden is not None:
                 grad_hidden[start : start + rows] = logits @ weight
             if grad_weight is not None:
@@ -81,15 +164,29 @@ class _LinearCrossEntropy(torch.autograd.Function):
             torch.distributed.all_reduce(total, group=group)
             if grad_hidden is not None:
                 torch.distributed.all_reduce(grad_hidden, group=group)
+        if teacher is not None:
+            total = (1 - teacher.share) * total + teacher.share * distance
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
-        return total
+        ctx.mark_non_differentiable(distance)
+        return total, distance
 
     @staticmethod
-    def backward(ctx, grad_output):
+    def backward(ctx, grad_output, _):
         grad_hidden, grad_weight, grad_bias = (
             None if gradient is None else gradient * grad_output for gradient in ctx.saved_tensors
         )
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None, None
+
+
+def _divergence(logits: Tensor, told: Tensor, teacher: Teacher) -> tuple[Tensor, Tensor]:
+    """`divergence` of (N, V) logits from (N, V') of a teacher, over the tokens of both, and its gradient: (N, V')."""
+    told = told if teacher.bias is None else told + teacher.bias
+    log_p, log_told = (
+        torch.log_softmax(both.float() / teacher.temperature, dim=1) for both in (logits[:, : told.shape[1]], told)
+    )
+    p_told = log_told.exp()
+    apart = teacher.temperature**2 * (p_told * (log_told - log_p)).sum(1, keepdim=True)
+    return apart, log_p.exp_().sub_(p_told).mul_(teacher.temperature)
 
 
 def log_softmax(logits: Tensor, group: Optional[torch.distributed.ProcessGroup]) -> Tensor:

@@ -79,21 +79,20 @@ class CausalLM(LanguageModule):
         with headless(self.network):
             return self.network(**inputs, use_cache=False).logits
 
-    def loss(self, batch: dict) -> tuple[Tensor, Tensor]:
+    def outputs(self, batch: dict) -> Tensor:
+        """What goes into the head if it is `separable`, (B, T, H), else the logits: (B, T, V)."""
         inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch}
-        targets = batch["targets"]
-        tokens = (targets != -100).sum()
+        return self.hidden(inputs) if self.separable else self.network(**inputs, use_cache=False).logits
+
+    def loss(self, batch: dict) -> tuple[Tensor, Tensor]:
+        output, targets = self.outputs(batch).flatten(0, 1), batch["targets"].flatten()
         if self.separable:
-            hidden, head = self.hidden(inputs), self.network.get_output_embeddings()
-            loss = linear_cross_entropy(
-                hidden.flatten(0, 1), head.weight, head.bias, targets.flatten(), self.vocab_size
-            )
+            head = self.network.get_output_embeddings()
+            loss = linear_cross_entropy(output, head.weight, head.bias, targets, self.vocab_size)
         else:
-            logits = self.network(**inputs, use_cache=False).logits[..., : self.vocab_size]
-            loss = torch.nn.functional.cross_entropy(
-                logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum"
-            )
-        return loss, tokens
+            logits = output[:, : self.vocab_size].float()
+            loss = torch.nn.functional.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
+        return loss, (targets != -100).sum()
 
     def predict_step(self, batch: dict, batch_idx: int) -> list[dict]:
         """How well each sample is predicted: its `id`, `tokens`, mean `loss` in nats a token, and `text`."""

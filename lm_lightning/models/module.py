@@ -102,7 +102,7 @@ class LanguageModule(LightningModule):
                 "model.pretrained in the place of model.network, or leave model.lora out"
             )
         self.settings, self.pretrained = network, pretrained
-        self.lora, self.new_tensors = lora, list[str]()  # of these, `pretrained` has none
+        self.lora, self.new_tensors = lora, list[str]()  # of these, `pretrained` has none, or not in this size
         self.strict_loading = lora is None  # of LoRA, a checkpoint has not the base
         self.optimizer_factory, self.schedule = optimizer, schedule
         self.attention, self.compile_body = attention, compile
@@ -305,6 +305,7 @@ class LanguageModule(LightningModule):
                     f"{name} has {rows} tokens and the tokenizer {vocabulary(tokenizer)}, whose rows model.lora would "
                     f"not train: give --data.tokenizer.path {name}, or leave model.lora out"
                 )
+            self.new_tensors.append(f\"{vocabulary(tokenizer) - rows} tokens of the data's tokenizer\")
             self.print(f"{name} has {rows} tokens, the tokenizer {vocabulary(tokenizer)}: the others' rows are new")
             network.resize_token_embeddings(vocabulary(tokenizer))
         return network

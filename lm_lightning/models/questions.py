@@ -112,12 +112,18 @@ class QuestionAnswering(LanguageModule):
         output = self.network(**inputs)
         return torch.stack([output.start_logits, output.end_logits]).float()
 
-    def losses(self, logits: Tensor, batch: dict) -> tuple[Tensor, Tensor]:
-        """The mean of start and end, summed over the windows that count, and how many these are."""
+    def of_places(self, logits: Tensor, batch: dict) -> Tensor:
+        """Logits with the lowest number where no answer can begin or end.
+
+        Without that, a window's loss would depend on the padding, so on the other windows of the batch.
+        """
         allowed = batch["context"] == 1
         allowed[:, 0] = True
-        # Without the mask, a window's loss would depend on the padding, so on the other windows of the batch.
-        logits = logits.masked_fill(~allowed, torch.finfo(logits.dtype).min)
+        return logits.masked_fill(~allowed, torch.finfo(logits.dtype).min)
+
+    def losses(self, logits: Tensor, batch: dict) -> tuple[Tensor, Tensor]:
+        """The mean of start and end, summed over the windows that count, and how many these are."""
+        logits = self.of_places(logits, batch)
         loss = F.cross_entropy(logits.flatten(0, 1), batch["targets"].T.flatten(), ignore_index=-100, reduction="sum")
         return loss / 2, (batch["targets"][:, 0] != -100).sum()
 
