@@ -305,7 +305,7 @@ class LanguageModule(LightningModule):
                     f"{name} has {rows} tokens and the tokenizer {vocabulary(tokenizer)}, whose rows model.lora would "
                     f"not train: give --data.tokenizer.path {name}, or leave model.lora out"
                 )
-            self.new_tensors.append(f\"{vocabulary(tokenizer) - rows} tokens of the data's tokenizer\")
+            self.new_tensors.append(f"{vocabulary(tokenizer) - rows} tokens of the data's tokenizer")
             self.print(f"{name} has {rows} tokens, the tokenizer {vocabulary(tokenizer)}: the others' rows are new")
             network.resize_token_embeddings(vocabulary(tokenizer))
         return network
