@@ -1,10 +1,30 @@
 """The one exception that is meant for the user, and how others become it."""
 
+import importlib
 import re
+from typing import Any
 
 
 class UserError(Exception):
     """A mistake of the user's that one sentence explains; `main()` prints it without a traceback and exits with 2."""
+
+
+def package(name: str, what: str, extra: str) -> Any:
+    """A package that is not always needed.
+
+    Args:
+        name: Of the package, or a module in it.
+        what: That needs it, for the message.
+        extra: Of this project, which brings it.
+
+    Raises:
+        UserError: If it is missing; gives the command that installs it.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        package = name.partition(".")[0]
+        raise UserError(f'{what} needs the package {package}: pip install -e ".[{extra}]"') from error
 
 
 # Lines in which jsonargparse tells of its own inner life.

@@ -1,14 +1,15 @@
 """Folders of models: what a step of a recipe reads and leaves."""
 
-import importlib
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import transformers
 from torch import Tensor
 
+from lm_lightning import errors
 from lm_lightning.errors import UserError
 from lm_lightning.models.network import HEAD_FILE
 
@@ -64,9 +65,4 @@ def save_as(
     smaller.save_pretrained(target)
 
 
-def package(name: str) -> Any:
-    """A package that is not always needed."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise UserError(f'this recipe needs the package {name}: pip install -e ".[compress]"') from error
+package = partial(errors.package, what="this recipe", extra="compress")

@@ -3,7 +3,6 @@
 import contextlib
 import csv
 import gzip
-import importlib
 import io
 import itertools
 import json
@@ -15,15 +14,16 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Optional
 
+from lm_lightning import errors
 from lm_lightning.errors import UserError
 
 if TYPE_CHECKING:
     from lm_lightning.data.corpus import Corpus
 
 PIECE = 65536  # characters; longer texts are cut
+package = partial(errors.package, what="this corpus", extra="data")
 _SURROGATE = re.compile("[\ud800-\udfff]")  # "surrogateescape" turns a bad byte into one
 
 Rows = Iterator[tuple[int, Mapping[str, Any]]]  # with their line or row number
@@ -67,17 +67,9 @@ def encodable(text: str, where: str, corpus: "Corpus", counts: Counts, column: i
     return text
 
 
-def _import(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        package = name.partition(".")[0]
-        raise UserError(f'This corpus needs the package {package}: pip install -e ".[data]".') from None
-
-
 def _open_zst(path: Path) -> Any:
     # Unlike the zstandard package, pyarrow reports truncated files and reads those of several frames to their end.
-    return _import("pyarrow").input_stream(str(path), compression="zstd")
+    return package("pyarrow").input_stream(str(path), compression="zstd")
 
 
 _OPENERS: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".zst": _open_zst}
@@ -204,7 +196,7 @@ def _sentences(
 
 
 def _parquet_rows(path: Path, corpus: "Corpus", counts: Counts) -> Rows:
-    pyarrow, parquet = _import("pyarrow"), _import("pyarrow.parquet")
+    pyarrow, parquet = package("pyarrow"), package("pyarrow.parquet")
     columns = {column for column in (corpus.text_column, corpus.name_column) if column}
     with _opened(path) as stream, contextlib.ExitStack() as stack:
         if suffixes(path)[1]:  # Parquet needs random access, which a compressed file does not give
@@ -254,7 +246,7 @@ ROWS: dict[str, Callable[[Path, "Corpus", Counts], Rows]] = {
 
 def hub_rows(corpus: "Corpus") -> Rows:
     """Yield the rows of a data set of the Hub, numbered from 1; labels with names have these, none (-1) is None."""
-    datasets, hub = _import("datasets"), _import("huggingface_hub")
+    datasets, hub = package("datasets"), package("huggingface_hub")
     try:
         if corpus.streaming:  # without a network, fail at once instead of after half a minute of retries
             hub.get_session().head(hub.constants.ENDPOINT, timeout=10)

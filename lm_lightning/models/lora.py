@@ -4,10 +4,10 @@ A checkpoint holds these matrices and what is new, the base comes from where it 
 of both, a network like any other, or a folder of peft's.
 """
 
-import importlib
 import os
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Optional
 
@@ -19,13 +19,14 @@ from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lm_lightning import hub
+from lm_lightning import errors, hub
 from lm_lightning.errors import UserError
 from lm_lightning.models.network import HEAD_FILE, linear_layers
 from lm_lightning.sharded_checkpoint import checksum
 from lm_lightning.strategies.sharded import FSDP2, TensorParallel
 from lm_lightning.strategies.xla import XLA
 
+package = partial(errors.package, what="model.lora", extra="lora")
 COMPUTE = {"bf16": torch.bfloat16, "16": torch.float16}  # the trainer's precision -> that of a quantized base
 
 
@@ -140,14 +141,6 @@ class LoRA:
             fan_in_fan_out=any(map(transposed, layers.values())),
             **more,
         )
-
-
-def package(name: str) -> Any:
-    """A package that only LoRA needs."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise UserError(f'model.lora needs the package {name}: pip install -e ".[lora]"') from error
 
 
 def refuse_left(network: nn.Module, names: Collection[str], kinds: Any, remedy: str) -> None:
