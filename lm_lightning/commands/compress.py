@@ -42,8 +42,9 @@ def compress(
         model: Run folder or `from_pretrained` folder.
         recipe: One, or more as `[int8, nf4]`: int8, int8-weights, float8-weights (torchao; on GPUs also float8 and
             int4-weights), bnb-int8, nf4, fp4 (bitsandbytes), sparse=0.5, 2:4, wanda=0.5, wanda-2:4 (zeros), width=0.5,
-            heads=0.5, layers=0.5 (smaller networks), onnx, onnx-int8, pt2 (other formats); several steps with +
-            between, such as width=0.5+int8; none to measure alone. Default: each one, as far as it fits the network.
+            heads=0.5, layers=0.5 (smaller networks), onnx, onnx-int8, onnx-int8-blocks, onnx-int4, pt2 (other
+            formats); several steps with + between, such as width=0.5+int8; none to measure alone. Default: each one,
+            as far as it fits the network.
         output: Folder of the compressed models, the table and the picture, which may not have any of them yet.
             Default: `compressed` in the run folder, or one beside the model's; older ones there are replaced.
         config: Config of a run, with whose data the loss is measured. Default: that of the run folder.

@@ -129,11 +129,13 @@ class Onnx(Format):
     """`model.onnx`.
 
     Args:
-        int8: Whether its weights are int8, and the layers' inputs are quantized as they come.
+        bits: Of its layers' weights, whose inputs are quantized to int8 as they come. Default: as they are.
+        block: How many weights in a row share a scale, and inputs, too. Default: all weights of an output, and all
+            inputs; that is quicker, and loses much where some inputs are far larger than others.
     """
 
-    def __init__(self, int8: bool = False) -> None:
-        self.int8 = int8
+    def __init__(self, bits: Optional[int] = None, block: Optional[int] = None) -> None:
+        self.bits, self.block = bits, block
 
     def write(self, program: Outputs, inputs: dict[str, Tensor], outputs: list[str], target: Path) -> None:
         package("onnxscript")
@@ -151,7 +153,7 @@ class Onnx(Format):
         )
 
     def rounding(self) -> Optional[Rounding]:
-        """How int8 rounds: weights by their outputs, inputs all together."""
+        """How int8 without blocks rounds: weights by their outputs, inputs all together."""
 
         def weight(weight: Tensor) -> Tensor:
             scales = weight.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / 127
@@ -165,27 +167,42 @@ class Onnx(Format):
             zero = (-least / scale).round().int()
             return torch.fake_quantize_per_tensor_affine(inputs, scale, zero, 0, 255)
 
-        return Rounding(weight, of_all) if self.int8 else None
+        return Rounding(weight, of_all) if self.bits and not self.block else None
 
     def finish(self, network: nn.Module, target: Path, modules: Sequence[str]) -> None:
-        if not self.int8:
+        if self.bits is None:
             return
         quantization = package("onnxruntime.quantization")
         whole = (target / ONNX).rename(target / "whole.onnx")
         layers = list(linear_layers(network, modules))
-        quantization.quantize_dynamic(
-            whole,
-            target / ONNX,
-            weight_type=quantization.QuantType.QInt8,
-            per_channel=True,
-            op_types_to_quantize=["MatMul", "Gemm"],
-            nodes_to_quantize=products(whole, layers),
-        )
+        nodes = products(whole, layers)
+        if self.block is None:
+            quantization.quantize_dynamic(
+                whole,
+                target / ONNX,
+                weight_type=quantization.QuantType.QInt8,
+                per_channel=True,
+                op_types_to_quantize=["MatMul", "Gemm"],
+                nodes_to_quantize=nodes,
+            )
+        else:
+            graph = package("onnxruntime.quantization.onnx_model").ONNXModel(package("onnx").load(whole))
+            graph.replace_gemm_with_matmul()
+            stay = [node.name for node in graph.nodes() if node.op_type == "MatMul" and node.name not in nodes]
+            by_blocks = package("onnxruntime.quantization.matmul_nbits_quantizer").MatMulNBitsQuantizer(
+                graph.model,
+                bits=self.bits,
+                block_size=self.block,
+                is_symmetric=True,
+                accuracy_level=4,  # with inputs of int8
+                nodes_to_exclude=stay,
+            )
+            by_blocks.process()
+            by_blocks.model.save_model_to_file(str(target / ONNX))
         whole.unlink()
-        weights = package("onnx").load(target / ONNX).graph.initializer
-        done = [weight.name for weight in weights if weight.name.endswith("_quantized")]
-        if len(done) != len(layers):
-            raise UserError(f"onnxruntime has quantized {len(done)} weights, but there are {len(layers)} layers")
+        done = len(quantized(target / ONNX))
+        if done != len(layers):
+            raise UserError(f"onnxruntime has quantized {done} weights, but there are {len(layers)} layers")
 
 
 def products(file: Path, layers: list[str]) -> list[str]:
@@ -205,6 +222,17 @@ def products(file: Path, layers: list[str]) -> list[str]:
     if missing:
         raise UserError(f"{ONNX} does not tell where {len(missing)} of {len(layers)} layers are, such as {missing[0]}")
     return list(found.values())
+
+
+def quantized(file: Path) -> list[int]:
+    """The bytes of each quantized weight of an ONNX file, with its scales."""
+    graph = package("onnx").load(file).graph
+    sizes = {own.name: len(own.raw_data) or own.ByteSize() for own in graph.initializer}
+    by_blocks = [node for node in graph.node if node.op_type == "MatMulNBits"]
+    weights = [name.removesuffix("_quantized") for name in sizes if name.endswith("_quantized")]
+    return [sum(sizes.get(name, 0) for name in node.input[1:]) for node in by_blocks] + [
+        sum(sizes.get(f"{name}_{part}", 0) for part in ("quantized", "scale", "zero_point")) for name in weights
+    ]
 
 
 def runner(folder: Path) -> Optional[Runner]:

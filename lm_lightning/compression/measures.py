@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor
 
 from lm_lightning.compression import formats
-from lm_lightning.compression.folder import PROGRAMS, load, package
+from lm_lightning.compression.folder import PROGRAMS, load
 from lm_lightning.compression.sparsity import semi_structured
 from lm_lightning.models.network import linear_layers, zeros_of
 
@@ -126,7 +126,9 @@ class Bench:
                 own, other = (1000 * WRITTEN * int(name[-1]) / value for value in (own, other))
             times[name], times[f"relative_{name}"] = own, own / other
         if network is None:
-            return Measures(recipe, 0, math.nan, of_int8(folder), disk, disk, *times.values(), loss=loss)  # type: ignore
+            onnx = (folder / formats.ONNX).is_file()
+            layers_size = sum(formats.quantized(folder / formats.ONNX)) / 2**20 if onnx else 0
+            return Measures(recipe, 0, math.nan, layers_size or math.nan, disk, disk, *times.values(), loss=loss)  # type: ignore
         memory = sum(bytes_of(tensor) for tensor in [*network.parameters(), *network.buffers()]) / 2**20
         layers, share = linear_layers(network), math.nan
         if all(type(layer.weight) is torch.nn.Parameter for layer in layers.values()):  # of no quantized ones
@@ -161,16 +163,6 @@ def in_files(folder: Path, layers: list[str]) -> float:
                     tensor = file.get_tensor(key)
                     total += tensor.numel() * tensor.element_size()
     return total / 2**20
-
-
-def of_int8(folder: Path) -> float:
-    """MiB of the quantized weights of an ONNX file, with their scales; NaN if there are none."""
-    total = 0
-    if (folder / formats.ONNX).is_file():
-        for own in package("onnx").load(folder / formats.ONNX).graph.initializer:
-            if own.name.endswith(("_quantized", "_scale", "_zero_point")):
-                total += len(own.raw_data) or own.ByteSize()
-    return total / 2**20 or math.nan
 
 
 def bytes_of(tensor: Tensor) -> int:

@@ -73,7 +73,9 @@ STEPS = {
     "heads": Step(Structure("heads"), 0.5),
     "layers": Step(Structure("layers"), 0.5),
     "onnx": Step(Onnx(), last=True),
-    "onnx-int8": Step(Onnx(int8=True), last=True),
+    "onnx-int8": Step(Onnx(8), last=True),
+    "onnx-int8-blocks": Step(Onnx(8, block=64), last=True),
+    "onnx-int4": Step(Onnx(4, block=32), last=True),
     "pt2": Step(Program(), last=True),
 }
 

@@ -207,11 +207,26 @@ assert "torch" not in sys.modules
 """
     with torch.no_grad():
         right = load(folders["llama"])(torch.arange(3, 30).view(3, 9)).logits
-    for recipe, tolerance in (("onnx", 1e-4), ("onnx-int8", 0.3)):
+    for recipe, tolerance in (("onnx", 1e-4), ("onnx-int8", 0.3), ("onnx-int8-blocks", 0.1), ("onnx-int4", 1)):
         recipes.compress(folders["llama"], recipe, tmp_path / recipe)
         command = [sys.executable, "-c", code, tmp_path / recipe / "model.onnx", tmp_path / "outputs.npy"]
         assert subprocess.run(command).returncode == 0
         assert (torch.from_numpy(numpy.load(tmp_path / "outputs.npy")) - right).abs().max() < tolerance * right.std()
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+@pytest.mark.parametrize(("recipe", "share"), [("onnx-int8-blocks", 0.3), ("onnx-int4", 0.16)])
+def test_blocks_of_onnx_are_of_all_layers(folders, kind: str, recipe: str, share: float, tmp_path: Path):
+    pytest.importorskip("onnxruntime")
+    recipes.compress(folders[kind], recipe, tmp_path / "target")
+    layers = structure.linear_layers(load(folders[kind])).values()
+    sizes = formats.quantized(tmp_path / "target" / "model.onnx")
+    assert len(sizes) == len(layers)
+    assert sum(sizes) <= share * sum(4 * layer.weight.numel() for layer in layers)
+    told = formats.runner(tmp_path / "target")(input_ids=TOKENS)["logits"]
+    with torch.no_grad():
+        right = load(folders[kind])(TOKENS).logits
+    assert 0 < (told - right).abs().mean() < 0.3 * right.std()
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "bert"])
