@@ -43,14 +43,12 @@ class Quantization(Callback):
         self.layers: dict[str, nn.Linear] = {}
         self.rounding: Optional[Rounding] = None
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for step, value in self.steps:
-            step.way.check(pl_module.network, value, self.modules)
-        if self.start is None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self.start is None or stage != "fit":
             return
         self.rounding = getattr(self.steps[0][0].way, "rounding", lambda: None)()
         if self.rounding is None or len(self.steps) > 1:
-            can = [name for name, step in recipes.STEPS.items() if hasattr(step.way, "rounding") and not step.value]
+            can = [name for name, step in recipes.STEPS.items() if hasattr(step.way, "rounding")]
             raise UserError(
                 f"the quantization cannot train for the recipe {self.recipe}: leave its start out, or take one of "
                 + ", ".join(name for name in can if recipes.STEPS[name].way.rounding() is not None)  # type: ignore
@@ -66,7 +64,11 @@ class Quantization(Callback):
             )
         if pl_module.compile_body:
             raise UserError("quantization changes layers while they are trained: leave its start or model.compile out")
-        if self.start >= pl_module.total_steps():
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for step, value in self.steps:
+            step.way.check(pl_module.network, value, self.modules)
+        if self.start is not None and self.start >= pl_module.total_steps():
             raise UserError(
                 f"the quantization starts at step {self.start}, but the run ends at step "
                 f"{pl_module.total_steps():.0f}: lower its start"

@@ -32,7 +32,7 @@ def compress(
     modules: list[str] = [],  # noqa: B006
     calibration_batches: int = 16,
     tokens: int = 64,
-    seconds: float = 2.0,
+    seconds: float = 1.0,
     device: Literal["cpu", "cuda"] = "cpu",
     measure: bool = True,
 ) -> None:
