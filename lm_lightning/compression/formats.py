@@ -92,8 +92,17 @@ class Format:
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])  # a row of padding would have no output
         with torch.no_grad():
             outputs = list(tensors_of(network(**inputs)))
-        with quiet():
-            self.write(Outputs(network, list(inputs)), inputs, outputs, target)
+        try:
+            with quiet():
+                self.write(Outputs(network, list(inputs)), inputs, outputs, target)
+        except UserError:
+            raise
+        except Exception as error:  # tracing stumbles over whatever a network does that it does not know
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"torch {torch.__version__} cannot trace {type(network).__name__} ({type(error).__name__}: {reason}): "
+                "take a newer torch, or another recipe"
+            ) from error
         other = {name: tensor[:1, :11] for name, tensor in inputs.items()}
         with torch.no_grad():
             right = tensors_of(network(**other))

@@ -55,8 +55,8 @@ class Step:
 
 
 STEPS = {
-    "int8": Step(TorchAO("Int8DynamicActivationInt8WeightConfig"), last=True),
-    "int8-weights": Step(TorchAO("Int8WeightOnlyConfig"), last=True),
+    "int8": Step(TorchAO("Int8DynamicActivationInt8WeightConfig", version=2), last=True),
+    "int8-weights": Step(TorchAO("Int8WeightOnlyConfig", version=2), last=True),
     "float8": Step(TorchAO("Float8DynamicActivationFloat8WeightConfig", device="cuda"), last=True),
     "float8-weights": Step(TorchAO("Float8WeightOnlyConfig"), last=True),
     "int4-weights": Step(

@@ -69,6 +69,7 @@ def test_rounded_layer_computes_what_the_quantized_one_does(kind: str, way: str,
         assert (own - other).abs().max() < 0.1 * (whole - other).abs().max()  # (4 bits are multiplied in bf16)
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 10), reason="torch 2.9 cannot trace networks of transformers")
 def test_rounded_network_computes_what_onnxruntime_does(tmp_path: Path):
     pytest.importorskip("onnxruntime")
     network = made("gpt2", tmp_path / "whole")
@@ -85,12 +86,12 @@ def test_rounded_network_computes_what_onnxruntime_does(tmp_path: Path):
 def test_run_ends_with_a_quantized_model_and_its_measures(fit):
     """The last validation is of the network as it was trained, which is what the table finds."""
     pytest.importorskip("bitsandbytes")
-    run = fit(*options(recipe="nf4", start=4, table="true"), "--model.compile", "false")
+    run = fit(*options(recipe="nf4", start=4, table="true"))
     with open(run / "compressed" / "compression.csv", newline="") as file:
         none, quantized = csv.DictReader(file)
-    whole, own, told = float(none["loss"]), float(quantized["loss"]), losses(run, "val/loss")[-1]
+    own, told = float(quantized["loss"]), losses(run, "val/loss")[-1]
     assert quantized["recipe"] == "nf4" and float(quantized["layers"]) < 0.16 * float(none["layers"])
-    assert abs(told - own) < 0.2 * abs(told - whole), (told, own, whole)
+    assert told == pytest.approx(own, abs=1e-3) and own != float(none["loss"])
     assert (run / "compressed" / "compression.png").is_file()
     # What is exported beside it is whole, and quantized no further.
     weights = load_file(run / "model" / "model.safetensors")
