@@ -47,7 +47,8 @@ class Runs:
         file.write_text(json.dumps([[str(self.folder / name), *map(str, c)] for name, c in commands.items()]))
         for name in commands:
             (self.folder / name).mkdir()
-        port = str(random.randint(20000, 50000))
+        # Of the system's randomness: after a fit, `random` gives the same in each process that runs tests.
+        port = str(random.SystemRandom().randint(20000, 50000))
         environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
         started = [
             subprocess.Popen(
@@ -61,11 +62,13 @@ class Runs:
             for rank in range(processes)
         ]
         try:
-            outputs = [process.communicate(timeout=600)[0] for process in started]
+            outputs = []
+            for process in started:
+                outputs.append(process.communicate(timeout=600)[0])
+                assert not process.returncode, "\n".join(outputs)[-6000:]  # the others would wait for it
         finally:
             for process in started:
                 process.kill()
-        assert not any(process.returncode for process in started), "\n".join(outputs)[-6000:]
 
     def error(self, name: str) -> str:
         """What a run was refused with, empty if it was not."""
