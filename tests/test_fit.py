@@ -164,7 +164,8 @@ def test_spawned_processes_do_what_one_does(fit, recipe: Path):
 
 def test_srun_makes_one_run_folder_and_says_everything_once(recipe: Path):
     """Two processes as SLURM starts them, of a job that was requeued once."""
-    job = {"SLURM_JOB_ID": str(random.SystemRandom().randint(1000, 9999)), "SLURM_STEP_ID": "0", "SLURM_RESTART_COUNT": "1"}
+    number = random.SystemRandom().randint(1000, 9999)  # of which a port is made; `random` gives the same after a fit
+    job = {"SLURM_JOB_ID": str(number), "SLURM_STEP_ID": "0", "SLURM_RESTART_COUNT": "1"}
     job |= {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NODEID": "0", "SLURM_JOB_NAME": "training"}
     flags = ["--trainer.strategy", "ddp", "--trainer.devices", "2", "--data.batch_size", "2"]
 
