@@ -127,8 +127,8 @@ class StructuredPruning(Pruning):
     def report(self, pl_module: LightningModule) -> None:
         """Tells how many are left."""
         kept = len(self.kept[0]) if self.kept else self.number
-        each = "" if self.kind == "layers" else " of each block"
-        pl_module.print(f"pruned: {kept} of {self.number} {self.kind}{each} are left ({kept / self.number:.1%})")
+        what = {"width": "units of each block", "heads": "heads of each block", "layers": "blocks"}[self.kind]
+        pl_module.print(f"pruned: {kept} of {self.number} {what} are left ({kept / self.number:.1%})")
 
     def on_export(self, folder: Path) -> None:
         """Makes an exported model smaller."""

@@ -94,7 +94,7 @@ def test_share_grows_along_the_schedule(fit, cli, recipe: Path):
     with open(run / "metrics.csv", newline="") as file:
         shares = [float(row["train/sparsity"]) for row in csv.DictReader(file) if row.get("train/sparsity")]
     assert sorted(set(shares)) == pytest.approx([0.5 * (1 - (1 - part) ** 3) for part in (0, 1 / 3, 2 / 3, 1)])
-    assert "pruned: 64 of 128 width of each block are left (50.0%)" in out
+    assert "pruned: 64 of 128 units of each block are left (50.0%)" in out
 
 
 @pytest.mark.parametrize("kind", ["width", "layers"])
