@@ -5,12 +5,11 @@ run's own config with the compressed weights.
 """
 
 import csv
-import logging
+import functools
 import math
 import os
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Optional
 
@@ -61,7 +60,6 @@ def compress(
     from lm_lightning.compression import calibration, measures, recipes
 
     hub.quiet()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of each layer in each pass, and of kernels not here
     source = model_folder(model)
     if isinstance(recipe, str):  # also a list that YAML does not read as one of names, since 2:4 is a number to it
         recipe = [one.strip(" '\"") for one in recipe.strip("[]").split(",")]
@@ -80,7 +78,9 @@ def compress(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"the folder {folder} cannot be made ({error.strerror}): name another --output") from error
-    inputs = partial(calibration.calibrate, settings, batches=calibration_batches) if settings else None
+    inputs = None
+    if settings and calibration_batches:  # once for all recipes that begin with the same model
+        inputs = functools.cache(functools.partial(calibration.calibrate, settings, batches=calibration_batches))
 
     def left_out(one: str, error: UserError) -> None:
         if recipe or one not in targets:
@@ -89,7 +89,7 @@ def compress(
 
     for one, target in list(targets.items()):
         try:
-            recipes.compress(source, one, target, inputs if calibration_batches else None, modules)
+            recipes.compress(source, one, target, inputs, modules)
             print(f"{one}: {target}", flush=True)
         except UserError as error:
             left_out(one, error)

@@ -121,16 +121,14 @@ class Format:
 
 def sizes(inputs: dict[str, Tensor]) -> tuple:
     """That rows and tokens of all inputs may be of any number."""
-    return (tuple({0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens")} for _ in inputs),)
+    return (tuple({0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC} for _ in inputs),)
 
 
 class Program(Format):
     """`model.pt2`, what `torch.export` leaves; `torch.export.load` and AOTInductor take it."""
 
     def write(self, program: Outputs, inputs: dict[str, Tensor], outputs: list[str], target: Path) -> None:
-        any_size = torch.export.Dim.DYNAMIC
-        dynamic = (tuple({0: any_size, 1: any_size} for _ in inputs),)
-        exported = torch.export.export(program.eval(), tuple(inputs.values()), dynamic_shapes=dynamic)
+        exported = torch.export.export(program.eval(), tuple(inputs.values()), dynamic_shapes=sizes(inputs))
         torch.export.save(exported, target / PROGRAM, extra_files={"names": "\n".join([",".join(inputs), *outputs])})
 
 
