@@ -91,7 +91,7 @@ class Quantization(Callback):
         run = Path(trainer.default_root_dir)
         if not trainer.is_global_zero or trainer.fast_dev_run or not (run / "model").exists():
             return
-        flags = ["--recipe", self.recipe, *(f"--modules+={pattern}" for pattern in self.modules)]
+        flags = ["--recipe", self.recipe, "--modules", ",".join(self.modules)]
         in_own_process(run, *flags, *(() if self.table else ("--measure", "false")))
 
 

@@ -10,6 +10,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Optional
 
@@ -28,7 +29,7 @@ def compress(
     output: Optional[str] = None,
     config: Optional[str] = None,
     beside: list[str] = [],  # noqa: B006
-    modules: list[str] = [],  # noqa: B006
+    modules: list[str] | str = (),  # type: ignore[assignment]
     calibration_batches: int = 16,
     tokens: int = 64,
     seconds: float = 1.0,
@@ -61,14 +62,15 @@ def compress(
 
     hub.quiet()
     source = model_folder(model)
-    if isinstance(recipe, str):  # also a list that YAML does not read as one of names, since 2:4 is a number to it
-        recipe = [one.strip(" '\"") for one in recipe.strip("[]").split(",")]
-    chosen = [one for one in list(recipe) or recipes.STEPS if one != "none"]
+    recipe, modules = names(recipe), names(modules)
+    chosen = [one for one in recipe or recipes.STEPS if one != "none"]
     for one in chosen:
         recipes.steps_of(one)
     others = {name: model_folder(name) for name in beside}
     own = Path(model) / "config.yaml"
     settings = Path(config) if config else own if own.is_file() else None
+    if settings and not settings.is_file():
+        raise UserError(f"there is no config {settings}: give that of a run, or one of configs/")
     folder = Path(output) if output else default_folder(Path(model), source)
     targets = {one: folder / one.replace(":", "of").replace("=", "-") for one in chosen}
     there = [target for target in targets.values() if target.exists()]
@@ -109,6 +111,13 @@ def compress(
     write(rows, metrics, measures.pareto(rows), folder)
     print((folder / "compression.md").read_text(encoding="utf-8"))
     print(f"table: {folder / 'compression.md'}")
+
+
+def names(given: Sequence[str]) -> list[str]:
+    """Names of an option, also of a list that YAML does not read as one: 2:4 is a number to it, *mlp* an alias."""
+    if not isinstance(given, str):
+        return list(given)
+    return [name for part in given.strip("[] ").split(",") if (name := part.strip(" '\""))]
 
 
 def in_own_process(model: Path, *flags: str) -> None:

@@ -479,6 +479,11 @@ def test_model_alone_is_measured_by_the_data_of_a_config(fit, cli, recipe: Path,
     settings["data"]["init_args"]["tokenizer"] = {"path": str(source)}
     recipe.write_text(yaml.safe_dump(settings))
     flags = ("--seconds", 0.05, "--tokens", 16, "--calibration_batches", 2)
+    with pytest.raises(UserError, match="there is no config nowhere.yaml"):
+        cli("compress", source, "--config", "nowhere.yaml", "--recipe", "sparse")
+    with pytest.raises(UserError, match=r"\*none\*, \*neither\* is the name of no"):
+        cli("compress", source, "--modules", "[*none*, '*neither*']", "--recipe", "sparse")
+    assert not (tmp_path / "alone-compressed" / "sparse").exists()
     cli("compress", source, "--config", recipe, "--recipe", "wanda=0.5", *flags)
     with open(tmp_path / "alone-compressed" / "compression.csv", newline="") as file:
         none, wanda = csv.DictReader(file)
