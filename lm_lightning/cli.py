@@ -26,6 +26,7 @@ from lm_lightning import run as runs
 from lm_lightning.callbacks.distillation import Distillation  # noqa: F401 (imported, so that its short name works)
 from lm_lightning.callbacks.export import Export, Weights
 from lm_lightning.callbacks.gradients import Gradients  # noqa: F401
+from lm_lightning.callbacks.monitors import Monitors
 from lm_lightning.callbacks.predictions import Predictions
 from lm_lightning.callbacks.preemption import Preemption
 from lm_lightning.callbacks.progress import RunProgress
@@ -167,8 +168,10 @@ class CLI(LightningCLI):
                     f"{self.subcommand} of new weights says nothing: give --ckpt_path last, or a checkpoint"
                 )
         if config.ckpt_path is not None:
-            last = config.ckpt_path == "last"
-            checkpoint = runs.last_checkpoint(config.runs_dir, name) if last else Path(config.ckpt_path)
+            last, best = config.ckpt_path == "last", config.ckpt_path == "best"
+            checkpoint = runs.last_checkpoint(config.runs_dir, name) if last or best else Path(config.ckpt_path)
+            if best or (checkpoint.name == "best.ckpt" and not checkpoint.exists()):
+                checkpoint = runs.best_checkpoint(checkpoint.parent)
             runs.load_checkpoint(checkpoint, weights=False)
             config.ckpt_path = str(checkpoint.absolute())
             # An earlier state than the last goes on in a folder of its own: what came after it stays.
@@ -214,7 +217,7 @@ class CLI(LightningCLI):
         self.config[self.subcommand] = self.reusable_config  # for RunFolder; the classes are made already
         config = self.config_init[self.subcommand].trainer
         callbacks = config.callbacks or []
-        extra = [Resuming(), Preemption(), Throughput(), Predictions(), Report()]
+        extra = [Monitors(), Resuming(), Preemption(), Throughput(), Predictions(), Report()]
         if config.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             extra.append(RunProgress())
         if not any(isinstance(c, Spikes) for c in callbacks):
@@ -232,6 +235,8 @@ class CLI(LightningCLI):
             trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, Checkpoints)]
         else:  # when the checkpoints of the last step are there
             trainer.callbacks.append(Export(self.config_init[self.subcommand].export))
+        for name in ("best", "last"):
+            self.config_init[self.subcommand][name].option = name
         FitLoop.replace(trainer)
         strategies.check(trainer.strategy)
         return trainer

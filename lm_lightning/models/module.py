@@ -30,7 +30,7 @@ from lm_lightning.errors import UserError
 from lm_lightning.models import lora as adapters
 from lm_lightning.models.finite import FiniteSteps, Step
 from lm_lightning.models.lora import LoRA
-from lm_lightning.models.metrics import Ratio
+from lm_lightning.models.metrics import Mode, Ratio
 from lm_lightning.models.network import blocks, gradient_norm, save_network
 from lm_lightning.optim import OptimizerFactory, Schedule, parameter_groups
 
@@ -542,6 +542,13 @@ class LanguageModule(LightningModule):
     def metrics(self, loss: Tensor, split: str) -> dict[str, Tensor]:
         """The metrics that follow from the mean loss, in nats a token, of a split."""
         return {"loss": loss}
+
+    def metric_modes(self) -> dict[str, Optional[Mode]]:
+        """The names in `metrics`, each with the direction that is better, `min` or `max`; None if neither is.
+
+        It is called when the data is set up, before there is a network.
+        """
+        return {"loss": "min"}
 
     def join_predictions(self, rows: list[dict]) -> list[dict]:
         """What is written of all that `predict_step` has found, in the order of the samples."""
