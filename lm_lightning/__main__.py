@@ -7,7 +7,7 @@ import os
 import re
 import sys
 
-from lm_lightning.errors import UserError, of_command_line
+from lm_lightning.errors import UserError, first_process, of_command_line
 
 # command -> module with a main() that reads sys.argv, and what it does
 COMMANDS = {
@@ -48,8 +48,7 @@ def main() -> None:
             logging.getLogger(library).setLevel(logging.ERROR)
         run(command)
     except UserError as error:
-        if {os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID")} == {"0"}:
-            # (the other processes have met the same)
+        if first_process():
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
