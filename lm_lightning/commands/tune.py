@@ -306,4 +306,5 @@ def main() -> None:
             search = read_search(given.search, given.trials)
             Study(fit_flags, search, given.study).run()
     except KeyboardInterrupt:
-        sys.exit("stopped: a study goes on with the same command")
+        print("stopped: a study resumes with the same command", file=sys.stderr)
+        raise
