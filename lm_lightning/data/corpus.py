@@ -180,7 +180,7 @@ def _content(path: Path, cache_dir: Path) -> str:
     stat = path.stat()
     known = cache_dir / "hashes" / hashlib.blake2b(os.path.realpath(path).encode(), digest_size=16).hexdigest()
     state = f"{stat.st_size} {stat.st_mtime_ns} "
-    if known.exists() and (saved := known.read_text()).startswith(state):
+    if known.exists() and (saved := known.read_text(encoding="utf-8")).startswith(state):
         return saved.removeprefix(state)
     digest = hashlib.sha256()
     with open(path, "rb") as file:
@@ -188,7 +188,7 @@ def _content(path: Path, cache_dir: Path) -> str:
             digest.update(block)
     known.parent.mkdir(parents=True, exist_ok=True)
     partial = known.with_suffix(f".{os.getpid()}")
-    partial.write_text(state + digest.hexdigest())
+    partial.write_text(state + digest.hexdigest(), encoding="utf-8")
     partial.replace(known)
     return digest.hexdigest()
 

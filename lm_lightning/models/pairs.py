@@ -80,7 +80,7 @@ class SentenceEncoder(LanguageModule):
     def description(self) -> dict[str, Any]:
         size = self.network.config.hidden_size
         return super().description() | {
-            "files": embedding.files(self.pooling, size, self.trainer.datamodule.block_size),
+            "embedding": {"pooling": self.pooling, "size": size, "max_length": self.trainer.datamodule.block_size},
         }
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
