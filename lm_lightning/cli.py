@@ -271,9 +271,9 @@ class RunFolder(SaveConfigCallback):
         partial.replace(config)
         for logger in trainer.loggers:
             if not isinstance(logger, (CSVLogger, TensorBoardLogger)):  # whose files lie beside it
-                logger.log_hyperparams(yaml.safe_load(config.read_text()))
-        (run / "environment.json").write_text(json.dumps(environment(), indent=2))
-        (run / "data.json").write_text(json.dumps(trainer.datamodule.info, indent=2))
+                logger.log_hyperparams(yaml.safe_load(config.read_text(encoding="utf-8")))
+        (run / "environment.json").write_text(json.dumps(environment(), indent=2), encoding="utf-8")
+        (run / "data.json").write_text(json.dumps(trainer.datamodule.info, indent=2), encoding="utf-8")
         trainer.datamodule.tokenizer.save_pretrained(run / "tokenizer")
 
 

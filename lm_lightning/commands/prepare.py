@@ -3,6 +3,7 @@
 import sys
 from typing import TYPE_CHECKING, Any
 
+from lm_lightning.console import printable
 from lm_lightning.data.corpus import Corpus
 from lm_lightning.data.tokenizer import Tokenizer
 from lm_lightning.errors import UserError
@@ -69,7 +70,7 @@ def show_samples(prepared: "Prepared", size: int, show: list[int]) -> None:
         text = tokens[sample * size : (sample + 1) * size]
         if len(text) == 0 or sample < 0:
             raise UserError(f"there is no sample {sample}: the training split has {len(tokens) // size}")
-        print(f"--- sample {sample}\n{prepared.tokenizer.decode(text)}")
+        print(f"--- sample {sample}\n{printable(prepared.tokenizer.decode(text))}")
 
 
 def count(prepared: "Prepared", size: int, left_out: int, full: tuple[str, ...] = ("train",)) -> None:

@@ -336,8 +336,8 @@ class LanguageModule(LightningModule):
 
         Returns:
             `class`, its name in `transformers`; `config` and `generation` (None for networks that do not generate), as
-            they are exported; `rows`, how many the vocabulary has here with those that pad it. If other libraries read
-            more beside the network, `files`: JSON-able content by name.
+            they are exported; `rows`, how many the vocabulary has here with those that pad it. Of a sentence encoder,
+            `embedding`: the arguments of `embedding.files`.
         """
         tokenizer, generation = self.trainer.datamodule.tokenizer, getattr(self.network, "generation_config", None)
         own = {"vocab_size": self.vocab_size, "pad_token_id": tokenizer.pad_token_id}
