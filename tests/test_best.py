@@ -1,22 +1,16 @@
 """The best checkpoint: which file it is, in which direction it is the best, and that `model/` has its weights."""
 
 import json
-import os
 import shutil
-import signal
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from test_fit import metrics
-from test_survival import CONSTANT, DDP, SHARDED, Signals, callbacks, logged, names
+from test_survival import CONSTANT, logged, names
 
 from lm_lightning import run as runs
-from lm_lightning.errors import UserError
-
 
 
 class Spoil(Callback):
