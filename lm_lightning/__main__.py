@@ -72,7 +72,7 @@ def explain(error: BaseException) -> None:
     """Ends the process with a sentence, if the error is one that needs no traceback."""
     if isinstance(error, UserError):
         if first_process():
-            print(f"error: {console.printable(str(error))}", file=sys.stderr)
+            print(f"error: {console.printable(scrub(str(error), sys.argv))}", file=sys.stderr)
         sys.exit(2)
     if isinstance(error, RuntimeError) and LOST.search(str(error)):
         # The process that has ended tells why; a traceback of each that waited for it would only hide that.
