@@ -10,7 +10,7 @@ import signal
 import sys
 
 from lm_lightning import console
-from lm_lightning.errors import UserError, of_command_line
+from lm_lightning.errors import UserError, first_process, of_command_line
 
 # command -> module with a main() that reads sys.argv, and what it does
 COMMANDS = {
@@ -71,8 +71,7 @@ def main() -> None:
 def explain(error: BaseException) -> None:
     """Ends the process with a sentence, if the error is one that needs no traceback."""
     if isinstance(error, UserError):
-        if {os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID")} == {"0"}:
-            # (the other processes have met the same)
+        if first_process():
             print(f"error: {console.printable(str(error))}", file=sys.stderr)
         sys.exit(2)
     if isinstance(error, RuntimeError) and LOST.search(str(error)):
