@@ -11,6 +11,7 @@ import sys
 
 from lm_lightning import console
 from lm_lightning.errors import UserError, first_process, of_command_line
+from lm_lightning.redaction import scrub
 
 # command -> module with a main() that reads sys.argv, and what it does
 COMMANDS = {
