@@ -54,7 +54,8 @@ class LanguageModule(LightningModule):
         network: Settings of a new `transformers` network, such as `{model_type: gpt2, n_layer: 4}`; whatever is left
             out has that model type's default. The vocabulary and its special tokens come from the tokenizer.
         pretrained: Folder or Hub name of weights to start from, instead of `network`.
-        optimizer: A `torch.optim.Optimizer` class with its settings; it gets the groups of `parameter_groups`.
+        optimizer: A `torch.optim.Optimizer` class with its settings; it gets the groups of `parameter_groups`. A class
+            that is chosen has its own defaults.
         schedule: Learning rate over the steps.
         attention: Attention implementation of `transformers` (`sdpa`, `eager`, `flash_attention_2`, ...).
             Default: the best that `transformers` finds.
@@ -77,7 +78,7 @@ class LanguageModule(LightningModule):
         self,
         network: Optional[dict[str, Any]] = None,
         pretrained: Optional[str] = None,
-        optimizer: OptimizerFactory = lambda params: torch.optim.AdamW(params, lr=1e-3, weight_decay=0.1),
+        optimizer: OptimizerFactory = torch.optim.AdamW,
         schedule: Schedule = Schedule(),
         attention: Optional[str] = None,
         compile: bool = False,
