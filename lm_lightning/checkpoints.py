@@ -19,9 +19,8 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from lm_lightning.errors import UserError
+from lm_lightning.files import PARTIAL, remove, sync
 from lm_lightning.run import OLD, load_checkpoint
-
-PARTIAL = ".partial"  # ends the name of a file or folder that is being written
 
 
 class CheckpointFiles(TorchCheckpointIO):
@@ -43,7 +42,7 @@ class CheckpointFiles(TorchCheckpointIO):
             remove(stale)
         partial = path.with_name(path.name + PARTIAL)
         try:
-            with open(partial, "wb", buffering=0) as file:
+            with open(partial, "xb", buffering=0) as file:
                 writer = Writer(file)
                 torch.save(checkpoint, writer)  # type: ignore[arg-type] # it needs no more of a file
                 try:
@@ -267,21 +266,3 @@ def replace(new: Path, path: Path) -> None:
     os.replace(new, path)
     sync(path.parent)
     remove(old)
-
-
-def remove(path: Path) -> None:
-    """Removes a file or folder, if it is there."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def sync(folder: Path) -> None:
-    """Makes sure that a folder's list of names is on the disk."""
-    if os.name == "posix":  # elsewhere a folder cannot be opened
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -19,6 +19,7 @@ from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
 from lm_lightning.errors import UserError
+from lm_lightning.redaction import redacted_command_line
 from lm_lightning.run import PLACEHOLDER, TRAINING, load_checkpoint
 
 
@@ -101,11 +102,12 @@ class WandbRun(WandbLogger):
             finish_timeout_raises=True,
             x_transaction_log_flush_interval=0.1,  # seconds of which a kill -9 leaves nothing, else 15
         )
-        try:
-            return super().experiment
-        except wandb.Error as error:
-            self._wandb_init["mode"] = self.offline(f"as it could not be started: {error}")
-            return super().experiment
+        with redacted_command_line():  # which W&B records
+            try:
+                return super().experiment
+            except wandb.Error as error:
+                self._wandb_init["mode"] = self.offline(f"as it could not be started: {error}")
+                return super().experiment
 
     def run_id(self) -> str:
         """The id of the run in this folder, which is drawn when it starts; a sweep's agent gives its own."""
