@@ -127,7 +127,7 @@ class CLI(LightningCLI):
         )
         parser.add_lightning_class_args(Checkpoints, "best")
         parser.set_defaults({f"best.{k}": v for k, v in CHECKPOINTS.items()})
-        parser.set_defaults({"best.filename": "best", "best.monitor": "val/loss"})
+        parser.set_defaults({"best.filename": "best"})
         parser.add_lightning_class_args(Checkpoints, "last")
         parser.set_defaults({f"last.{k}": v for k, v in CHECKPOINTS.items()})
         parser.set_defaults({"last.filename": "last"})
@@ -148,6 +148,11 @@ class CLI(LightningCLI):
         pretrained, options = config.model.init_args.get("pretrained"), config.data.init_args
         if pretrained is not None and "tables" in options and options.tokenizer.path is None:  # labelled data
             options.tokenizer.path = str(runs.model_folder(pretrained)) if Path(pretrained).is_dir() else pretrained
+        if config.best.monitor is None:
+            main_metric = getattr(pydoc.locate(str(config.model.class_path)), "main_metric", lambda data: "loss")(
+                options
+            )
+            config.best.monitor, config.best.mode = f"val/{main_metric}", "min" if main_metric == "loss" else "max"
         run = None
         if self.subcommand != "fit":
             # What is found belongs to a run of W&B; the other loggers go on with the training's own files.
@@ -178,6 +183,7 @@ class CLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         trainer = self.trainer
+        self.model.from_checkpoint = self.checkpoint is not None  # (Lightning tells only after the data's setup)
         if trainer.is_global_zero:
             print(f"run folder: {self.run_folder}")
             print(f"device: {trainer.strategy.root_device} x {trainer.world_size}, precision: {trainer.precision}")

@@ -87,6 +87,10 @@ class QuestionAnswering(LanguageModule):
 
     auto_class = transformers.AutoModelForQuestionAnswering
 
+    @staticmethod
+    def main_metric(data: Any) -> str:
+        return "f1"
+
     def __init__(
         self,
         max_answer: int = 30,
@@ -103,6 +107,9 @@ class QuestionAnswering(LanguageModule):
 
     def head_settings(self) -> dict[str, Any]:
         return {"num_labels": 2}  # a start and an end
+
+    def head_fits(self) -> bool:
+        return True  # no other task has tensors of these names
 
     # Steps
 
