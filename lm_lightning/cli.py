@@ -1,11 +1,13 @@
 """The LightningCLI: options in, a run folder, a trainer and its parts out."""
 
+import contextlib
 import dataclasses
 import inspect
 import json
 import logging
 import pydoc
 import shutil
+import sys
 import typing
 import warnings
 from collections.abc import Sequence
@@ -18,10 +20,10 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lm_lightning import hub, strategies
+from lm_lightning import hub, settings, strategies
 from lm_lightning import run as runs
 from lm_lightning.callbacks.distillation import Distillation  # noqa: F401 (imported, so that its short name works)
 from lm_lightning.callbacks.export import Export, export
@@ -91,6 +93,19 @@ EXPECTED_WARNINGS = (
 )
 
 
+class OptionParser(LightningArgumentParser):
+    """The parser of the CLI: no abbreviated options, and loggers write into the run folder unless told otherwise."""
+
+    def __init__(self, *args: Any, allow_abbrev: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=allow_abbrev, **kwargs)
+
+    def add_class_arguments(self, theclass: type, *args: Any, **kwargs: Any) -> list[str]:  # noqa: D102
+        added = super().add_class_arguments(theclass, *args, **kwargs)
+        if inspect.isclass(theclass) and issubclass(theclass, Logger) and "save_dir" in added:
+            self.set_defaults(save_dir=runs.PLACEHOLDER)
+        return added
+
+
 class CLI(LightningCLI):
     """`python -m lm_lightning fit | validate | test | predict`.
 
@@ -115,6 +130,7 @@ class CLI(LightningCLI):
             args=args,
             seed_everything_default=1,
             auto_configure_optimizers=False,
+            parser_class=OptionParser,
             parser_kwargs={"prog": "lm_lightning", "exit_on_error": False},
         )
 
@@ -132,11 +148,17 @@ class CLI(LightningCLI):
         parser.set_defaults({f"last.{k}": v for k, v in CHECKPOINTS.items()})
         parser.set_defaults({"last.filename": "last"})
 
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:  # noqa: D102 (as in Lightning)
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parses config files first, in their order, and then all flags."""
+        args = sys.argv[1:] if args is None else args
+        options, files, flags = settings.layered(args[1:])
         try:
-            super().parse_arguments(parser, args)
+            self.config = parser.parse_args([*args[:1], *settings.as_argument(options), *flags])
         except ValueError as error:  # not even a name of a file, which an option's value may be
             raise UserError(f"an option's value cannot be read: {error}") from error
+        own = self.config[self.config.subcommand]
+        settings.report_replaced(options, own)
+        own.config = files  # the first one names the run
 
     def _parse_ckpt_path(self) -> None:
         """Checks the settings; Lightning would put those of a checkpoint over the command line's here."""
@@ -144,7 +166,7 @@ class CLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
-        config.name = name = config.name or (Path(str(config.config[0])).stem if config.config else "run")
+        config.name = name = config.name or (Path(config.config[0]).stem if config.config else "run")
         pretrained, options = config.model.init_args.get("pretrained"), config.data.init_args
         if pretrained is not None and "tables" in options and options.tokenizer.path is None:  # labelled data
             options.tokenizer.path = str(runs.model_folder(pretrained)) if Path(pretrained).is_dir() else pretrained
@@ -154,15 +176,17 @@ class CLI(LightningCLI):
             )
             config.best.monitor, config.best.mode = f"val/{main_metric}", "min" if main_metric == "loss" else "max"
         run = None
+        if config.trainer.logger is True:
+            config.trainer.logger = self._parser(self.subcommand).get_defaults().trainer.logger
+        loggers = as_list(config.trainer.logger)
         if self.subcommand != "fit":
-            # What is found belongs to a run of W&B; the other loggers go on with the training's own files.
-            config.trainer.logger = [
-                own for own in config.trainer.logger or [] if own.class_path.endswith(WandbRun.__name__)
-            ] or False
+            # Results are logged to a run of W&B; the other loggers would continue the files of the training.
+            loggers = [logger for logger in loggers if logger.class_path.endswith(WandbRun.__name__)]
             if config.ckpt_path is None and not config.model.init_args.get("pretrained"):
                 raise UserError(
                     f"{self.subcommand} of new weights says nothing: give --ckpt_path last, or a checkpoint"
                 )
+        config.trainer.logger = loggers or False
         if config.ckpt_path is not None:
             last = config.ckpt_path == "last"
             checkpoint = runs.last_checkpoint(config.runs_dir, name) if last else Path(config.ckpt_path)
@@ -215,13 +239,12 @@ class CLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         self.config[self.subcommand] = self.reusable_config  # for RunFolder; the classes are made already
         config = self.config_init[self.subcommand].trainer
-        callbacks = config.callbacks or []
+        callbacks, plugins = as_list(config.callbacks), as_list(config.plugins)
         extra = [Resuming(), Preemption(), Throughput(), Export(), Predictions(), Report()]
         if config.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             extra.append(RunProgress())
         if not any(isinstance(c, Spikes) for c in callbacks):
             extra.append(Spikes())
-        plugins = config.plugins if isinstance(config.plugins, list) else [config.plugins] if config.plugins else []
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins = [*plugins, CheckpointFiles()]
         trainer = super().instantiate_trainer(
@@ -254,9 +277,9 @@ class RunFolder(SaveConfigCallback):
         partial.replace(config)
         for logger in trainer.loggers:
             if not isinstance(logger, (CSVLogger, TensorBoardLogger)):  # whose files lie beside it
-                logger.log_hyperparams(yaml.safe_load(config.read_text()))
-        (run / "environment.json").write_text(json.dumps(environment(), indent=2))
-        (run / "data.json").write_text(json.dumps(trainer.datamodule.info, indent=2))
+                logger.log_hyperparams(yaml.safe_load(config.read_text(encoding="utf-8")))
+        (run / "environment.json").write_text(json.dumps(environment(), indent=2), encoding="utf-8")
+        (run / "data.json").write_text(json.dumps(trainer.datamodule.info, indent=2), encoding="utf-8")
         trainer.datamodule.tokenizer.save_pretrained(run / "tokenizer")
 
 
@@ -295,13 +318,19 @@ def refuse_null(value: Any, name: str, target: Any) -> None:
         target, value = pydoc.locate(value["class_path"]), value.get("init_args") or {}
     hints: dict[str, Any] = {}
     for base in reversed(inspect.getmro(target)) if inspect.isclass(target) else ():  # `**options` are those of a base
-        hints |= typing.get_type_hints(base.__init__)  # type: ignore[misc]
+        with contextlib.suppress(NameError):  # of types that are imported for type checkers only
+            hints |= typing.get_type_hints(base.__init__)  # type: ignore[misc]
     for key, option in (value if isinstance(value, dict) else vars(value)).items():
         hint = hints.get(key)
         if option is None and hint not in (None, Any) and type(None) not in typing.get_args(hint):
             raise UserError(f"{name}.{key} is null, but must have a value: leave it out for its default")
         if hasattr(option, "items"):  # null within a network's settings is theirs to judge
             refuse_null(option, f"{name}.{key}", hint if dataclasses.is_dataclass(hint) else None)
+
+
+def as_list(value: Any) -> list:
+    """What Lightning accepts as one item, a list of them, null or false."""
+    return list(value) if isinstance(value, (list, tuple)) else [value] if value else []
 
 
 def fill_in(config: Any, run: str) -> Any:

@@ -38,7 +38,9 @@ def git() -> Optional[dict[str, Any]]:
     """`commit` of the working directory and whether files of it are `changed`; None outside of a repository."""
     try:
         commit, changes = (
-            subprocess.run(["git", *args], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+            subprocess.run(
+                ["git", *args], capture_output=True, encoding="utf-8", errors="replace", timeout=10, check=True
+            ).stdout.strip()
             for args in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
         )
     except (OSError, subprocess.SubprocessError):  # no git, no repository, no commit yet
@@ -49,7 +51,7 @@ def git() -> Optional[dict[str, Any]]:
 def cpu() -> str:
     """The name of the processor."""
     if sys.platform == "linux":
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("model name"):  # not on ARM
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()

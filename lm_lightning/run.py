@@ -23,6 +23,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Optional
 
+from lm_lightning import untrusted
 from lm_lightning.errors import UserError
 
 PLACEHOLDER = "<run>"  # in the value of an option: the run folder
@@ -75,8 +76,7 @@ def shared_run(runs_dir: str, name: str, port: int, serve: bool, make: bool, att
 
 def make_run(runs_dir: str, name: str, time: Optional[str] = None) -> Path:
     """Makes a folder that no other run has, named by the time or something else."""
-    if Path(name).name != name or "\0" in name:
-        raise UserError(f"--name {name} is no name for a folder: give one without slashes")
+    untrusted.plain_name(name, "--name")
     time = time or datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     for number in itertools.count(1):
         run = Path(runs_dir).absolute() / name / (time if number == 1 else f"{time}-{number}")
@@ -162,6 +162,7 @@ def load_checkpoint(path: Path, weights: bool = True, checked: bool = False) -> 
             damaged = None if checked else sharded_checkpoint.damaged(path)
         elif not checked:
             with zipfile.ZipFile(path) as file:
+                untrusted.refuse_expanding_zip(file, path)
                 damaged = file.testzip()  # torch.load does not compare the sums
         if damaged:
             raise UserError(f"the checkpoint {path} is damaged (the checksum of its part {damaged} is wrong): {remedy}")

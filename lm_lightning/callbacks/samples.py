@@ -8,6 +8,7 @@ from pathlib import Path
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
+from lm_lightning.console import printable
 from lm_lightning.generation import Sampling, check, generate, prompt_ids
 
 
@@ -49,7 +50,7 @@ class Samples(Callback):
             for prompt, text in zip(self.prompts, texts):
                 row = {"step": trainer.global_step, "prompt": prompt, "text": text}
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                pl_module.print(f"sample: {prompt}|{text}")
+                pl_module.print(f"sample: {printable(prompt)}|{printable(text)}")
         text = "\n\n".join(f"**{prompt}**{text}" for prompt, text in zip(self.prompts, texts))
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):

@@ -111,8 +111,8 @@ class WandbRun(WandbLogger):
         file = self.folder / "id"
         if "WANDB_RUN_ID" in os.environ or not file.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
-            file.write_text(os.environ.get("WANDB_RUN_ID") or secrets.token_hex(5))
-        return file.read_text()
+            file.write_text(os.environ.get("WANDB_RUN_ID") or secrets.token_hex(5), encoding="utf-8")
+        return file.read_text(encoding="utf-8")
 
     def mode(self) -> str:
         """What the option or WANDB_MODE says, unless that would ask for a key."""

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Optional
 
-from lm_lightning import hub
+from lm_lightning import hub, untrusted
 from lm_lightning.errors import UserError
 from lm_lightning.run import load_checkpoint
 
@@ -66,7 +66,6 @@ def write(
     Of LoRA, the adapters go into another folder, too, if given.
     """
     import torch
-    import transformers
 
     from lm_lightning.compression.structure import shrink
     from lm_lightning.data import tokenizer as tokenizers
@@ -74,7 +73,7 @@ def write(
 
     hub.quiet()
     description = saved["network"]
-    network_class = getattr(transformers, description["class"])
+    network_class = untrusted.network_class(description["class"])
     config = network_class.config_class.from_dict(description["config"])
     weights = {k.removeprefix("network."): w for k, w in saved["state_dict"].items() if k.startswith("network.")}
     if "lora" in saved:

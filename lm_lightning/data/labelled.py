@@ -6,6 +6,7 @@ columns have any names, the names of the labels, batches of similar lengths, and
 
 import functools
 import hashlib
+import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -15,11 +16,12 @@ from typing import TYPE_CHECKING, Any, Literal, Optional
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
 from lm_lightning.data import formats
-from lm_lightning.data.corpus import Corpus, expand
+from lm_lightning.data.corpus import expand
 from lm_lightning.data.order import PADDING, by_length, samples_at
 from lm_lightning.data.stream import StreamData
 from lm_lightning.data.tokenizer import Tokenizer, fingerprint, load
@@ -51,6 +53,12 @@ class Tables:
         format: Of all files, where their names do not tell.
         header: Names of the columns, for CSV and TSV files whose first line is a row already, and for CoNLL files,
             whose columns are `0`, `1`, ... without it.
+        delimiter: Character between the columns of CSV and TSV files. Default: a tab in TSV files, a comma in CSV files
+            or, if their first line has no comma, the semicolon, tab or bar in it.
+        quoting: Whether double quotes enclose cells of CSV and TSV files. Default: in CSV files only.
+        encoding: Encoding of the files, such as `utf-8`, `utf-16`, `cp1252` or `gb18030`.
+        encoding_errors: What to do with bytes that the encoding does not allow: stop (`strict`), or `replace` each by
+            U+FFFD and report their number.
         hub: Name of a data set of the Hugging Face Hub; `train` and the others then name its splits, not files.
         hub_config: Its configuration.
         hub_revision: Its branch, tag or commit.
@@ -63,6 +71,10 @@ class Tables:
     validation_fraction: float = 0.1
     format: Optional[Literal["jsonl", "csv", "tsv", "parquet", "conll", "conllu", "squad"]] = None
     header: Optional[list[str]] = None
+    delimiter: Optional[str] = None
+    quoting: Optional[bool] = None
+    encoding: str = "utf-8"
+    encoding_errors: Literal["strict", "replace"] = "strict"
     hub: Optional[str] = None
     hub_config: Optional[str] = None
     hub_revision: Optional[str] = None
@@ -103,6 +115,7 @@ class Row(Mapping):
             raise UserError(
                 f"{self.where}: there is no column {column!r}; the columns are {', '.join(map(str, self))}: name the "
                 "right one with --data.columns, or all of them with --data.tables.header"
+                + formats.hint(self, "--data.tables")
             )
         return self[column]
 
@@ -157,11 +170,10 @@ def sources(tables: Tables, split: str) -> list[str]:
 
 def of_hub(split: str, tables: Tables) -> Iterator[Row]:
     """The rows of a split on the Hub, where labels that are numbers with names have their names."""
-    corpus = Corpus(
-        hub=tables.hub, hub_config=tables.hub_config, hub_revision=tables.hub_revision, hub_split=split, streaming=False
-    )
-    for number, values in formats.hub_rows(corpus):
-        yield Row(values, f"{tables.hub} ({split}):{number}")
+    name = str(tables.hub)
+    rows = formats.hub_rows(name, tables.hub_config, split, tables.hub_revision, False, "HF_HUB_OFFLINE=1")
+    for number, values in rows:
+        yield Row(values, f"{name} ({split}):{number}")
 
 
 def of_files(pattern: str, tables: Tables) -> Iterator[Row]:
@@ -176,20 +188,46 @@ def kind(path: Path, tables: Tables) -> str:
 
 
 def of(path: Path, tables: Tables) -> Iterator[Row]:
-    """The rows of a file."""
+    """The rows of a file. Afterwards, what was detected or replaced is printed."""
     suffix = kind(path, tables)
     if suffix not in TABLES:
-        raise UserError(f"{path} is no table by its name: say what it is with --data.tables.format csv (or tsv, jsonl)")
-    options = {}
-    if tables.header is not None:
-        if suffix not in (".csv", ".tsv", ".conll"):
-            raise UserError(f"{path}: --data.tables.header is for CSV, TSV and CoNLL files")
-        options = {"header": tables.header}
-    rows = TABLES[suffix](path, Corpus(text_column=""), formats.Counts(), **options)
-    for number, values in rows:
-        if None in values or None in values.values() and suffix in (".csv", ".tsv"):
-            raise UserError(f"{path}:{number}: the row has not as many columns as the header: mend it")
-        yield Row(values, f"{path}:{number}")
+        raise UserError(
+            f"{path} is no table by its name: give its format with --data.tables.format csv (or tsv, jsonl)"
+        )
+    for option, *accepted in (
+        ("header", ".csv", ".tsv", ".conll"),
+        ("delimiter", ".csv", ".tsv"),
+        ("quoting", ".csv", ".tsv"),
+    ):
+        if getattr(tables, option) is not None and suffix not in accepted:
+            raise UserError(f"{path}: --data.tables.{option} is for files of the formats {', '.join(accepted)}")
+    reading = formats.Reading(
+        "--data.tables", tables.encoding, tables.encoding_errors, tables.delimiter, tables.quoting, tables.header
+    )
+    counts = formats.Counts()
+    for number, values in TABLES[suffix](path, reading, counts):
+        where = f"{path}:{number}"
+        if suffix in (".jsonl", ".ndjson", ".json"):
+            try:
+                json.dumps(values, ensure_ascii=False).encode()
+            except UnicodeEncodeError:
+                values = encodable(values, where, reading, counts)
+        yield Row(values, where)
+    if counts.replaced_bytes:
+        counts.notes.append(f"{path}: {counts.replaced_bytes:,} bytes that could not be read were replaced by U+FFFD")
+    for note in counts.notes:
+        rank_zero_only(print)(note)
+
+
+def encodable(value: Any, where: str, reading: formats.Reading, counts: formats.Counts) -> Any:
+    """JSON's data without characters that UTF-8 cannot express and no tokenizer accepts: half surrogate pairs."""
+    if isinstance(value, str):
+        return formats.encodable(value, where, reading, counts)
+    if isinstance(value, list):
+        return [encodable(item, where, reading, counts) for item in value]
+    if isinstance(value, dict):
+        return {key: encodable(item, where, reading, counts) for key, item in value.items()}
+    return value
 
 
 def held_out(key: str, fraction: float) -> bool:

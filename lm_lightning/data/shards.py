@@ -95,7 +95,7 @@ class Prepared(NamedTuple):
     @property
     def info(self) -> dict:
         """What is known about the shards: `splits` with their counts, `inputs`, `dtype`."""
-        return json.loads((self.folder / "info.json").read_text())
+        return json.loads((self.folder / "info.json").read_text(encoding="utf-8"))
 
     def frequencies(self) -> np.ndarray:
         """How often each token is in the training split, (vocabulary,) int64."""
@@ -108,7 +108,7 @@ class Prepared(NamedTuple):
 
 def open_split(folder: Path, name: str) -> Split:
     """Opens a split of the shards in a folder."""
-    info = json.loads((folder / "info.json").read_text())
+    info = json.loads((folder / "info.json").read_text(encoding="utf-8"))
     counts = info["splits"][name]
 
     files = {kind: folder / f"{name}.{kind}" for kind in KINDS}
@@ -263,7 +263,7 @@ def tokenize(
         counts[split]["unigram_perplexity"] = unigram_perplexity(frequencies["train"], frequencies[split])
     np.save(folder / "frequencies.npy", frequencies["train"])
     info = {"inputs": inputs, "dtype": dtype.name, "vocabulary": vocabulary, "splits": counts}
-    (folder / "info.json").write_text(json.dumps(info, indent=2))
+    (folder / "info.json").write_text(json.dumps(info, indent=2), encoding="utf-8")
 
 
 def sentence_splitter(language: str) -> Callable[[str], list[str]]:

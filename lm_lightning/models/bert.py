@@ -6,6 +6,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from lm_lightning.console import printable
 from lm_lightning.errors import UserError
 from lm_lightning.losses import linear_cross_entropy
 from lm_lightning.models.metrics import Ratio
@@ -162,9 +163,9 @@ class MaskedLM(LanguageModule):
             ],
             "filled": tokenizer.decode(filled, skip_special_tokens=True),
         }
-        self.print(f"{row['filled']}")
+        self.print(printable(row["filled"]))
         for place in row["masks"]:
-            self.print("  " + ", ".join(f"{c['token']} {c['probability']:.3f}" for c in place))
+            self.print("  " + ", ".join(f"{printable(c['token'])} {c['probability']:.3f}" for c in place))
         return [row]
 
 

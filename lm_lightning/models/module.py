@@ -54,7 +54,8 @@ class LanguageModule(LightningModule):
         network: Settings of a new `transformers` network, such as `{model_type: gpt2, n_layer: 4}`; whatever is left
             out has that model type's default. The vocabulary and its special tokens come from the tokenizer.
         pretrained: Folder or Hub name of weights to start from, instead of `network`.
-        optimizer: A `torch.optim.Optimizer` class with its settings; it gets the groups of `parameter_groups`.
+        optimizer: A `torch.optim.Optimizer` class with its settings; it gets the groups of `parameter_groups`. A class
+            that is chosen has its own defaults.
         schedule: Learning rate over the steps.
         attention: Attention implementation of `transformers` (`sdpa`, `eager`, `flash_attention_2`, ...).
             Default: the best that `transformers` finds.
@@ -79,7 +80,7 @@ class LanguageModule(LightningModule):
         self,
         network: Optional[dict[str, Any]] = None,
         pretrained: Optional[str] = None,
-        optimizer: OptimizerFactory = lambda params: torch.optim.AdamW(params, lr=1e-3, weight_decay=0.1),
+        optimizer: OptimizerFactory = torch.optim.AdamW,
         schedule: Schedule = Schedule(),
         attention: Optional[str] = None,
         compile: bool = False,
@@ -402,8 +403,8 @@ class LanguageModule(LightningModule):
 
         Returns:
             `class`, its name in `transformers`; `config` and `generation` (None for networks that do not generate), as
-            they are exported; `rows`, how many the vocabulary has here with those that pad it. If other libraries read
-            more beside the network, `files`: JSON-able content by name.
+            they are exported; `rows`, how many the vocabulary has here with those that pad it. Of a sentence encoder,
+            `embedding`: the arguments of `embedding.files`.
         """
         tokenizer, generation = self.trainer.datamodule.tokenizer, getattr(self.network, "generation_config", None)
         own = {"vocab_size": self.vocab_size, "pad_token_id": tokenizer.pad_token_id}
