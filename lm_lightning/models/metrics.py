@@ -15,6 +15,10 @@ class Ratio(Metric):
     """
 
     full_state_update = False
+    total: Tensor
+    total_error: Tensor
+    count: Tensor
+    count_error: Tensor
 
     def __init__(self) -> None:
         super().__init__()

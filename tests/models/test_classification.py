@@ -562,7 +562,7 @@ def test_the_head_of_another_task_is_replaced(cli, recipe: Path, tmp_path: Path,
     other.save_pretrained(tmp_path / "tagger")
     AutoTokenizer.from_pretrained(tokenizer).save_pretrained(tmp_path / "tagger")
     flags = ("--config", recipe, "--model.network", "null", "--model.pretrained", tmp_path / "tagger")
-    out = cli("fit", *flags, "--trainer.max_steps", 2)
+    out = cli("fit", *flags, "--trainer.max_steps", 3)
     assert "has a head of another task, not for the data's bad, good, mixed: it is replaced" in out
     folder = Path(out.split("run folder: ")[1].splitlines()[0])
     assert load_file(folder / "model" / "model.safetensors")[HEAD[0]].abs().max() < 1
