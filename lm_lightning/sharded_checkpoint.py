@@ -8,7 +8,6 @@ import io
 import os
 import pickle
 import zipfile
-import zlib
 from pathlib import Path
 from typing import Any, Optional
 
@@ -19,9 +18,11 @@ from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
 
-from lm_lightning.checkpoints import PARTIAL, check_loads, remove, replace, sync, unwritten
+from lm_lightning.checkpoints import check_loads, replace, unwritten
+from lm_lightning.console import printable
 from lm_lightning.errors import UserError
-from lm_lightning.untrusted import plain_name, printable, refuse_expanding_zip
+from lm_lightning.files import PARTIAL, checksum, remove, sync
+from lm_lightning.untrusted import plain_name, refuse_expanding_zip
 
 META = "meta.pt"  # Lightning's name, by which it knows such a folder
 TABLE = ".metadata"  # PyTorch's name of the table of contents
@@ -78,15 +79,6 @@ def save(checkpoint: dict[str, Any], path: Path) -> None:
         if first:
             remove(partial)
     torch.distributed.barrier()
-
-
-def checksum(file: Path) -> int:
-    """CRC-32 of a file."""
-    value = 0
-    with open(file, "rb") as stream:
-        while part := stream.read(1 << 24):
-            value = zlib.crc32(part, value)
-    return value
 
 
 def damaged(path: Path) -> Optional[str]:

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
 from lm_lightning.console import printable
-from lm_lightning.generation import Sampling, check, generate, prompt_ids
+from lm_lightning.generation import Sampling, check, generate, inherited, prompt_ids
 
 
 class Samples(Callback):
@@ -33,6 +33,8 @@ class Samples(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check(self.prompts, self.max_new_tokens, self.sampling)
+        if message := inherited(pl_module.network, trainer.datamodule.tokenizer):
+            pl_module.print(f"samples: {printable(message)}")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking:

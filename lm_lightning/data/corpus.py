@@ -4,6 +4,7 @@ Everything here streams. A document comes as one or more consecutive `Piece`s, s
 document lies in memory whole (rows of JSON, CSV and Parquet files do, one at a time).
 """
 
+import contextlib
 import glob
 import hashlib
 import itertools
@@ -19,6 +20,7 @@ from typing import Any, Literal, NamedTuple, Optional
 from lm_lightning.data import builtin, formats
 from lm_lightning.data.formats import PIECE, Counts, Line, Reading, Rows, encodable, suffixes
 from lm_lightning.errors import UserError
+from lm_lightning.files import write_text
 
 # Where a text may be cut, best first. No pre-tokenization joins a letter or digit to the space after it. A text without
 # such spaces is cut at a line break or after CJK punctuation, else at the limit, where a token boundary may be moved.
@@ -186,10 +188,9 @@ def _content(path: Path, cache_dir: Path) -> str:
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
-    known.parent.mkdir(parents=True, exist_ok=True)
-    partial = known.with_suffix(f".{os.getpid()}")
-    partial.write_text(state + digest.hexdigest(), encoding="utf-8")
-    partial.replace(known)
+    with contextlib.suppress(PermissionError):  # a cache of another user, perhaps: it can be read all the same
+        known.parent.mkdir(parents=True, exist_ok=True)
+        write_text(known, state + digest.hexdigest())
     return digest.hexdigest()
 
 

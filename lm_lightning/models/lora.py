@@ -21,8 +21,8 @@ from transformers.pytorch_utils import Conv1D
 
 from lm_lightning import errors, hub, untrusted
 from lm_lightning.errors import UserError
+from lm_lightning.files import checksum
 from lm_lightning.models.network import HEAD_FILE, linear_layers
-from lm_lightning.sharded_checkpoint import checksum
 from lm_lightning.strategies.sharded import FSDP2, TensorParallel
 from lm_lightning.strategies.xla import XLA
 

@@ -17,7 +17,7 @@ from lm_lightning.data.pairs import Judged
 from lm_lightning.data.pairs import split as split_texts
 from lm_lightning.embedding import Pooling
 from lm_lightning.errors import UserError
-from lm_lightning.models.metrics import correlations
+from lm_lightning.models.metrics import Mode, correlations
 from lm_lightning.models.module import LanguageModule
 
 
@@ -171,6 +171,12 @@ class SentenceEncoder(LanguageModule):
         place = torch.empty_like(found).scatter_(0, inverse, torch.arange(len(rows), device=rows.device))
         place = place[found != PADDING]
         return Seen(rows[place], *(part[place] for part in vectors))
+
+    def metric_modes(self) -> dict[str, Optional[Mode]]:
+        data = self.trainer.datamodule
+        names = ("ndcg_10", "mrr_10", "recall_100") if "validation" in data.judged else ("spearman", "pearson")
+        modes: dict[str, Optional[Mode]] = {"loss": "min"} if not getattr(data.retrieval, "validation", None) else {}
+        return modes | dict.fromkeys(names, "max")
 
     def metrics(self, loss: Tensor, split: str) -> dict[str, Tensor]:
         """Adds how the cosines agree with the scores, or how well the right answers are found."""

@@ -139,8 +139,10 @@ def found(folder: Path) -> dict[str, list[dict]]:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_metrics_do_not_depend_on_batches_and_processes(found: dict, task: str):
+def test_metrics_do_not_depend_on_batches_and_processes(found: dict, folder: Path, task: str):
     first, *others = found[task]
+    monitor = yaml.safe_load((folder / f"one-{task}" / "config.yaml").read_text())["best"]["monitor"]
+    assert monitor.removeprefix("val/") in first["values"]  # what the best checkpoint is chosen by if nothing is said
     assert MEASURED[task] <= first["values"].keys() and all(map(math.isfinite, first["values"].values()))
     for other in others:
         assert other["values"] == pytest.approx(first["values"], rel=1e-4, abs=1e-5)
