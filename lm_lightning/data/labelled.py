@@ -460,11 +460,17 @@ class LabelledData(StreamData):
             if not own:
                 raise UserError("which labels there are, the training split says: give --data.tables.train")
             return own
-        if own and self.trainer.state.fn != "fit" and self.trainer.ckpt_path is None:
-            raise UserError(
-                f"model.pretrained tells the labels {', '.join(own[:20])}, but the training split has "
-                f"{', '.join(names[:20])}: leave --data.tables.train out to take the network's, or fit it first"
-            )
+        if self.trainer.state.fn != "fit" and not self.trainer.lightning_module.from_checkpoint:
+            if not own:
+                raise UserError(
+                    f"model.pretrained has no head for the labels {', '.join(names[:20])}: fit it first, or give a "
+                    "--ckpt_path"
+                )
+            if not (self.trainer.lightning_module.keep_head and len(own) == len(names)):
+                raise UserError(
+                    f"model.pretrained tells the labels {', '.join(own[:20])}, but the training split has "
+                    f"{', '.join(names[:20])}: leave --data.tables.train out to take the network's, or fit it first"
+                )
         return names
 
     def number(self, row: Row, label: str, what: str = "label") -> int:
