@@ -126,7 +126,7 @@ def last_checkpoint(runs_dir: str, name: str) -> Path:
     if len(errors) == 1:
         raise errors[0]
     reason = str(errors[0]).rpartition(": ")[0]  # its remedy is another checkpoint
-    raise UserError(f"none of the {len(errors)} checkpoints of {newest} can be used, so start a new run ({reason})")
+    raise UserError(f"none of the {len(errors)} checkpoints of {folder} can be used, so start a new run ({reason})")
 
 
 def newest_first(folder: Path) -> list[Path]:
