@@ -11,6 +11,7 @@ import sys
 
 from lm_lightning import console
 from lm_lightning.errors import UserError, first_process, of_command_line
+from lm_lightning.redaction import scrub
 
 # command -> module with a main() that reads sys.argv, and what it does
 COMMANDS = {
@@ -72,7 +73,7 @@ def explain(error: BaseException) -> None:
     """Ends the process with a sentence, if the error is one that needs no traceback."""
     if isinstance(error, UserError):
         if first_process():
-            print(f"error: {console.printable(str(error))}", file=sys.stderr)
+            print(f"error: {console.printable(scrub(str(error), sys.argv))}", file=sys.stderr)
         sys.exit(2)
     if isinstance(error, RuntimeError) and LOST.search(str(error)):
         # The process that has ended tells why; a traceback of each that waited for it would only hide that.

@@ -12,6 +12,7 @@ from types import FrameType
 from typing import Any, Optional
 
 INTERRUPTED = 128 + signal.SIGINT  # exit status, as shells have it
+DIRECTIONS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # which reorder the text after them
 PATIENCE = 60  # seconds that processes of ours have to finish their step
 interrupted = False
 
@@ -36,9 +37,10 @@ def prepare() -> None:
 def printable(text: str) -> str:
     """The text with control characters other than newline and tab as `\\uXXXX`, as in JSON.
 
-    A terminal would obey them: move the cursor, change the title or colors, overwrite lines.
+    A terminal would obey them: move the cursor, change the title or colors, overwrite lines, write from right to left.
     """
-    return "".join(f"\\u{ord(c):04x}" if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text)
+    control = {c for c in set(text) if unicodedata.category(c) == "Cc" or c in DIRECTIONS} - {"\n", "\t"}
+    return "".join(f"\\u{ord(c):04x}" if c in control else c for c in text)
 
 
 def exit_on_interrupt() -> None:

@@ -12,13 +12,14 @@ import torch
 import transformers
 
 import lm_lightning
+from lm_lightning.redaction import redact_arguments
 
 
 def environment() -> dict[str, Any]:
     """Command, versions, hardware and the git commit of the working directory, JSON-able."""
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return {
-        "command": sys.argv,
+        "command": redact_arguments(sys.argv),
         "git": git(),
         "lm_lightning": lm_lightning.__version__,
         "python": platform.python_version(),

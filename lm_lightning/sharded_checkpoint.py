@@ -19,9 +19,10 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
 
 from lm_lightning.checkpoints import check_loads, replace, unwritten
+from lm_lightning.console import printable
 from lm_lightning.errors import UserError
 from lm_lightning.files import PARTIAL, checksum, remove, sync
-from lm_lightning.untrusted import plain_name, printable, refuse_expanding_zip
+from lm_lightning.untrusted import plain_name, refuse_expanding_zip
 
 META = "meta.pt"  # Lightning's name, by which it knows such a folder
 TABLE = ".metadata"  # PyTorch's name of the table of contents

@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lm_lightning.console import printable
 from lm_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -103,11 +104,6 @@ def network_class(name: Any) -> "type[PreTrainedModel]":
             "checkpoint or model folder names: it is damaged, of another version, or not one of lm_lightning"
         )
     return found
-
-
-def printable(text: str) -> str:
-    """Text for a terminal, with control characters escaped (`\\x1b`), which could move the cursor or fake output."""
-    return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape", "surrogatepass").decode(), text)
 
 
 def refuse_expanding_zip(file: zipfile.ZipFile, what: Path) -> None:

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from lm_lightning import sharded_checkpoint, untrusted
 from lm_lightning.compression.folder import copy_beside
+from lm_lightning.console import printable
 from lm_lightning.errors import UserError
 from lm_lightning.models.network import save_network
 from lm_lightning.run import load_checkpoint
@@ -60,8 +61,8 @@ def test_only_networks_of_transformers_are_classes_of_a_checkpoint():
 
 
 def test_control_characters_are_escaped_for_terminals():
-    text = "\x1b]0;title\x07 plain ü 漢 \u202e \ud800 \x9b"
-    assert untrusted.printable(text) == "\\x1b]0;title\\x07 plain ü 漢 \\u202e \\ud800 \\x9b"
+    text = "\x1b]0;title\x07 plain\n ü 漢 \u202e \x9b"
+    assert printable(text) == "\\u001b]0;title\\u0007 plain\n ü 漢 \\u202e \\u009b"
 
 
 def test_links_that_lead_out_of_a_run_folder_are_refused(tmp_path: Path):

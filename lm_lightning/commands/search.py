@@ -48,7 +48,7 @@ def search(index: str, query: str, top: int = 10, approximate: bool = False) -> 
         best = np.argsort(-cosines, kind="stable")[:top]
     for row in best.tolist():
         found = json.loads(rows[row])
-        print(f"{embeddings[row] @ vector:.3f}\t{found['id']}\t{printable(' '.join(found['text'].split()))}")
+        print(printable(f"{embeddings[row] @ vector:.3f}\t{found['id']}\t{' '.join(found['text'].split())}"))
 
 
 def opened(index: str) -> tuple[Path, dict[str, Any]]:
