@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+import transformers
 from conftest import command
 from lightning.pytorch import Callback, LightningModule, Trainer
 from test_survival import CONSTANT, DDP, SHARDED, logged, names, only
 
 from lm_lightning import run as runs
 from lm_lightning.errors import UserError
+from lm_lightning.models.network import generation_config
 
 
 class Spoil(Callback):
@@ -164,3 +166,34 @@ def test_the_direction_is_that_of_the_metric(fit, capsys):
     ):
         with pytest.raises(UserError, match=reason):
             fit(*flags)
+
+
+def test_what_cannot_be_exported_is_repaired_or_refused_before_training(fit, tmp_path: Path):
+    base = fit("--trainer.max_steps", 3) / "model"
+    settings = json.loads((base / "generation_config.json").read_text())
+    contradictory = {"do_sample": False, "temperature": 0.7, "top_p": 0.9, "length_penalty": 2.0, "num_beams": 1}
+    (base / "generation_config.json").write_text(json.dumps(settings | contradictory))
+    tune = ("--model.network", "null", "--model.pretrained", base, "--data.tokenizer.path", base)
+    run = fit(*tune, "--trainer.max_steps", 3, *CONSTANT)
+    written = transformers.GenerationConfig.from_pretrained(run / "model").to_diff_dict()
+    assert not {"temperature", "top_p", "length_penalty"} & written.keys()
+    assert written["eos_token_id"] == settings["eos_token_id"]
+
+    before = set((tmp_path / "runs" / "tiny").iterdir())
+    blocked = tmp_path / "blocked"
+    shutil.copytree(run, blocked / "tiny" / run.name)
+    shutil.rmtree(blocked / "tiny" / run.name / "model")
+    (blocked / "tiny" / run.name / "model").write_text("a file is in the way")
+    flags = (*tune, "--trainer.max_steps", 4, "--ckpt_path", blocked / "tiny" / run.name / "checkpoints" / "last.ckpt")
+    with pytest.raises(UserError, match="model could not be written at the end of the run"):
+        fit(*flags, *CONSTANT)
+    assert set((tmp_path / "runs" / "tiny").iterdir()) == before
+
+
+def test_generation_settings_that_transformers_refuses_are_removed_and_named():
+    config, removed = generation_config(
+        {"do_sample": False, "temperature": 0.7, "eos_token_id": 3, "max_new_tokens": 9}
+    )
+    assert removed == ["temperature 0.7"]
+    assert config.to_diff_dict().items() >= {"eos_token_id": 3, "max_new_tokens": 9}.items()
+    assert generation_config({"max_new_tokens": -1, "pad_token_id": 2})[1] == ["max_new_tokens -1"]
