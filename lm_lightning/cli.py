@@ -152,7 +152,7 @@ class CLI(LightningCLI):
         )
         parser.add_lightning_class_args(Checkpoints, "best")
         parser.set_defaults({f"best.{k}": v for k, v in CHECKPOINTS.items()})
-        parser.set_defaults({"best.filename": "best", "best.monitor": "val/loss"})
+        parser.set_defaults({"best.filename": "best"})
         parser.add_lightning_class_args(Checkpoints, "last")
         parser.set_defaults({f"last.{k}": v for k, v in CHECKPOINTS.items()})
         parser.set_defaults({"last.filename": "last"})
@@ -179,6 +179,9 @@ class CLI(LightningCLI):
         pretrained, options = config.model.init_args.get("pretrained"), config.data.init_args
         if pretrained is not None and "tables" in options and options.tokenizer.path is None:  # labelled data
             options.tokenizer.path = str(runs.model_folder(pretrained)) if Path(pretrained).is_dir() else pretrained
+        if config.best.monitor is None:
+            model_class: Any = pydoc.locate(str(config.model.class_path))
+            config.best.monitor = f"val/{model_class.main_metric(options)}"
         run = None
         if config.trainer.logger is True:
             config.trainer.logger = self._parser(self.subcommand).get_defaults().trainer.logger
@@ -213,6 +216,7 @@ class CLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         trainer = self.trainer
+        self.model.from_checkpoint = self.checkpoint is not None  # (Lightning tells only after the data's setup)
         if trainer.is_global_zero:
             print(f"run folder: {self.run_folder}")
             print(f"device: {trainer.strategy.root_device} x {trainer.world_size}, precision: {trainer.precision}")
