@@ -119,7 +119,7 @@ def write(
         if "kept" in state:  # of StructuredPruning
             shrink(folder, state["kind"], state["kept"])
     own = tokenizers.load(str(tokenizer))
-    own.save_pretrained(folder)
+    tokenizers.save(own, folder)
     if tokenizers.fingerprint(tokenizers.load(str(folder))) != tokenizers.fingerprint(own):
         raise UserError("the exported tokenizer is not read as it was saved: nothing is exported")
 
