@@ -183,6 +183,11 @@ class Checkpoints(ModelCheckpoint):
                 metrics.pop(self.monitor, None)  # so it waits for the next validation
         return metrics
 
+    def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        # Lightning fails here if an epoch or the run ends at a step that was not validated.
+        if self.monitor is None or self.monitor in monitor_candidates:
+            super()._save_topk_checkpoint(trainer, monitor_candidates)
+
     def check_monitor_top_k(self, trainer: Trainer, current: Optional[Tensor] = None) -> bool:
         """Whether a score is one of the best; one that is not finite never is."""
         return current is not None and bool(current.isfinite()) and super().check_monitor_top_k(trainer, current)
