@@ -166,6 +166,17 @@ class Checkpoints(ModelCheckpoint):
         if self.monitor is not None or trainer.global_step < pl_module.total_steps():
             self.on_train_batch_start(trainer, pl_module)
 
+    def has_best(self) -> bool:
+        """Whether one of its files is the best of this run."""
+        here = os.path.dirname(self.best_model_path) == str(self.dirpath)
+        return self.monitor is not None and self.best_model_score is not None and here
+
+    def _should_save_on_train_epoch_end(self, trainer: Trainer) -> bool:
+        # Lightning would save at the end of each epoch even if it is validated, too early for the last validation.
+        if self._save_on_train_epoch_end is None and sum(trainer.num_val_batches):
+            return False
+        return super()._should_save_on_train_epoch_end(trainer)
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.validated = trainer.global_step
         super().on_validation_end(trainer, pl_module)

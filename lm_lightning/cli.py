@@ -24,7 +24,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lm_lightning import hub, strategies
 from lm_lightning import run as runs
 from lm_lightning.callbacks.distillation import Distillation  # noqa: F401 (imported, so that its short name works)
-from lm_lightning.callbacks.export import Export, export
+from lm_lightning.callbacks.export import Export, Weights
 from lm_lightning.callbacks.gradients import Gradients  # noqa: F401
 from lm_lightning.callbacks.predictions import Predictions
 from lm_lightning.callbacks.preemption import Preemption
@@ -48,6 +48,7 @@ from lm_lightning.data.roles import RoleData  # noqa: F401
 from lm_lightning.data.tagging import TaggingData  # noqa: F401
 from lm_lightning.environment import environment
 from lm_lightning.errors import UserError, of_instance
+from lm_lightning.loops import FitLoop
 from lm_lightning.models.bert import MaskedLM  # noqa: F401
 from lm_lightning.models.classification import Classification  # noqa: F401
 from lm_lightning.models.gpt import CausalLM  # noqa: F401
@@ -125,6 +126,13 @@ class CLI(LightningCLI):
         parser.add_argument(
             "--runs_dir", type=str, default="runs", help="Folder of all runs: <runs_dir>/<name>/<time>."
         )
+        parser.add_argument(
+            "--export",
+            type=Weights,
+            default="best",
+            help="Whose weights model/ gets when training has ended: those of the best checkpoint by best.monitor, or "
+            "those of the last step.",
+        )
         parser.add_lightning_class_args(Checkpoints, "best")
         parser.set_defaults({f"best.{k}": v for k, v in CHECKPOINTS.items()})
         parser.set_defaults({"best.filename": "best", "best.monitor": "val/loss"})
@@ -195,22 +203,18 @@ class CLI(LightningCLI):
             raise cause or of_instance(error) from error
 
     def after_fit(self) -> None:
-        if self.checkpoint is None or self.trainer.global_step > self.model.resumed_at:
+        if self.checkpoint is None or self.trainer.global_step > self.model.resumed_at or self.model.ended_early:
             return
-        if runs.ended_early(self.run_folder, Path(self.checkpoint)):
-            if self.trainer.is_global_zero:
-                export(self.model, self.run_folder / "model")
-        else:
-            raise UserError(
-                f"there is nothing left to train: the checkpoint is at step {self.model.resumed_at}, the end of this "
-                "run: raise trainer.max_epochs or trainer.max_steps"
-            )
+        raise UserError(
+            f"there is nothing left to train: the checkpoint is at step {self.model.resumed_at}, the end of this "
+            "run: raise trainer.max_epochs or trainer.max_steps"
+        )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         self.config[self.subcommand] = self.reusable_config  # for RunFolder; the classes are made already
         config = self.config_init[self.subcommand].trainer
         callbacks = config.callbacks or []
-        extra = [Resuming(), Preemption(), Throughput(), Export(), Predictions(), Report()]
+        extra = [Resuming(), Preemption(), Throughput(), Predictions(), Report()]
         if config.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             extra.append(RunProgress())
         if not any(isinstance(c, Spikes) for c in callbacks):
@@ -225,7 +229,10 @@ class CLI(LightningCLI):
             **kwargs,
         )
         if config.enable_checkpointing is False:  # which Lightning refuses beside the checkpoints of this CLI
-            trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, (Checkpoints, Export))]
+            trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, Checkpoints)]
+        else:  # when the checkpoints of the last step are there
+            trainer.callbacks.append(Export(self.config_init[self.subcommand].export))
+        FitLoop.replace(trainer)
         strategies.check(trainer.strategy)
         return trainer
 

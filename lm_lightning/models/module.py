@@ -114,6 +114,7 @@ class LanguageModule(LightningModule):
         self.freeze, self.layer_decay = freeze, layer_decay
         self.finite = FiniteSteps(on_nonfinite, skip_limit)
         self.resumed_at = 0  # the step of the checkpoint
+        self.ended_early = False  # whether the run that is resumed was killed before it wrote model/
 
     def loss(self, batch: dict) -> tuple[Tensor, Tensor]:
         """The loss of a batch: its sum over target tokens, () float32, and their number, () int64."""
@@ -350,29 +351,38 @@ class LanguageModule(LightningModule):
             "rows": self.network.config.vocab_size,
         }
 
-    def export(self, folder: Path) -> None:
+    def export(self, folder: Path, saved: Optional[dict[str, Any]] = None) -> None:
         """Writes the network and its tokenizer as a `from_pretrained` folder; all processes call it.
 
         Where the weights are sharded, the first process gathers them in the host's memory.
+
+        Args:
+            folder: Is made if it does not exist.
+            saved: A checkpoint of this network, whose weights are written instead of the present ones.
         """
-        weights = self.whole_weights()
+        weights = self.whole_weights(saved)
         if self.trainer.is_global_zero:
             if self.lora is not None:
                 weights = adapters.merged(self.network, weights, self.lora.alpha / self.lora.rank)
             save_network(self.description(), weights, folder)
             self.trainer.datamodule.tokenizer.save_pretrained(folder)
 
-    def export_adapter(self, folder: Path) -> None:
-        """Writes what LoRA has trained as a folder of peft's; all processes call it."""
-        weights = self.whole_weights()
+    def export_adapter(self, folder: Path, saved: Optional[dict[str, Any]] = None) -> None:
+        """Writes what LoRA has trained, now or in a checkpoint, as a folder of peft's; all processes call it."""
+        weights = self.whole_weights(saved)
         if self.trainer.is_global_zero:
             adapters.save_adapter(self.network, weights, self.lora_description | self.description(), folder)
 
-    def whole_weights(self) -> dict[str, Any]:
-        """The state dict of the network, each tensor whole; in the first process, if there are several."""
+    def whole_weights(self, saved: Optional[dict[str, Any]] = None) -> dict[str, Any]:
+        """The state dict of the network, or that of a checkpoint, each tensor whole; in the first process."""
+        weights = saved["state_dict"] if saved else {}
+        weights = {name.removeprefix("network."): w for name, w in weights.items() if name.startswith("network.")}
+        if saved is not None and self.lora is None:
+            return weights
         if self.lora is not None and self.lora.base != "whole":  # never sharded, and PyTorch does not know its tensors
-            return {name: tensor.cpu() for name, tensor in self.network.state_dict().items()}
-        return get_model_state_dict(self.network, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+            return {name: tensor.cpu() for name, tensor in self.network.state_dict().items()} | weights
+        whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        return get_model_state_dict(self.network, options=whole) | weights  # (of LoRA, checkpoints have not the base)
 
     # Training
 
@@ -573,8 +583,8 @@ class LanguageModule(LightningModule):
                 f"the checkpoint's optimizer is {checkpoint['optimizer']}, this run's {optimizer}, which cannot go on "
                 "with its state: take the same, or start a new run from the weights with --model.pretrained RUN/model"
             )
-        ended_early = runs.ended_early(Path(self.trainer.default_root_dir), Path(self.trainer.ckpt_path))
-        if 0 < self.trainer.max_steps <= checkpoint["global_step"] and not ended_early:
+        self.ended_early = runs.ended_early(Path(self.trainer.default_root_dir), Path(self.trainer.ckpt_path))
+        if 0 < self.trainer.max_steps <= checkpoint["global_step"] and not self.ended_early:
             raise UserError(
                 f"the checkpoint is at step {checkpoint['global_step']} and this run ends at step "
                 f"{self.trainer.max_steps}: raise trainer.max_steps to train further"
