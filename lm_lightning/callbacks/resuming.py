@@ -69,8 +69,7 @@ class Resuming(Callback):
         samples = trainer.datamodule.batch_size * trainer.datamodule.replicas
         done = progress.current.ready
         if (self.accumulated, self.batch_samples) != (accumulate, samples):
-            if done < length or not progress.is_last_batch:
-                done = done * (self.batch_samples or samples) // samples // accumulate * accumulate
+            done = done * (self.batch_samples or samples) // samples // accumulate * accumulate
         if self.accumulated not in (None, accumulate):
             total = progress.total.ready // self.accumulated * accumulate  # the steps stay the same
             for name in ("ready", "started", "processed", "completed"):

@@ -584,8 +584,3 @@ class LanguageModule(LightningModule):
                 "with its state: take the same, or start a new run from the weights with --model.pretrained RUN/model"
             )
         self.ended_early = runs.ended_early(Path(self.trainer.default_root_dir), Path(self.trainer.ckpt_path))
-        if 0 < self.trainer.max_steps <= checkpoint["global_step"] and not self.ended_early:
-            raise UserError(
-                f"the checkpoint is at step {checkpoint['global_step']} and this run ends at step "
-                f"{self.trainer.max_steps}: raise trainer.max_steps to train further"
-            )
