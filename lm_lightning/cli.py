@@ -1,5 +1,6 @@
 """The LightningCLI: options in, a run folder, a trainer and its parts out."""
 
+import contextlib
 import dataclasses
 import inspect
 import json
@@ -8,6 +9,7 @@ import logging
 import os
 import pydoc
 import shutil
+import sys
 import traceback
 import typing
 import warnings
@@ -23,15 +25,16 @@ from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lm_lightning import hub, strategies
+from lm_lightning import hub, settings, strategies
 from lm_lightning import run as runs
 from lm_lightning.callbacks.distillation import Distillation  # noqa: F401 (imported, so that its short name works)
 from lm_lightning.callbacks.ending import Ending
 from lm_lightning.callbacks.export import Export, Weights
 from lm_lightning.callbacks.gradients import Gradients  # noqa: F401
+from lm_lightning.callbacks.monitors import Monitors
 from lm_lightning.callbacks.predictions import Predictions
 from lm_lightning.callbacks.preemption import Preemption
 from lm_lightning.callbacks.progress import RunProgress
@@ -107,6 +110,19 @@ EXPECTED_WARNINGS = (
 )
 
 
+class OptionParser(LightningArgumentParser):
+    """The parser of the CLI: no abbreviated options, and loggers write into the run folder unless told otherwise."""
+
+    def __init__(self, *args: Any, allow_abbrev: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=allow_abbrev, **kwargs)
+
+    def add_class_arguments(self, theclass: type, *args: Any, **kwargs: Any) -> list[str]:  # noqa: D102
+        added = super().add_class_arguments(theclass, *args, **kwargs)
+        if inspect.isclass(theclass) and issubclass(theclass, Logger) and "save_dir" in added:
+            self.set_defaults(save_dir=runs.PLACEHOLDER)
+        return added
+
+
 class CLI(LightningCLI):
     """`python -m lm_lightning fit | validate | test | predict`.
 
@@ -131,6 +147,7 @@ class CLI(LightningCLI):
             args=args,
             seed_everything_default=1,
             auto_configure_optimizers=False,
+            parser_class=OptionParser,
             parser_kwargs={"prog": "lm_lightning", "exit_on_error": False},
         )
 
@@ -157,11 +174,17 @@ class CLI(LightningCLI):
         parser.set_defaults({f"last.{k}": v for k, v in CHECKPOINTS.items()})
         parser.set_defaults({"last.filename": "last"})
 
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:  # noqa: D102 (as in Lightning)
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parses config files first, in their order, and then all flags."""
+        args = sys.argv[1:] if args is None else args
+        options, files, flags = settings.layered(args[1:])
         try:
-            super().parse_arguments(parser, args)
+            self.config = parser.parse_args([*args[:1], *settings.as_argument(options), *flags])
         except ValueError as error:  # not even a name of a file, which an option's value may be
             raise UserError(f"an option's value cannot be read: {error}") from error
+        own = self.config[self.config.subcommand]
+        settings.report_replaced(options, own)
+        own.config = files  # the first one names the run
 
     def _parse_ckpt_path(self) -> None:
         """Checks the settings; Lightning would put those of a checkpoint over the command line's here."""
@@ -169,23 +192,27 @@ class CLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
-        config.name = name = config.name or (Path(str(config.config[0])).stem if config.config else "run")
+        config.name = name = config.name or (Path(config.config[0]).stem if config.config else "run")
         pretrained, options = config.model.init_args.get("pretrained"), config.data.init_args
         if pretrained is not None and "tables" in options and options.tokenizer.path is None:  # labelled data
             options.tokenizer.path = str(runs.model_folder(pretrained)) if Path(pretrained).is_dir() else pretrained
         run = None
+        if config.trainer.logger is True:
+            config.trainer.logger = self._parser(self.subcommand).get_defaults().trainer.logger
+        loggers = as_list(config.trainer.logger)
         if self.subcommand != "fit":
-            # What is found belongs to a run of W&B; the other loggers go on with the training's own files.
-            config.trainer.logger = [
-                own for own in config.trainer.logger or [] if own.class_path.endswith(WandbRun.__name__)
-            ] or False
+            # Results are logged to a run of W&B; the other loggers would continue the files of the training.
+            loggers = [logger for logger in loggers if logger.class_path.endswith(WandbRun.__name__)]
             if config.ckpt_path is None and not config.model.init_args.get("pretrained"):
                 raise UserError(
                     f"{self.subcommand} of new weights says nothing: give --ckpt_path last, or a checkpoint"
                 )
+        config.trainer.logger = loggers or False
         if config.ckpt_path is not None:
-            last = config.ckpt_path == "last"
-            checkpoint = runs.last_checkpoint(config.runs_dir, name) if last else Path(config.ckpt_path)
+            last, best = config.ckpt_path == "last", config.ckpt_path == "best"
+            checkpoint = runs.last_checkpoint(config.runs_dir, name) if last or best else Path(config.ckpt_path)
+            if best or (checkpoint.name == "best.ckpt" and not checkpoint.exists()):
+                checkpoint = runs.best_checkpoint(checkpoint.parent)
             runs.load_checkpoint(checkpoint, weights=False)
             config.ckpt_path = str(checkpoint.absolute())
             # An earlier state than the last goes on in a folder of its own: what came after it stays.
@@ -200,7 +227,7 @@ class CLI(LightningCLI):
         self.reusable_config = config.clone()  # with `<run>` in it, it can be run again
         self.reusable_config.ckpt_path = None
         interval = config.trainer.val_check_interval
-        if isinstance(interval, (int, float)) and (isinstance(interval, int) or interval > 1):
+        if isinstance(interval, int) or (isinstance(interval, float) and interval > 1):
             # Steps everywhere, as trainer.max_steps; Lightning counts micro-batches here.
             config.trainer.val_check_interval = interval * config.trainer.accumulate_grad_batches
         self.config[self.subcommand] = fill_in(config, str(run))
@@ -226,13 +253,12 @@ class CLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         self.config[self.subcommand] = self.reusable_config  # for RunFolder; the classes are made already
         config = self.config_init[self.subcommand].trainer
-        callbacks = config.callbacks or []
-        extra = [Resuming(), Ending(), Preemption(), Throughput(), Predictions(), Report()]
+        callbacks, plugins = as_list(config.callbacks), as_list(config.plugins)
+        extra = [Monitors(), Resuming(), Ending(), Preemption(), Throughput(), Predictions(), Report()]
         if config.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             extra.append(RunProgress())
         if not any(isinstance(c, Spikes) for c in callbacks):
             extra.append(Spikes())
-        plugins = config.plugins if isinstance(config.plugins, list) else [config.plugins] if config.plugins else []
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins = [*plugins, CheckpointFiles()]
         trainer = super().instantiate_trainer(
@@ -245,6 +271,8 @@ class CLI(LightningCLI):
             trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, Checkpoints)]
         else:  # when the checkpoints of the last step are there
             trainer.callbacks.append(Export(self.config_init[self.subcommand].export))
+        for name in ("best", "last"):
+            self.config_init[self.subcommand][name].option = name
         FitLoop.replace(trainer)
         strategies.check(trainer.strategy)
         return trainer
@@ -268,9 +296,9 @@ class RunFolder(SaveConfigCallback):
         partial.replace(config)
         for logger in trainer.loggers:
             if not isinstance(logger, (CSVLogger, TensorBoardLogger)):  # whose files lie beside it
-                logger.log_hyperparams(yaml.safe_load(config.read_text()))
-        (run / "environment.json").write_text(json.dumps(environment(), indent=2))
-        (run / "data.json").write_text(json.dumps(trainer.datamodule.info, indent=2))
+                logger.log_hyperparams(yaml.safe_load(config.read_text(encoding="utf-8")))
+        (run / "environment.json").write_text(json.dumps(environment(), indent=2), encoding="utf-8")
+        (run / "data.json").write_text(json.dumps(trainer.datamodule.info, indent=2), encoding="utf-8")
         trainer.datamodule.tokenizer.save_pretrained(run / "tokenizer")
 
 
@@ -302,7 +330,7 @@ def check(config: Any) -> None:
             f"trainer.check_val_every_n_epoch is {trainer.check_val_every_n_epoch}, but must be 1 or more, or null to "
             "count trainer.val_check_interval over all epochs; --trainer.limit_val_batches 0 trains without validation"
         )
-    if trainer.limit_train_batches == 0 and "ckpt_path" in config:
+    if trainer.limit_train_batches == 0:
         raise UserError("trainer.limit_train_batches is 0, but must be 1 or more, or a share of the data (0.1)")
     if trainer.val_check_interval == 0:
         raise UserError("trainer.val_check_interval is 0, but must be 1 or more steps, or a share of the epoch (0.5)")
@@ -332,13 +360,19 @@ def refuse_null(value: Any, name: str, target: Any) -> None:
         target, value = pydoc.locate(value["class_path"]), value.get("init_args") or {}
     hints: dict[str, Any] = {}
     for base in reversed(inspect.getmro(target)) if inspect.isclass(target) else ():  # `**options` are those of a base
-        hints |= typing.get_type_hints(base.__init__)  # type: ignore[misc]
+        with contextlib.suppress(NameError):  # of types that are imported for type checkers only
+            hints |= typing.get_type_hints(base.__init__)  # type: ignore[misc]
     for key, option in (value if isinstance(value, dict) else vars(value)).items():
         hint = hints.get(key)
         if option is None and hint not in (None, Any) and type(None) not in typing.get_args(hint):
             raise UserError(f"{name}.{key} is null, but must have a value: leave it out for its default")
         if hasattr(option, "items"):  # null within a network's settings is theirs to judge
             refuse_null(option, f"{name}.{key}", hint if dataclasses.is_dataclass(hint) else None)
+
+
+def as_list(value: Any) -> list:
+    """What Lightning accepts as one item, a list of them, null or false."""
+    return list(value) if isinstance(value, (list, tuple)) else [value] if value else []
 
 
 def fill_in(config: Any, run: str) -> Any:

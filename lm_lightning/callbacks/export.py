@@ -11,10 +11,9 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging
 
 from lm_lightning.checkpoints import Checkpoints
 from lm_lightning.errors import UserError
-from lm_lightning.run import load_checkpoint
+from lm_lightning.run import TRAINING, described, load_checkpoint
 
 Weights = Literal["best", "last"]
-FILE = "training.json"  # in model/: which step the weights are from, and how good it was
 
 
 class Export(Callback):
@@ -98,7 +97,7 @@ def export(
     def write(partial: Path) -> None:
         pl_module.export(partial, saved)
         if pl_module.trainer.is_global_zero:
-            (partial / FILE).write_text(json.dumps(about, indent=2), encoding="utf-8")
+            (partial / TRAINING).write_text(json.dumps(about, indent=2), encoding="utf-8")
             for callback in pl_module.trainer.callbacks:
                 if hasattr(callback, "on_export"):
                     callback.on_export(partial)
@@ -107,13 +106,7 @@ def export(
     if pl_module.lora is not None:
         replace(pl_module, folder.with_name("adapter"), lambda partial: pl_module.export_adapter(partial, saved))
     if pl_module.trainer.is_global_zero:
-        print(f"model: {folder} ({described(about)})")
-
-
-def described(about: dict[str, Any]) -> str:
-    """Which step the weights of a model are from, for the screen."""
-    score = f", {about['metric']} {about['score']:.4g}" if "metric" in about else ""
-    return f"weights of the {about['checkpoint']} step, {about['step']:,}{score}"
+        print(f"model: {folder} (weights of the {about['checkpoint']} checkpoint, {described(about)})")
 
 
 def replace(pl_module: LightningModule, folder: Path, write: Callable[[Path], None]) -> None:

@@ -30,7 +30,7 @@ from lm_lightning.errors import UserError
 from lm_lightning.models import lora as adapters
 from lm_lightning.models.finite import FiniteSteps, Step
 from lm_lightning.models.lora import LoRA
-from lm_lightning.models.metrics import Ratio
+from lm_lightning.models.metrics import Mode, Ratio
 from lm_lightning.models.network import blocks, gradient_norm, save_network
 from lm_lightning.optim import OptimizerFactory, Schedule, parameter_groups
 
@@ -54,7 +54,8 @@ class LanguageModule(LightningModule):
         network: Settings of a new `transformers` network, such as `{model_type: gpt2, n_layer: 4}`; whatever is left
             out has that model type's default. The vocabulary and its special tokens come from the tokenizer.
         pretrained: Folder or Hub name of weights to start from, instead of `network`.
-        optimizer: A `torch.optim.Optimizer` class with its settings; it gets the groups of `parameter_groups`.
+        optimizer: A `torch.optim.Optimizer` class with its settings; it gets the groups of `parameter_groups`. A class
+            that is chosen has its own defaults.
         schedule: Learning rate over the steps.
         attention: Attention implementation of `transformers` (`sdpa`, `eager`, `flash_attention_2`, ...).
             Default: the best that `transformers` finds.
@@ -77,7 +78,7 @@ class LanguageModule(LightningModule):
         self,
         network: Optional[dict[str, Any]] = None,
         pretrained: Optional[str] = None,
-        optimizer: OptimizerFactory = lambda params: torch.optim.AdamW(params, lr=1e-3, weight_decay=0.1),
+        optimizer: OptimizerFactory = torch.optim.AdamW,
         schedule: Schedule = Schedule(),
         attention: Optional[str] = None,
         compile: bool = False,
@@ -336,8 +337,8 @@ class LanguageModule(LightningModule):
 
         Returns:
             `class`, its name in `transformers`; `config` and `generation` (None for networks that do not generate), as
-            they are exported; `rows`, how many the vocabulary has here with those that pad it. If other libraries read
-            more beside the network, `files`: JSON-able content by name.
+            they are exported; `rows`, how many the vocabulary has here with those that pad it. Of a sentence encoder,
+            `embedding`: the arguments of `embedding.files`.
         """
         tokenizer, generation = self.trainer.datamodule.tokenizer, getattr(self.network, "generation_config", None)
         own = {"vocab_size": self.vocab_size, "pad_token_id": tokenizer.pad_token_id}
@@ -542,6 +543,13 @@ class LanguageModule(LightningModule):
     def metrics(self, loss: Tensor, split: str) -> dict[str, Tensor]:
         """The metrics that follow from the mean loss, in nats a token, of a split."""
         return {"loss": loss}
+
+    def metric_modes(self) -> dict[str, Optional[Mode]]:
+        """The names in `metrics`, each with the direction that is better, `min` or `max`; None if neither is.
+
+        It is called when the data is set up, before there is a network.
+        """
+        return {"loss": "min"}
 
     def join_predictions(self, rows: list[dict]) -> list[dict]:
         """What is written of all that `predict_step` has found, in the order of the samples."""
