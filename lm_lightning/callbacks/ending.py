@@ -1,5 +1,6 @@
 """Ending: why a run has ended, and that a run which has ended is not trained further by accident."""
 
+from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any, Optional
 
@@ -22,12 +23,6 @@ class Ending(Callback):
     def __init__(self) -> None:
         self.stopped = False  # early, before the checkpoint that this run resumes from
         self.started = False
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        for callback in early_stoppings(trainer):
-            # By default Lightning checks at the end of an epoch, which may have ended before its validation.
-            if callback._check_on_train_epoch_end is None and callback.monitor.startswith("val/"):
-                callback._check_on_train_epoch_end = False
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["early_stopping"] = {
@@ -101,6 +96,18 @@ class Ending(Callback):
 def early_stoppings(trainer: Trainer) -> list[EarlyStopping]:
     """The trainer's callbacks that may stop it early."""
     return [callback for callback in trainer.callbacks if isinstance(callback, EarlyStopping)]
+
+
+def check_after_validation(callbacks: Iterable[Callback]) -> None:
+    """Lets EarlyStopping check a validation's metrics after it.
+
+    By default Lightning checks at the end of an epoch, where there may be none yet if trainer.max_steps has ended it,
+    or those of an earlier validation.
+    """
+    for callback in callbacks:
+        early = isinstance(callback, EarlyStopping) and callback.monitor.startswith("val/")
+        if early and callback._check_on_train_epoch_end is None:
+            callback._check_on_train_epoch_end = False
 
 
 def limit(trainer: Trainer, step: int, epochs: int, seconds: float) -> Optional[str]:
