@@ -9,7 +9,7 @@ import re
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Literal, Optional
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -145,9 +145,34 @@ class Checkpoints(ModelCheckpoint):
 
     It saves between optimizer steps only, when the last one has been logged, and never takes what is not a number for
     the best.
+
+    Args:
+        filename: Name of the files, without `.ckpt`. Where several are kept (`save_top_k` is not 1), each needs a name
+            of its own, so `-{step}` and the score are added unless the name has `{step}` in it.
+        monitor: Metric that tells how good a checkpoint is, such as `val/loss`. Default of `best`: the main metric of
+            the model and its data, such as `val/accuracy`; of `last`: none, and the newest checkpoint is kept.
+        save_top_k: How many of the best are kept, -1 for all, 0 for none.
+        mode: Whether a small value of the metric is good, `min`, or a large one, `max`. Default: what is right for the
+            metric.
+        options: Those of Lightning's ModelCheckpoint.
     """
 
     validated = -1  # the step of the last validation
+    option = "checkpoints"  # its name on the command line
+
+    def __init__(
+        self,
+        filename: Optional[str] = None,
+        monitor: Optional[str] = None,
+        save_top_k: int = 1,
+        mode: Optional[Literal["min", "max"]] = None,
+        **options: Any,
+    ) -> None:
+        if save_top_k not in (0, 1) and filename and "{step" not in filename:
+            score = f"-{{{monitor}:.4f}}" if monitor and "{" not in filename else ""
+            filename += "-{step}" + score
+        super().__init__(filename=filename, monitor=monitor, save_top_k=save_top_k, mode=mode or "min", **options)
+        self.given_mode = mode
 
     def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
         """Lightning saves here, before the step is logged, and amid accumulation."""
@@ -164,6 +189,17 @@ class Checkpoints(ModelCheckpoint):
         # A validation may take long. But the last step is saved when all is done: nothing goes on from there.
         if self.monitor is not None or trainer.global_step < pl_module.total_steps():
             self.on_train_batch_start(trainer, pl_module)
+
+    def has_best(self) -> bool:
+        """Whether one of its files is the best of this run."""
+        here = os.path.dirname(self.best_model_path) == str(self.dirpath)
+        return self.monitor is not None and self.best_model_score is not None and here
+
+    def _should_save_on_train_epoch_end(self, trainer: Trainer) -> bool:
+        # Lightning would save at the end of each epoch even if it is validated, too early for the last validation.
+        if self._save_on_train_epoch_end is None and sum(trainer.num_val_batches):
+            return False
+        return super()._should_save_on_train_epoch_end(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.validated = trainer.global_step

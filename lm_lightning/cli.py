@@ -28,8 +28,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lm_lightning import explain, guide, hub, settings, strategies
 from lm_lightning import run as runs
 from lm_lightning.callbacks.distillation import Distillation  # noqa: F401 (imported, so that its short name works)
-from lm_lightning.callbacks.export import Export, export
+from lm_lightning.callbacks.export import Export, Weights
 from lm_lightning.callbacks.gradients import Gradients  # noqa: F401
+from lm_lightning.callbacks.monitors import Monitors
 from lm_lightning.callbacks.predictions import Predictions
 from lm_lightning.callbacks.preemption import Preemption
 from lm_lightning.callbacks.progress import RunProgress
@@ -52,6 +53,7 @@ from lm_lightning.data.roles import RoleData  # noqa: F401
 from lm_lightning.data.tagging import TaggingData  # noqa: F401
 from lm_lightning.environment import environment
 from lm_lightning.errors import UserError, of_instance
+from lm_lightning.loops import FitLoop
 from lm_lightning.models.bert import MaskedLM  # noqa: F401
 from lm_lightning.models.classification import Classification  # noqa: F401
 from lm_lightning.models.gpt import CausalLM  # noqa: F401
@@ -149,9 +151,16 @@ class CLI(LightningCLI):
         parser.add_argument(
             "--runs_dir", type=str, default="runs", help="Folder of all runs: <runs_dir>/<name>/<time>."
         )
+        parser.add_argument(
+            "--export",
+            type=Weights,
+            default="best",
+            help="Whose weights model/ gets when training has ended: those of the best checkpoint by best.monitor, or "
+            "those of the last step.",
+        )
         parser.add_lightning_class_args(Checkpoints, "best")
         parser.set_defaults({f"best.{k}": v for k, v in CHECKPOINTS.items()})
-        parser.set_defaults({"best.filename": "best", "best.monitor": "val/loss"})
+        parser.set_defaults({"best.filename": "best"})
         parser.add_lightning_class_args(Checkpoints, "last")
         parser.set_defaults({f"last.{k}": v for k, v in CHECKPOINTS.items()})
         parser.set_defaults({"last.filename": "last"})
@@ -183,6 +192,9 @@ class CLI(LightningCLI):
         pretrained, options = config.model.init_args.get("pretrained"), config.data.init_args
         if pretrained is not None and "tables" in options and options.tokenizer.path is None:  # labelled data
             options.tokenizer.path = str(runs.model_folder(pretrained)) if Path(pretrained).is_dir() else pretrained
+        if config.best.monitor is None:
+            model_class: Any = pydoc.locate(str(config.model.class_path))
+            config.best.monitor = f"val/{model_class.main_metric(options)}"
         run = None
         if config.trainer.logger is True:
             config.trainer.logger = self._parser(self.subcommand).get_defaults().trainer.logger
@@ -196,8 +208,10 @@ class CLI(LightningCLI):
                 )
         config.trainer.logger = loggers or False
         if config.ckpt_path is not None:
-            last = config.ckpt_path == "last"
-            checkpoint = runs.last_checkpoint(config.runs_dir, name) if last else Path(config.ckpt_path)
+            last, best = config.ckpt_path == "last", config.ckpt_path == "best"
+            checkpoint = runs.last_checkpoint(config.runs_dir, name) if last or best else Path(config.ckpt_path)
+            if best or (checkpoint.name == "best.ckpt" and not checkpoint.exists()):
+                checkpoint = runs.best_checkpoint(checkpoint.parent)
             runs.load_checkpoint(checkpoint, weights=False)
             config.ckpt_path = str(checkpoint.absolute())
             # An earlier state than the last goes on in a folder of its own: what came after it stays.
@@ -215,6 +229,7 @@ class CLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         trainer = self.trainer
+        self.model.from_checkpoint = self.checkpoint is not None  # (Lightning tells only after the data's setup)
         if trainer.is_global_zero:
             print(f"run folder: {self.run_folder}")
             print(f"device: {trainer.strategy.root_device} x {trainer.world_size}, precision: {trainer.precision}")
@@ -232,22 +247,18 @@ class CLI(LightningCLI):
             raise cause or of_instance(error) from error
 
     def after_fit(self) -> None:
-        if self.checkpoint is None or self.trainer.global_step > self.model.resumed_at:
+        if self.checkpoint is None or self.trainer.global_step > self.model.resumed_at or self.model.ended_early:
             return
-        if runs.ended_early(self.run_folder, Path(self.checkpoint)):
-            if self.trainer.is_global_zero:
-                export(self.model, self.run_folder / "model")
-        else:
-            raise UserError(
-                f"there is nothing left to train: the checkpoint is at step {self.model.resumed_at}, the end of this "
-                "run: raise trainer.max_epochs or trainer.max_steps"
-            )
+        raise UserError(
+            f"there is nothing left to train: the checkpoint is at step {self.model.resumed_at}, the end of this "
+            "run: raise trainer.max_epochs or trainer.max_steps"
+        )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         self.config[self.subcommand] = self.reusable_config  # for RunFolder; the classes are made already
         config = self.config_init[self.subcommand].trainer
         callbacks, plugins = as_list(config.callbacks), as_list(config.plugins)
-        extra = [Resuming(), Preemption(), Throughput(), Export(), Predictions(), Report()]
+        extra = [Monitors(), Resuming(), Preemption(), Throughput(), Predictions(), Report()]
         if config.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             extra.append(RunProgress())
         if not any(isinstance(c, Spikes) for c in callbacks):
@@ -261,7 +272,12 @@ class CLI(LightningCLI):
             **kwargs,
         )
         if config.enable_checkpointing is False:  # which Lightning refuses beside the checkpoints of this CLI
-            trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, (Checkpoints, Export))]
+            trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, Checkpoints)]
+        else:  # when the checkpoints of the last step are there
+            trainer.callbacks.append(Export(self.config_init[self.subcommand].export))
+        for name in ("best", "last"):
+            self.config_init[self.subcommand][name].option = name
+        FitLoop.replace(trainer)
         strategies.check(trainer.strategy)
         return trainer
 

@@ -294,7 +294,8 @@ def wrong_class(text: str, match: re.Match, arguments: list[str]) -> str:
     known = subclasses(base) if inspect.isclass(base) else {}
     close = difflib.get_close_matches(name.rpartition(".")[2], known, n=1)
     own = [kind for kind, made in known.items() if made.__module__.startswith("lm_lightning")]
-    hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(own)}" if option in ("model", "data") else ""
+    hint = f"there are {', '.join(own)}" if option in ("model", "data") else ""
+    hint = f"did you mean {close[0]}?" if close else hint
     why = "" if close or not given["why"] else f" ({' '.join(given['why'].split())})"
     if base is None and option.rpartition(".")[2] not in ("plugins", "strategy", "accelerator"):
         return f"{place(option, arguments)} is {shown(name)}, but must have options by name, such as {{name: value}}"

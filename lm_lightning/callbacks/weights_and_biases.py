@@ -3,6 +3,7 @@
 `Samples` and `Predictions` log their tables here, `RunFolder` its config. W&B itself watches the machine.
 """
 
+import json
 import os
 import secrets
 import shutil
@@ -19,7 +20,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from lm_lightning.errors import UserError
 from lm_lightning.redaction import redacted_command_line
-from lm_lightning.run import PLACEHOLDER, load_checkpoint
+from lm_lightning.run import PLACEHOLDER, TRAINING, load_checkpoint
 
 
 class WandbRun(WandbLogger):
@@ -167,8 +168,10 @@ class WandbRun(WandbLogger):
             return
         step = 0
         for path, time in self.products().items() if status == "success" and self.log_artifacts else ():
-            model = path.name == "model"  # which is that of the last checkpoint
-            if not model:
+            model = path.name == "model"
+            if model and (path / TRAINING).exists():
+                step = json.loads((path / TRAINING).read_text(encoding="utf-8"))["step"]
+            elif not model:
                 step = load_checkpoint(path, weights=False, checked=True)["global_step"]
             if self.before.get(path) != time:
                 self.log_artifact(path, *(("model", "latest") if model else ("checkpoint", path.stem)), step)

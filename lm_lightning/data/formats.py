@@ -389,6 +389,13 @@ ROWS: dict[str, Callable[[Path, Reading, Counts], Rows]] = {
 }
 
 
+def _named(label: Any, names: list[str]) -> Any:
+    """Return the name of a label that is a number, or the names of a list of such; None if there is none (-1)."""
+    if isinstance(label, list):
+        return [_named(item, names) for item in label]
+    return None if label is None or label < 0 else names[label]
+
+
 def hub_rows(
     name: str, config: Optional[str], split: str, revision: Optional[str], streaming: bool, remedy: str
 ) -> Rows:
@@ -408,10 +415,10 @@ def hub_rows(
             hub.get_session().head(hub.constants.ENDPOINT, timeout=10)
         dataset = datasets.load_dataset(name, config, split=split, revision=revision, streaming=streaming)
         features = getattr(dataset, "features", None) or {}  # not every stream knows them
-        names = {column: label.names for column, label in features.items() if isinstance(label, datasets.ClassLabel)}
+        kinds = {column: getattr(kind, "feature", kind) for column, kind in features.items()}  # of a list, its items'
+        names = {column: kind.names for column, kind in kinds.items() if isinstance(kind, datasets.ClassLabel)}
         for number, row in enumerate(dataset, start=1):
-            given = {column: row[column] for column in names if row[column] is not None and row[column] >= 0}
-            yield number, row | dict.fromkeys(names) | {column: names[column][label] for column, label in given.items()}
+            yield number, row | {column: _named(row[column], names[column]) for column in names}
     except Exception as error:  # the packages raise whatever their own dependencies do
         reason = " ".join(str(error).split())
         raise UserError(

@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Optional
@@ -20,11 +20,20 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
-from lm_lightning.data import formats
+from lm_lightning.data import cells, formats
 from lm_lightning.data.corpus import expand
 from lm_lightning.data.order import PADDING, by_length, samples_at
 from lm_lightning.data.stream import StreamData
-from lm_lightning.data.tokenizer import Tokenizer, fingerprint, load
+from lm_lightning.data.tokenizer import (
+    MANY,
+    Tokenizer,
+    about_unknown,
+    fingerprint,
+    load,
+    unknown_id,
+    unknown_word,
+    warn_of_unknown,
+)
 from lm_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -120,16 +129,50 @@ class Row(Mapping):
         return self[column]
 
     def words(self, column: str) -> list[str]:
-        """A column's words, of which there is at least one: a list of them, or a string with spaces between them.
+        """A column's words, of which there is at least one.
+
+        They are a list, a string that spells a list as JSON or Python writes it, or a string with spaces between them.
 
         Raises:
-            UserError: If it is neither.
+            UserError: If it is none of these.
         """
         value = self.value(column)
-        words = value.split() if isinstance(value, str) else value
-        if not isinstance(words, list) or not words or not all(isinstance(w, str) and w.strip() for w in words):
-            raise UserError(f"{self.where}: column {column!r} has no words, but {value!r:.40}: mend or remove the row")
+        words = self.entries(column)
+        if isinstance(value, str) and not all(isinstance(word, str) for word in words or [None]):
+            words = value.split()
+        if not words or not all(isinstance(w, str) and w.strip() for w in words):
+            raise UserError(f"{self.where}: column {column!r} has no words, but {value!r:.40}: fix or remove the row")
         return words
+
+    def entries(self, column: str, strict: bool = False) -> Optional[list]:
+        """A column's list, also if a string spells it as JSON or Python writes it; None if there is none.
+
+        Raises:
+            UserError: If a string looks like a list, but cannot be read, see `cells.as_list`.
+        """
+        value = self.value(column)
+        try:
+            return cells.as_list(value, strict)
+        except ValueError as error:
+            raise UserError(
+                f"{self.where}: column {column!r} has {value!r:.40}, which looks like a list, but cannot be read "
+                f'({error}): write it as JSON, such as ["a", "b"]'
+            ) from None
+
+    def number(self, column: str) -> float:
+        """A column's number, which is finite, also as float32.
+
+        Raises:
+            UserError: If it has none.
+        """
+        value = self.value(column)
+        try:
+            return cells.number(value)
+        except ValueError as error:
+            reason = f" ({error})" if str(error) else ""
+            raise UserError(
+                f"{self.where}: column {column!r} has no number, but {value!r:.40}{reason}: fix or remove the row"
+            ) from None
 
     def text(self, column: str) -> str:
         """A column's text, which may not be empty.
@@ -154,11 +197,23 @@ def read(tables: Tables, split: str, key: Callable[[Row], str]) -> list[Row]:
     Raises:
         UserError: Names the file and line of what cannot be read.
     """
-    rows = [row for name in sources(tables, split) for row in (of_hub if tables.hub else of_files)(name, tables)]
-    if split in ("train", "validation") and not tables.validation:
-        rows = [row for row in rows if held_out(key(row), tables.validation_fraction) == (split == "validation")]
-    if not rows:
+    if not 0 <= tables.validation_fraction < 1:
+        raise UserError(f"--data.tables.validation_fraction is {tables.validation_fraction}, but must be from 0 to 1")
+    names = sources(tables, split)
+    rows = [row for name in names for row in (of_hub if tables.hub else of_files)(name, tables)]
+    if not names:
         raise UserError(f"the {split} split has no rows: name files with --data.tables.{split}")
+    if not rows:
+        raise UserError(f"the {split} split has no rows, as there are none in {', '.join(names)}: give other files")
+    if split in ("train", "validation") and not tables.validation:
+        all_ = len(rows)
+        rows = [row for row in rows if held_out(key(row), tables.validation_fraction) == (split == "validation")]
+        if not rows:
+            raise UserError(
+                f"the {split} split has no rows, as none of the {all_:,} of --data.tables.train is "
+                f"{'held out' if split == 'validation' else 'left'} by --data.tables.validation_fraction "
+                f"{tables.validation_fraction:g}: change that, or name files with --data.tables.validation"
+            )
     return rows
 
 
@@ -324,6 +379,8 @@ class LabelledData(StreamData):
         self.labels: list[str] = []  # their names, in the order of their numbers
         self.numbers: dict[str, int] = {}  # of each label
         self.examples: dict[str, Examples] = {}
+        self.respelled = 0  # labels of a split that are spelled in another way than the one that they are counted as
+        self.stripped = 0  # labels of a split with space around them
 
     def key(self, row: Row) -> str:
         """What of a row is never in both training and validation, where the latter is a share of `tables.train`."""
@@ -357,10 +414,36 @@ class LabelledData(StreamData):
         train = read(self.tables, "train", self.key) if self.tables.train or stage == "fit" else []
         self.find_labels(train)
         self.numbers = {label: number for number, label in enumerate(self.labels)}
+        self.spellings = {cells.canonical(label): number for label, number in self.numbers.items()}
         needed = {"fit": ["train", "validation"], "validate": ["validation"], "test": ["test"], "predict": ["predict"]}
         for split in needed[stage]:
             if split not in self.examples:
-                self.examples[split] = self.encode(split, train if split == "train" else self.read(split))
+                rows = train if split == "train" else self.read(split)
+                self.respelled = self.stripped = 0
+                self.examples[split] = self.encode(split, rows)
+                self.report_labels(split)
+
+    def labels_of(self, row: Row, column: str) -> list[str]:
+        """The labels in a column of a row, like its words, but also numbers, and without space around them.
+
+        Raises:
+            UserError: If there are none, or one is empty.
+        """
+        values = row.entries(column)
+        names = row.words(column) if values is None else [cells.label(value) for value in values]
+        if not names or not all(names):
+            raise UserError(
+                f"{row.where}: column {column!r} has no labels, but {row[column]!r:.40}: fix or remove the row"
+            )
+        self.stripped += sum(map(cells.padded, values or []))
+        return names
+
+    def report_labels(self, split: str) -> None:
+        """Prints how many labels of a split were changed."""
+        if self.trainer.is_global_zero and self.stripped:
+            print(f"{split}: space around {self.stripped:,} labels was removed")
+        if self.trainer.is_global_zero and self.respelled:
+            print(f"{split}: {self.respelled:,} labels are spelled in several ways (1 and 1.0), and are counted as one")
 
     def read(self, split: str) -> list[Row]:
         """The rows of a split."""
@@ -377,18 +460,26 @@ class LabelledData(StreamData):
             UserError: If neither the training split nor the network says which they are, or they do not agree where
                 the network is only measured.
         """
+        one = cells.merged(found)
+        found = {one.get(name, name) for name in found}
         own, names = self.trainer.lightning_module.own_labels(), sorted(found)
         if train and len(names) < 2:
             raise UserError(f"the training split has {len(names)} label, but must have 2 or more")
-        if found == set(own) or not found:
+        if not found or set(map(cells.canonical, found)) == set(map(cells.canonical, own)):
             if not own:
                 raise UserError("which labels there are, the training split says: give --data.tables.train")
             return own
-        if own and self.trainer.state.fn != "fit" and self.trainer.ckpt_path is None:
-            raise UserError(
-                f"model.pretrained tells the labels {', '.join(own[:20])}, but the training split has "
-                f"{', '.join(names[:20])}: leave --data.tables.train out to take the network's, or fit it first"
-            )
+        if self.trainer.state.fn != "fit" and not self.trainer.lightning_module.from_checkpoint:
+            if not own:
+                raise UserError(
+                    f"model.pretrained has no head for the labels {', '.join(names[:20])}: fit it first, or give a "
+                    "--ckpt_path"
+                )
+            if not (self.trainer.lightning_module.keep_head and len(own) == len(names)):
+                raise UserError(
+                    f"model.pretrained tells the labels {', '.join(own[:20])}, but the training split has "
+                    f"{', '.join(names[:20])}: leave --data.tables.train out to take the network's, or fit it first"
+                )
         return names
 
     def number(self, row: Row, label: str, what: str = "label") -> int:
@@ -397,27 +488,44 @@ class LabelledData(StreamData):
         Raises:
             UserError: If it is unknown; calls it `what`.
         """
+        if label not in self.numbers and (number := self.spellings.get(cells.canonical(label))) is not None:
+            self.respelled += 1
+            return number
         if label not in self.numbers:
             whose = "the training split" if self.tables.train else "model.pretrained"
             raise UserError(
                 f"{row.where}: the {what} {label!r} is none of {whose} ({', '.join(self.labels[:20])}): "
-                "mend the row, or give training rows that have it"
+                "fix the row, or give training rows that have it"
             )
         return self.numbers[label]
 
-    def report(self, split: str, examples: list[dict], cut: int) -> None:
-        """Prints what a split has, and how many rows of it are cut."""
+    def report(self, split: str, examples: list[dict], cut: int, texts: Iterable[str]) -> None:
+        """Prints what a split has, how many rows of it are cut, and how many tokens of its `texts` are unknown."""
         if self.trainer.is_global_zero:
             tokens = sum(len(example["input_ids"]) for example in examples)
+            unknown = self.unknown(examples)
             print(
                 f"{split}: {len(examples):,} rows, {tokens:,} tokens"
                 + (f", {cut:,} rows are cut to {self.block_size} tokens (data.max_length)" if cut else "")
+                + about_unknown(unknown, tokens)
             )
+            self.warn_of_unknown(split, unknown, tokens, texts)
 
-    def report_words(self, split: str, examples: list[dict]) -> None:
+    def unknown(self, examples: list[dict]) -> int:
+        """How many tokens are unknown."""
+        unknown = unknown_id(self.tokenizer)
+        return 0 if unknown is None else sum(example["input_ids"].count(unknown) for example in examples)
+
+    def warn_of_unknown(self, split: str, unknown: int, tokens: int, texts: Iterable[str]) -> None:
+        """Prints a warning if many tokens of some texts are unknown."""
+        if unknown > MANY * tokens:
+            remedy = "use a --model.pretrained whose tokenizer knows such text, or fix --data.tables.encoding"
+            warn_of_unknown(split, unknown, tokens, unknown_word(self.tokenizer, texts), remedy)
+
+    def report_words(self, split: str, examples: list[dict], sentences: list[list[str]]) -> None:
         """The same of examples with `words`, see `encode_words`, and how many of these are cut off."""
         cut = [int((example["words"] < 0).sum()) for example in examples]
-        self.report(split, examples, len(cut) - cut.count(0))
+        self.report(split, examples, len(cut) - cut.count(0), map(" ".join, sentences))
         if self.trainer.is_global_zero and any(cut):
             words = sum(len(example["words"]) for example in examples)
             print(f"{split}: {sum(cut):,} of {words:,} words are cut off, and what they should tell counts as missed")

@@ -5,13 +5,13 @@ with one text each.
 """
 
 import functools
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 import torch
 
+from lm_lightning.data import cells
 from lm_lightning.data.labelled import Examples, LabelledData, Row, Tables, of_files
 from lm_lightning.errors import UserError
 
@@ -170,6 +170,8 @@ class PairData(LabelledData):
             text = " ".join(str(row.get(column) or "") for column in ("title", "text")).strip()
             empty += not text
             yield Row({"_id": str(row["_id"]), self.columns.text: text}, row.where)
+        if not places:
+            raise UserError(f"{path} has no rows: name another file with --data.retrieval.{name}")
         if empty and self.trainer.is_global_zero:
             print(f"{path}: {empty:,} rows have no text, and are embedded as such")
 
@@ -182,13 +184,11 @@ class PairData(LabelledData):
         unknown: list[str] = []
         for row in of_files(path, Tables()):
             try:
-                query, document, score = str(row["query-id"]), str(row["corpus-id"]), float(row["score"])
-            except (KeyError, ValueError, TypeError):
-                score = math.nan
-            if not math.isfinite(score):
+                query, document, score = str(row["query-id"]), str(row["corpus-id"]), cells.number(row["score"])
+            except (KeyError, ValueError):
                 raise UserError(
                     f"{row.where}: data.retrieval.{split} needs the columns query-id, corpus-id and score, a number"
-                )
+                ) from None
             if row.where != (first := seen.setdefault((query, document), row.where)):
                 raise UserError(
                     f"{row.where}: query {query} and document {document} have a score at {first} already: remove one"
@@ -250,7 +250,7 @@ class PairData(LabelledData):
             cut += sum(next(overflowing) for _ in of_row) > 0  # (of all texts)
             example = {"input_ids": sum(ids_of_row, []), "lengths": [len(ids) for ids in ids_of_row]}
             examples.append(example | {"targets": torch.tensor(0) if alone else self.target(row)})
-        self.report(split, examples, cut)
+        self.report(split, examples, cut, (text for of_row in texts for text in of_row))
         if split in ("validation", "test") and self.columns.score is None and not alone:
             self.judged[split] = answers(examples)
         return Examples(examples, self.seed if split == "train" else None)
@@ -258,8 +258,7 @@ class PairData(LabelledData):
     def negatives(self, row: Row) -> list[str]:
         """The hard negatives of a row, as many as of any other."""
         column = str(self.columns.negatives)
-        value = row.get(column)
-        texts = value if isinstance(value, list) else [row.text(column)]
+        texts = row.entries(column) or [row.text(column)]
         if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
             raise UserError(f"{row.where}: column {column!r} has no text, or an empty one: mend or remove the row")
         return [texts[i % len(texts)] for i in range(self.hard_negatives)]
@@ -268,14 +267,10 @@ class PairData(LabelledData):
         """How alike the two texts of a row are, from 0 to 1, () float32; () int64 0 if there are no scores."""
         if self.columns.score is None:
             return torch.tensor(0)
-        value = row.get(self.columns.score)
-        try:
-            number = float(value)  # type: ignore[arg-type]
-        except (TypeError, ValueError):
-            number = math.nan
+        number = row.number(self.columns.score)
         if not self.least_score <= number <= self.greatest_score:
             raise UserError(
-                f"{row.where}: column {self.columns.score!r} has {value!r:.40}, but must have a number from "
+                f"{row.where}: column {self.columns.score!r} has {number:g}, but must have a number from "
                 f"{self.least_score:g} (data.least_score) to {self.greatest_score:g} (data.greatest_score)"
             )
         return torch.tensor((number - self.least_score) / (self.greatest_score - self.least_score))

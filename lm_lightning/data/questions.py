@@ -3,14 +3,16 @@
 A context that is too long becomes several windows that overlap, each a row of its own with the whole question.
 """
 
-import json
+import itertools
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, Optional
 
 import numpy as np
 import torch
 
+from lm_lightning.data import cells
 from lm_lightning.data.labelled import Examples, LabelledData, Row
+from lm_lightning.data.tokenizer import about_unknown
 from lm_lightning.errors import UserError
 
 
@@ -23,7 +25,7 @@ class Columns:
         context: The text that has the answer.
         question: The question.
         answers: Its right answers, none or several: a list of `{text, answer_start}`, or `{text: [...], answer_start:
-            [...]}` as on the Hub, also as a string of JSON.
+            [...]}` as on the Hub, also as a string of JSON or Python.
         answer: In place of `answers`: the one answer, empty if there is none.
         answer_start: Where that begins in the context, in characters from 0.
     """
@@ -114,7 +116,7 @@ class QuestionData(LabelledData):
             if columns.answers not in row:
                 row.text(columns.answers)
             try:
-                found = json.loads(found) if isinstance(found, str) else found
+                found = cells.parsed(found) if isinstance(found, str) else found
                 if isinstance(found, dict):
                     pairs = list(zip(found["text"], found["answer_start"], strict=True))
                 else:
@@ -196,13 +198,16 @@ class QuestionData(LabelledData):
         if split != "train":
             self.windows[split] = windows
         if self.trainer.is_global_zero:
+            tokens, unknown = sum(map(len, encoded["input_ids"])), self.unknown(examples)
             print(
                 f"{split}: {len(rows):,} questions"
                 + (f", {sum(not right for right in answers):,} without an answer" if split != "predict" else "")
-                + f", {len(windows):,} windows, {sum(map(len, encoded['input_ids'])):,} tokens"
+                + f", {len(windows):,} windows, {tokens:,} tokens"
                 + told(sum(map(str.__ne__, texts, cut)), f"questions are cut to {self.max_question} tokens")
                 + told(len(lost), "have an answer that is longer than the windows' overlap allows, and are not learned")
+                + about_unknown(unknown, tokens)
             )
+            self.warn_of_unknown(split, unknown, tokens, itertools.chain(cut, contexts))
         return Examples(examples, self.seed if split == "train" else None)
 
     def identity(self) -> dict:

@@ -20,6 +20,7 @@ from lm_lightning import results
 from lm_lightning.data.order import PADDING
 from lm_lightning.data.questions import Question, Window
 from lm_lightning.errors import UserError
+from lm_lightning.models.metrics import Mode
 from lm_lightning.models.module import LanguageModule
 
 PUNCTUATION = frozenset("-:_*^/\\~`+=，。：？！“”；’《》·、「」（）－～『』")  # of CMRC 2018's script
@@ -87,6 +88,10 @@ class QuestionAnswering(LanguageModule):
 
     auto_class = transformers.AutoModelForQuestionAnswering
 
+    @staticmethod
+    def main_metric(data: Any) -> str:
+        return "f1"
+
     def __init__(
         self,
         max_answer: int = 30,
@@ -103,6 +108,9 @@ class QuestionAnswering(LanguageModule):
 
     def head_settings(self) -> dict[str, Any]:
         return {"num_labels": 2}  # a start and an end
+
+    def head_fits(self) -> bool:
+        return True  # no other task has tensors of these names
 
     # Steps
 
@@ -139,6 +147,13 @@ class QuestionAnswering(LanguageModule):
         logits = self.logits(batch)
         self.val_loss.update(*self.losses(logits, batch))
         self.spans.update(*self.found(logits, batch))
+
+    def metric_modes(self) -> dict[str, Optional[Mode]]:
+        modes: dict[str, Optional[Mode]] = {"loss": "min", "exact_match": "max", "f1": "max"}
+        questions = self.trainer.datamodule.questions.get("validation", [])
+        if len({bool(question.answers) for question in questions}) > 1:
+            modes |= {"answerable_f1": "max", "unanswerable_f1": "max", "best_f1": "max", "best_threshold": None}
+        return modes
 
     def metrics(self, loss: Tensor, split: str) -> dict[str, Tensor]:
         """Adds exact match and F1 over the questions of which a window was seen, and writes those of their parts."""

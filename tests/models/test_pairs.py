@@ -162,7 +162,7 @@ def test_loss_is_that_of_the_definition(fit, cli, recipe: Path):
     )
     write(recipe.parent / "test.jsonl", content)
     run = fit()
-    flags = ("--config", recipe, "--ckpt_path", run / "checkpoints" / "last.ckpt", "--data.batch_size", 25)
+    flags = ("--config", recipe, "--ckpt_path", run / "checkpoints" / "best.ckpt", "--data.batch_size", 25)
     assert value(cli("test", *flags), "loss") == pytest.approx(losses_by_hand(run, content), abs=1e-4)
 
 
@@ -229,7 +229,7 @@ def test_training_brings_pairs_together(fit, cli, recipe: Path):
 
 def test_correlations_are_those_of_scipy(fit, cli, recipe: Path):
     run, content = fit(*SCORES), rows(25, 2)
-    out = cli("test", "--config", recipe, *SCORES, "--ckpt_path", run / "checkpoints" / "last.ckpt")
+    out = cli("test", "--config", recipe, *SCORES, "--ckpt_path", run / "checkpoints" / "best.ckpt")
     first, second = (embeddings(run / "model", [row[name] for row in content]) for name in ("text", "other"))
     cosines, scores = (first * second).sum(-1).numpy(), [row["score"] for row in content]
     assert value(out, "spearman") == pytest.approx(spearmanr(cosines, scores).statistic, abs=1e-4)
@@ -309,7 +309,7 @@ def judgements(file: Path) -> dict[str, dict[str, float]]:
 def test_search_with_known_answers(fit, cli, recipe: Path, beir: Path):
     run = fit("--data.retrieval.validation", beir / "qrels.tsv", *files(beir), "--best.monitor", "val/ndcg_10")
     test = ("--data.retrieval.test", beir / "qrels.tsv", *files(beir))
-    out = cli("test", "--config", recipe, *test, "--ckpt_path", run / "checkpoints" / "last.ckpt")
+    out = cli("test", "--config", recipe, *test, "--ckpt_path", run / "checkpoints" / "best.ckpt")
     assert "8 queries to 41 documents, 1 queries without a right answer, 1 answers to unknown queries" in out
     assert "qrels.tsv:34), 1 right answers that are no documents, so never found (first: missing), 1 documents" in out
     assert "1 rows have no text" in out
@@ -325,7 +325,7 @@ def test_search_with_known_answers(fit, cli, recipe: Path, beir: Path):
     assert {name: value(out, name) for name in expected} == pytest.approx(expected, abs=1e-4)
     assert logged(run, "val/ndcg_10")[-1] == pytest.approx(expected["ndcg_10"], abs=1e-4)
     out = cli(
-        *("test", "--config", recipe, *test, "--ckpt_path", run / "checkpoints" / "last.ckpt"),
+        *("test", "--config", recipe, *test, "--ckpt_path", run / "checkpoints" / "best.ckpt"),
         *("--data.retrieval.ignore_identical_ids", "false"),
     )
     assert {name: value(out, name) for name in other} == pytest.approx(other, abs=1e-4)
@@ -439,7 +439,7 @@ def test_export_tells_its_pooling_to_the_next_run(fit, cli, recipe: Path):
     assert {"modules.json", "1_Pooling/config.json", "sentence_bert_config.json"} <= names
     next_run = fit("--name", "next", "--model.network", "null", "--model.pretrained", run)
     assert pooling_of(str(next_run / "model")) == "cls"
-    test = ("test", "--config", recipe, "--ckpt_path", run / "checkpoints" / "last.ckpt")
+    test = ("test", "--config", recipe, "--ckpt_path", run / "checkpoints" / "best.ckpt")
     told = value(cli(*test, "--model.pooling", "cls"), "loss")
     assert value(cli(*test), "loss") == told
     with pytest.raises(UserError, match="the checkpoint's pooling is cls, model.pooling mean"):

@@ -4,7 +4,6 @@ import csv
 import itertools
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ import pytest
 from clauses import recipe as recipe_of
 from clauses import sentences, write
 from conftest import command
+from forks import python
 
 from lm_lightning.errors import UserError
 from lm_lightning.models.spanning_tree import spanning_tree
@@ -59,8 +59,8 @@ def predictions(run: Path) -> list[dict]:
 
 def test_trees_are_learned_scored_and_told_again_by_the_export(fit, cli, recipe: Path, tmp_path: Path):
     run = fit("--trainer.max_steps", 100, "--trainer.val_check_interval", 50)
-    out = cli("test", "--config", recipe, "--ckpt_path", run / "checkpoints" / "last.ckpt")
-    cli("predict", "--config", recipe, "--ckpt_path", run / "checkpoints" / "last.ckpt")
+    out = cli("test", "--config", recipe, "--ckpt_path", run / "checkpoints" / "best.ckpt")
+    cli("predict", "--config", recipe, "--ckpt_path", run / "checkpoints" / "best.ckpt")
     told, gold = predictions(run), sentences(45, 2)
     assert all(is_tree(tuple(row["heads"])) for row in told)
     assert all((head == 0) == (name == "root") for row in told for head, name in zip(row["heads"], row["relations"]))
@@ -84,7 +84,7 @@ model, info = AutoModel.from_pretrained(sys.argv[1], output_loading_info=True)
 assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"], info
 assert "lm_lightning" not in sys.modules
 """
-    done = subprocess.run([sys.executable, "-c", code, run / "model"], capture_output=True, text=True)
+    done = subprocess.run([python("transformers"), "-c", code, run / "model"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     content = ("--model.network", "null", "--model.pretrained", run / "model", "--data.tables.train", "[]")
     out = cli("predict", "--config", recipe, *content, "--runs_dir", tmp_path / "again")
@@ -111,7 +111,7 @@ def test_two_processes_do_and_score_what_one_does(fit, recipe: Path):
 
 def test_words_that_are_cut_off_count_as_missed(fit, cli, recipe: Path):
     run = fit()
-    flags = ("--ckpt_path", run / "checkpoints" / "last.ckpt", "--data.max_length", 8)
+    flags = ("--ckpt_path", run / "checkpoints" / "best.ckpt", "--data.max_length", 8)
     out = cli("test", "--config", recipe, *flags)
     assert "words are cut off, and what they should tell counts as missed" in out
     cli("predict", "--config", recipe, *flags)

@@ -7,7 +7,6 @@ import random
 import re
 import string
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ import pytest
 import torch
 import yaml
 from conftest import command
+from forks import python
 
 from lm_lightning.data.questions import Answer, Question, Window
 from lm_lightning.data.tokenizer import Tokenizer, train
@@ -124,13 +124,16 @@ print(json.dumps(answers))
 
 def test_answers_are_learned_and_plain_transformers_finds_the_same(fit, cli, recipe: Path):
     run = fit("--trainer.max_steps", 200, "--trainer.val_check_interval", 100)
-    out = cli("test", "--config", recipe, "--ckpt_path", run / "checkpoints" / "last.ckpt")
-    cli("predict", "--config", recipe, "--ckpt_path", run / "checkpoints" / "last.ckpt")
+    out = cli("test", "--config", recipe, "--ckpt_path", run / "checkpoints" / "best.ckpt")
+    cli("predict", "--config", recipe, "--ckpt_path", run / "checkpoints" / "best.ckpt")
     told, gold = predictions(run), flat(recipe.parent / "test.json")
     assert [row["id"] for row in told] == [question["id"] for _, question in gold]
     pairs = [(question["question"], context) for context, question in gold]
     result = subprocess.run(
-        [sys.executable, "-c", PLAIN, str(run / "model")], input=json.dumps(pairs), capture_output=True, text=True
+        [python("transformers"), "-c", PLAIN, str(run / "model")],
+        input=json.dumps(pairs),
+        capture_output=True,
+        text=True,
     )
     assert result.returncode == 0, result.stderr
     for row, (context, _), (score, start, end, none) in zip(told, gold, json.loads(result.stdout.splitlines()[-1])):
