@@ -1,5 +1,6 @@
 """The LightningCLI: options in, a run folder, a trainer and its parts out."""
 
+import ast
 import contextlib
 import dataclasses
 import inspect
@@ -13,6 +14,7 @@ import sys
 import traceback
 import typing
 import warnings
+from argparse import ArgumentError
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Optional
@@ -28,7 +30,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lm_lightning import hub, settings, strategies
+from lm_lightning import explain, guide, hub, settings, strategies
 from lm_lightning import run as runs
 from lm_lightning.callbacks.distillation import Distillation  # noqa: F401 (imported, so that its short name works)
 from lm_lightning.callbacks.ending import Ending, check_after_validation
@@ -116,6 +118,11 @@ class OptionParser(LightningArgumentParser):
     def __init__(self, *args: Any, allow_abbrev: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, allow_abbrev=allow_abbrev, **kwargs)
 
+    def parse_args(self, args: Any = None, *more: Any, **kwargs: Any) -> Any:  # noqa: D102
+        if getattr(self, "_inner_parser", False) and args and len(args) == 1:  # an option of a class
+            args = [as_yaml(args[0])]
+        return super().parse_args(args, *more, **kwargs)
+
     def add_class_arguments(self, theclass: type, *args: Any, **kwargs: Any) -> list[str]:  # noqa: D102
         added = super().add_class_arguments(theclass, *args, **kwargs)
         if inspect.isclass(theclass) and issubclass(theclass, Logger) and "save_dir" in added:
@@ -148,7 +155,8 @@ class CLI(LightningCLI):
             seed_everything_default=1,
             auto_configure_optimizers=False,
             parser_class=OptionParser,
-            parser_kwargs={"prog": "lm_lightning", "exit_on_error": False},
+            parser_kwargs={"prog": explain.program(), "exit_on_error": False, "formatter_class": guide.Help}
+            | guide.of_commands(LanguageModule, LightningDataModule),
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -169,7 +177,7 @@ class CLI(LightningCLI):
             action.help = TRAINER_HELP.get(action.dest, action.help)
         parser.add_lightning_class_args(Checkpoints, "best")
         parser.set_defaults({f"best.{k}": v for k, v in CHECKPOINTS.items()})
-        parser.set_defaults({"best.filename": "best", "best.monitor": "val/loss"})
+        parser.set_defaults({"best.filename": "best"})
         parser.add_lightning_class_args(Checkpoints, "last")
         parser.set_defaults({f"last.{k}": v for k, v in CHECKPOINTS.items()})
         parser.set_defaults({"last.filename": "last"})
@@ -182,6 +190,11 @@ class CLI(LightningCLI):
             self.config = parser.parse_args([*args[:1], *settings.as_argument(options), *flags])
         except ValueError as error:  # not even a name of a file, which an option's value may be
             raise UserError(f"an option's value cannot be read: {error}") from error
+        except ArgumentError as error:
+            names = explain.flags_of(self._parser(args[0]))
+            for section in ("model", "data"):
+                names += explain.options_of(chosen_class(section, options, flags), section)
+            raise explain.of_command_line(error, args, names) from error
         own = self.config[self.config.subcommand]
         settings.report_replaced(options, own)
         own.config = files  # the first one names the run
@@ -196,6 +209,9 @@ class CLI(LightningCLI):
         pretrained, options = config.model.init_args.get("pretrained"), config.data.init_args
         if pretrained is not None and "tables" in options and options.tokenizer.path is None:  # labelled data
             options.tokenizer.path = str(runs.model_folder(pretrained)) if Path(pretrained).is_dir() else pretrained
+        if config.best.monitor is None:
+            model_class: Any = pydoc.locate(str(config.model.class_path))
+            config.best.monitor = f"val/{model_class.main_metric(options)}"
         run = None
         if config.trainer.logger is True:
             config.trainer.logger = self._parser(self.subcommand).get_defaults().trainer.logger
@@ -234,6 +250,7 @@ class CLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         trainer = self.trainer
+        self.model.from_checkpoint = self.checkpoint is not None  # (Lightning tells only after the data's setup)
         if trainer.is_global_zero:
             print(f"run folder: {self.run_folder}")
             print(f"device: {trainer.strategy.root_device} x {trainer.world_size}, precision: {trainer.precision}")
@@ -303,6 +320,18 @@ class RunFolder(SaveConfigCallback):
         trainer.datamodule.tokenizer.save_pretrained(run / "tokenizer")
 
 
+def chosen_class(section: str, options: dict[str, Any], flags: list[str]) -> Any:
+    """The class of the model or the data, as far as config files and flags say it, else the base of all."""
+    given = options.get(section)
+    name = given.get("class_path") if isinstance(given, dict) else None
+    for flag, value in zip(flags, [*flags[1:], ""]):
+        own, _, rest = flag.partition("=")
+        if own in (f"--{section}", f"--{section}.class_path"):
+            name = rest or value
+    base = LanguageModule if section == "model" else LightningDataModule
+    return explain.subclasses(base).get(str(name).rpartition(".")[2], base)
+
+
 def check(config: Any) -> None:
     """Refuses settings of the trainer that Lightning takes, or fails at, without a word."""
     targets = {"trainer": Trainer, "best": Checkpoints, "last": Checkpoints, "model": None, "data": None}
@@ -369,6 +398,15 @@ def refuse_null(value: Any, name: str, target: Any) -> None:
             raise UserError(f"{name}.{key} is null, but must have a value: leave it out for its default")
         if hasattr(option, "items"):  # null within a network's settings is theirs to judge
             refuse_null(option, f"{name}.{key}", hint if dataclasses.is_dataclass(hint) else None)
+
+
+def as_yaml(argument: str) -> str:
+    """A flag whose value jsonargparse has read and written as Python does, such as `--path=None`, as YAML again."""
+    name, _, value = argument.partition("=")
+    if value == "None" or value[:1] in ("[", "{"):
+        with contextlib.suppress(ValueError, SyntaxError, RecursionError):
+            return f"{name}={json.dumps(ast.literal_eval(value))}"
+    return argument
 
 
 def as_list(value: Any) -> list:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from forks import python
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "true"
@@ -84,9 +85,9 @@ def recipe(tmp_path: Path, corpus_file: Path, cache_dir: Path) -> Path:
 
 
 def command(*args: object, **settings: object) -> subprocess.CompletedProcess:
-    """Runs `python -m lm_lightning ...` in a fresh process and returns what came of it."""
+    """Runs `python -m lm_lightning ...` in a process of its own, which is forked where it can be."""
     return subprocess.run(
-        [sys.executable, "-m", "lm_lightning", *map(str, args)],
+        [python("lm_lightning"), "-m", "lm_lightning", *map(str, args)],
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
@@ -96,12 +97,35 @@ def command(*args: object, **settings: object) -> subprocess.CompletedProcess:
 
 
 @pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., str]:
+def announced_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compares what each validation logs with what the module said that it would, see `LanguageModule.metric_modes`."""
+    from lm_lightning.models.module import LanguageModule
+
+    log_evaluation = LanguageModule.log_evaluation
+
+    def compare(module: LanguageModule, prefix: str, split: str) -> None:
+        def log_dict(metrics: dict, *args: object, **kwargs: object) -> None:
+            names = {name.removeprefix("val/") for name in metrics if name.startswith("val/")}
+            own = type(module).__module__.startswith("lm_lightning.")
+            assert prefix != "val" or not own or names == set(module.metric_modes())
+            LanguageModule.log_dict(module, metrics, *args, **kwargs)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "log_dict", log_dict)
+            log_evaluation(module, prefix, split)
+
+    monkeypatch.setattr(LanguageModule, "log_evaluation", compare)
+
+
+@pytest.fixture
+def cli(announced_metrics: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., str]:
     """Runs a command in this process, which is quicker, and returns what it prints; refusals are raised."""
     from lm_lightning.__main__ import run
 
     def run_here(*args: object) -> str:
         monkeypatch.setattr(sys, "argv", ["lm_lightning", *map(str, args)])
+        if args[0] in ("tune", "verify", "compress"):  # which start `sys.executable -m lm_lightning`
+            monkeypatch.setattr(sys, "executable", python("lm_lightning"))
         capsys.readouterr()
         run(str(args[0]))
         return capsys.readouterr().out

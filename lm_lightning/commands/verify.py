@@ -19,6 +19,7 @@ from typing import NamedTuple, Optional
 
 from lm_lightning.commands.fits import fit, read_settings, shorten
 from lm_lightning.errors import UserError
+from lm_lightning.explain import program
 
 
 class Differences(NamedTuple):
@@ -145,14 +146,21 @@ def verify(
     names = [name for name in VARIANTS if name in chosen]
 
     outcomes: dict[str, Outcome] = {}
-    with tempfile.TemporaryDirectory(prefix="verify-", ignore_cleanup_errors=True) as folder:
-        settings = shared_settings(fit_flags, steps, Path(folder), timeout)
-        for number, name in enumerate(names, 1):
-            print(f"{number}/{len(names)} {name}", file=sys.stderr, flush=True)
-            reason = obstacle(VARIANTS[name], settings["data"], outcomes)
-            outcomes[name] = Outcome(reason) if reason else run(name, settings, Path(folder), steps, timeout)
-            if name == "plain" and outcomes[name].failed:
-                raise UserError(f"the plain run, with which the others are compared, fails: {outcomes[name].reason}")
+    try:
+        with tempfile.TemporaryDirectory(prefix="verify-", ignore_cleanup_errors=True) as folder:
+            settings = shared_settings(fit_flags, steps, Path(folder), timeout)
+            for number, name in enumerate(names, 1):
+                print(f"{number}/{len(names)} {name}", file=sys.stderr, flush=True)
+                reason = obstacle(VARIANTS[name], settings["data"], outcomes)
+                outcomes[name] = Outcome(reason) if reason else run(name, settings, Path(folder), steps, timeout)
+                if name == "plain" and outcomes[name].failed:
+                    raise UserError(
+                        f"the plain run, with which the others are compared, fails: {outcomes[name].reason}"
+                    )
+    except BaseException:
+        if any(outcome.losses for outcome in outcomes.values()):
+            print(report(outcomes, steps)[0])  # what was finished until then
+        raise
     text, good = report(outcomes, steps)
     print(text)
     if output is not None:
@@ -316,7 +324,7 @@ def machine(outcomes: dict[str, Outcome]) -> str:
 def main() -> None:
     """Reads the command line. Exit status 1 says that a variant failed or is outside its tolerance."""
     parser = argparse.ArgumentParser(
-        prog="lm_lightning verify",
+        prog=program("verify"),
         usage="%(prog)s --config CONFIG [any flag of fit] [options]",
         description=(verify.__doc__ or "").split("\n\n    Args:")[0].replace("\n    ", "\n"),
         epilog=f"variants: {', '.join(VARIANTS)}",

@@ -43,6 +43,8 @@ class Runs:
             self.launch(*size, batch)
 
     def launch(self, nodes: int, processes: int, commands: dict[str, tuple]) -> None:
+        from forks import python  # beside the tests, as processes.py itself is run from its own folder
+
         file = self.folder / "commands.json"
         file.write_text(json.dumps([[str(self.folder / name), *map(str, c)] for name, c in commands.items()]))
         for name in commands:
@@ -52,7 +54,7 @@ class Runs:
         environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
         started = [
             subprocess.Popen(
-                [sys.executable, __file__, file],
+                [python("lm_lightning"), __file__, file],
                 env=environment | {"NODE_RANK": str(node), "LOCAL_RANK": str(rank)},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -111,6 +113,25 @@ class Full(Callback):
 
     def on_exception(self, *_: object) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, self.limits)
+
+
+class Noted(Callback):
+    """Writes what a validation has found to a file: its metrics, and its tables in the run folder.
+
+    Args:
+        file: Where.
+    """
+
+    def __init__(self, file: str) -> None:
+        self.file = Path(file)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            values = {name: float(value) for name, value in trainer.callback_metrics.items()}
+            values = {name.removeprefix("val/"): value for name, value in values.items() if name.startswith("val/")}
+            tables = [Path(trainer.default_root_dir) / name for name in ("results.csv", "confusion.csv")]
+            found = {"values": values, "tables": [table.read_text() for table in tables if table.exists()]}
+            self.file.write_text(json.dumps(found))
 
 
 def main() -> None:
