@@ -6,6 +6,7 @@ import json
 import logging
 import pydoc
 import shutil
+import sys
 import typing
 import warnings
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from typing import Any, Optional
 
 import torch
 import yaml
+from jsonargparse import Namespace
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
@@ -21,7 +23,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lm_lightning import hub, strategies
+from lm_lightning import evaluation, hub, saving, strategies
 from lm_lightning import run as runs
 from lm_lightning.callbacks.distillation import Distillation  # noqa: F401 (imported, so that its short name works)
 from lm_lightning.callbacks.export import Export, export
@@ -115,7 +117,13 @@ class CLI(LightningCLI):
             args=args,
             seed_everything_default=1,
             auto_configure_optimizers=False,
-            parser_kwargs={"prog": "lm_lightning", "exit_on_error": False},
+            parser_kwargs={"prog": "lm_lightning", "exit_on_error": False}
+            | {
+                command: {
+                    "description": f"{command} RUN [OPTIONS]: all settings that OPTIONS do not change are the run's."
+                }
+                for command in evaluation.COMMANDS
+            },
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -133,8 +141,32 @@ class CLI(LightningCLI):
         parser.set_defaults({"last.filename": "last"})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:  # noqa: D102 (as in Lightning)
+        self.evaluated: Optional[Path] = None  # the run folder
+        self.arguments: list[str] = []
+        if isinstance(args, (dict, Namespace)):  # settings that are given in Python
+            return self.parse(parser, args)
+        self.arguments = list(sys.argv[1:] if args is None else args)
+        self.evaluated, arguments = evaluation.of_arguments(self.arguments)
+        self.parse(parser, arguments)
+        config = self.config[self.config.subcommand]
+        if self.config.subcommand not in evaluation.COMMANDS or self.evaluated is not None:
+            return
+        self.evaluated = evaluation.of_config(config, name_of(config))
+        if self.evaluated is None or evaluation.record_of(config.config):
+            return
+        self.parse(parser, evaluation.with_config_of(self.evaluated, self.arguments))
+        own = self.config[self.config.subcommand]
+        if different := [
+            *evaluation.differences(config.model, own.model, "model"),
+            *evaluation.differences(config.data, own.data, "data"),
+        ]:
+            given = ", ".join(str(file) for file in config.config or [])
+            print(f"settings: those of {self.evaluated}/config.yaml, not of {given}: {', '.join(sorted(different))}")
+
+    def parse(self, parser: LightningArgumentParser, arguments: Any) -> None:
+        """Sets `config`."""
         try:
-            super().parse_arguments(parser, args)
+            super().parse_arguments(parser, arguments)
         except ValueError as error:  # not even a name of a file, which an option's value may be
             raise UserError(f"an option's value cannot be read: {error}") from error
 
@@ -144,44 +176,80 @@ class CLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
-        config.name = name = config.name or (Path(str(config.config[0])).stem if config.config else "run")
-        pretrained, options = config.model.init_args.get("pretrained"), config.data.init_args
-        if pretrained is not None and "tables" in options and options.tokenizer.path is None:  # labelled data
-            options.tokenizer.path = str(runs.model_folder(pretrained)) if Path(pretrained).is_dir() else pretrained
-        run = None
+        config.name = name = name_of(config)
+        run, weights = self.evaluated, ""
         if self.subcommand != "fit":
-            # What is found belongs to a run of W&B; the other loggers go on with the training's own files.
-            config.trainer.logger = [
-                own for own in config.trainer.logger or [] if own.class_path.endswith(WandbRun.__name__)
-            ] or False
-            if config.ckpt_path is None and not config.model.init_args.get("pretrained"):
-                raise UserError(
-                    f"{self.subcommand} of new weights says nothing: give --ckpt_path last, or a checkpoint"
-                )
-        if config.ckpt_path is not None:
-            last = config.ckpt_path == "last"
-            checkpoint = runs.last_checkpoint(config.runs_dir, name) if last else Path(config.ckpt_path)
+            weights = self.evaluated_weights(config)
+        elif config.ckpt_path is not None:
+            checkpoint = evaluation.checkpoint_of(config.ckpt_path, None, config.runs_dir, name)
             runs.load_checkpoint(checkpoint, weights=False)
-            config.ckpt_path = str(checkpoint.absolute())
-            # An earlier state than the last goes on in a folder of its own: what came after it stays.
-            same = self.subcommand != "fit" or last or checkpoint.name == "last.ckpt"
+            # An earlier state than the last starts a run folder of its own, and so does another name or folder.
+            same = config.ckpt_path == "last" or checkpoint.name == "last.ckpt"
             run = runs.run_of(checkpoint) if same else None
-        run = run or runs.new_run(config.runs_dir, name)
+            run = None if run is not None and self.elsewhere(run) else run
+            config.ckpt_path = str(checkpoint.absolute())
+        pretrained, options = config.model.init_args.get("pretrained"), config.data.init_args
+        trains_none = "tables" in options or self.subcommand != "fit"
+        if pretrained and trains_none and hasattr(options.get("tokenizer"), "path") and options.tokenizer.path is None:
+            options.tokenizer.path = runs.folder_of(pretrained, "tokenizer")
         config.weights_only = True  # of what a checkpoint holds, nothing is run
         xla.choose_accelerator(config.trainer)
         if config.trainer.precision is None:
             config.trainer.precision = best_precision(config.trainer.accelerator)
-        self.run_folder, self.checkpoint = run, config.ckpt_path
+        self.checkpoint = config.ckpt_path
         self.reusable_config = config.clone()  # with `<run>` in it, it can be run again
-        self.reusable_config.ckpt_path = None
-        self.config[self.subcommand] = fill_in(config, str(run))
+        if self.subcommand == "fit":
+            self.reusable_config.ckpt_path = None
+            self.reusable_config = saving.checked(self._parser("fit"), self.reusable_config)
+            self.run_folder = run or runs.new_run(runs.runs_of(config.runs_dir, name))
+        else:
+            parent, logs = runs.runs_of(config.runs_dir, name), None
+            if run is not None and not self.elsewhere(run):
+                parent, logs = run / "evaluations", run
+            self.run_folder = runs.new_run(parent, f"-{self.subcommand}")
+            config.trainer.logger = fill_in(config.trainer.logger, str(logs or self.run_folder))
+        self.record = evaluation.Evaluation(self._parser(self.subcommand), self.reusable_config, run, weights)
+        self.config[self.subcommand] = fill_in(config, str(self.run_folder))
+
+    def evaluated_weights(self, config: Any) -> str:
+        """What an evaluation loads; sets the weights and the tokenizer where these are those of a run."""
+        # What is found belongs to a run of W&B; the other loggers would write into the training's own files.
+        config.trainer.logger = [
+            own for own in as_list(config.trainer.logger) if own.class_path.endswith(WandbRun.__name__)
+        ] or False
+        if self.evaluated is not None and not evaluation.record_of(config.config):
+            weights = evaluation.configure(config, self.evaluated)
+        elif config.ckpt_path is not None:
+            weights = config.ckpt_path = str(Path(config.ckpt_path).expanduser().absolute())
+        elif pretrained := config.model.init_args.get("pretrained"):
+            weights = pretrained
+        else:
+            raise UserError(
+                f"{self.subcommand} of new weights says nothing: give a run, as in `{self.subcommand} RUN`, "
+                "--ckpt_path last or a checkpoint, or --model.pretrained"
+            )
+        if config.ckpt_path is not None:
+            runs.load_checkpoint(Path(config.ckpt_path), weights=False)
+        return weights
+
+    def elsewhere(self, run: Path) -> bool:
+        """Whether the command line asks for another name or folder than those of a run."""
+        config = self.config[self.subcommand]
+        given = {argument.partition("=")[0] for argument in self.arguments}
+        return ("--name" in given and config.name != run.parent.name) or (
+            "--runs_dir" in given and Path(config.runs_dir).expanduser().resolve() != run.parent.parent.resolve()
+        )
 
     def after_instantiate_classes(self) -> None:
         trainer = self.trainer
+        if self.subcommand != "fit":
+            self.model.evaluated_checkpoint = self.checkpoint
         if trainer.is_global_zero:
-            print(f"run folder: {self.run_folder}")
+            print(f"{'run' if self.subcommand == 'fit' else 'evaluation'} folder: {self.run_folder}")
             print(f"device: {trainer.strategy.root_device} x {trainer.world_size}, precision: {trainer.precision}")
-            if self.checkpoint:
+            if self.subcommand != "fit":
+                print(f"weights: {self.record.record['weights']}")
+            elif self.checkpoint:
                 print(f"checkpoint: {self.checkpoint}")
 
     def instantiate_classes(self) -> None:
@@ -211,6 +279,8 @@ class CLI(LightningCLI):
         config = self.config_init[self.subcommand].trainer
         callbacks = config.callbacks or []
         extra = [Resuming(), Preemption(), Throughput(), Export(), Predictions(), Report()]
+        if self.subcommand != "fit":
+            extra.append(self.record)
         if config.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             extra.append(RunProgress())
         if not any(isinstance(c, Spikes) for c in callbacks):
@@ -236,7 +306,7 @@ class RunFolder(SaveConfigCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Lightning would write here, before a checkpoint has had its say."""
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # nothing is left to refuse
         if not trainer.is_global_zero:
             return
         run = Path(trainer.default_root_dir)
@@ -254,6 +324,11 @@ class RunFolder(SaveConfigCallback):
         trainer.datamodule.tokenizer.save_pretrained(run / "tokenizer")
 
 
+def name_of(config: Any) -> str:
+    """The name of the experiment, which is that of the first config file by default."""
+    return config.name or (Path(str(config.config[0])).stem if config.config else "run")
+
+
 def check(config: Any) -> None:
     """Refuses settings of the trainer that Lightning takes, or fails at, without a word."""
     targets = {"trainer": Trainer, "best": Checkpoints, "last": Checkpoints, "model": None, "data": None}
@@ -264,6 +339,7 @@ def check(config: Any) -> None:
     if pydoc.locate(str(config.data.get("class_path"))) in (None, LightningDataModule):
         raise UserError("data has no class_path: give one, such as PretrainingData or MaskedData")
     trainer = config.trainer
+    check_location(config)
     strategies.check_name(trainer.strategy)
     for name, value, least in (
         ("trainer.accumulate_grad_batches", trainer.accumulate_grad_batches, 1),
@@ -275,6 +351,28 @@ def check(config: Any) -> None:
             raise UserError(f"{name} is {value}, but must be {least} or more")
     if trainer.max_steps == 0 or trainer.max_steps < -1:
         raise UserError(f"trainer.max_steps is {trainer.max_steps}, but must be 1 or more, or -1 for no limit")
+
+
+def check_location(config: Any) -> None:
+    """Refuses options that would put a part of a run somewhere else than into its run folder."""
+    loggers = as_list(config.trainer.logger)
+    files = [logger for logger in loggers if str(logger.get("class_path")).endswith("MetricsFile")]
+    for name, value, default in [
+        ("trainer.default_root_dir", config.trainer.default_root_dir, TRAINER_DEFAULTS["default_root_dir"]),
+        ("best.dirpath", config.best.dirpath, CHECKPOINTS["dirpath"]),
+        ("last.dirpath", config.last.dirpath, CHECKPOINTS["dirpath"]),
+        *(("save_dir of MetricsFile", logger.init_args.save_dir, runs.PLACEHOLDER) for logger in files),
+    ]:
+        if str(value) != default:
+            raise UserError(
+                f"{name} is {value}, but a run has all its files in one folder, <runs_dir>/<name>/<time>: remove it, "
+                "and say where runs are with --runs_dir"
+            )
+
+
+def as_list(value: Any) -> list:
+    """The classes of an option that may be one, a list of them, or true or false."""
+    return value if isinstance(value, list) else [value] if hasattr(value, "items") else []
 
 
 def refuse_null(value: Any, name: str, target: Any) -> None:
@@ -328,7 +426,8 @@ def best_precision(accelerator: Any) -> str:
 
 def main() -> None:
     """Parses the command line and runs the subcommand."""
-    try:
-        CLI()
-    except MisconfigurationException as error:
-        raise UserError(" ".join(str(error).split())) from error
+    with runs.removed_if_refused():
+        try:
+            CLI()
+        except MisconfigurationException as error:
+            raise UserError(" ".join(str(error).split())) from error

@@ -7,7 +7,7 @@ from typing import Optional
 
 from lm_lightning import hub
 from lm_lightning.errors import UserError
-from lm_lightning.run import load_checkpoint
+from lm_lightning.run import load_checkpoint, run_folder
 
 
 def export(
@@ -25,8 +25,7 @@ def export(
         max_shard_size: Largest file of weights, such as `5GB`; larger ones are written in parts. Default: that of
             `transformers`.
     """
-    if not (Path(run) / "tokenizer").is_dir():
-        raise UserError(f"{run} is no run folder: it has no tokenizer/")
+    run = str(run_folder(run))
     file = Path(checkpoint)
     if not file.exists():
         file = Path(run) / "checkpoints" / f"{checkpoint.removesuffix('.ckpt')}.ckpt"
@@ -89,6 +88,8 @@ def write(
         if "kept" in state:  # of StructuredPruning
             shrink(folder, state["kind"], state["kept"])
     own = tokenizers.load(str(tokenizer))
+    if saved.get("tokenizer", tokenizers.fingerprint(own)) != tokenizers.fingerprint(own):
+        raise UserError(f"the checkpoint was made with another tokenizer than {tokenizer}: nothing is exported")
     own.save_pretrained(folder)
     if tokenizers.fingerprint(tokenizers.load(str(folder))) != tokenizers.fingerprint(own):
         raise UserError("the exported tokenizer is not read as it was saved: nothing is exported")

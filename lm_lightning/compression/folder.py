@@ -9,7 +9,7 @@ from typing import Any
 import transformers
 from torch import Tensor
 
-from lm_lightning import errors
+from lm_lightning import errors, hub
 from lm_lightning.errors import UserError
 from lm_lightning.models.network import HEAD_FILE
 
@@ -22,7 +22,7 @@ def load(folder: Path, **settings: Any) -> transformers.PreTrainedModel:
     name = (config.architectures or ["none"])[0]
     if not hasattr(transformers, name):
         raise UserError(f"{folder}/config.json tells no class of transformers: it has architectures {name}")
-    return getattr(transformers, name).from_pretrained(folder, local_files_only=True, **settings).eval()
+    return hub.load(getattr(transformers, name), str(folder), **settings).eval()
 
 
 def copy_beside(source: Path, target: Path) -> None:

@@ -316,7 +316,10 @@ class LabelledData(StreamData):
         if self.tokenizer.pad_token is None:  # as GPT's published ones
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.collate = functools.partial(padded, self.tokenizer)
-        train = read(self.tables, "train", self.key) if self.tables.train or stage == "fit" else []
+        # An evaluation needs the training rows only if nothing else says which labels there are.
+        labels_known = stage != "fit" and bool(self.trainer.lightning_module.own_labels())
+        needs_train = stage == "fit" or (self.tables.train and not labels_known)
+        train = read(self.tables, "train", self.key) if needs_train else []
         self.find_labels(train)
         self.numbers = {label: number for number, label in enumerate(self.labels)}
         needed = {"fit": ["train", "validation"], "validate": ["validation"], "test": ["test"], "predict": ["predict"]}
@@ -346,7 +349,7 @@ class LabelledData(StreamData):
             if not own:
                 raise UserError("which labels there are, the training split says: give --data.tables.train")
             return own
-        if own and self.trainer.state.fn != "fit" and self.trainer.ckpt_path is None:
+        if own and self.trainer.state.fn != "fit" and self.trainer.lightning_module.evaluated_checkpoint is None:
             raise UserError(
                 f"model.pretrained tells the labels {', '.join(own[:20])}, but the training split has "
                 f"{', '.join(names[:20])}: leave --data.tables.train out to take the network's, or fit it first"

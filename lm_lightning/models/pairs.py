@@ -50,6 +50,7 @@ class SentenceEncoder(LanguageModule):
     """
 
     auto_class = transformers.AutoModel
+    unused = ("pooler.",)
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
 """Dependency parsing: on which word each word hangs, and by which relation."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import safetensors.torch
 import torch
@@ -81,6 +81,7 @@ class Parser(LanguageModule):
     """
 
     auto_class = transformers.AutoModel
+    unused = ("pooler.",)
 
     def __init__(self, arc_size: int = 400, relation_size: int = 100, dropout: float = 0.33, **options: Any) -> None:
         super().__init__(**options)
@@ -89,8 +90,13 @@ class Parser(LanguageModule):
     # Network
 
     def own_labels(self) -> list[str]:
-        has_head = self.pretrained is not None and (Path(self.pretrained_folder()) / HEAD_FILE).exists()
-        return super().own_labels() if has_head else []
+        return super().own_labels() if self.evaluated_checkpoint or self.pretrained_head else []
+
+    @property
+    def pretrained_head(self) -> Optional[Path]:
+        """The file with the head of `pretrained`, if it has one."""
+        file = None if self.pretrained is None else Path(self.pretrained_folder()) / HEAD_FILE
+        return file if file is not None and file.exists() else None
 
     def head_settings(self) -> dict[str, Any]:
         return self.label_settings()
@@ -100,8 +106,8 @@ class Parser(LanguageModule):
 
     def pretrained_network(self) -> transformers.PreTrainedModel:
         network = self.with_head(super().pretrained_network())
-        if self.own_labels() == self.trainer.datamodule.labels:
-            network.parser.load_state_dict(safetensors.torch.load_file(Path(self.pretrained_folder()) / HEAD_FILE))
+        if self.pretrained_head and self.own_labels() == self.trainer.datamodule.labels:
+            network.parser.load_state_dict(safetensors.torch.load_file(self.pretrained_head))
         else:
             self.new_tensors += [f"parser.{key}" for key in network.parser.state_dict()]
             self.print(f"the head is new: {sum(p.numel() for p in network.parser.parameters()):,} parameters")
