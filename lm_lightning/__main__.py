@@ -3,11 +3,15 @@
 import argparse
 import importlib
 import logging
+import multiprocessing
 import os
 import re
+import signal
 import sys
 
-from lm_lightning.errors import UserError, of_command_line
+from lm_lightning import console
+from lm_lightning.errors import UserError, first_process, of_command_line
+from lm_lightning.redaction import scrub
 
 # command -> module with a main() that reads sys.argv, and what it does
 COMMANDS = {
@@ -31,7 +35,12 @@ LOST = re.compile(r"(closed|reset) by peer|remote (process|worker)|Broken pipe")
 
 
 def main() -> None:
-    """Runs the command that `sys.argv` names. A `UserError` becomes one sentence and exit status 2."""
+    """Runs the command that `sys.argv` names.
+
+    A `UserError` becomes one sentence and exit status 2; Ctrl-C ends with 130, without a traceback.
+    """
+    console.prepare()
+    console.exit_on_interrupt()
     command = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if command in ("-h", "--help"):
         print("usage: python -m lm_lightning COMMAND [OPTIONS]\n\ncommands (each has its --help):")
@@ -46,17 +55,35 @@ def main() -> None:
         # of kernels for GPUs that are not here, at each import, and of casts, at each layer
         for library in ("torchao", "torch.utils._pytree", "bitsandbytes"):
             logging.getLogger(library).setLevel(logging.ERROR)
+        importlib.import_module(COMMANDS[command][0])
+        console.raise_on_interrupt()
         run(command)
-    except UserError as error:
-        if {os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID")} == {"0"}:
-            # (the other processes have met the same)
-            print(f"error: {error}", file=sys.stderr)
+        sys.stdout.flush()
+    except BaseException as error:
+        if console.interrupted:  # whatever has become of the KeyboardInterrupt
+            console.end_children()
+            sys.exit(console.INTERRUPTED)
+        explain(error)
+        raise
+    finally:
+        console.exit_on_interrupt()
+
+
+def explain(error: BaseException) -> None:
+    """Ends the process with a sentence, if the error is one that needs no traceback."""
+    if isinstance(error, UserError):
+        if first_process():
+            print(f"error: {console.printable(scrub(str(error), sys.argv))}", file=sys.stderr)
         sys.exit(2)
-    except RuntimeError as error:
-        if not LOST.search(str(error)):
-            raise
+    if isinstance(error, RuntimeError) and LOST.search(str(error)):
         # The process that has ended tells why; a traceback of each that waited for it would only hide that.
         sys.exit("this process ends, since another one of its run has ended")
+    if isinstance(error, BrokenPipeError):
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:  # the reader of the output has ended, as in `generate ... | head -1`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(128 + signal.SIGPIPE)
 
 
 def run(command: str) -> None:
@@ -73,3 +100,5 @@ def run(command: str) -> None:
 
 if __name__ == "__main__":
     main()
+elif multiprocessing.parent_process() is not None:  # started by `spawn`, which imports this file first
+    console.exit_on_interrupt()

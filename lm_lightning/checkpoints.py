@@ -9,7 +9,7 @@ import re
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Literal, Optional
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -19,9 +19,8 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from lm_lightning.errors import UserError
+from lm_lightning.files import PARTIAL, remove, sync
 from lm_lightning.run import OLD, load_checkpoint
-
-PARTIAL = ".partial"  # ends the name of a file or folder that is being written
 
 
 class CheckpointFiles(TorchCheckpointIO):
@@ -43,7 +42,7 @@ class CheckpointFiles(TorchCheckpointIO):
             remove(stale)
         partial = path.with_name(path.name + PARTIAL)
         try:
-            with open(partial, "wb", buffering=0) as file:
+            with open(partial, "xb", buffering=0) as file:
                 writer = Writer(file)
                 torch.save(checkpoint, writer)  # type: ignore[arg-type] # it needs no more of a file
                 try:
@@ -146,9 +145,33 @@ class Checkpoints(ModelCheckpoint):
 
     It saves between optimizer steps only, when the last one has been logged, and never takes what is not a number for
     the best.
+
+    Args:
+        filename: Name of the files, without `.ckpt`. Where several are kept (`save_top_k` is not 1), each needs a name
+            of its own, so `-{step}` and the score are added unless the name has `{step}` in it.
+        monitor: Metric that tells how good a checkpoint is, such as `val/loss`. null: the newest is kept.
+        save_top_k: How many of the best are kept, -1 for all, 0 for none.
+        mode: Whether a small value of the metric is good, `min`, or a large one, `max`. Default: what is right for the
+            metric.
+        options: Those of Lightning's ModelCheckpoint.
     """
 
     validated = -1  # the step of the last validation
+    option = "checkpoints"  # its name on the command line
+
+    def __init__(
+        self,
+        filename: Optional[str] = None,
+        monitor: Optional[str] = None,
+        save_top_k: int = 1,
+        mode: Optional[Literal["min", "max"]] = None,
+        **options: Any,
+    ) -> None:
+        if save_top_k not in (0, 1) and filename and "{step" not in filename:
+            score = f"-{{{monitor}:.4f}}" if monitor and "{" not in filename else ""
+            filename += "-{step}" + score
+        super().__init__(filename=filename, monitor=monitor, save_top_k=save_top_k, mode=mode or "min", **options)
+        self.given_mode = mode
 
     def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
         """Lightning saves here, before the step is logged, and amid accumulation."""
@@ -165,6 +188,17 @@ class Checkpoints(ModelCheckpoint):
         # A validation may take long. But the last step is saved when all is done: nothing goes on from there.
         if self.monitor is not None or trainer.global_step < pl_module.total_steps():
             self.on_train_batch_start(trainer, pl_module)
+
+    def has_best(self) -> bool:
+        """Whether one of its files is the best of this run."""
+        here = os.path.dirname(self.best_model_path) == str(self.dirpath)
+        return self.monitor is not None and self.best_model_score is not None and here
+
+    def _should_save_on_train_epoch_end(self, trainer: Trainer) -> bool:
+        # Lightning would save at the end of each epoch even if it is validated, too early for the last validation.
+        if self._save_on_train_epoch_end is None and sum(trainer.num_val_batches):
+            return False
+        return super()._should_save_on_train_epoch_end(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.validated = trainer.global_step
@@ -232,21 +266,3 @@ def replace(new: Path, path: Path) -> None:
     os.replace(new, path)
     sync(path.parent)
     remove(old)
-
-
-def remove(path: Path) -> None:
-    """Removes a file or folder, if it is there."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def sync(folder: Path) -> None:
-    """Makes sure that a folder's list of names is on the disk."""
-    if os.name == "posix":  # elsewhere a folder cannot be opened
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -1,5 +1,6 @@
 """The LightningCLI: options in, a run folder, a trainer and its parts out."""
 
+import contextlib
 import dataclasses
 import inspect
 import json
@@ -20,14 +21,15 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lm_lightning import evaluation, hub, saving, strategies
+from lm_lightning import evaluation, hub, saving, settings, strategies
 from lm_lightning import run as runs
 from lm_lightning.callbacks.distillation import Distillation  # noqa: F401 (imported, so that its short name works)
-from lm_lightning.callbacks.export import Export, export
+from lm_lightning.callbacks.export import Export, Weights
 from lm_lightning.callbacks.gradients import Gradients  # noqa: F401
+from lm_lightning.callbacks.monitors import Monitors
 from lm_lightning.callbacks.predictions import Predictions
 from lm_lightning.callbacks.preemption import Preemption
 from lm_lightning.callbacks.progress import RunProgress
@@ -50,6 +52,7 @@ from lm_lightning.data.roles import RoleData  # noqa: F401
 from lm_lightning.data.tagging import TaggingData  # noqa: F401
 from lm_lightning.environment import environment
 from lm_lightning.errors import UserError, of_instance
+from lm_lightning.loops import FitLoop
 from lm_lightning.models.bert import MaskedLM  # noqa: F401
 from lm_lightning.models.classification import Classification  # noqa: F401
 from lm_lightning.models.gpt import CausalLM  # noqa: F401
@@ -93,6 +96,19 @@ EXPECTED_WARNINGS = (
 )
 
 
+class OptionParser(LightningArgumentParser):
+    """The parser of the CLI: no abbreviated options, and loggers write into the run folder unless told otherwise."""
+
+    def __init__(self, *args: Any, allow_abbrev: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=allow_abbrev, **kwargs)
+
+    def add_class_arguments(self, theclass: type, *args: Any, **kwargs: Any) -> list[str]:  # noqa: D102
+        added = super().add_class_arguments(theclass, *args, **kwargs)
+        if inspect.isclass(theclass) and issubclass(theclass, Logger) and "save_dir" in added:
+            self.set_defaults(save_dir=runs.PLACEHOLDER)
+        return added
+
+
 class CLI(LightningCLI):
     """`python -m lm_lightning fit | validate | test | predict`.
 
@@ -117,6 +133,7 @@ class CLI(LightningCLI):
             args=args,
             seed_everything_default=1,
             auto_configure_optimizers=False,
+            parser_class=OptionParser,
             parser_kwargs={"prog": "lm_lightning", "exit_on_error": False}
             | {
                 command: {
@@ -133,6 +150,13 @@ class CLI(LightningCLI):
         parser.add_argument(
             "--runs_dir", type=str, default="runs", help="Folder of all runs: <runs_dir>/<name>/<time>."
         )
+        parser.add_argument(
+            "--export",
+            type=Weights,
+            default="best",
+            help="Whose weights model/ gets when training has ended: those of the best checkpoint by best.monitor, or "
+            "those of the last step.",
+        )
         parser.add_lightning_class_args(Checkpoints, "best")
         parser.set_defaults({f"best.{k}": v for k, v in CHECKPOINTS.items()})
         parser.set_defaults({"best.filename": "best", "best.monitor": "val/loss"})
@@ -140,35 +164,42 @@ class CLI(LightningCLI):
         parser.set_defaults({f"last.{k}": v for k, v in CHECKPOINTS.items()})
         parser.set_defaults({"last.filename": "last"})
 
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:  # noqa: D102 (as in Lightning)
-        self.evaluated: Optional[Path] = None  # the run folder
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parses config files first, in their order, and then all flags; of an evaluation of a run, its config first.
+
+        `evaluated` is then the run folder.
+        """
+        self.evaluated: Optional[Path] = None
         self.arguments: list[str] = []
         if isinstance(args, (dict, Namespace)):  # settings that are given in Python
-            return self.parse(parser, args)
+            return super().parse_arguments(parser, args)
         self.arguments = list(sys.argv[1:] if args is None else args)
         self.evaluated, arguments = evaluation.of_arguments(self.arguments)
-        self.parse(parser, arguments)
-        config = self.config[self.config.subcommand]
+        config = self.parse(parser, arguments)
         if self.config.subcommand not in evaluation.COMMANDS or self.evaluated is not None:
             return
         self.evaluated = evaluation.of_config(config, name_of(config))
         if self.evaluated is None or evaluation.record_of(config.config):
             return
-        self.parse(parser, evaluation.with_config_of(self.evaluated, self.arguments))
-        own = self.config[self.config.subcommand]
+        own = self.parse(parser, evaluation.with_config_of(self.evaluated, self.arguments))
         if different := [
             *evaluation.differences(config.model, own.model, "model"),
             *evaluation.differences(config.data, own.data, "data"),
         ]:
-            given = ", ".join(str(file) for file in config.config or [])
+            given = ", ".join(config.config or [])
             print(f"settings: those of {self.evaluated}/config.yaml, not of {given}: {', '.join(sorted(different))}")
 
-    def parse(self, parser: LightningArgumentParser, arguments: Any) -> None:
-        """Sets `config`."""
+    def parse(self, parser: LightningArgumentParser, arguments: list[str]) -> Any:
+        """Sets `config`, and returns that of the subcommand."""
+        options, files, flags = settings.layered(arguments[1:])
         try:
-            super().parse_arguments(parser, arguments)
+            self.config = parser.parse_args([*arguments[:1], *settings.as_argument(options), *flags])
         except ValueError as error:  # not even a name of a file, which an option's value may be
             raise UserError(f"an option's value cannot be read: {error}") from error
+        own = self.config[self.config.subcommand]
+        settings.report_replaced(options, own)
+        own.config = files  # the first one names the run
+        return own
 
     def _parse_ckpt_path(self) -> None:
         """Checks the settings; Lightning would put those of a checkpoint over the command line's here."""
@@ -177,6 +208,13 @@ class CLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         config.name = name = name_of(config)
+        if config.trainer.logger is True:
+            config.trainer.logger = self._parser(self.subcommand).get_defaults().trainer.logger
+        loggers = as_list(config.trainer.logger)
+        if self.subcommand != "fit":
+            # Results are logged to a run of W&B; the other loggers would continue the files of the training.
+            loggers = [logger for logger in loggers if logger.class_path.endswith(WandbRun.__name__)]
+        config.trainer.logger = loggers or False
         run, weights = self.evaluated, ""
         if self.subcommand != "fit":
             weights = self.evaluated_weights(config)
@@ -213,10 +251,6 @@ class CLI(LightningCLI):
 
     def evaluated_weights(self, config: Any) -> str:
         """What an evaluation loads; sets the weights and the tokenizer where these are those of a run."""
-        # What is found belongs to a run of W&B; the other loggers would write into the training's own files.
-        config.trainer.logger = [
-            own for own in as_list(config.trainer.logger) if own.class_path.endswith(WandbRun.__name__)
-        ] or False
         if self.evaluated is not None and not evaluation.record_of(config.config):
             weights = evaluation.configure(config, self.evaluated)
         elif config.ckpt_path is not None:
@@ -248,7 +282,7 @@ class CLI(LightningCLI):
             print(f"{'run' if self.subcommand == 'fit' else 'evaluation'} folder: {self.run_folder}")
             print(f"device: {trainer.strategy.root_device} x {trainer.world_size}, precision: {trainer.precision}")
             if self.subcommand != "fit":
-                print(f"weights: {self.record.record['weights']}")
+                print(f"weights: {self.record.weights()}")
             elif self.checkpoint:
                 print(f"checkpoint: {self.checkpoint}")
 
@@ -263,29 +297,24 @@ class CLI(LightningCLI):
             raise cause or of_instance(error) from error
 
     def after_fit(self) -> None:
-        if self.checkpoint is None or self.trainer.global_step > self.model.resumed_at:
+        if self.checkpoint is None or self.trainer.global_step > self.model.resumed_at or self.model.ended_early:
             return
-        if runs.ended_early(self.run_folder, Path(self.checkpoint)):
-            if self.trainer.is_global_zero:
-                export(self.model, self.run_folder / "model")
-        else:
-            raise UserError(
-                f"there is nothing left to train: the checkpoint is at step {self.model.resumed_at}, the end of this "
-                "run: raise trainer.max_epochs or trainer.max_steps"
-            )
+        raise UserError(
+            f"there is nothing left to train: the checkpoint is at step {self.model.resumed_at}, the end of this "
+            "run: raise trainer.max_epochs or trainer.max_steps"
+        )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         self.config[self.subcommand] = self.reusable_config  # for RunFolder; the classes are made already
         config = self.config_init[self.subcommand].trainer
-        callbacks = config.callbacks or []
-        extra = [Resuming(), Preemption(), Throughput(), Export(), Predictions(), Report()]
+        callbacks, plugins = as_list(config.callbacks), as_list(config.plugins)
+        extra = [Monitors(), Resuming(), Preemption(), Throughput(), Predictions(), Report()]
         if self.subcommand != "fit":
             extra.append(self.record)
         if config.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             extra.append(RunProgress())
         if not any(isinstance(c, Spikes) for c in callbacks):
             extra.append(Spikes())
-        plugins = config.plugins if isinstance(config.plugins, list) else [config.plugins] if config.plugins else []
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins = [*plugins, CheckpointFiles()]
         trainer = super().instantiate_trainer(
@@ -295,7 +324,12 @@ class CLI(LightningCLI):
             **kwargs,
         )
         if config.enable_checkpointing is False:  # which Lightning refuses beside the checkpoints of this CLI
-            trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, (Checkpoints, Export))]
+            trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, Checkpoints)]
+        else:  # when the checkpoints of the last step are there
+            trainer.callbacks.append(Export(self.config_init[self.subcommand].export))
+        for name in ("best", "last"):
+            self.config_init[self.subcommand][name].option = name
+        FitLoop.replace(trainer)
         strategies.check(trainer.strategy)
         return trainer
 
@@ -318,15 +352,15 @@ class RunFolder(SaveConfigCallback):
         partial.replace(config)
         for logger in trainer.loggers:
             if not isinstance(logger, (CSVLogger, TensorBoardLogger)):  # whose files lie beside it
-                logger.log_hyperparams(yaml.safe_load(config.read_text()))
-        (run / "environment.json").write_text(json.dumps(environment(), indent=2))
-        (run / "data.json").write_text(json.dumps(trainer.datamodule.info, indent=2))
+                logger.log_hyperparams(yaml.safe_load(config.read_text(encoding="utf-8")))
+        (run / "environment.json").write_text(json.dumps(environment(), indent=2), encoding="utf-8")
+        (run / "data.json").write_text(json.dumps(trainer.datamodule.info, indent=2), encoding="utf-8")
         trainer.datamodule.tokenizer.save_pretrained(run / "tokenizer")
 
 
 def name_of(config: Any) -> str:
     """The name of the experiment, which is that of the first config file by default."""
-    return config.name or (Path(str(config.config[0])).stem if config.config else "run")
+    return config.name or (Path(config.config[0]).stem if config.config else "run")
 
 
 def check(config: Any) -> None:
@@ -356,7 +390,7 @@ def check(config: Any) -> None:
 def check_location(config: Any) -> None:
     """Refuses options that would put a part of a run somewhere else than into its run folder."""
     loggers = as_list(config.trainer.logger)
-    files = [logger for logger in loggers if str(logger.get("class_path")).endswith("MetricsFile")]
+    files = [own for own in loggers if str(getattr(own, "class_path", "")).endswith("MetricsFile")]
     for name, value, default in [
         ("trainer.default_root_dir", config.trainer.default_root_dir, TRAINER_DEFAULTS["default_root_dir"]),
         ("best.dirpath", config.best.dirpath, CHECKPOINTS["dirpath"]),
@@ -368,11 +402,6 @@ def check_location(config: Any) -> None:
                 f"{name} is {value}, but a run has all its files in one folder, <runs_dir>/<name>/<time>: remove it, "
                 "and say where runs are with --runs_dir"
             )
-
-
-def as_list(value: Any) -> list:
-    """The classes of an option that may be one, a list of them, or true or false."""
-    return value if isinstance(value, list) else [value] if hasattr(value, "items") else []
 
 
 def refuse_null(value: Any, name: str, target: Any) -> None:
@@ -387,13 +416,19 @@ def refuse_null(value: Any, name: str, target: Any) -> None:
         target, value = pydoc.locate(value["class_path"]), value.get("init_args") or {}
     hints: dict[str, Any] = {}
     for base in reversed(inspect.getmro(target)) if inspect.isclass(target) else ():  # `**options` are those of a base
-        hints |= typing.get_type_hints(base.__init__)  # type: ignore[misc]
+        with contextlib.suppress(NameError):  # of types that are imported for type checkers only
+            hints |= typing.get_type_hints(base.__init__)  # type: ignore[misc]
     for key, option in (value if isinstance(value, dict) else vars(value)).items():
         hint = hints.get(key)
         if option is None and hint not in (None, Any) and type(None) not in typing.get_args(hint):
             raise UserError(f"{name}.{key} is null, but must have a value: leave it out for its default")
         if hasattr(option, "items"):  # null within a network's settings is theirs to judge
             refuse_null(option, f"{name}.{key}", hint if dataclasses.is_dataclass(hint) else None)
+
+
+def as_list(value: Any) -> list:
+    """What Lightning accepts as one item, a list of them, null or false."""
+    return list(value) if isinstance(value, (list, tuple)) else [value] if value else []
 
 
 def fill_in(config: Any, run: str) -> Any:

@@ -12,13 +12,14 @@ import torch
 import transformers
 
 import lm_lightning
+from lm_lightning.redaction import redact_arguments
 
 
 def environment() -> dict[str, Any]:
     """Command, versions, hardware and the git commit of the working directory, JSON-able."""
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return {
-        "command": sys.argv,
+        "command": redact_arguments(sys.argv),
         "git": git(),
         "lm_lightning": lm_lightning.__version__,
         "python": platform.python_version(),
@@ -38,7 +39,9 @@ def git() -> Optional[dict[str, Any]]:
     """`commit` of the working directory and whether files of it are `changed`; None outside of a repository."""
     try:
         commit, changes = (
-            subprocess.run(["git", *args], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+            subprocess.run(
+                ["git", *args], capture_output=True, encoding="utf-8", errors="replace", timeout=10, check=True
+            ).stdout.strip()
             for args in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
         )
     except (OSError, subprocess.SubprocessError):  # no git, no repository, no commit yet
@@ -49,7 +52,7 @@ def git() -> Optional[dict[str, Any]]:
 def cpu() -> str:
     """The name of the processor."""
     if sys.platform == "linux":
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("model name"):  # not on ARM
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()

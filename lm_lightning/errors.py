@@ -1,6 +1,7 @@
 """The one exception that is meant for the user, and how others become it."""
 
 import importlib
+import os
 import re
 from typing import Any
 
@@ -25,6 +26,11 @@ def package(name: str, what: str, extra: str) -> Any:
     except ImportError as error:
         package = name.partition(".")[0]
         raise UserError(f'{what} needs the package {package}: pip install -e ".[{extra}]"') from error
+
+
+def first_process() -> bool:
+    """Whether this is the first process of a run; the others meet the same problems, and need not say so again."""
+    return {os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID")} == {"0"}
 
 
 # Lines in which jsonargparse tells of its own inner life.

@@ -15,6 +15,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lm_lightning import run as runs
+from lm_lightning import settings
+from lm_lightning.commands.export import default_checkpoint
 from lm_lightning.errors import UserError
 
 COMMANDS = ("validate", "test", "predict")
@@ -66,11 +68,15 @@ def of_config(config: Any, name: str) -> Optional[Path]:
 
 def checkpoint_of(ckpt_path: str, run: Optional[Path], runs_dir: str, name: str) -> Path:
     """The checkpoint that is meant by `last`, `best` or a path: of a run, or of the newest run of a name."""
-    if ckpt_path not in ("last", "best"):
-        return Path(ckpt_path).expanduser()
-    if run is not None:
-        return runs.checkpoint_in(run / "checkpoints", ckpt_path)
-    return runs.last_checkpoint(runs_dir, name, ckpt_path)
+    if ckpt_path in ("last", "best"):
+        if run is None:
+            return runs.last_checkpoint(runs_dir, name, ckpt_path)
+        folder = run / "checkpoints"
+        return runs.usable_checkpoint(folder) if ckpt_path == "last" else runs.best_checkpoint(folder)
+    checkpoint = Path(ckpt_path).expanduser()
+    if checkpoint.name == "best.ckpt" and not checkpoint.exists():  # of several best ones, which have other names
+        return runs.best_checkpoint(checkpoint.parent)
+    return checkpoint
 
 
 def options_of(config: Any, part: str) -> Any:
@@ -80,16 +86,7 @@ def options_of(config: Any, part: str) -> Any:
 
 def with_config_of(run: Path, arguments: list[str]) -> list[str]:
     """Arguments of an evaluation with the config of a run in the place of other configs."""
-    command, *rest = arguments
-    flags, position = list[str](), 0
-    while position < len(rest):
-        if rest[position] in ("--config", "-c"):
-            position += 2
-            continue
-        if not rest[position].startswith(("--config=", "-c=")):
-            flags.append(rest[position])
-        position += 1
-    return [command, "--config", str(run / "config.yaml"), *flags]
+    return [arguments[0], "--config", str(run / "config.yaml"), *settings.layered(arguments[1:])[2]]
 
 
 def record_of(configs: Any) -> Optional[Path]:
@@ -145,7 +142,7 @@ def configure(config: Any, run: Path) -> str:
             return str(run / "model")
         if not (run / "checkpoints").is_dir():
             raise UserError(f"{run} has neither a model/ nor checkpoints/, so there is nothing to evaluate")
-        checkpoint = runs.checkpoint_in(run / "checkpoints", "best", "last")
+        checkpoint = default_checkpoint(run / "checkpoints")
     config.ckpt_path = str(checkpoint.absolute())
     return config.ckpt_path
 
@@ -173,7 +170,9 @@ class Evaluation(Callback):
 
     def __init__(self, parser: LightningArgumentParser, config: Any, run: Optional[Path], weights: str) -> None:
         self.parser, self.config = parser, config
-        self.record: dict[str, Any] = {"run": run and str(run), "weights": weights}
+        about = Path(weights) / runs.TRAINING  # of a run's model/: which checkpoint it is
+        self.about = json.loads(about.read_text(encoding="utf-8")) if about.is_file() else None
+        self.record: dict[str, Any] = {"run": run and str(run), "weights": weights, "model": self.about}
 
     def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes both files, without metrics, when nothing is left to refuse."""
@@ -202,6 +201,11 @@ class Evaluation(Callback):
 
     on_validation_start = on_test_start = on_predict_start = start
     on_validation_end = on_test_end = on_predict_end = end
+
+    def weights(self) -> str:
+        """Where the weights are from, for the screen."""
+        where = self.record["weights"]
+        return f"{where} ({self.about['checkpoint']} checkpoint, {runs.described(self.about)})" if self.about else where
 
     def write(self, trainer: Trainer) -> None:
         """Writes the record, which is whole whenever the process is killed."""

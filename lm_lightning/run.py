@@ -4,14 +4,15 @@ config.yaml        complete; `fit --config` of it runs the run again, and `valid
 data.json          where the tokens came from and how many there are
 environment.json   versions, machine and git commit
 tokenizer/         from_pretrained folder
-checkpoints/       last.ckpt to go on from, best.ckpt of the lowest validation loss
+checkpoints/       last.ckpt to resume from, best.ckpt of the best validation
 metrics.csv        and tensorboard/: what was logged
 wandb/             of a run of W&B: its id, and what is or was to be sent
 samples.jsonl      what a GPT wrote at each validation
 spikes.jsonl       steps whose loss was far above those before, with their training samples
 results.csv        and results.md: how well labels or answers were predicted in the last validation of the training;
                    also confusion.csv and .png
-model/             from_pretrained folder: the trained network with its tokenizer
+model/             from_pretrained folder: the network of the best checkpoint (or the last one) with its tokenizer, and
+                    training.json, which names its step
 adapter/           of LoRA: what was trained, as a folder of peft's
 report.html        all of this to look at
 evaluations/       a folder for each `validate`, `test` and `predict` of this run, named `<time>-<command>`:
@@ -32,11 +33,13 @@ import zipfile
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import Literal, Optional
+from typing import Any, Literal, Optional
 
+from lm_lightning import untrusted
 from lm_lightning.errors import UserError
 
 PLACEHOLDER = "<run>"  # in the value of an option: the run folder
+TRAINING = "training.json"  # in model/: which step the weights are from, and its score
 OLD = ".old"  # ends the name of a sharded checkpoint while another takes its place
 STORES: list = []  # live as long as this process does
 MADE: list[Path] = []  # folders that this process has made for its run, the run folder last
@@ -133,8 +136,7 @@ def runs_of(runs_dir: str, name: str) -> Path:
     Raises:
         UserError: If the name is none for a folder.
     """
-    if Path(name).name != name or "\0" in name:
-        raise UserError(f"--name {name} is no name for a folder: give one without slashes")
+    untrusted.plain_name(name, "--name")
     return Path(runs_dir).expanduser().absolute() / name
 
 
@@ -154,29 +156,18 @@ def last_checkpoint(runs_dir: str, name: str, which: str = "last") -> Path:
     # A job of SLURM's that was queued again goes on with its own run, whatever others of that name have done since.
     job = f"slurm-{os.environ.get('SLURM_JOB_ID')}-"
     checkpoints = [path for path in checkpoints if path.parent.parent.name.startswith(job)] or checkpoints
-    return checkpoint_in(max(checkpoints, key=lambda path: path.stat().st_mtime).parent, which)
+    folder = max(checkpoints, key=lambda path: path.stat().st_mtime).parent
+    return usable_checkpoint(folder) if which == "last" else named_checkpoint(folder, which)
 
 
-def checkpoint_in(folder: Path, *names: str) -> Path:
-    """A checkpoint of a run: the first of some names that is there; of `last`, if it is damaged, the newest other one.
-
-    Args:
-        folder: `checkpoints/` of a run.
-        names: Such as `last` or `best`.
+def usable_checkpoint(folder: Path) -> Path:
+    """The latest checkpoint of a folder that is not damaged.
 
     Raises:
         UserError: If there is none.
     """
-    found = [path for kind in ("*.ckpt", f"*.ckpt{OLD}") for path in folder.glob(kind)]
-    for name in names:
-        if name != "last" and (folder / f"{name}.ckpt").exists():
-            return folder / f"{name}.ckpt"
-    if "last" not in names or not found:
-        others = ", ".join(sorted(path.name for path in found)) or "none"
-        raise UserError(f"there is no {names[0]}.ckpt in {folder}; the checkpoints there: {others}")
-    found.sort(key=lambda path: (path.name == "last.ckpt", path.stat().st_mtime), reverse=True)
     errors = []
-    for checkpoint in found:
+    for checkpoint in newest_first(folder):
         try:
             step = load_checkpoint(checkpoint, weights=False)["global_step"]
         except UserError as error:
@@ -185,7 +176,58 @@ def checkpoint_in(folder: Path, *names: str) -> Path:
             if errors:
                 print(f"{errors[0]}: going on from {checkpoint.name} of step {step}")
             return checkpoint
-    raise errors[0]
+    raise errors[0] if errors else UserError(f"there is no checkpoint in {folder}")
+
+
+def newest_first(folder: Path) -> list[Path]:
+    """The checkpoints of a folder, the one of the latest step first; unreadable ones at the end, except `last.ckpt`."""
+
+    def order(path: Path) -> tuple:
+        try:
+            step = float(load_checkpoint(path, weights=False, checked=True)["global_step"])
+        except UserError:
+            step = float("inf") if path.name == "last.ckpt" else -1
+        return step, path.name == "last.ckpt", path.stat().st_mtime
+
+    return sorted((path for kind in ("*.ckpt", f"*.ckpt{OLD}") for path in folder.glob(kind)), key=order, reverse=True)
+
+
+def best_checkpoint(folder: Path) -> Path:
+    """The checkpoint that the newest one of a folder has recorded as the best by `best.monitor`.
+
+    Raises:
+        UserError: If there is none.
+    """
+    for path in newest_first(folder):
+        try:
+            states = load_checkpoint(path, weights=False, checked=True).get("callbacks", {}).values()
+        except UserError:
+            continue
+        for state in states:
+            if isinstance(state, dict) and state.get("monitor") and state.get("best_model_score") is not None:
+                if os.path.dirname(state["best_model_path"]) != str(state["dirpath"]):
+                    continue  # of the run that this one was started from
+                best = folder / os.path.basename(state["best_model_path"])
+                if best.exists():
+                    return best
+                raise UserError(f"the best checkpoint {best} is missing: take another one of {folder}")
+    raise UserError(
+        f"there is no best checkpoint in {folder}: none was monitored (best.monitor, best.save_top_k) or validated"
+    )
+
+
+def named_checkpoint(folder: Path, name: str) -> Path:
+    """The checkpoint of a folder that `best`, `last` or the name of its file means.
+
+    Raises:
+        UserError: If there is none.
+    """
+    stem = name.removesuffix(".ckpt")
+    if stem == "best":
+        return best_checkpoint(folder)
+    if stem == "last" and not (folder / "last.ckpt").exists() and (own := newest_first(folder)):
+        return own[0]
+    return folder / f"{stem}.ckpt"
 
 
 def run_of(checkpoint: Path) -> Optional[Path]:
@@ -224,6 +266,7 @@ def load_checkpoint(path: Path, weights: bool = True, checked: bool = False) -> 
             damaged = None if checked else sharded_checkpoint.damaged(path)
         elif not checked:
             with zipfile.ZipFile(path) as file:
+                untrusted.refuse_expanding_zip(file, path)
                 damaged = file.testzip()  # torch.load does not compare the sums
         if damaged:
             raise UserError(f"the checkpoint {path} is damaged (the checksum of its part {damaged} is wrong): {remedy}")
@@ -239,6 +282,12 @@ def load_checkpoint(path: Path, weights: bool = True, checked: bool = False) -> 
     if not isinstance(checkpoint, dict) or not {"network", "state_dict", "global_step"} <= checkpoint.keys():
         raise UserError(f"{path} is no checkpoint of lm_lightning: {remedy}")
     return checkpoint
+
+
+def described(about: dict[str, Any]) -> str:
+    """The step that the weights of a model are from, and its score if it was monitored, for the screen."""
+    score = f", {about['metric']} {about['score']:.4g}" if "metric" in about else ""
+    return f"step {about['step']:,}{score}"
 
 
 def run_folder(path: str | Path) -> Path:

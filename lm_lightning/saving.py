@@ -4,10 +4,10 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
+from lm_lightning import settings
 from lm_lightning.errors import UserError
 
 UNSAVEABLE = "Unable to serialize instance"  # what jsonargparse writes in the place of such a value
@@ -27,7 +27,7 @@ def checked(parser: LightningArgumentParser, config: Any) -> Any:
         UserError: If there are others; names the option.
     """
     saved = config.clone()
-    lost = [name for name, value in leaves(yaml.safe_load(dumped(parser, saved))) if str(value).startswith(UNSAVEABLE)]
+    lost = [name for name, value in leaves(settings.load(dumped(parser, saved))) if str(value).startswith(UNSAVEABLE)]
     for name in lost:
         remove(saved, name)
     try:

@@ -8,7 +8,6 @@ import io
 import os
 import pickle
 import zipfile
-import zlib
 from pathlib import Path
 from typing import Any, Optional
 
@@ -16,9 +15,14 @@ import torch
 import torch.distributed
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
 
-from lm_lightning.checkpoints import PARTIAL, check_loads, remove, replace, sync, unwritten
+from lm_lightning.checkpoints import check_loads, replace, unwritten
+from lm_lightning.console import printable
+from lm_lightning.errors import UserError
+from lm_lightning.files import PARTIAL, checksum, remove, sync
+from lm_lightning.untrusted import plain_name, refuse_expanding_zip
 
 META = "meta.pt"  # Lightning's name, by which it knows such a folder
 TABLE = ".metadata"  # PyTorch's name of the table of contents
@@ -77,22 +81,15 @@ def save(checkpoint: dict[str, Any], path: Path) -> None:
     torch.distributed.barrier()
 
 
-def checksum(file: Path) -> int:
-    """CRC-32 of a file."""
-    value = 0
-    with open(file, "rb") as stream:
-        while part := stream.read(1 << 24):
-            value = zlib.crc32(part, value)
-    return value
-
-
 def damaged(path: Path) -> Optional[str]:
     """The name of a file of a checkpoint that is not as it was written, None if all are."""
     with zipfile.ZipFile(path / META) as file:
+        refuse_expanding_zip(file, path / META)
         if file.testzip():  # torch.load does not compare the sums
             return META
     for name, value in meta(path)["sums"].items():
-        if not (path / name).is_file() or checksum(path / name) != value:
+        file_path = path / plain_name(name, f"a file name in {path / META}")
+        if not file_path.is_file() or checksum(file_path) != value:
             return name
     return None
 
@@ -110,7 +107,13 @@ def load(path: Path, weights: dict[str, Any], state: Optional[dict[str, Any]]) -
         weights: State dict of the network, which may be sharded in any way.
         state: State of the optimizer by the names of the parameters; its groups get the checkpoint's settings.
     """
-    dcp.load(flat(weights, state), storage_reader=Reader(path))
+    reader = Reader(path)
+    reader.read_metadata()  # refuses here what `dcp.load` would wrap
+    try:
+        dcp.load(flat(weights, state), storage_reader=reader)
+    except dcp.CheckpointException as error:
+        reason = " ".join(str(next(iter(error.failures.values()))[0]).split())[:300]
+        raise UserError(f"the checkpoint {path} cannot be read ({reason}): use another one") from error
     if state is not None:
         saved = {name: group for group in meta(path)["optimizer_groups"] for name in group["params"]}
         for group in state["param_groups"]:
@@ -173,11 +176,52 @@ class Reader(dcp.FileSystemReader):
     """Reads the table of contents, which is a pickle, without letting it run anything but the table's own classes."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with open(Path(self.path) / TABLE, "rb") as file:
-            metadata = TableUnpickler(file).load()
-        metadata.storage_meta = metadata.storage_meta or StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
+        path = Path(self.path)
+        try:
+            with open(path / TABLE, "rb") as file:
+                metadata = TableUnpickler(file).load()
+            check_table(metadata, path)
+        except (UserError, OSError):
+            raise
+        except Exception as error:  # of damaged files, pickle raises anything
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"the table of contents {path / TABLE} is damaged or not a checkpoint's ({reason})"
+            ) from error
+        metadata.storage_meta = StorageMeta(load_id=self.load_id)
         return metadata
+
+
+def check_table(metadata: Any, path: Path) -> None:
+    """Refuses a table of contents that lists anything but tensors in files of its own folder.
+
+    `torch.distributed.checkpoint` unpickles whatever a table calls bytes, without restrictions, and joins file names
+    unchecked.
+
+    Raises:
+        UserError: Names the entry.
+    """
+    if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
+        raise UserError(f"{path / TABLE} is not the table of contents of a checkpoint")
+    room: dict[str, int] = {}  # bytes of the file of each tensor's parts
+    for index, info in metadata.storage_data.items():
+        if not isinstance(index, MetadataIndex) or not isinstance(info, _StorageInfo):
+            raise UserError(f"{path / TABLE} has an entry that is not a part of a tensor: it is damaged or was changed")
+        file = path / plain_name(info.relative_path, f"a file name in {path / TABLE}")
+        size = file.stat().st_size if file.is_file() and not file.is_symlink() else -1
+        if min(info.offset, info.length) < 0 or info.offset + info.length > size:
+            raise UserError(f"{path / TABLE} names bytes of {file.name} that are not there: the checkpoint is damaged")
+        if info.transform_descriptors:
+            raise UserError(f"{path / TABLE} has a part that is transformed, which lm_lightning never writes")
+        room[index.fqn] = room.get(index.fqn, 0) + info.length
+    for name, tensor in metadata.state_dict_metadata.items():
+        if not isinstance(tensor, TensorStorageMetadata) or not isinstance(tensor.properties.dtype, torch.dtype):
+            raise UserError(
+                f"{path / TABLE} lists {printable(str(name))[:100]}, which is not a tensor and could run code when it "
+                "is read: do not use this checkpoint"
+            )
+        if tensor.size.numel() * tensor.properties.dtype.itemsize > room.get(name, 0):
+            raise UserError(f"{path / TABLE} lists {printable(str(name))[:100]} as larger than its file: it is damaged")
 
 
 class TableUnpickler(pickle.Unpickler):

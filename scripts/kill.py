@@ -33,7 +33,7 @@ class Samples(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: dict, batch_idx: int) -> None:
         place = [trainer.global_step, batch_idx % trainer.accumulate_grad_batches, trainer.global_rank]
-        with open(Path(trainer.default_root_dir) / "order.jsonl", "a") as file:
+        with open(Path(trainer.default_root_dir) / "order.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps([place, batch["id"]]) + "\n")
 
 
@@ -88,7 +88,7 @@ def checkpoints(folder: Path) -> list[Path]:
 def order(run: Path) -> dict[tuple, list[int]]:
     """The samples of each step, micro-batch and process; those of steps that were done twice have to be the same."""
     result: dict[tuple, list[int]] = {}
-    for line in (run / "order.jsonl").read_text().splitlines():
+    for line in (run / "order.jsonl").read_text(encoding="utf-8").splitlines():
         place, samples = json.loads(line)
         before = result.setdefault(tuple(place), samples)
         if before != samples:
@@ -98,7 +98,7 @@ def order(run: Path) -> dict[tuple, list[int]]:
 
 def metrics(run: Path) -> list[dict]:
     """What was logged, without what depends on the clock."""
-    with open(run / "metrics.csv", newline="") as file:
+    with open(run / "metrics.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     clock = ("tokens_per_second", "seconds", "mfu", "memory", "epoch")
     return [{k: v for k, v in row.items() if v and not k.endswith(clock)} for row in rows]

@@ -116,7 +116,7 @@ def test_resumed_run_ends_in_the_same_bits_as_one_never_stopped(fit, recipe, wor
 def test_run_that_was_finished_goes_on_with_more_steps(fit):
     whole = fit("--name", "whole", "--model.schedule.shape", "constant")
     flags = ("--name", "part", "--model.schedule.shape", "constant")
-    part = fit(*flags, "--trainer.max_steps", 7)  # no validation at step 7
+    part = fit(*flags, "--trainer.max_steps", 7)
     assert fit(*flags, "--ckpt_path", "last") == part
     assert same(weights(whole), weights(part))
 

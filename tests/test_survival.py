@@ -227,7 +227,7 @@ def test_no_damage_to_a_checkpoint_goes_unnoticed(fit, tmp_path: Path):
 
 def test_a_damaged_last_checkpoint_is_told_and_the_one_before_it_taken(fit, cli, recipe: Path):
     whole = fit("--name", "whole", *CONSTANT)
-    cut = fit("--name", "cut", "--trainer.max_steps", 7, *CONSTANT)
+    cut = fit("--name", "cut", "--trainer.max_steps", 5, *CONSTANT)
     last = cut / "checkpoints" / "last.ckpt"
     content = bytearray(last.read_bytes())
     content[len(content) // 2] ^= 1
@@ -249,7 +249,7 @@ def test_going_on_in_another_folder_deletes_nothing_of_the_first(fit):
 
 
 def test_a_run_that_was_moved_knows_its_best_checkpoint(fit, tmp_path: Path):
-    flags = ("--best.mode", "max", *CONSTANT)  # the first loss is the highest
+    flags = ("--best.monitor", "train/tokens", "--best.mode", "min", "--best.every_n_train_steps", 5, *CONSTANT)
     fit(*flags)
     (tmp_path / "runs").rename(tmp_path / "moved")
     run = fit(*flags, "--runs_dir", tmp_path / "moved", "--ckpt_path", "last", "--trainer.max_steps", 20)
@@ -429,9 +429,11 @@ def test_a_run_that_is_stopped_in_its_last_validation_still_makes_its_model(fit,
         fit(*callbacks((Signals, {"hook": "validation", "call": 3, "numbers": [signal.SIGTERM]})))
     run = only(recipe.parent / "runs" / "tiny")
     assert runs.load_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == 10
-    assert "which makes model/" in capsys.readouterr().out and not (run / "model").exists()
+    assert "which finishes the validation and writes model/" in capsys.readouterr().out and not (run / "model").exists()
     assert fit("--ckpt_path", "last") == run
+    assert sorted(logged(run, "val/loss")) == [5, 10]
     assert (run / "model" / "model.safetensors").is_file()
+    assert runs.load_checkpoint(run / "checkpoints" / "best.ckpt")["global_step"] == 10
     with pytest.raises(UserError, match="raise trainer.max_steps"):
         fit("--ckpt_path", "last")
 

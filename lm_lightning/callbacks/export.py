@@ -1,17 +1,36 @@
 """Export: leaves a folder that plain `transformers` loads, and a checkpoint of the very end."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Literal, Optional
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 
+from lm_lightning.checkpoints import Checkpoints
 from lm_lightning.errors import UserError
-from lm_lightning.run import load_checkpoint
+from lm_lightning.run import TRAINING, described, load_checkpoint
+
+Weights = Literal["best", "last"]
 
 
 class Export(Callback):
-    """Writes `model/` in the run folder when training has ended, and `checkpoints/last.ckpt` to go on from there."""
+    """Writes `model/` in the run folder when training has ended, and `checkpoints/last.ckpt` of the last step.
+
+    Args:
+        weights: Whose weights `model/` gets: those of the best checkpoint, if one is monitored, or those of the last
+            step. Callbacks that change the network step by step (pruning, quantization) have an attribute
+            `complete_from`, the step from which it is as it will be exported; if the best checkpoint is older, the last
+            step is exported.
+    """
+
+    def __init__(self, weights: Weights = "best") -> None:
+        self.weights = weights
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict) -> None:
+        checkpoint["export"] = {"weights": self.weights, "complete_from": complete_from(trainer)}
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.fast_dev_run:
@@ -25,26 +44,69 @@ class Export(Callback):
             stale = True
         if trainer.strategy.broadcast(stale):  # saving is done by all processes or none
             trainer.save_checkpoint(last)
-        export(pl_module, run / "model")
+            trainer.strategy.checkpoint_io.teardown()
+        saved, about = self.chosen(trainer) if trainer.is_global_zero else ({}, {})
+        earlier = trainer.strategy.broadcast(saved is not None)
+        export(pl_module, run / "model", about, saved if earlier else None)
+
+    def chosen(self, trainer: Trainer) -> tuple[Optional[dict[str, Any]], dict[str, Any]]:
+        """The checkpoint that is exported, None if it is the network as it is now, and what is said of it."""
+        last = {"checkpoint": "last", "step": trainer.global_step}
+        monitors = [c for c in trainer.checkpoint_callbacks if isinstance(c, Checkpoints) and c.has_best()]
+        if not monitors or self.weights == "last":
+            return None, last
+        monitor = monitors[0]
+        try:
+            saved = load_checkpoint(Path(monitor.best_model_path), checked=True)
+        except UserError as error:
+            print(f"model/ gets the weights of the last step instead of the best one: {error}")
+            return None, last
+        step = saved["global_step"]
+        if step < complete_from(trainer):
+            print(
+                f"model/ gets the weights of the last step, since at the best one, {step:,}, the network was not yet "
+                "pruned, quantized or averaged as it is to be exported"
+            )
+            return None, last
+        best = {"checkpoint": "best", "step": step, "metric": monitor.monitor, "score": float(monitor.best_model_score)}
+        return saved if step < trainer.global_step else None, best
 
 
-def export(pl_module: LightningModule, folder: Path) -> None:
+def complete_from(trainer: Trainer) -> float:
+    """The step from which the network is as it will be exported, see `Export`; `inf` if only at the end."""
+    if any(isinstance(callback, StochasticWeightAveraging) for callback in trainer.callbacks):
+        return float("inf")
+    return max([0.0, *(float(getattr(callback, "complete_from", 0)) for callback in trainer.callbacks)])
+
+
+def export(
+    pl_module: LightningModule, folder: Path, about: dict[str, Any], saved: Optional[dict[str, Any]] = None
+) -> None:
     """Writes the model, and of LoRA `adapter/` beside it, each whole or not there; all processes call it.
 
     A callback with a method `on_export` may change the model's folder before it is in place.
+
+    Args:
+        pl_module: Whose network is written.
+        folder: To write.
+        about: What is said of the weights, in `training.json` and on the screen.
+        saved: A checkpoint whose weights are written instead of the network's present ones; only the first process
+            needs its content.
     """
 
     def write(partial: Path) -> None:
-        pl_module.export(partial)
-        for callback in pl_module.trainer.callbacks:
-            if hasattr(callback, "on_export") and pl_module.trainer.is_global_zero:
-                callback.on_export(partial)
+        pl_module.export(partial, saved)
+        if pl_module.trainer.is_global_zero:
+            (partial / TRAINING).write_text(json.dumps(about, indent=2), encoding="utf-8")
+            for callback in pl_module.trainer.callbacks:
+                if hasattr(callback, "on_export"):
+                    callback.on_export(partial)
 
     replace(pl_module, folder, write)
     if pl_module.lora is not None:
-        replace(pl_module, folder.with_name("adapter"), pl_module.export_adapter)
+        replace(pl_module, folder.with_name("adapter"), lambda partial: pl_module.export_adapter(partial, saved))
     if pl_module.trainer.is_global_zero:
-        print(f"model: {folder}")
+        print(f"model: {folder} (weights of the {about['checkpoint']} checkpoint, {described(about)})")
 
 
 def replace(pl_module: LightningModule, folder: Path, write: Callable[[Path], None]) -> None:

@@ -112,7 +112,7 @@ class Preemption(Callback):
             sys.exit(0)  # at another status, Lightning kills the first process, whose status counts
         remedy = "go on with the same command and --ckpt_path last"
         if step >= pl_module.total_steps():
-            remedy += ", which makes model/; of the last validation, `validate --ckpt_path last` gives the result"
+            remedy += ", which finishes the validation and writes model/"
         if not saved:
             remedy = "there is nothing new to save, go on with the same command"
         name = signal.Signals(number).name

@@ -72,6 +72,11 @@ class Pruning(Callback):
 
     # Schedule
 
+    @property
+    def complete_from(self) -> int:
+        """The step from which the network is pruned as far as it will be."""
+        return self.last
+
     def share(self, step: int) -> float:
         """The share of zeros after an optimizer step."""
         if step < self.start:

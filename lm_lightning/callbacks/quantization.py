@@ -43,6 +43,11 @@ class Quantization(Callback):
         self.layers: dict[str, nn.Linear] = {}
         self.rounding: Optional[Rounding] = None
 
+    @property
+    def complete_from(self) -> int:
+        """The first step that is trained and validated as a quantized network."""
+        return 0 if self.start is None else self.start + 1
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self.start is None or stage != "fit":
             return

@@ -8,7 +8,8 @@ from pathlib import Path
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
-from lm_lightning.generation import Sampling, check, generate, prompt_ids
+from lm_lightning.console import printable
+from lm_lightning.generation import Sampling, check, generate, inherited, prompt_ids
 
 
 class Samples(Callback):
@@ -32,6 +33,8 @@ class Samples(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check(self.prompts, self.max_new_tokens, self.sampling)
+        if message := inherited(pl_module.network, trainer.datamodule.tokenizer):
+            pl_module.print(f"samples: {printable(message)}")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking:
@@ -49,7 +52,7 @@ class Samples(Callback):
             for prompt, text in zip(self.prompts, texts):
                 row = {"step": trainer.global_step, "prompt": prompt, "text": text}
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                pl_module.print(f"sample: {prompt}|{text}")
+                pl_module.print(f"sample: {printable(prompt)}|{printable(text)}")
         text = "\n\n".join(f"**{prompt}**{text}" for prompt, text in zip(self.prompts, texts))
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):

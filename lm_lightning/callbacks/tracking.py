@@ -38,7 +38,7 @@ class Rows(ExperimentWriter):
         super().__init__(log_dir)
         self.earlier: list[dict[str, Any]] = []  # rows of the run that this one goes on with
         if os.path.exists(self.metrics_file_path):
-            with open(self.metrics_file_path, newline="") as file:
+            with open(self.metrics_file_path, newline="", encoding="utf-8") as file:
                 rows = csv.DictReader(file)
                 self.earlier = [row for row in rows if (row.get("step") or "").isdigit()]  # a kill may cut the last
                 self.metrics_keys = list(rows.fieldnames or []) if self.earlier else []
@@ -61,14 +61,14 @@ class Rows(ExperimentWriter):
         super().log_metrics(metrics_dict, step)
 
     def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
-        with open(self.metrics_file_path, newline="") as file:
+        with open(self.metrics_file_path, newline="", encoding="utf-8") as file:
             rows = [row for row in csv.DictReader(file) if row.get("step")]
         self.rewrite(rows)
 
     def rewrite(self, rows: list[dict[str, Any]]) -> None:
         """Replaces the file by one of these rows."""
         partial = f"{self.metrics_file_path}.partial"
-        with open(partial, "w", newline="") as file:
+        with open(partial, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self.metrics_keys)
             writer.writeheader()
             writer.writerows(rows)

@@ -3,6 +3,7 @@
 `Samples` and `Predictions` log their tables here, `RunFolder` its config. W&B itself watches the machine.
 """
 
+import json
 import os
 import secrets
 import shutil
@@ -18,7 +19,8 @@ from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
 from lm_lightning.errors import UserError
-from lm_lightning.run import PLACEHOLDER, load_checkpoint
+from lm_lightning.redaction import redacted_command_line
+from lm_lightning.run import PLACEHOLDER, TRAINING, load_checkpoint
 
 
 class WandbRun(WandbLogger):
@@ -100,19 +102,20 @@ class WandbRun(WandbLogger):
             finish_timeout_raises=True,
             x_transaction_log_flush_interval=0.1,  # seconds of which a kill -9 leaves nothing, else 15
         )
-        try:
-            return super().experiment
-        except wandb.Error as error:
-            self._wandb_init["mode"] = self.offline(f"as it could not be started: {error}")
-            return super().experiment
+        with redacted_command_line():  # which W&B records
+            try:
+                return super().experiment
+            except wandb.Error as error:
+                self._wandb_init["mode"] = self.offline(f"as it could not be started: {error}")
+                return super().experiment
 
     def run_id(self) -> str:
         """The id of the run in this folder, which is drawn when it starts; a sweep's agent gives its own."""
         file = self.folder / "id"
         if "WANDB_RUN_ID" in os.environ or not file.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
-            file.write_text(os.environ.get("WANDB_RUN_ID") or secrets.token_hex(5))
-        return file.read_text()
+            file.write_text(os.environ.get("WANDB_RUN_ID") or secrets.token_hex(5), encoding="utf-8")
+        return file.read_text(encoding="utf-8")
 
     def mode(self) -> str:
         """What the option or WANDB_MODE says, unless that would ask for a key."""
@@ -165,8 +168,10 @@ class WandbRun(WandbLogger):
             return
         step = 0
         for path, time in self.products().items() if status == "success" and self.log_artifacts else ():
-            model = path.name == "model"  # which is that of the last checkpoint
-            if not model:
+            model = path.name == "model"
+            if model and (path / TRAINING).exists():
+                step = json.loads((path / TRAINING).read_text(encoding="utf-8"))["step"]
+            elif not model:
                 step = load_checkpoint(path, weights=False, checked=True)["global_step"]
             if self.before.get(path) != time:
                 self.log_artifact(path, *(("model", "latest") if model else ("checkpoint", path.stem)), step)

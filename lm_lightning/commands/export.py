@@ -1,17 +1,19 @@
 """`export`: a checkpoint in, a folder that plain `transformers` loads out, checked."""
 
+import json
 import shutil
 import sys
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
-from lm_lightning import hub
+from lm_lightning import hub, untrusted
+from lm_lightning import run as runs
 from lm_lightning.errors import UserError
 from lm_lightning.run import load_checkpoint, run_folder
 
 
 def export(
-    run: str, checkpoint: str = "last", output: Optional[str] = None, max_shard_size: Optional[str] = None
+    run: str, checkpoint: Optional[str] = None, output: Optional[str] = None, max_shard_size: Optional[str] = None
 ) -> None:
     """Makes a `from_pretrained` folder of a checkpoint and checks that it reloads to the same logits.
 
@@ -21,15 +23,19 @@ def export(
     Args:
         run: Run folder.
         checkpoint: `last`, `best` or another name in the run's `checkpoints/`, or the path of a checkpoint file.
+            Default: what the end of the training exports: the best one, if one is monitored and the run was not told
+            `--export last`, else the last.
         output: Folder to write, which may not exist. Default: `model/` in the run folder, which is replaced.
         max_shard_size: Largest file of weights, such as `5GB`; larger ones are written in parts. Default: that of
             `transformers`.
     """
     run = str(run_folder(run))
-    file = Path(checkpoint)
-    if not file.exists():
-        file = Path(run) / "checkpoints" / f"{checkpoint.removesuffix('.ckpt')}.ckpt"
+    checkpoints = Path(run) / "checkpoints"
+    file = default_checkpoint(checkpoints) if checkpoint is None else Path(checkpoint)
+    if checkpoint is not None and not (file.is_file() or (file / "meta.pt").is_file()):
+        file = runs.named_checkpoint(checkpoints, checkpoint)
     saved = load_checkpoint(file)
+    about = {"checkpoint": file.stem, "step": saved["global_step"]} | score(saved, file)
     if output is not None and Path(output).exists():
         raise UserError(f"the output folder {output} exists already: remove it or name another one")
     folder = Path(output or Path(run) / "model")
@@ -42,6 +48,7 @@ def export(
         raise UserError(f"the folder {folder} cannot be made ({error.strerror}): name another --output") from error
     try:
         write(saved, Path(run) / "tokenizer", partial, max_shard_size, None if output else adapter)
+        (partial / runs.TRAINING).write_text(json.dumps(about, indent=2), encoding="utf-8")
     except BaseException:
         for unfinished in (partial, adapter):
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -50,7 +57,31 @@ def export(
         if written.exists():
             shutil.rmtree(place, ignore_errors=True)
             written.rename(place)
+    print(f"checkpoint: {file}, {runs.described(about)}")
     print(folder)
+
+
+def default_checkpoint(folder: Path) -> Path:
+    """The checkpoint that the end of the training exports, or would export if it were now."""
+    newest = next(iter(runs.newest_first(folder)), folder / "last.ckpt")
+    settings = load_checkpoint(newest, weights=False, checked=True).get("export", {"weights": "last"})
+    if settings["weights"] == "last":
+        return newest
+    try:
+        best = runs.best_checkpoint(folder)
+    except UserError:  # none is monitored
+        return newest
+    complete = load_checkpoint(best, weights=False, checked=True)["global_step"] >= settings["complete_from"]
+    return best if complete else newest
+
+
+def score(saved: dict[str, Any], file: Path) -> dict[str, Any]:
+    """Metric and score of a checkpoint that was the best when it was saved."""
+    for state in saved.get("callbacks", {}).values():
+        scored = isinstance(state, dict) and state.get("monitor") and state.get("best_model_score") is not None
+        if scored and Path(state["best_model_path"]).name == file.name:
+            return {"metric": state["monitor"], "score": float(state["best_model_score"])}
+    return {}
 
 
 def write(
@@ -65,7 +96,6 @@ def write(
     Of LoRA, the adapters go into another folder, too, if given.
     """
     import torch
-    import transformers
 
     from lm_lightning.compression.structure import shrink
     from lm_lightning.data import tokenizer as tokenizers
@@ -73,7 +103,7 @@ def write(
 
     hub.quiet()
     description = saved["network"]
-    network_class = getattr(transformers, description["class"])
+    network_class = untrusted.network_class(description["class"])
     config = network_class.config_class.from_dict(description["config"])
     weights = {k.removeprefix("network."): w for k, w in saved["state_dict"].items() if k.startswith("network.")}
     if "lora" in saved:

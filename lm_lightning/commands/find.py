@@ -106,7 +106,7 @@ def batch_size(fit_flags: list[str], memory: Optional[float] = None) -> int:
             name = f"batch-{size}"
             reason = short_run(settings, folder, name)
             used = max(logged(run_folder(folder / "runs", name), "train/memory").values(), default=None)
-            errors = reason + (folder / "err.txt").read_text(errors="replace")  # of all processes
+            errors = reason + (folder / "err.txt").read_text(encoding="utf-8", errors="replace")  # of all processes
             if reason and not OUT_OF_MEMORY.search(errors):
                 raise UserError(f"a micro-batch of {size} cannot be tried: {reason}")
             if not reason and used is None and memory is not None:

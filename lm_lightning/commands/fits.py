@@ -83,13 +83,13 @@ def fit(
         environments = [main | {"NODE_RANK": str(rank)} for rank in range(nodes)]
     out, err = folder / "out.txt", folder / "err.txt"
     processes: list[subprocess.Popen] = []
-    with open(out, "w") as out_file, open(err, "w") as err_file:
+    with open(out, "wb") as out_file, open(err, "wb") as err_file:
         deadline = time.monotonic() + timeout
         try:
             for environment in environments:
                 process = subprocess.Popen(
                     [sys.executable, "-m", "lm_lightning", "fit", *arguments],
-                    env=os.environ | environment,
+                    env=os.environ | environment | {"PYTHONIOENCODING": "utf-8:backslashreplace"},
                     stdin=subprocess.DEVNULL,
                     stdout=out_file,
                     stderr=err_file,
@@ -111,9 +111,9 @@ def fit(
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-    text = err.read_text(errors="replace")
+    text = err.read_text(encoding="utf-8", errors="replace")
     if status == 0:
-        return out.read_text(errors="replace"), ""
+        return out.read_text(encoding="utf-8", errors="replace"), ""
     if status < 0:
         return "", f"killed by {signal.Signals(-status).name}" + (" (out of memory?)" if status == -9 else "")
     pattern = re.compile(r"^(?:\[rank\d+\]: ?)?(?:error: (.*)|([\w.]*(?:Error|Exception)\b.*))$")
@@ -142,6 +142,6 @@ def logged(run: Optional[Path], metric: str) -> dict[int, float]:
     file = None if run is None else run / "metrics.csv"
     if file is None or not file.is_file():
         return {}
-    lines = file.read_text().splitlines(keepends=True)
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
     rows = csv.DictReader(line for line in lines if line.endswith("\n"))  # the last may be in the making
     return {int(row["step"]): float(row[metric]) for row in rows if row.get(metric) and row.get("step")}

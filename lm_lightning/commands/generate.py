@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Optional
 
 from lm_lightning import hub
+from lm_lightning.console import printable
 from lm_lightning.errors import UserError
 from lm_lightning.run import model_folder
 
@@ -50,11 +51,13 @@ def generate(
         raise UserError("give only one of --prompt, --prompts_file and --chat")
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}, but must be 1 or more")
-    prompts = read_prompts(prompts_file) if prompts_file is not None else []
+    prompts = read_prompts(prompts_file) if prompts_file is not None else {}
     network, tokenizer = load(model, device)  # first, so that a wrong path needs no wait for the imports
 
-    from lm_lightning.generation import Sampling
+    from lm_lightning.generation import Sampling, inherited
 
+    if message := inherited(network, tokenizer):
+        say(message)
     sampling = Sampling(greedy, temperature, top_k, top_p, seed)
     if chat:
         talk(network, tokenizer, max_new_tokens, sampling)
@@ -63,12 +66,13 @@ def generate(
     else:
         from lm_lightning.generation import prompt_ids
 
-        print(prompt, end="", flush=True)
-        stream(network, tokenizer, prompt_ids(tokenizer, prompt), max_new_tokens, sampling)
+        ids = prompt_ids(tokenizer, prompt)
+        show(prompt)
+        stream(network, tokenizer, ids, max_new_tokens, sampling)
 
 
-def read_prompts(path: str) -> list[str]:
-    """The lines of a file, of which none may be empty."""
+def read_prompts(path: str) -> dict[str, str]:
+    """The lines of a file, of which none may be empty, by `path:number`."""
     try:
         prompts = Path(path).read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -76,7 +80,7 @@ def read_prompts(path: str) -> list[str]:
     for number, prompt in enumerate(prompts, 1):
         if not prompt.strip():
             raise UserError(f"{path}:{number}: the prompt is empty")
-    return [prompt.removesuffix("\r") for prompt in prompts]
+    return {f"{path}:{number}": prompt.removesuffix("\r") for number, prompt in enumerate(prompts, 1)}
 
 
 def load(model: str, device: str) -> "tuple[PreTrainedModel, PreTrainedTokenizerFast]":
@@ -106,8 +110,13 @@ def load(model: str, device: str) -> "tuple[PreTrainedModel, PreTrainedTokenizer
 
 
 def say(text: str) -> None:
-    """Tells the user something beside the generated text."""
-    print(f"[{text}]", file=sys.stderr)
+    """Prints a message beside the generated text."""
+    print(f"[{printable(text)}]", file=sys.stderr)
+
+
+def show(text: str) -> None:
+    """Prints generated text: on a terminal without control characters, elsewhere as it is."""
+    print(printable(text) if sys.stdout.isatty() else text, end="", flush=True)
 
 
 def stream(
@@ -118,37 +127,51 @@ def stream(
     sampling: "Sampling",
 ) -> str:
     """Prints an answer as it comes and returns it."""
-    from transformers import TextStreamer
-
     from lm_lightning.generation import generate
 
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    return generate(network, tokenizer, [ids], max_new_tokens, sampling, streamer=streamer, notice=say)[0]
+    (text,) = generate(
+        network, tokenizer, [ids], max_new_tokens, sampling, write=show, notice=say, names=["the prompt"]
+    )
+    show("\n")
+    return text
 
 
 def answer(
     network: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerFast",
-    prompts: list[str],
+    prompts: dict[str, str],
     batch_size: int,
     max_new_tokens: int,
     sampling: "Sampling",
 ) -> None:
-    """Prints a line of JSON for each prompt."""
-    from lm_lightning.generation import generate, prompt_ids
+    """Prints a line of JSON for each prompt.
 
-    rows = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    Args:
+        network: A causal network.
+        tokenizer: Its tokenizer.
+        prompts: By their names, for messages.
+        batch_size: How many are answered at once.
+        max_new_tokens: Tokens of an answer, at most.
+        sampling: How tokens are chosen.
+    """
+    from lm_lightning.generation import check, generate, prompt_ids, room
+
+    check(list(prompts), max_new_tokens, sampling)
+    rows = [(name, prompt, prompt_ids(tokenizer, prompt)) for name, prompt in prompts.items()]
+    for name, _, ids in rows:  # before the first is answered
+        room(network, ids, max_new_tokens, name)
     for start in range(0, len(rows), batch_size):
-        texts = generate(network, tokenizer, rows[start : start + batch_size], max_new_tokens, sampling, notice=say)
-        for prompt, text in zip(prompts[start:], texts):
-            print(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False), flush=True)
+        names, texts, tokens = map(list, zip(*rows[start : start + batch_size]))
+        answers = generate(network, tokenizer, tokens, max_new_tokens, sampling, notice=say, names=names)
+        for prompt, text in zip(texts, answers):
+            show(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False) + "\n")
 
 
 def talk(
     network: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast", max_new_tokens: int, sampling: "Sampling"
 ) -> None:
     """Answers the user's lines, each with the dialogue so far as its context, until an empty one."""
-    from lm_lightning.generation import context_limit, prompt_ids
+    from lm_lightning.generation import chat_ids, context_limit, prompt_ids
 
     if tokenizer.chat_template is None:
         say("this model has no chat template: it sees your turns and its own as lines of one text")
@@ -156,9 +179,7 @@ def talk(
     def tokens(turns: list[dict]) -> list[int]:
         if tokenizer.chat_template is None:
             return prompt_ids(tokenizer, "".join(turn["content"] + "\n" for turn in turns))
-        # Here the special tokens are meant: they come from the template.
-        settings = {"split_special_tokens": False}
-        return tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenizer_kwargs=settings)["input_ids"]
+        return chat_ids(tokenizer, turns)
 
     turns: list[dict] = []
     while True:
@@ -166,6 +187,8 @@ def talk(
             line = input("> ").strip()
         except EOFError:
             return
+        except UnicodeDecodeError as error:
+            raise UserError(f"your input is not valid {error.encoding}: {error.reason}") from error
         if not line:
             return
         turns.append({"role": "user", "content": line})

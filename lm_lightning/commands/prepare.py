@@ -1,9 +1,9 @@
 """`prepare`: a corpus in, shards and a look at them out."""
 
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lm_lightning.console import printable
 from lm_lightning.data.corpus import Corpus
 from lm_lightning.data.tokenizer import Tokenizer
 from lm_lightning.errors import UserError
@@ -70,7 +70,7 @@ def show_samples(prepared: "Prepared", size: int, show: list[int]) -> None:
         text = tokens[sample * size : (sample + 1) * size]
         if len(text) == 0 or sample < 0:
             raise UserError(f"there is no sample {sample}: the training split has {len(tokens) // size}")
-        print(f"--- sample {sample}\n{prepared.tokenizer.decode(text)}")
+        print(f"--- sample {sample}\n{printable(prepared.tokenizer.decode(text))}")
 
 
 def count(prepared: "Prepared", size: int, left_out: int, full: tuple[str, ...] = ("train",)) -> None:
@@ -101,21 +101,19 @@ def count(prepared: "Prepared", size: int, left_out: int, full: tuple[str, ...] 
 
 def main() -> None:
     """Reads the command line: `--config` as `fit` takes it, of which the options of the data count, and flags."""
-    import argparse
-
     from jsonargparse import ArgumentParser
 
-    recipes = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    recipes.add_argument("-c", "--config", action="append", default=[])
-    known, rest = recipes.parse_known_args(sys.argv[2:])
+    from lm_lightning import settings
+
+    recipe, files, rest = settings.layered(sys.argv[2:])
 
     parser = ArgumentParser(
         prog="lm_lightning prepare", description=(prepare.__doc__ or "").split("\n\n")[0], exit_on_error=False
     )
     parser.add_argument("-c", "--config", type=str, help="Recipe as for fit; of it, the options of the data count.")
     parser.add_argument("--show", type=int, nargs="+", default=[], help="Training samples to print, by their numbers.")
-    sections = [data_section(recipe) for recipe in known.config]
-    masked = next((kind == "MaskedData" for kind, _ in reversed(sections) if kind), False)
+    kind, section = data_section(recipe, " and ".join(files))
+    masked = kind == "MaskedData"
     if masked:
         from lm_lightning.data.masked import MaskedData  # not before it is needed: it takes seconds
 
@@ -123,13 +121,12 @@ def main() -> None:
     else:
         added = parser.add_function_arguments(prepare, "data", skip={"show"})
     options = {name.removeprefix("data.") for name in added}
-    for recipe, (_, section) in zip(known.config, sections):
-        for name, value in section.items():
-            if name in options:
-                try:
-                    parser.set_defaults({f"data.{name}": value})
-                except KeyError as error:
-                    raise UserError(f"{recipe}: data.{name} has an option that is not known: {error}") from error
+    for name, value in section.items():
+        if name in options:
+            try:
+                parser.set_defaults({f"data.{name}": value})
+            except KeyError as error:
+                raise UserError(f"{', '.join(files)}: data.{name} has an option that is not known: {error}") from error
     given = parser.instantiate_classes(parser.parse_args(rest))
     if masked:
         prepare_masked(given.data, given.show)
@@ -137,20 +134,19 @@ def main() -> None:
         prepare(**vars(given.data), show=given.show)
 
 
-def data_section(recipe: str) -> tuple[str, dict[str, Any]]:
-    """The class of the data in a recipe's YAML, "" if it says none, and its options."""
-    import yaml
+def data_section(recipe: dict[str, Any], files: str) -> tuple[str, dict[str, Any]]:
+    """The class of the data in a recipe, "" if it says none, and its options.
 
-    try:
-        content = yaml.safe_load(Path(recipe).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"cannot read the recipe {recipe}: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict) or not isinstance(content.get("data", {}), dict):
-        raise UserError(f"{recipe} is no recipe: it has no options by name, or its data section has none")
-    data = dict(content.get("data") or {})
+    Args:
+        recipe: Its options.
+        files: Where they are from, for messages.
+    """
+    data = recipe.get("data") or {}
+    if not isinstance(data, dict):
+        raise UserError(f"{files} is no recipe: its data section has no options by name")
     kind = str(data.get("class_path", "")).rpartition(".")[2]
     if kind not in ("", "PretrainingData", "MaskedData"):  # its documents become other tokens than would be shown here
         raise UserError(
-            f"{recipe} takes its data from {kind}, which prepare does not know yet: `fit` tokenizes it itself"
+            f"{files} takes its data from {kind}, which prepare does not know yet: `fit` tokenizes it itself"
         )
     return kind, data.get("init_args") or {name: value for name, value in data.items() if name != "class_path"}

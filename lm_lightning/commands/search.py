@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_lightning import hub
+from lm_lightning.console import printable
 from lm_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def search(index: str, query: str, top: int = 10, approximate: bool = False) -> 
         best = np.argsort(-cosines, kind="stable")[:top]
     for row in best.tolist():
         found = json.loads(rows[row])
-        print(f"{embeddings[row] @ vector:.3f}\t{found['id']}\t{' '.join(found['text'].split())}")
+        print(printable(f"{embeddings[row] @ vector:.3f}\t{found['id']}\t{' '.join(found['text'].split())}"))
 
 
 def opened(index: str) -> tuple[Path, dict[str, Any]]:

@@ -32,6 +32,7 @@ from lm_lightning.commands import find
 from lm_lightning.commands.fits import fit, logged, read_settings, run_folder
 from lm_lightning.commands.search_space import Search, read_search
 from lm_lightning.errors import UserError
+from lm_lightning.untrusted import plain_name
 
 if TYPE_CHECKING:
     import optuna
@@ -57,7 +58,8 @@ class Study:
             raise UserError("tune has no use for --ckpt_path: to start from weights, give --model.pretrained")
         self.search = search
         self.settings["name"] = self.settings["name"] or config_name(fit_flags)
-        self.folder = Path(self.settings["runs_dir"]).absolute() / (name or f"{self.settings['name']}-study")
+        name = plain_name(f"{self.settings['name']}-study" if name is None else name, "--study")
+        self.folder = Path(self.settings["runs_dir"]).absolute() / name
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -304,4 +306,5 @@ def main() -> None:
             search = read_search(given.search, given.trials)
             Study(fit_flags, search, given.study).run()
     except KeyboardInterrupt:
-        sys.exit("stopped: a study goes on with the same command")
+        print("stopped: a study resumes with the same command", file=sys.stderr)
+        raise

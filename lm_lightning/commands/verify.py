@@ -237,14 +237,14 @@ def run(name: str, settings: dict, folder: Path, steps: int, timeout: float) -> 
     if reason:
         return Outcome(reason, failed=True)
     (file,) = (folder / "runs" / name).glob("*/metrics.csv")
-    with open(file, newline="") as lines:
+    with open(file, newline="", encoding="utf-8") as lines:
         rows = [row for row in csv.DictReader(lines) if row["train/loss"]]
     if len(rows) != steps:
         return Outcome(f"ended after {len(rows)} steps of {steps}", failed=True)
     losses, norms = ([float(row[f"train/{key}"]) for row in rows] for key in ("loss", "gradient_norm"))
     if not all(map(math.isfinite, [*losses, *norms])):  # an accelerator ends the run a step late
         return Outcome("its loss or gradient is not finite", failed=True)
-    environment = json.loads((file.parent / "environment.json").read_text())
+    environment = json.loads((file.parent / "environment.json").read_text(encoding="utf-8"))
     device = re.search(r"^device: (\S+)", out, re.MULTILINE)
     return Outcome(
         losses=losses,

@@ -9,7 +9,7 @@ from typing import Any
 import transformers
 from torch import Tensor
 
-from lm_lightning import errors, hub
+from lm_lightning import errors, hub, untrusted
 from lm_lightning.errors import UserError
 from lm_lightning.models.network import HEAD_FILE
 
@@ -19,10 +19,8 @@ PROGRAMS = (".onnx", ".pt2")  # not for `transformers`
 def load(folder: Path, **settings: Any) -> transformers.PreTrainedModel:
     """The network of a folder, of the class that it was saved from, in evaluation mode."""
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    name = (config.architectures or ["none"])[0]
-    if not hasattr(transformers, name):
-        raise UserError(f"{folder}/config.json tells no class of transformers: it has architectures {name}")
-    return hub.load(getattr(transformers, name), str(folder), **settings).eval()
+    network_class = untrusted.network_class((config.architectures or ["none"])[0])
+    return hub.load(network_class, str(folder), **settings).eval()
 
 
 def copy_beside(source: Path, target: Path) -> None:
@@ -33,8 +31,9 @@ def copy_beside(source: Path, target: Path) -> None:
             shutil.copy(file, target)
     modules = source / "modules.json"  # of sentence-transformers
     for module in json.loads(modules.read_text(encoding="utf-8")) if modules.is_file() else []:
-        if module["path"] and (source / module["path"]).is_dir():
-            shutil.copytree(source / module["path"], target / module["path"])
+        name = module["path"]  # (of the network itself, none)
+        if name and (folder := untrusted.inside(source, name, str(modules))).is_dir():
+            shutil.copytree(folder, target / name, symlinks=True)
 
 
 def save_as(

@@ -16,6 +16,7 @@ from torch import Tensor
 from lm_lightning.compression import formats
 from lm_lightning.compression.folder import PROGRAMS, load
 from lm_lightning.compression.sparsity import semi_structured
+from lm_lightning.generation import plain_generation
 from lm_lightning.models.network import linear_layers, zeros_of
 
 WRITTEN = 32  # tokens of a GPT
@@ -104,7 +105,7 @@ class Bench:
             if network and running.can_generate():
                 settings = {"do_sample": False, "min_new_tokens": WRITTEN, "max_new_tokens": WRITTEN, "pad_token_id": 0}
                 prompts = {name: tensor[:, :8] for name, tensor in inputs.items()}
-                found[f"decode_{size}"] = partial(running.generate, **prompts, **settings)
+                found[f"decode_{size}"] = plain_generation(running)(partial(running.generate, **prompts, **settings))
         return found
 
     def measure(self, recipe: str, folder: Path, loss: float) -> Measures:

@@ -5,6 +5,7 @@ first training needs no download. The text depends on the Python version; `finge
 """
 
 import ast
+import contextlib
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lm_lightning.errors import UserError
+from lm_lightning.files import write_text
 
 _RULES = 1  # part of the cache's name: raise it when a change of this file changes the text
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
@@ -46,10 +48,9 @@ def documents(cache_dir: Path) -> list[tuple[str, str]]:
     if cache.exists():
         return [tuple(json.loads(line)) for line in cache.read_text(encoding="utf-8").splitlines()]
     result = list(_extract(modules))
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    unfinished = cache.with_suffix(f".{os.getpid()}")
-    unfinished.write_text("".join(json.dumps(document) + "\n" for document in result), encoding="utf-8")
-    os.replace(unfinished, cache)  # atomic: another process sees the whole file or none
+    with contextlib.suppress(PermissionError):  # a cache of another user, perhaps: it can be read all the same
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        write_text(cache, "".join(json.dumps(document) + "\n" for document in result))
     return result
 
 

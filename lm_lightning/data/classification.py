@@ -1,11 +1,11 @@
 """Data of classification: rows with a text, or a pair of texts, and a label in; batches of tokens and targets out."""
 
-import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Optional
 
 import torch
 
+from lm_lightning.data import cells
 from lm_lightning.data.labelled import Examples, LabelledData, Row
 from lm_lightning.errors import UserError
 
@@ -17,7 +17,8 @@ class Columns:
     Args:
         text: The text.
         pair: The second text of a pair, if there are pairs.
-        label: The label; of `several`, a list of them, or a string in which `separator` stands between them.
+        label: The label; of `several`, a list of them, a string that spells such a list as JSON or Python writes it,
+            or a string in which `separator` stands between them.
     """
 
     text: str = "text"
@@ -66,30 +67,37 @@ class ClassificationData(LabelledData):
         return Examples(examples, self.seed if split == "train" else None)
 
     def names(self, row: Row) -> list[str]:
-        """The labels of a row."""
-        if self.columns.label not in row:
-            row.text(self.columns.label)  # refuses it
-        value = row[self.columns.label]
+        """The labels of a row, without space around them.
+
+        Raises:
+            UserError: If there is none, but one is needed, or several where one is.
+        """
+        column = self.columns.label
+        value, values = row.value(column), row.entries(column, strict=self.kind == "several")
         if self.kind == "single":
-            if value is None or str(value).strip() == "":
+            if values is not None or isinstance(value, dict):
                 raise UserError(
-                    f"{row.where}: the row has no label in column {self.columns.label!r}: mend or remove it"
+                    f"{row.where}: column {column!r} has {value!r:.40}, which is no single label: give --data.kind "
+                    "several, or fix the row"
                 )
-            return [str(value)]
-        values = value if isinstance(value, list) else str(value or "").split(self.separator)
-        return [str(label).strip() for label in values if str(label).strip()]
+            values = [value]
+        elif values is None:
+            values = value.split(self.separator) if isinstance(value, str) else [value]
+        names = [cells.label(item) for item in values]
+        if self.kind == "single" or not isinstance(value, str):  # beside separators, space is expected
+            self.stripped += sum(map(cells.padded, values))
+        if self.kind == "single" and not names[0]:
+            raise UserError(f"{row.where}: the row has no label in column {column!r}: fix or remove it")
+        if any(isinstance(item, (list, dict)) for item in values):
+            raise UserError(
+                f"{row.where}: column {column!r} has {value!r:.40}, which is no list of labels: fix the row"
+            )
+        return [name for name in names if name]
 
     def target(self, row: Row) -> torch.Tensor:
         """What is to be told of a row: () int64, the number of its label; (labels,) float32; or () float32."""
         if self.kind == "number":
-            value = row.get(self.columns.label)
-            try:
-                number = float(value)  # type: ignore[arg-type]
-            except (TypeError, ValueError):
-                number = math.nan
-            if not math.isfinite(number):
-                raise UserError(f"{row.where}: column {self.columns.label!r} has no number, but {value!r:.40}")
-            return torch.tensor(number)
+            return torch.tensor(row.number(self.columns.label))
         numbers = [self.number(row, name) for name in self.names(row)]
         if self.kind == "single":
             return torch.tensor(numbers[0])

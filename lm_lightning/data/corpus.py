@@ -4,6 +4,7 @@ Everything here streams. A document comes as one or more consecutive `Piece`s, s
 document lies in memory whole (rows of JSON, CSV and Parquet files do, one at a time).
 """
 
+import contextlib
 import glob
 import hashlib
 import itertools
@@ -14,11 +15,12 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Optional
 
 from lm_lightning.data import builtin, formats
-from lm_lightning.data.formats import PIECE, Counts, Line, Rows, encodable, suffixes
+from lm_lightning.data.formats import PIECE, Counts, Line, Reading, Rows, encodable, suffixes
 from lm_lightning.errors import UserError
+from lm_lightning.files import write_text
 
 # Where a text may be cut, best first. No pre-tokenization joins a letter or digit to the space after it. A text without
 # such spaces is cut at a line break or after CJK punctuation, else at the limit, where a token boundary may be moved.
@@ -55,8 +57,12 @@ class Corpus:
         validation_fraction: Share of the documents that go into the validation split.
         test_fraction: Share of the documents that go into the test split.
         max_line: Longest line of plain text in characters, as longer ones are mostly not prose. 0 allows any length.
-        encoding_errors: What to do with bytes that are not UTF-8: stop (`strict`), or `replace` each by U+FFFD and
-            report their number.
+        encoding: Encoding of the files, such as `utf-8`, `utf-16`, `cp1252` or `gb18030`.
+        encoding_errors: What to do with bytes that the encoding does not allow: stop (`strict`), or `replace` each by
+            U+FFFD and report their number.
+        delimiter: Character between the columns of CSV and TSV files. Default: a tab in TSV files, a comma in CSV files
+            or, if their first line has no comma, the semicolon, tab or bar in it.
+        quoting: Whether double quotes enclose cells of CSV and TSV files. Default: in CSV files only.
     """
 
     paths: list[str] | str = field(default_factory=list)
@@ -73,12 +79,28 @@ class Corpus:
     validation_fraction: float = 0.05
     test_fraction: float = 0.05
     max_line: int = 65536
+    encoding: str = "utf-8"
     encoding_errors: Literal["strict", "replace"] = "strict"
+    delimiter: Optional[str] = None
+    quoting: Optional[bool] = None
 
     def __post_init__(self) -> None:
         for option in ("paths", "validation_paths", "test_paths"):
             value = getattr(self, option)
             setattr(self, option, [value] if isinstance(value, str) else value)
+
+
+def reading(corpus: Corpus) -> Reading:
+    """Return how the files of a corpus are read."""
+    return Reading(
+        "--data.corpus",
+        corpus.encoding,
+        corpus.encoding_errors,
+        corpus.delimiter,
+        corpus.quoting,
+        columns=[column for column in (corpus.text_column, corpus.name_column) if column],
+        max_line=corpus.max_line,
+    )
 
 
 class Piece(NamedTuple):
@@ -131,8 +153,10 @@ def read(corpus: Corpus, cache_dir: Path) -> Iterator[Piece]:
             yield Piece(split, document.name, text, last)
     if empty:
         raise UserError("The corpus holds no text at all; check --data.corpus.paths.")
+    for note in counts.notes:
+        print(note, file=sys.stderr)
     if counts.replaced_bytes:
-        print(f"corpus: {counts.replaced_bytes} bytes that are not UTF-8 were replaced by U+FFFD", file=sys.stderr)
+        print(f"corpus: {counts.replaced_bytes} bytes that could not be read were replaced by U+FFFD", file=sys.stderr)
     if counts.empty_rows:
         print(f"corpus: {counts.empty_rows} rows without text were skipped", file=sys.stderr)
 
@@ -158,16 +182,15 @@ def _content(path: Path, cache_dir: Path) -> str:
     stat = path.stat()
     known = cache_dir / "hashes" / hashlib.blake2b(os.path.realpath(path).encode(), digest_size=16).hexdigest()
     state = f"{stat.st_size} {stat.st_mtime_ns} "
-    if known.exists() and (saved := known.read_text()).startswith(state):
+    if known.exists() and (saved := known.read_text(encoding="utf-8")).startswith(state):
         return saved.removeprefix(state)
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
-    known.parent.mkdir(parents=True, exist_ok=True)
-    partial = known.with_suffix(f".{os.getpid()}")
-    partial.write_text(state + digest.hexdigest())
-    partial.replace(known)
+    with contextlib.suppress(PermissionError):  # a cache of another user, perhaps: it can be read all the same
+        known.parent.mkdir(parents=True, exist_ok=True)
+        write_text(known, state + digest.hexdigest())
     return digest.hexdigest()
 
 
@@ -264,13 +287,18 @@ def expand(pattern: str) -> list[tuple[str, Path]]:
 
 
 def _documents(corpus: Corpus, cache_dir: Path, counts: Counts) -> Iterator[_Document]:
+    how = reading(corpus)
     for file in _files(corpus):
         if rows := formats.ROWS.get(suffixes(file.path)[0]):
-            yield from _of_rows(rows(file.path, corpus, counts), file, corpus, counts)
+            yield from _of_rows(rows(file.path, how, counts), file, corpus, counts)
         else:
             yield from _of_text(file, corpus, counts)
     if corpus.hub:
-        yield from _of_rows(formats.hub_rows(corpus), _File(Path(corpus.hub), corpus.hub, None), corpus, counts)
+        remedy = "HF_HUB_OFFLINE=1 and --data.corpus.streaming false"
+        rows_of_hub = formats.hub_rows(
+            corpus.hub, corpus.hub_config, corpus.hub_split, corpus.hub_revision, corpus.streaming, remedy
+        )
+        yield from _of_rows(rows_of_hub, _File(Path(corpus.hub), corpus.hub, None), corpus, counts)
     if _is_builtin(corpus):
         for name, text in builtin.documents(cache_dir):
             yield _Document(None, name, True, [text])
@@ -278,7 +306,7 @@ def _documents(corpus: Corpus, cache_dir: Path, counts: Counts) -> Iterator[_Doc
 
 def _of_text(file: _File, corpus: Corpus, counts: Counts) -> Iterator[_Document]:
     """Yield a text file's documents: its lines without the last line break, and without blank lines at the start."""
-    lines = formats.lines(file.path, corpus, counts, plain=True)
+    lines = formats.lines(file.path, reading(corpus), counts, plain=True)
     keys = {"file": lambda line: None, "paragraph": lambda line: line.blank, "line": lambda line: line.number}
     lines = itertools.dropwhile(lambda line: line.blank, lines)
     for _, group in itertools.groupby(lines, keys[corpus.document]):
@@ -298,9 +326,10 @@ def _joined(lines: Iterable[Line]) -> Iterator[str]:
 
 
 def _of_rows(rows: Rows, file: _File, corpus: Corpus, counts: Counts) -> Iterator[_Document]:
+    how = reading(corpus)
     for number, row in rows:
         where = f"{file.path}:{number}"
-        text = encodable(_string(row, corpus.text_column, "text_column", where), where, corpus, counts)
+        text = encodable(_string(row, corpus.text_column, "text_column", where), where, how, counts)
         name = ""
         if corpus.name_column is not None:
             name = _string(row, corpus.name_column, "name_column", where)
@@ -315,6 +344,6 @@ def _string(row: Mapping[str, Any], column: str, option: str, where: str) -> str
     if not isinstance(value, str):
         raise UserError(
             f"{where}: the row has no string in column {column!r} but {value!r:.40}; its columns are "
-            f"{', '.join(map(str, row))}: choose one with --data.corpus.{option}."
+            f"{', '.join(map(str, row))}: choose one with --data.corpus.{option}{formats.hint(row, '--data.corpus')}."
         )
     return value

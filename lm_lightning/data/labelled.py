@@ -6,6 +6,7 @@ columns have any names, the names of the labels, batches of similar lengths, and
 
 import functools
 import hashlib
+import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -15,11 +16,12 @@ from typing import TYPE_CHECKING, Any, Literal, Optional
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
-from lm_lightning.data import formats
-from lm_lightning.data.corpus import Corpus, expand
+from lm_lightning.data import cells, formats
+from lm_lightning.data.corpus import expand
 from lm_lightning.data.order import PADDING, by_length, samples_at
 from lm_lightning.data.stream import StreamData
 from lm_lightning.data.tokenizer import Tokenizer, fingerprint, load
@@ -51,6 +53,12 @@ class Tables:
         format: Of all files, where their names do not tell.
         header: Names of the columns, for CSV and TSV files whose first line is a row already, and for CoNLL files,
             whose columns are `0`, `1`, ... without it.
+        delimiter: Character between the columns of CSV and TSV files. Default: a tab in TSV files, a comma in CSV files
+            or, if their first line has no comma, the semicolon, tab or bar in it.
+        quoting: Whether double quotes enclose cells of CSV and TSV files. Default: in CSV files only.
+        encoding: Encoding of the files, such as `utf-8`, `utf-16`, `cp1252` or `gb18030`.
+        encoding_errors: What to do with bytes that the encoding does not allow: stop (`strict`), or `replace` each by
+            U+FFFD and report their number.
         hub: Name of a data set of the Hugging Face Hub; `train` and the others then name its splits, not files.
         hub_config: Its configuration.
         hub_revision: Its branch, tag or commit.
@@ -63,6 +71,10 @@ class Tables:
     validation_fraction: float = 0.1
     format: Optional[Literal["jsonl", "csv", "tsv", "parquet", "conll", "conllu", "squad"]] = None
     header: Optional[list[str]] = None
+    delimiter: Optional[str] = None
+    quoting: Optional[bool] = None
+    encoding: str = "utf-8"
+    encoding_errors: Literal["strict", "replace"] = "strict"
     hub: Optional[str] = None
     hub_config: Optional[str] = None
     hub_revision: Optional[str] = None
@@ -103,20 +115,55 @@ class Row(Mapping):
             raise UserError(
                 f"{self.where}: there is no column {column!r}; the columns are {', '.join(map(str, self))}: name the "
                 "right one with --data.columns, or all of them with --data.tables.header"
+                + formats.hint(self, "--data.tables")
             )
         return self[column]
 
     def words(self, column: str) -> list[str]:
-        """A column's words, of which there is at least one: a list of them, or a string with spaces between them.
+        """A column's words, of which there is at least one.
+
+        They are a list, a string that spells a list as JSON or Python writes it, or a string with spaces between them.
 
         Raises:
-            UserError: If it is neither.
+            UserError: If it is none of these.
         """
         value = self.value(column)
-        words = value.split() if isinstance(value, str) else value
-        if not isinstance(words, list) or not words or not all(isinstance(w, str) and w.strip() for w in words):
-            raise UserError(f"{self.where}: column {column!r} has no words, but {value!r:.40}: mend or remove the row")
+        words = self.entries(column)
+        if isinstance(value, str) and not all(isinstance(word, str) for word in words or [None]):
+            words = value.split()
+        if not words or not all(isinstance(w, str) and w.strip() for w in words):
+            raise UserError(f"{self.where}: column {column!r} has no words, but {value!r:.40}: fix or remove the row")
         return words
+
+    def entries(self, column: str, strict: bool = False) -> Optional[list]:
+        """A column's list, also if a string spells it as JSON or Python writes it; None if there is none.
+
+        Raises:
+            UserError: If a string looks like a list, but cannot be read, see `cells.as_list`.
+        """
+        value = self.value(column)
+        try:
+            return cells.as_list(value, strict)
+        except ValueError as error:
+            raise UserError(
+                f"{self.where}: column {column!r} has {value!r:.40}, which looks like a list, but cannot be read "
+                f'({error}): write it as JSON, such as ["a", "b"]'
+            ) from None
+
+    def number(self, column: str) -> float:
+        """A column's number, which is finite, also as float32.
+
+        Raises:
+            UserError: If it has none.
+        """
+        value = self.value(column)
+        try:
+            return cells.number(value)
+        except ValueError as error:
+            reason = f" ({error})" if str(error) else ""
+            raise UserError(
+                f"{self.where}: column {column!r} has no number, but {value!r:.40}{reason}: fix or remove the row"
+            ) from None
 
     def text(self, column: str) -> str:
         """A column's text, which may not be empty.
@@ -157,11 +204,10 @@ def sources(tables: Tables, split: str) -> list[str]:
 
 def of_hub(split: str, tables: Tables) -> Iterator[Row]:
     """The rows of a split on the Hub, where labels that are numbers with names have their names."""
-    corpus = Corpus(
-        hub=tables.hub, hub_config=tables.hub_config, hub_revision=tables.hub_revision, hub_split=split, streaming=False
-    )
-    for number, values in formats.hub_rows(corpus):
-        yield Row(values, f"{tables.hub} ({split}):{number}")
+    name = str(tables.hub)
+    rows = formats.hub_rows(name, tables.hub_config, split, tables.hub_revision, False, "HF_HUB_OFFLINE=1")
+    for number, values in rows:
+        yield Row(values, f"{name} ({split}):{number}")
 
 
 def of_files(pattern: str, tables: Tables) -> Iterator[Row]:
@@ -176,20 +222,46 @@ def kind(path: Path, tables: Tables) -> str:
 
 
 def of(path: Path, tables: Tables) -> Iterator[Row]:
-    """The rows of a file."""
+    """The rows of a file. Afterwards, what was detected or replaced is printed."""
     suffix = kind(path, tables)
     if suffix not in TABLES:
-        raise UserError(f"{path} is no table by its name: say what it is with --data.tables.format csv (or tsv, jsonl)")
-    options = {}
-    if tables.header is not None:
-        if suffix not in (".csv", ".tsv", ".conll"):
-            raise UserError(f"{path}: --data.tables.header is for CSV, TSV and CoNLL files")
-        options = {"header": tables.header}
-    rows = TABLES[suffix](path, Corpus(text_column=""), formats.Counts(), **options)
-    for number, values in rows:
-        if None in values or None in values.values() and suffix in (".csv", ".tsv"):
-            raise UserError(f"{path}:{number}: the row has not as many columns as the header: mend it")
-        yield Row(values, f"{path}:{number}")
+        raise UserError(
+            f"{path} is no table by its name: give its format with --data.tables.format csv (or tsv, jsonl)"
+        )
+    for option, *accepted in (
+        ("header", ".csv", ".tsv", ".conll"),
+        ("delimiter", ".csv", ".tsv"),
+        ("quoting", ".csv", ".tsv"),
+    ):
+        if getattr(tables, option) is not None and suffix not in accepted:
+            raise UserError(f"{path}: --data.tables.{option} is for files of the formats {', '.join(accepted)}")
+    reading = formats.Reading(
+        "--data.tables", tables.encoding, tables.encoding_errors, tables.delimiter, tables.quoting, tables.header
+    )
+    counts = formats.Counts()
+    for number, values in TABLES[suffix](path, reading, counts):
+        where = f"{path}:{number}"
+        if suffix in (".jsonl", ".ndjson", ".json"):
+            try:
+                json.dumps(values, ensure_ascii=False).encode()
+            except UnicodeEncodeError:
+                values = encodable(values, where, reading, counts)
+        yield Row(values, where)
+    if counts.replaced_bytes:
+        counts.notes.append(f"{path}: {counts.replaced_bytes:,} bytes that could not be read were replaced by U+FFFD")
+    for note in counts.notes:
+        rank_zero_only(print)(note)
+
+
+def encodable(value: Any, where: str, reading: formats.Reading, counts: formats.Counts) -> Any:
+    """JSON's data without characters that UTF-8 cannot express and no tokenizer accepts: half surrogate pairs."""
+    if isinstance(value, str):
+        return formats.encodable(value, where, reading, counts)
+    if isinstance(value, list):
+        return [encodable(item, where, reading, counts) for item in value]
+    if isinstance(value, dict):
+        return {key: encodable(item, where, reading, counts) for key, item in value.items()}
+    return value
 
 
 def held_out(key: str, fraction: float) -> bool:
@@ -286,6 +358,8 @@ class LabelledData(StreamData):
         self.labels: list[str] = []  # their names, in the order of their numbers
         self.numbers: dict[str, int] = {}  # of each label
         self.examples: dict[str, Examples] = {}
+        self.respelled = 0  # labels of a split that are spelled in another way than the one that they are counted as
+        self.stripped = 0  # labels of a split with space around them
 
     def key(self, row: Row) -> str:
         """What of a row is never in both training and validation, where the latter is a share of `tables.train`."""
@@ -322,10 +396,36 @@ class LabelledData(StreamData):
         train = read(self.tables, "train", self.key) if needs_train else []
         self.find_labels(train)
         self.numbers = {label: number for number, label in enumerate(self.labels)}
+        self.spellings = {cells.canonical(label): number for label, number in self.numbers.items()}
         needed = {"fit": ["train", "validation"], "validate": ["validation"], "test": ["test"], "predict": ["predict"]}
         for split in needed[stage]:
             if split not in self.examples:
-                self.examples[split] = self.encode(split, train if split == "train" else self.read(split))
+                rows = train if split == "train" else self.read(split)
+                self.respelled = self.stripped = 0
+                self.examples[split] = self.encode(split, rows)
+                self.report_labels(split)
+
+    def labels_of(self, row: Row, column: str) -> list[str]:
+        """The labels in a column of a row, like its words, but also numbers, and without space around them.
+
+        Raises:
+            UserError: If there are none, or one is empty.
+        """
+        values = row.entries(column)
+        names = row.words(column) if values is None else [cells.label(value) for value in values]
+        if not names or not all(names):
+            raise UserError(
+                f"{row.where}: column {column!r} has no labels, but {row[column]!r:.40}: fix or remove the row"
+            )
+        self.stripped += sum(map(cells.padded, values or []))
+        return names
+
+    def report_labels(self, split: str) -> None:
+        """Prints how many labels of a split were changed."""
+        if self.trainer.is_global_zero and self.stripped:
+            print(f"{split}: space around {self.stripped:,} labels was removed")
+        if self.trainer.is_global_zero and self.respelled:
+            print(f"{split}: {self.respelled:,} labels are spelled in several ways (1 and 1.0), and are counted as one")
 
     def read(self, split: str) -> list[Row]:
         """The rows of a split."""
@@ -342,10 +442,12 @@ class LabelledData(StreamData):
             UserError: If neither the training split nor the network says which they are, or they do not agree where
                 the network is only measured.
         """
+        one = cells.merged(found)
+        found = {one.get(name, name) for name in found}
         own, names = self.trainer.lightning_module.own_labels(), sorted(found)
         if train and len(names) < 2:
             raise UserError(f"the training split has {len(names)} label, but must have 2 or more")
-        if found == set(own) or not found:
+        if not found or set(map(cells.canonical, found)) == set(map(cells.canonical, own)):
             if not own:
                 raise UserError("which labels there are, the training split says: give --data.tables.train")
             return own
@@ -362,11 +464,14 @@ class LabelledData(StreamData):
         Raises:
             UserError: If it is unknown; calls it `what`.
         """
+        if label not in self.numbers and (number := self.spellings.get(cells.canonical(label))) is not None:
+            self.respelled += 1
+            return number
         if label not in self.numbers:
             whose = "the training split" if self.tables.train else "model.pretrained"
             raise UserError(
                 f"{row.where}: the {what} {label!r} is none of {whose} ({', '.join(self.labels[:20])}): "
-                "mend the row, or give training rows that have it"
+                "fix the row, or give training rows that have it"
             )
         return self.numbers[label]
 

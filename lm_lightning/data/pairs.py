@@ -4,13 +4,14 @@ Embeddings are measured by such rows, or by a search whose right answers are kno
 with one text each.
 """
 
-import math
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 import torch
 
+from lm_lightning.data import cells
 from lm_lightning.data.labelled import Examples, LabelledData, Row, Tables, of_files
 from lm_lightning.errors import UserError
 
@@ -45,12 +46,15 @@ class Retrieval:
         validation: TSV file with `query-id`, `corpus-id` and `score` (0 for wrong answers), to validate on instead of
             rows of `tables`. Queries without a right answer are left out.
         test: The same to test on.
+        ignore_identical_ids: As BEIR does, never count the document with the query's own `_id` as an answer. Switch it
+            off if queries and documents are numbered independently.
     """
 
     queries: Optional[str] = None
     corpus: Optional[str] = None
     validation: Optional[str] = None
     test: Optional[str] = None
+    ignore_identical_ids: bool = True
 
 
 class Judged(NamedTuple):
@@ -59,12 +63,16 @@ class Judged(NamedTuple):
     Attributes:
         queries: Their rows.
         documents: The rows that are searched.
-        relevant: For each query, the rows of its right answers with how right these are.
+        relevant: For each query, the rows of its right answers with how right these are. Negative rows stand for
+            documents that do not exist, and count as not found.
+        excluded: For each query, the row of the document that is no answer because it is the query itself, or None.
+            Empty: none has one.
     """
 
     queries: list[int]
     documents: list[int]
     relevant: list[dict[int, float]]
+    excluded: Sequence[Optional[int]] = ()
 
 
 def batch_of_pairs(tokenizer: "PreTrainedTokenizerFast", items: list[dict]) -> dict:
@@ -129,7 +137,7 @@ class PairData(LabelledData):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        self.collate = lambda items: batch_of_pairs(self.tokenizer, items)
+        self.collate = functools.partial(batch_of_pairs, self.tokenizer)
 
     def key(self, row: Row) -> str:
         return row.text(self.columns.text)
@@ -144,14 +152,21 @@ class PairData(LabelledData):
         return rows
 
     def texts(self, name: str) -> Iterator[Row]:
-        """The queries or the corpus of `retrieval`, with `_id` and the column of texts; texts may be empty."""
+        """The queries or the corpus of `retrieval`, with `_id` and the column of texts; texts may be empty.
+
+        Raises:
+            UserError: If a row has no `_id` or text, or the `_id` of another one.
+        """
         path = getattr(self.retrieval, name)
         if not path:
             raise UserError(f"data.retrieval.{name} is missing: name its JSONL file")
         empty = 0
+        places: dict[str, str] = {}  # of each _id
         for row in of_files(path, Tables()):
-            if "_id" not in row or "text" not in row:
+            if row.get("_id") is None or "text" not in row:
                 raise UserError(f"{row.where}: a row of data.retrieval.{name} needs _id and text")
+            if row.where != (first := places.setdefault(str(row["_id"]), row.where)):
+                raise UserError(f"{row.where}: the _id {row['_id']!r} is that of {first}, too: remove one of the rows")
             text = " ".join(str(row.get(column) or "") for column in ("title", "text")).strip()
             empty += not text
             yield Row({"_id": str(row["_id"]), self.columns.text: text}, row.where)
@@ -160,34 +175,51 @@ class PairData(LabelledData):
 
     def judge(self, split: str, queries: list[Row], documents: list[Row]) -> tuple[Judged, list[Row]]:
         """The right answers that `retrieval` tells for a split, and the rows that these are about."""
-        path = getattr(self.retrieval, split)
-        known = {row["_id"] for row in queries}
+        path, retrieval = getattr(self.retrieval, split), self.retrieval
         places = {row["_id"]: number for number, row in enumerate(documents)}
-        relevant: dict[str, dict[int, float]] = {}
-        unknown = 0
+        scores: dict[str, dict[str, float]] = {row["_id"]: {} for row in queries}
+        seen: dict[tuple[str, str], str] = {}
+        unknown: list[str] = []
         for row in of_files(path, Tables()):
             try:
-                query, document, score = str(row["query-id"]), str(row["corpus-id"]), float(row["score"])
-            except (KeyError, ValueError, TypeError) as error:
+                query, document, score = str(row["query-id"]), str(row["corpus-id"]), cells.number(row["score"])
+            except (KeyError, ValueError):
                 raise UserError(
                     f"{row.where}: data.retrieval.{split} needs the columns query-id, corpus-id and score, a number"
-                ) from error
-            if query not in known or document not in places:
-                unknown += 1
+                ) from None
+            if row.where != (first := seen.setdefault((query, document), row.where)):
+                raise UserError(
+                    f"{row.where}: query {query} and document {document} have a score at {first} already: remove one"
+                )
+            if query not in scores:
+                unknown.append(row.where)
             elif score > 0:
-                relevant.setdefault(query, {})[places[document]] = score
-        if not relevant:
+                scores[query][document] = score
+        asked = [row for row in queries if scores[row["_id"]]]
+        missing = [document for row in asked for document in scores[row["_id"]] if document not in places]
+        numbers = places | {document: -1 - number for number, document in enumerate(dict.fromkeys(missing))}
+        relevant = [{numbers[document]: score for document, score in scores[row["_id"]].items()} for row in asked]
+        if all(number < 0 for answers in relevant for number in answers):
             raise UserError(f"{path} has no right answer whose query and document are in data.retrieval's files")
-        asked = [row for row in queries if row["_id"] in relevant]
+        excluded = [places.get(row["_id"]) if retrieval.ignore_identical_ids else None for row in asked]
         if self.trainer.is_global_zero:
+            itself = sum(own is not None for own in excluded)
+            lost = sum(own in answers for own, answers in zip(excluded, relevant))
             print(
                 f"{split}: {len(asked):,} queries to {len(documents):,} documents"
-                + (f", {len(queries) - len(asked):,} without a right answer" if len(asked) < len(queries) else "")
-                + (f", {unknown:,} answers of unknown queries or documents" if unknown else "")
+                + counted(len(queries) - len(asked), "queries without a right answer")
+                + counted(
+                    len(unknown), f"answers to unknown queries, which are ignored (first: {', '.join(unknown[:1])})"
+                )
+                + counted(
+                    len(missing),
+                    f"right answers that are no documents, so never found (first: {', '.join(missing[:1])})",
+                )
+                + counted(itself, "documents with the _id of a query, which as in BEIR are no answers to it")
+                + counted(lost, "of them although judged right (data.retrieval.ignore_identical_ids)")
             )
-        numbers = list(range(len(documents), len(documents) + len(asked)))
-        judged = Judged(numbers, list(range(len(documents))), [relevant[row["_id"]] for row in asked])
-        return judged, [*documents, *asked]
+        rows = list(range(len(documents), len(documents) + len(asked)))
+        return Judged(rows, list(range(len(documents))), relevant, excluded), [*documents, *asked]
 
     def encode(self, split: str, rows: list[Row]) -> Examples:
         """The rows of a split as tokens of all their texts; those of a search and of `predict` have one each."""
@@ -224,8 +256,7 @@ class PairData(LabelledData):
     def negatives(self, row: Row) -> list[str]:
         """The hard negatives of a row, as many as of any other."""
         column = str(self.columns.negatives)
-        value = row.get(column)
-        texts = value if isinstance(value, list) else [row.text(column)]
+        texts = row.entries(column) or [row.text(column)]
         if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
             raise UserError(f"{row.where}: column {column!r} has no text, or an empty one: mend or remove the row")
         return [texts[i % len(texts)] for i in range(self.hard_negatives)]
@@ -234,14 +265,10 @@ class PairData(LabelledData):
         """How alike the two texts of a row are, from 0 to 1, () float32; () int64 0 if there are no scores."""
         if self.columns.score is None:
             return torch.tensor(0)
-        value = row.get(self.columns.score)
-        try:
-            number = float(value)  # type: ignore[arg-type]
-        except (TypeError, ValueError):
-            number = math.nan
+        number = row.number(self.columns.score)
         if not self.least_score <= number <= self.greatest_score:
             raise UserError(
-                f"{row.where}: column {self.columns.score!r} has {value!r:.40}, but must have a number from "
+                f"{row.where}: column {self.columns.score!r} has {number:g}, but must have a number from "
                 f"{self.least_score:g} (data.least_score) to {self.greatest_score:g} (data.greatest_score)"
             )
         return torch.tensor((number - self.least_score) / (self.greatest_score - self.least_score))
@@ -250,10 +277,16 @@ class PairData(LabelledData):
         return super().identity() | {"columns": asdict(self.columns)}
 
 
+def counted(number: int, what: str) -> str:
+    """A part of a sentence, empty if there is nothing to count."""
+    return f", {number:,} {what}" if number else ""
+
+
 def answers(examples: list[dict]) -> Judged:
     """The search of rows themselves: to each text, its pair is to be found among those of all rows.
 
-    Equal texts are one, which may have several right answers.
+    Equal texts are one, which may have several right answers. A document equal to the query is no answer, unless it is
+    the query's pair.
     """
     queries: dict[tuple, int] = {}
     documents: dict[tuple, int] = {}
@@ -262,4 +295,6 @@ def answers(examples: list[dict]) -> Judged:
         text, pair = map(tuple, split(example)[:2])
         query, document = queries.setdefault(text, number), documents.setdefault(pair, number)
         relevant.setdefault(query, {})[document] = 1.0
-    return Judged(list(relevant), list(documents.values()), list(relevant.values()))
+    equal = [documents.get(text) for text in queries]
+    excluded = [None if row in relevant[query] else row for query, row in zip(relevant, equal)]
+    return Judged(list(relevant), list(documents.values()), list(relevant.values()), excluded)

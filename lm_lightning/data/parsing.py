@@ -1,6 +1,5 @@
 """Data of dependency parsing: sentences whose words hang on each other in, tokens and heads out."""
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -43,7 +42,9 @@ class ParsingData(LabelledData):
 
     def find_labels(self, train: list[Row]) -> None:
         if not self.labels:
-            self.labels = self.label_names(train, {name for row in train for name in row.words(self.columns.relations)})
+            self.labels = self.label_names(
+                train, {name for row in train for name in self.labels_of(row, self.columns.relations)}
+            )
 
     def encode(self, split: str, rows: list[Row]) -> Examples:
         """The rows of a split as tokens, `words`, `targets` and `relations`.
@@ -69,8 +70,9 @@ class ParsingData(LabelledData):
             UserError: If one is no word, or there are not as many as words.
         """
         values: Any = row.value(self.columns.heads)
-        values = values.split() if isinstance(values, str) else values
-        if not isinstance(values, Sequence) or len(values) != words:
+        found = row.entries(self.columns.heads)
+        values = values.split() if found is None and isinstance(values, str) else found
+        if values is None or len(values) != words:
             raise UserError(f"{row.where}: there are {words} words, but not as many heads in {self.columns.heads!r}")
         for number, value in enumerate(values, start=1):
             if not str(value).isdecimal() or int(value) > words or int(value) == number:
@@ -83,7 +85,7 @@ class ParsingData(LabelledData):
         Raises:
             UserError: If one is unknown, or there are not as many as words.
         """
-        names = row.words(self.columns.relations)
+        names = self.labels_of(row, self.columns.relations)
         if len(names) != words:
             raise UserError(f"{row.where}: there are {words} words, but {len(names)} relations: mend the row")
         return [self.number(row, name, "relation") for name in names]

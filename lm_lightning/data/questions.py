@@ -3,13 +3,13 @@
 A context that is too long becomes several windows that overlap, each a row of its own with the whole question.
 """
 
-import json
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, Optional
 
 import numpy as np
 import torch
 
+from lm_lightning.data import cells
 from lm_lightning.data.labelled import Examples, LabelledData, Row
 from lm_lightning.errors import UserError
 
@@ -23,7 +23,7 @@ class Columns:
         context: The text that has the answer.
         question: The question.
         answers: Its right answers, none or several: a list of `{text, answer_start}`, or `{text: [...], answer_start:
-            [...]}` as on the Hub, also as a string of JSON.
+            [...]}` as on the Hub, also as a string of JSON or Python.
         answer: In place of `answers`: the one answer, empty if there is none.
         answer_start: Where that begins in the context, in characters from 0.
     """
@@ -114,7 +114,7 @@ class QuestionData(LabelledData):
             if columns.answers not in row:
                 row.text(columns.answers)
             try:
-                found = json.loads(found) if isinstance(found, str) else found
+                found = cells.parsed(found) if isinstance(found, str) else found
                 if isinstance(found, dict):
                     pairs = list(zip(found["text"], found["answer_start"], strict=True))
                 else:

@@ -81,8 +81,8 @@ class RoleData(TaggingData):
         """The frames of a row."""
         if not self.columns.frames:
             return [row]
-        frames = row.value(self.columns.frames)
-        if not isinstance(frames, list) or not all(isinstance(frame, dict) for frame in frames):
+        frames = row.entries(self.columns.frames)
+        if frames is None or not all(isinstance(frame, dict) for frame in frames):
             raise UserError(
                 f"{row.where}: column {self.columns.frames!r} is no list of frames such as "
                 f'{{"{self.columns.predicate}": 3, "{self.columns.spans}": [[0, 2, "ARG0"]]}}; where each row is a '
@@ -108,13 +108,13 @@ class RoleData(TaggingData):
     def labels_of_frame(self, frame: Row, words: list[str]) -> list[str]:
         """The label of each word of a frame, as its spans or its labels say."""
         if self.columns.spans not in frame:
-            labels = frame.words(self.columns.labels)
+            labels = self.labels_of(frame, self.columns.labels)
             if len(labels) != len(words):
                 raise UserError(f"{frame.where}: there are {len(words)} words, but {len(labels)} labels: mend the row")
             return labels
-        spans = frame[self.columns.spans]
+        spans = frame.entries(self.columns.spans)
         labels = [OUTSIDE] * len(words)
-        for span in spans if isinstance(spans, list) else [spans]:
+        for span in [frame[self.columns.spans]] if spans is None else spans:
             try:
                 start, last, kind = span
                 fits = 0 <= start <= last < len(words) and isinstance(kind, str) and bool(kind)

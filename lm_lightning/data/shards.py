@@ -3,7 +3,7 @@
 Documents flow in, are cut into tokens and appended to one file a split; the files are keyed by a fingerprint of all
 that decides their content, so that the next run finds them and a change of anything makes new ones:
 
-    <cache>/shards/<fingerprint>/info.json              counts, token type, unigram perplexity
+    <cache>/shards/<fingerprint>/info.json              counts, token type, unigram perplexity, sizes and checksums
                                  frequencies.npy        of each token in the training split
                                  <split>.tokens         token ids, uint16 where the vocabulary allows, else uint32
                                  <split>.documents      int64, where each document starts in <split>.tokens
@@ -16,7 +16,7 @@ import contextlib
 import hashlib
 import json
 import math
-import shutil
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 import numpy as np
 
+from lm_lightning import files
 from lm_lightning.data import corpus as corpora
 from lm_lightning.data import tokenizer as tokenizers
 from lm_lightning.errors import UserError
@@ -95,7 +96,7 @@ class Prepared(NamedTuple):
     @property
     def info(self) -> dict:
         """What is known about the shards: `splits` with their counts, `inputs`, `dtype`."""
-        return json.loads((self.folder / "info.json").read_text())
+        return json.loads((self.folder / "info.json").read_text(encoding="utf-8"))
 
     def frequencies(self) -> np.ndarray:
         """How often each token is in the training split, (vocabulary,) int64."""
@@ -108,17 +109,49 @@ class Prepared(NamedTuple):
 
 def open_split(folder: Path, name: str) -> Split:
     """Opens a split of the shards in a folder."""
-    info = json.loads((folder / "info.json").read_text())
+    info = json.loads((folder / "info.json").read_text(encoding="utf-8"))
     counts = info["splits"][name]
-
-    files = {kind: folder / f"{name}.{kind}" for kind in KINDS}
+    paths = {kind: folder / f"{name}.{kind}" for kind in KINDS}
     mapped = {  # an empty file cannot be mapped
         kind: np.memmap(file, KINDS[kind] or info["dtype"], "r")
         if file.stat().st_size
         else np.empty(0, KINDS[kind] or info["dtype"])
-        for kind, file in files.items()
+        for kind, file in paths.items()
     }
     return Split(bytes=counts["bytes"], unigram_perplexity=counts["unigram_perplexity"], path=(folder, name), **mapped)
+
+
+def check(folder: Path) -> None:
+    """Refuses shards that are not as they were written.
+
+    Sizes are compared always, checksums of files whose size or modification time has changed since.
+
+    Raises:
+        UserError: Names the file, and the folder to remove.
+    """
+    remedy = f"remove the folder {folder}, and it is made again"
+    try:
+        info = json.loads((folder / "info.json").read_text(encoding="utf-8"))
+        known = {f"{split}.{kind}" for split in SPLITS for kind in KINDS} | {"frequencies.npy"} == info["files"].keys()
+        known = known and info["dtype"] in ("uint16", "uint32") and info["splits"].keys() == set(SPLITS)
+        known = known and all(kind in split for split in info["splits"].values() for kind in ("bytes", "documents"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"the tokenized corpus has a damaged {folder / 'info.json'} ({error}): {remedy}") from error
+    if not known:
+        raise UserError(f"{folder / 'info.json'} does not describe a tokenized corpus: {remedy}")
+    for name, entry in info["files"].items():
+        try:
+            stat = (folder / name).stat()
+            changed = stat.st_size != entry["size"] or (
+                stat.st_mtime_ns != entry["modified"] and files.checksum(folder / name) != entry["crc32"]
+            )
+        except (OSError, KeyError, TypeError) as error:
+            raise UserError(f"{folder / name} of the tokenized corpus cannot be read ({error}): {remedy}") from error
+        if changed:
+            raise UserError(
+                f"{folder / name} of the tokenized corpus is not as it was written ({stat.st_size:,} bytes of "
+                f"{entry['size']:,}, or another checksum): {remedy}"
+            )
 
 
 def prepare(corpus: corpora.Corpus, options: tokenizers.Tokenizer, layout: Layout, cache_dir: str) -> Prepared:
@@ -135,8 +168,6 @@ def prepare(corpus: corpora.Corpus, options: tokenizers.Tokenizer, layout: Layou
     Raises:
         UserError: A corpus or tokenizer that cannot be used, with the reason.
     """
-    from filelock import FileLock
-
     cache = Path(cache_dir).expanduser()
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -150,19 +181,22 @@ def prepare(corpus: corpora.Corpus, options: tokenizers.Tokenizer, layout: Layou
         tokenizer = tokenizers.load(options.path)
     else:
         folder = cache / "tokenizers" / fingerprint(inputs, vars(options), layout.special)
-        with FileLock(f"{lock_folder(cache)}/{folder.name}.lock"):
-            if not folder.exists():
-                texts = (piece.text for piece in corpora.read(corpus, cache) if piece.split == "train")
-                trained = tokenizers.train(options, texts, layout.special)
-                with written_whole(folder) as partial:
-                    trained.save_pretrained(partial)
+
+        def train(partial: Path) -> None:
+            texts = (piece.text for piece in corpora.read(corpus, cache) if piece.split == "train")
+            tokenizers.train(options, texts, layout.special).save_pretrained(partial)
+
+        make_once(folder, cache, "training the tokenizer", train)
         tokenizer = tokenizers.load(str(folder))
 
     folder = cache / "shards" / fingerprint(inputs, tokenizers.fingerprint(tokenizer), vars(layout))
-    with FileLock(f"{lock_folder(cache)}/{folder.name}.lock"):
-        if not folder.exists():
-            with written_whole(folder) as partial:
-                tokenize(corpus, tokenizer, layout, inputs, cache, partial)
+    make_once(
+        folder,
+        cache,
+        "tokenizing the corpus",
+        lambda partial: tokenize(corpus, tokenizer, layout, inputs, cache, partial),
+    )
+    check(folder)
     return Prepared(tokenizer, folder)
 
 
@@ -171,25 +205,52 @@ def fingerprint(*parts: object) -> str:
     return hashlib.sha256(json.dumps([FORMAT, *parts], sort_keys=True).encode()).hexdigest()[:16]
 
 
-def lock_folder(cache: Path) -> Path:
-    """Where the locks of a cache lie."""
-    (cache / "locks").mkdir(exist_ok=True)
-    return cache / "locks"
+def make_once(folder: Path, cache: Path, work: str, make: Callable[[Path], None]) -> None:
+    """Makes a folder of the cache, unless it is there already.
+
+    Several processes, users and hosts may share a cache: one works, the others wait and are told why. What is there is
+    used without a lock, so that the cache may be read-only. Where files cannot be locked, as on some network file
+    systems, each process works, and the first result stays.
+
+    Args:
+        folder: To be made.
+        cache: Folder of the cache, whose `locks` has a lock for each folder.
+        work: What is done, such as `tokenizing the corpus`, for messages.
+        make: Writes into a folder that it is given.
+
+    Raises:
+        UserError: If the cache cannot be written.
+    """
+    if folder.exists():
+        return
+    try:
+        with lock(cache, folder.name, work) as locked:
+            if not folder.exists():
+                with files.new_folder(folder, locked) as partial:
+                    make(partial)
+    except OSError as error:
+        raise UserError(f"the cache {cache} cannot be written ({error}): choose another --data.cache_dir") from error
 
 
 @contextlib.contextmanager
-def written_whole(folder: Path) -> Iterator[Path]:
-    """Gives a folder to write into and names it `folder` at the end, or removes it on an error."""
-    partial = folder.with_name(f"{folder.name}.partial")
-    if partial.exists():  # of a run that was killed: whoever writes holds the folder's lock
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
+def lock(cache: Path, name: str, work: str) -> Iterator[bool]:
+    """Waits for the lock of a name and holds it; False where the file system has no locks."""
+    from filelock import FileLock, Timeout
+
+    (cache / "locks").mkdir(exist_ok=True)
+    own = FileLock(cache / "locks" / f"{name}.lock", mode=0o666)  # other users must be able to open it, too
     try:
-        yield partial
-    except BaseException:
-        shutil.rmtree(partial)
-        raise
-    partial.rename(folder)
+        own.acquire(timeout=3)
+    except Timeout:
+        print(f"waiting for another process that is {work} (lock: {own.lock_file})", file=sys.stderr)
+        own.acquire()
+    except NotImplementedError:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        own.release()
 
 
 def tokenize(
@@ -221,7 +282,7 @@ def tokenize(
         bar = stack.enter_context(
             tqdm(total=total, unit="B", unit_scale=True, desc="tokenize", leave=False, disable=None)
         )
-        files = {
+        streams = {
             (split, kind): stack.enter_context(open(folder / f"{split}.{kind}", "wb"))
             for split in SPLITS
             for kind in KINDS
@@ -229,7 +290,7 @@ def tokenize(
         for pieces in batches(corpora.read(corpus, cache)):
             parts = [segment(piece.text) for piece in pieces]
             encodings = iter(encode([part for texts in parts for part in texts], add_special_tokens=False))
-            new: dict[tuple[str, str], list[int]] = {key: [] for key in files}
+            new: dict[tuple[str, str], list[int]] = {key: [] for key in streams}
             for piece, texts in zip(pieces, parts):
                 split = piece.split
                 ids, words = new[split, "tokens"], new[split, "words"]
@@ -252,7 +313,7 @@ def tokenize(
                 bar.update(size)
             for (split, kind), values in new.items():
                 if kind != "words" or layout.words:
-                    files[split, kind].write(np.array(values, KINDS[kind] or dtype).tobytes())
+                    streams[split, kind].write(np.array(values, KINDS[kind] or dtype).tobytes())
             for split in SPLITS:
                 ids = new[split, "tokens"]
                 frequencies[split] += np.bincount(ids, minlength=vocabulary)
@@ -262,8 +323,12 @@ def tokenize(
     for split in SPLITS:
         counts[split]["unigram_perplexity"] = unigram_perplexity(frequencies["train"], frequencies[split])
     np.save(folder / "frequencies.npy", frequencies["train"])
-    info = {"inputs": inputs, "dtype": dtype.name, "vocabulary": vocabulary, "splits": counts}
-    (folder / "info.json").write_text(json.dumps(info, indent=2))
+    written = {
+        path.name: {"size": path.stat().st_size, "modified": path.stat().st_mtime_ns, "crc32": files.checksum(path)}
+        for path in sorted(folder.iterdir())
+    }
+    info = {"inputs": inputs, "dtype": dtype.name, "vocabulary": vocabulary, "splits": counts, "files": written}
+    (folder / "info.json").write_text(json.dumps(info, indent=2), encoding="utf-8")
 
 
 def sentence_splitter(language: str) -> Callable[[str], list[str]]:

@@ -1,5 +1,6 @@
 """Streams: the samples of splits in, batches for each process out, and the place to go on from."""
 
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -90,6 +91,7 @@ class StreamData(LightningDataModule):
             collate_fn=self.collate,
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
+            worker_init_fn=ignore_interrupts,
         )
 
     def state_dict(self) -> dict:
@@ -106,3 +108,8 @@ class StreamData(LightningDataModule):
                     "weights with --model.pretrained RUN/model"
                 )
         self.consumed = state["consumed"]
+
+
+def ignore_interrupts(worker: int) -> None:
+    """Has Ctrl-C pass by a worker, which its parent still needs to finish the step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -48,7 +48,8 @@ class Columns:
     """Names of the columns.
 
     Args:
-        words: The words: a list of them, or a string with spaces between them.
+        words: The words: a list of them, a string that spells such a list as JSON or Python writes it, or a string with
+            spaces between them.
         labels: The label of each, likewise.
     """
 
@@ -111,7 +112,7 @@ class TaggingData(LabelledData):
 
     def labels_in(self, row: Row) -> list[str]:
         """The labels of a row's words, as they stand there."""
-        return row.words(self.columns.labels)
+        return self.labels_of(row, self.columns.labels)
 
     def looks_like(self, labels: set[str]) -> Literal["plain", "bio", "bioes"]:
         """The scheme of some labels, the simplest that fits.

@@ -1,14 +1,15 @@
 """BERT: masked language models, with or without next sentences."""
 
-from typing import Any
+from typing import Any, Optional
 
 import torch
 import transformers
 from torch import Tensor, nn
 
+from lm_lightning.console import printable
 from lm_lightning.errors import UserError
 from lm_lightning.losses import linear_cross_entropy
-from lm_lightning.models.metrics import Ratio
+from lm_lightning.models.metrics import Mode, Ratio
 from lm_lightning.models.module import LanguageModule
 from lm_lightning.models.network import headless
 
@@ -130,6 +131,12 @@ class MaskedLM(LanguageModule):
             self.val_next_loss.update(sums["next"], sums["pairs"])
             self.val_next_accuracy.update(sums["next_right"], sums["pairs"])
 
+    def metric_modes(self) -> dict[str, Optional[Mode]]:
+        modes: dict[str, Optional[Mode]] = {"loss": "min", "perplexity": "min", "accuracy": "max"}
+        if self.trainer.datamodule.next_sentence:
+            modes |= {"next_sentence_loss": "min", "next_sentence_accuracy": "max"}
+        return modes
+
     def metrics(self, loss: Tensor, split: str) -> dict[str, Tensor]:
         """Adds the perplexity and accuracy of the hidden tokens, and loss and accuracy of next sentences."""
         result = {"loss": loss, "perplexity": loss.exp(), "accuracy": self.val_accuracy.compute()}
@@ -162,9 +169,9 @@ class MaskedLM(LanguageModule):
             ],
             "filled": tokenizer.decode(filled, skip_special_tokens=True),
         }
-        self.print(f"{row['filled']}")
+        self.print(printable(row["filled"]))
         for place in row["masks"]:
-            self.print("  " + ", ".join(f"{c['token']} {c['probability']:.3f}" for c in place))
+            self.print("  " + ", ".join(f"{printable(c['token'])} {c['probability']:.3f}" for c in place))
         return [row]
 
 

@@ -1,7 +1,7 @@
 """Classification: texts, or pairs of texts, to a label each, to several labels at once, or to a number."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Optional
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,7 @@ from torchmetrics.classification import (
 from lm_lightning import results
 from lm_lightning.data.order import PADDING
 from lm_lightning.errors import UserError
+from lm_lightning.models.metrics import Mode, mode_of
 from lm_lightning.models.module import LanguageModule
 
 
@@ -155,6 +156,13 @@ class Classification(LanguageModule):
             self.val_metrics.update(logits.sigmoid(), targets.nan_to_num(-100).long())
         else:
             self.val_metrics.update(logits, targets)
+
+    def metric_modes(self) -> dict[str, Optional[Mode]]:
+        if self.trainer.datamodule.kind == "number":
+            return {"loss": "min", "pearson": "max", "spearman": "max", "mae": "min"}
+        modes: dict[str, Optional[Mode]] = {"loss": "min"}
+        modes |= {name: mode_of(metric) for name, metric in self.new_metrics().items()}
+        return {name: mode for name, mode in modes.items() if name not in ("confusion", "counts")}
 
     def metrics(self, loss: Tensor, split: str) -> dict[str, Tensor]:
         """Adds the metrics of the task, and writes those of each label."""

@@ -1,6 +1,7 @@
 """GPT: causal language models."""
 
 import math
+from typing import Optional
 
 import torch
 import transformers
@@ -9,6 +10,7 @@ from torch import Tensor
 from lm_lightning.data.order import PADDING
 from lm_lightning.errors import UserError
 from lm_lightning.losses import linear_cross_entropy
+from lm_lightning.models.metrics import Mode
 from lm_lightning.models.module import LanguageModule
 from lm_lightning.models.network import headless
 
@@ -93,6 +95,9 @@ class CausalLM(LanguageModule):
             logits = output[:, : self.vocab_size].float()
             loss = torch.nn.functional.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
         return loss, (targets != -100).sum()
+
+    def metric_modes(self) -> dict[str, Optional[Mode]]:
+        return {"loss": "min", "perplexity": "min", "bits_per_byte": "min"}
 
     def predict_step(self, batch: dict, batch_idx: int) -> list[dict]:
         """How well each sample is predicted: its `id`, `tokens`, mean `loss` in nats a token, and `text`."""

@@ -19,10 +19,10 @@ from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lm_lightning import errors, hub
+from lm_lightning import errors, hub, untrusted
 from lm_lightning.errors import UserError
+from lm_lightning.files import checksum
 from lm_lightning.models.network import HEAD_FILE, linear_layers
-from lm_lightning.sharded_checkpoint import checksum
 from lm_lightning.strategies.sharded import FSDP2, TensorParallel
 from lm_lightning.strategies.xla import XLA
 
@@ -211,7 +211,7 @@ def save_adapter(
         saved: As `described` gives it, with the `class` and `config` of the network.
         folder: Is made if it does not exist.
     """
-    network_class = getattr(transformers, saved["class"])
+    network_class = untrusted.network_class(saved["class"])
     with torch.device("meta"):
         known = network_class(network_class.config_class.from_dict(saved["config"])).state_dict().keys()
     modules: list[str] = []  # of those within each other, the outer one
@@ -294,7 +294,7 @@ def network_of(checkpoint: dict[str, Any]) -> tuple[transformers.PreTrainedModel
     """
     saved, description = checkpoint["lora"], checkpoint["network"]
     lora, base = settings_of(saved), saved["pretrained"]
-    network_class = getattr(transformers, description["class"])
+    network_class = untrusted.network_class(description["class"])
     config = network_class.config_class.from_dict(description["config"] | {"vocab_size": description["rows"]})
     with torch.device("meta"):
         skeleton = network_class(config)

@@ -1,8 +1,17 @@
 """Metrics that torchmetrics lacks: sums over batches and processes in, numbers out."""
 
+from typing import Literal, Optional
+
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+
+Mode = Literal["min", "max"]
+
+
+def mode_of(metric: Metric) -> Optional[Mode]:
+    """The direction in which a metric of torchmetrics is better, None if it has none."""
+    return None if metric.higher_is_better is None else "max" if metric.higher_is_better else "min"
 
 
 class Ratio(Metric):

@@ -29,7 +29,7 @@ from lm_lightning.errors import UserError
 from lm_lightning.models import lora as adapters
 from lm_lightning.models.finite import FiniteSteps, Step
 from lm_lightning.models.lora import LoRA
-from lm_lightning.models.metrics import Ratio
+from lm_lightning.models.metrics import Mode, Ratio
 from lm_lightning.models.network import blocks, gradient_norm, save_network
 from lm_lightning.optim import OptimizerFactory, Schedule, parameter_groups
 
@@ -53,7 +53,8 @@ class LanguageModule(LightningModule):
         network: Settings of a new `transformers` network, such as `{model_type: gpt2, n_layer: 4}`; whatever is left
             out has that model type's default. The vocabulary and its special tokens come from the tokenizer.
         pretrained: Folder or Hub name of weights to start from, instead of `network`.
-        optimizer: A `torch.optim.Optimizer` class with its settings; it gets the groups of `parameter_groups`.
+        optimizer: A `torch.optim.Optimizer` class with its settings; it gets the groups of `parameter_groups`. A class
+            that is chosen has its own defaults.
         schedule: Learning rate over the steps.
         attention: Attention implementation of `transformers` (`sdpa`, `eager`, `flash_attention_2`, ...).
             Default: the best that `transformers` finds.
@@ -77,7 +78,7 @@ class LanguageModule(LightningModule):
         self,
         network: Optional[dict[str, Any]] = None,
         pretrained: Optional[str] = None,
-        optimizer: OptimizerFactory = lambda params: torch.optim.AdamW(params, lr=1e-3, weight_decay=0.1),
+        optimizer: OptimizerFactory = torch.optim.AdamW,
         schedule: Schedule = Schedule(),
         attention: Optional[str] = None,
         compile: bool = False,
@@ -116,6 +117,7 @@ class LanguageModule(LightningModule):
         self.resumed_at = 0  # the step of the checkpoint
         # Of an evaluation; the command line sets it, since Lightning tells of it only when the network is made.
         self.evaluated_checkpoint: Optional[str] = None
+        self.ended_early = False  # whether the run that is resumed was killed before it wrote model/
 
     def loss(self, batch: dict) -> tuple[Tensor, Tensor]:
         """The loss of a batch: its sum over target tokens, () float32, and their number, () int64."""
@@ -359,8 +361,8 @@ class LanguageModule(LightningModule):
 
         Returns:
             `class`, its name in `transformers`; `config` and `generation` (None for networks that do not generate), as
-            they are exported; `rows`, how many the vocabulary has here with those that pad it. If other libraries read
-            more beside the network, `files`: JSON-able content by name.
+            they are exported; `rows`, how many the vocabulary has here with those that pad it. Of a sentence encoder,
+            `embedding`: the arguments of `embedding.files`.
         """
         tokenizer, generation = self.trainer.datamodule.tokenizer, getattr(self.network, "generation_config", None)
         own = {"vocab_size": self.vocab_size, "pad_token_id": tokenizer.pad_token_id}
@@ -374,29 +376,38 @@ class LanguageModule(LightningModule):
             "rows": self.network.config.vocab_size,
         }
 
-    def export(self, folder: Path) -> None:
+    def export(self, folder: Path, saved: Optional[dict[str, Any]] = None) -> None:
         """Writes the network and its tokenizer as a `from_pretrained` folder; all processes call it.
 
         Where the weights are sharded, the first process gathers them in the host's memory.
+
+        Args:
+            folder: Is made if it does not exist.
+            saved: A checkpoint of this network, whose weights are written instead of the present ones.
         """
-        weights = self.whole_weights()
+        weights = self.whole_weights(saved)
         if self.trainer.is_global_zero:
             if self.lora is not None:
                 weights = adapters.merged(self.network, weights, self.lora.alpha / self.lora.rank)
             save_network(self.description(), weights, folder)
             self.trainer.datamodule.tokenizer.save_pretrained(folder)
 
-    def export_adapter(self, folder: Path) -> None:
-        """Writes what LoRA has trained as a folder of peft's; all processes call it."""
-        weights = self.whole_weights()
+    def export_adapter(self, folder: Path, saved: Optional[dict[str, Any]] = None) -> None:
+        """Writes what LoRA has trained, now or in a checkpoint, as a folder of peft's; all processes call it."""
+        weights = self.whole_weights(saved)
         if self.trainer.is_global_zero:
             adapters.save_adapter(self.network, weights, self.lora_description | self.description(), folder)
 
-    def whole_weights(self) -> dict[str, Any]:
-        """The state dict of the network, each tensor whole; in the first process, if there are several."""
+    def whole_weights(self, saved: Optional[dict[str, Any]] = None) -> dict[str, Any]:
+        """The state dict of the network, or that of a checkpoint, each tensor whole; in the first process."""
+        weights = saved["state_dict"] if saved else {}
+        weights = {name.removeprefix("network."): w for name, w in weights.items() if name.startswith("network.")}
+        if saved is not None and self.lora is None:
+            return weights
         if self.lora is not None and self.lora.base != "whole":  # never sharded, and PyTorch does not know its tensors
-            return {name: tensor.cpu() for name, tensor in self.network.state_dict().items()}
-        return get_model_state_dict(self.network, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+            return {name: tensor.cpu() for name, tensor in self.network.state_dict().items()} | weights
+        whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        return get_model_state_dict(self.network, options=whole) | weights  # (of LoRA, checkpoints have not the base)
 
     # Training
 
@@ -557,6 +568,13 @@ class LanguageModule(LightningModule):
         """The metrics that follow from the mean loss, in nats a token, of a split."""
         return {"loss": loss}
 
+    def metric_modes(self) -> dict[str, Optional[Mode]]:
+        """The names in `metrics`, each with the direction that is better, `min` or `max`; None if neither is.
+
+        It is called when the data is set up, before there is a network.
+        """
+        return {"loss": "min"}
+
     def join_predictions(self, rows: list[dict]) -> list[dict]:
         """What is written of all that `predict_step` has found, in the order of the samples."""
         return rows
@@ -604,8 +622,8 @@ class LanguageModule(LightningModule):
                 f"the checkpoint's optimizer is {checkpoint['optimizer']}, this run's {optimizer}, which cannot go on "
                 "with its state: take the same, or start a new run from the weights with --model.pretrained RUN/model"
             )
-        ended_early = runs.ended_early(Path(self.trainer.default_root_dir), Path(self.trainer.ckpt_path))
-        if 0 < self.trainer.max_steps <= checkpoint["global_step"] and not ended_early:
+        self.ended_early = runs.ended_early(Path(self.trainer.default_root_dir), Path(self.trainer.ckpt_path))
+        if 0 < self.trainer.max_steps <= checkpoint["global_step"] and not self.ended_early:
             raise UserError(
                 f"the checkpoint is at step {checkpoint['global_step']} and this run ends at step "
                 f"{self.trainer.max_steps}: raise trainer.max_steps to train further"

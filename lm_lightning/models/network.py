@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
+from lm_lightning import embedding, untrusted
 from lm_lightning.errors import UserError
 
 HEAD_FILE = "head.safetensors"  # in an exported folder: weights of a head that `transformers` has not
@@ -135,22 +136,32 @@ def save_network(
     Raises:
         UserError: If `max_shard_size` is no size.
     """
-    network_class = getattr(transformers, description["class"])
-    with torch.device("meta"):  # the tensors come from `weights`
-        network = network_class(network_class.config_class.from_dict(description["config"]))
-    if description["generation"] is not None:
-        network.generation_config = transformers.GenerationConfig.from_dict(description["generation"])
-    shapes = {key: tensor.shape for key, tensor in network.state_dict().items()}
-    head = {key.partition(".")[2]: weights.pop(key) for key in list(weights) if key not in shapes}
-    weights = {key: w if w.shape == shapes[key] else w[: shapes[key][0]].clone() for key, w in weights.items()}
-    network.load_state_dict(weights, assign=True)
-    network.tie_weights()
+    network_class = untrusted.network_class(description.get("class"))
+    try:
+        with torch.device("meta"):  # the tensors come from `weights`
+            network = network_class(network_class.config_class.from_dict(description["config"]))
+        if description["generation"] is not None:
+            network.generation_config = transformers.GenerationConfig.from_dict(description["generation"])
+        shapes = {key: tensor.shape for key, tensor in network.state_dict().items()}
+        head = {key.partition(".")[2]: weights.pop(key) for key in list(weights) if key not in shapes}
+        weights = {key: w if w.shape == shapes[key] else w[: shapes[key][0]].clone() for key, w in weights.items()}
+        network.load_state_dict(weights, assign=True)
+        network.tie_weights()
+        files = embedding.files(**description["embedding"]) if "embedding" in description else {}
+    except UserError:
+        raise
+    except Exception as error:  # classes of transformers raise anything for settings that make no sense
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"the checkpoint's network ({network_class.__name__}) cannot be exported, as its description and "
+            f"weights do not fit together ({type(error).__name__}: {reason}): the file is damaged or was changed"
+        ) from error
     try:
         network.save_pretrained(folder, **({} if max_shard_size is None else {"max_shard_size": max_shard_size}))
     except ValueError as error:
         raise UserError(f"the model cannot be written: {error}") from error
     if head:
         safetensors.torch.save_file(head, folder / HEAD_FILE)
-    for name, content in description.get("files", {}).items():
+    for name, content in files.items():  # whose names never come from the checkpoint
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(json.dumps(content, indent=2), encoding="utf-8")

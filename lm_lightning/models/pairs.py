@@ -17,6 +17,7 @@ from lm_lightning.data.order import PADDING
 from lm_lightning.data.pairs import Judged
 from lm_lightning.embedding import Pooling
 from lm_lightning.errors import UserError
+from lm_lightning.models.metrics import Mode
 from lm_lightning.models.module import LanguageModule
 
 
@@ -81,7 +82,7 @@ class SentenceEncoder(LanguageModule):
     def description(self) -> dict[str, Any]:
         size = self.network.config.hidden_size
         return super().description() | {
-            "files": embedding.files(self.pooling, size, self.trainer.datamodule.block_size),
+            "embedding": {"pooling": self.pooling, "size": size, "max_length": self.trainer.datamodule.block_size},
         }
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
@@ -164,6 +165,12 @@ class SentenceEncoder(LanguageModule):
         place = torch.empty_like(found).scatter_(0, inverse, torch.arange(len(rows), device=rows.device))
         place = place[found != PADDING]
         return Seen(rows[place], *(part[place] for part in vectors))
+
+    def metric_modes(self) -> dict[str, Optional[Mode]]:
+        data = self.trainer.datamodule
+        names = ("ndcg_10", "mrr_10", "recall_100") if "validation" in data.judged else ("spearman", "pearson")
+        modes: dict[str, Optional[Mode]] = {"loss": "min"} if not getattr(data.retrieval, "validation", None) else {}
+        return modes | dict.fromkeys(names, "max")
 
     def metrics(self, loss: Tensor, split: str) -> dict[str, Tensor]:
         """Adds how the cosines agree with the scores, or how well the right answers are found."""
@@ -251,7 +258,13 @@ def ranking(seen: Seen, judged: Judged, most: int = 100) -> dict[str, Tensor]:
     """
     place = {row: i for i, row in enumerate(seen.rows.tolist())}
     documents = [row for row in judged.documents if row in place]
-    asked = [(place[row], relevant) for row, relevant in zip(judged.queries, judged.relevant) if row in place]
+    column = {row: i for i, row in enumerate(documents)}
+    excluded = judged.excluded or [None] * len(judged.queries)
+    asked = [
+        (place[row], relevant, -1 if own is None else column.get(own, -1))
+        for row, relevant, own in zip(judged.queries, judged.relevant, excluded)
+        if row in place
+    ]
     names = ("ndcg_10", "mrr_10", "recall_100")
     if not documents or not asked:
         return {name: seen.first.new_zeros(()) for name in names}
@@ -260,10 +273,13 @@ def ranking(seen: Seen, judged: Judged, most: int = 100) -> dict[str, Tensor]:
     sums = dict.fromkeys(names, 0.0)
     for start in range(0, len(asked), 256):
         part = asked[start : start + 256]
-        cosines = seen.first[[query for query, _ in part]] @ searched.T
+        cosines = seen.first[[query for query, _, _ in part]] @ searched.T
+        for row, (_, _, own) in enumerate(part):
+            if own >= 0:
+                cosines[row, own] = -torch.inf
         best = cosines.topk(min(most, len(documents))).indices.tolist()
-        for (_, relevant), ranks in zip(part, best):
-            gains = torch.tensor([relevant.get(documents[i], 0.0) for i in ranks])
+        for (_, relevant, own), ranks in zip(part, best):
+            gains = torch.tensor([0.0 if i == own else relevant.get(documents[i], 0.0) for i in ranks])
             ideal = torch.tensor(sorted(relevant.values(), reverse=True)[:10])
             sums["ndcg_10"] += float(gains[:10] @ discounts[: len(gains)] / (ideal @ discounts[: len(ideal)]))
             hits = gains.nonzero().flatten().tolist()

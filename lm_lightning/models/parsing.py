@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lm_lightning import results
 from lm_lightning.data.order import PADDING
 from lm_lightning.data.words import CUT
-from lm_lightning.models.metrics import Counts, Ratio
+from lm_lightning.models.metrics import Counts, Mode, Ratio
 from lm_lightning.models.module import LanguageModule
 from lm_lightning.models.network import HEAD_FILE
 from lm_lightning.models.spanning_tree import spanning_tree
@@ -182,6 +182,9 @@ class Parser(LanguageModule):
         gold = (batch["targets"].tolist(), batch["relations"].tolist())
         for right, told in zip(zip(*gold), zip(heads.tolist(), relations.tolist())):
             self.counts.update(*(arcs(*sentence, labels) for sentence in (right, told)))
+
+    def metric_modes(self) -> dict[str, Optional[Mode]]:
+        return {"loss": "min", "uas": "max", "las": "max"}
 
     def metrics(self, loss: Tensor, split: str) -> dict[str, Tensor]:
         """Adds the attachment scores, unlabelled and labelled, and writes the results of each relation."""

@@ -20,6 +20,7 @@ from lm_lightning import results
 from lm_lightning.data.order import PADDING
 from lm_lightning.data.questions import Question, Window
 from lm_lightning.errors import UserError
+from lm_lightning.models.metrics import Mode
 from lm_lightning.models.module import LanguageModule
 
 PUNCTUATION = frozenset("-:_*^/\\~`+=，。：？！“”；’《》·、「」（）－～『』")  # of CMRC 2018's script
@@ -139,6 +140,13 @@ class QuestionAnswering(LanguageModule):
         logits = self.logits(batch)
         self.val_loss.update(*self.losses(logits, batch))
         self.spans.update(*self.found(logits, batch))
+
+    def metric_modes(self) -> dict[str, Optional[Mode]]:
+        modes: dict[str, Optional[Mode]] = {"loss": "min", "exact_match": "max", "f1": "max"}
+        questions = self.trainer.datamodule.questions.get("validation", [])
+        if len({bool(question.answers) for question in questions}) > 1:
+            modes |= {"answerable_f1": "max", "unanswerable_f1": "max", "best_f1": "max", "best_threshold": None}
+        return modes
 
     def metrics(self, loss: Tensor, split: str) -> dict[str, Tensor]:
         """Adds exact match and F1 over the questions of which a window was seen, and writes those of their parts."""

@@ -1,7 +1,7 @@
 """Tagging: the label of each word, of which spans are made where the labels mark them; semantic roles, too."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from lm_lightning import results
 from lm_lightning.data.order import PADDING
 from lm_lightning.data.tagging import OUTSIDE, spans_of
 from lm_lightning.data.words import CUT
-from lm_lightning.models.metrics import Counts
+from lm_lightning.models.metrics import Counts, Mode
 from lm_lightning.models.module import LanguageModule
 from lm_lightning.models.viterbi import decode, legal
 
@@ -78,6 +78,10 @@ class Tagging(LanguageModule):
             gold_labels = [data.labels[gold[n]] for n in words]
             own_labels = [data.labels[own[n]] if own[n] >= 0 else "" for n in words]
             self.counts.update(data.found(gold_labels), data.found(own_labels))
+
+    def metric_modes(self) -> dict[str, Optional[Mode]]:
+        names = ("precision", "recall") if self.trainer.datamodule.marks_spans else ("accuracy",)
+        return {"loss": "min", **dict.fromkeys(("f1", "macro_f1", *names), "max")}
 
     def metrics(self, loss: Tensor, split: str) -> dict[str, Tensor]:
         """Adds the metrics of the task, and writes the results of each label or type of spans."""

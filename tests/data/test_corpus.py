@@ -267,7 +267,7 @@ def test_a_huge_document_does_not_lie_in_memory(tmp_path, mode, unit):
 def test_every_format_plain_and_compressed(tmp_path, form, compression):
     texts = ['one "quoted", word', "two\nlines\tand a tab", "é\u2028" + "x" * 200_000]
     path = write_rows(tmp_path / f"a.{form}{compression}", [{"id": "1", "text": text} for text in texts])
-    assert documents(path) == texts
+    assert documents(path, quoting=True if form == "tsv" else None) == texts
 
 
 @pytest.mark.parametrize("compression", ["gz", "zst"])

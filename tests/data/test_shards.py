@@ -4,9 +4,15 @@ import gzip
 import math
 import multiprocessing
 import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
 import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -268,7 +274,7 @@ def test_an_error_leaves_nothing_and_the_next_run_succeeds(tmp_path, cache, monk
     assert documents(prepared, "train") == by_hand(prepared.tokenizer, [*TEXTS["train"], "The last text"])
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_an_interrupt_leaves_nothing(tmp_path, cache, monkeypatch, error):
     corpus, read = write(tmp_path), corpora.read
 
@@ -289,7 +295,7 @@ def test_an_interrupt_leaves_nothing(tmp_path, cache, monkeypatch, error):
 def test_what_a_killed_run_has_left_is_removed(tmp_path, cache):
     corpus = write(tmp_path)
     folder = shards.prepare(corpus, BYTES, shards.Layout(), str(cache)).folder
-    killed = folder.with_name(f"{folder.name}.partial")
+    killed = folder.with_name(f"{folder.name}.elsewhere-1-00000000.partial")
     folder.rename(killed)
     assert shards.prepare(corpus, BYTES, shards.Layout(), str(cache)).folder == folder
     assert list((cache / "shards").iterdir()) == [folder]
@@ -325,3 +331,97 @@ def test_of_two_processes_one_works_and_both_have_the_result(tmp_path, cache):
     assert reads + other_reads == 2, "the corpus is read for the tokenizer once and for the tokens once"
     assert list((cache / "shards").iterdir()) == [folder]
     assert len(list((cache / "tokenizers").iterdir())) == 1
+
+
+# A cache that is shared, or damaged
+
+
+@pytest.mark.parametrize("name", ["train.tokens", "train.documents", "frequencies.npy", "info.json"])
+@pytest.mark.parametrize("damage", ["cut", "changed"])
+def test_damaged_shards_are_refused_and_named(name: str, damage: str, tmp_path: Path, cache: Path):
+    prepared = shards.prepare(write(tmp_path), BYTES, shards.Layout(), str(tmp_path / "cache"))
+    file = prepared.folder / name
+    content = file.read_bytes()
+    half = len(content) // 2
+    file.write_bytes(content[:half] if damage == "cut" else content[:half] + b"\xff" + content[half + 1 :])
+    with pytest.raises(UserError, match=f"{name}.*remove the folder {prepared.folder}"):
+        shards.prepare(write(tmp_path), BYTES, shards.Layout(), str(tmp_path / "cache"))
+
+
+def test_copied_shards_are_used(tmp_path: Path):
+    first = shards.prepare(write(tmp_path), BYTES, shards.Layout(), str(tmp_path / "cache"))
+    shutil.copytree(tmp_path / "cache", tmp_path / "copy")  # with other modification times
+    for file in (tmp_path / "copy").rglob("*.tokens"):
+        os.utime(file)
+    copied = shards.prepare(write(tmp_path), BYTES, shards.Layout(), str(tmp_path / "copy"))
+    assert copied.split("train").tokens.tolist() == first.split("train").tokens.tolist()
+
+
+def test_another_user_reads_a_cache_and_is_told_if_it_cannot_be_written(tmp_path: Path):
+    if os.geteuid() != 0:
+        pytest.skip("only root can become another user")
+    code = """
+import os, sys
+from lm_lightning.data import corpus, shards, tokenizer
+from lm_lightning.errors import UserError
+for number, text in enumerate(sys.argv[2:]):
+    if number == 1:  # (by now, all is imported that root alone may read here)
+        os.setuid(65534)
+    try:
+        options = corpus.Corpus(paths=[text], validation_fraction=0)
+        prepared = shards.prepare(options, tokenizer.Tokenizer(vocab_size=300), shards.Layout(), sys.argv[1])
+        print(len(prepared.split("train").tokens))
+    except UserError as error:
+        print(error)
+"""
+    with tempfile.TemporaryDirectory() as name:  # (those of pytest are for their owner alone)
+        folder = Path(name)
+        folder.chmod(0o755)
+        for file in ("known.txt", "new.txt"):
+            (folder / file).write_text(f"Some words of {file}. " * 30)
+        corpus = Corpus(paths=[str(folder / "known.txt")], validation_fraction=0)
+        prepared = shards.prepare(corpus, Tokenizer(vocab_size=300), shards.Layout(), str(folder / "cache"))
+        tokens = len(prepared.split("train").tokens)
+        arguments = [sys.executable, "-c", code, folder / "cache"]
+        arguments += [folder / "known.txt", folder / "known.txt", folder / "new.txt"]
+        done = subprocess.run(arguments, capture_output=True, text=True, cwd="/")
+    assert not done.returncode, done.stderr
+    _, known, new = done.stdout.splitlines()
+    assert int(known) == tokens
+    assert "cannot be written ([Errno 13] Permission denied" in new and "--data.cache_dir" in new
+
+
+def test_a_lock_that_another_process_holds_is_announced(tmp_path: Path, capsys):
+    corpus = write(tmp_path)
+    folder = shards.prepare(corpus, BYTES, shards.Layout(), str(tmp_path / "cache")).folder
+    shutil.rmtree(folder)
+    code = f"""
+import filelock, time
+with filelock.FileLock({str(tmp_path / "cache" / "locks" / folder.name) + ".lock"!r}):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+    holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert holder.stdout.readline() == b"held\n"
+    threading.Timer(5, holder.kill).start()  # whose lock ends with it
+    shards.prepare(corpus, BYTES, shards.Layout(), str(tmp_path / "cache"))
+    assert "waiting for another process that is tokenizing the corpus" in capsys.readouterr().err
+    assert folder.is_dir()
+
+
+def test_without_locks_the_first_result_stays(tmp_path: Path, monkeypatch):
+    def unsupported(*_: object, **__: object) -> None:
+        raise NotImplementedError("FileSystem does not appear to support flock")
+
+    monkeypatch.setattr("filelock.FileLock.acquire", unsupported)
+    corpus, tokenize = write(tmp_path), shards.tokenize
+
+    def overtaken(*args: object) -> None:  # another host, whose lock is not seen here, is faster
+        monkeypatch.setattr(shards, "tokenize", tokenize)
+        other = shards.prepare(corpus, BYTES, shards.Layout(), str(tmp_path / "cache"))
+        (other.folder / "first").touch()
+        tokenize(*args)
+
+    monkeypatch.setattr(shards, "tokenize", overtaken)
+    folder = shards.prepare(corpus, BYTES, shards.Layout(), str(tmp_path / "cache")).folder
+    assert (folder / "first").exists() and not list(folder.parent.glob("*.partial"))

@@ -108,8 +108,8 @@ def test_rows_that_are_wrong_are_named(tokenizer: Path, change: dict, told: str)
 
 def test_files_that_are_not_squads_are_refused(tmp_path: Path):
     for text, told in (
-        ("[]", "not as SQuAD's"),
-        ('{"data": [{}]}', "not as SQuAD's"),
+        ("[]", "not in the form of SQuAD's"),
+        ('{"data": [{}]}', "not in the form of SQuAD's"),
         ('{"a": 1}\n{}', "not valid JSON"),
     ):
         (tmp_path / "a.json").write_text(text)

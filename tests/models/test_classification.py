@@ -101,7 +101,7 @@ def test_labels_are_learned_and_told_by_transformers_pipeline(fit, cli, recipe: 
     gold = rows(45, 2)
     tell = pipeline("text-classification", str(run / "model"))
     told = tell([row["text"] for row in gold], top_k=None)
-    cli("predict", "--config", recipe, "--ckpt_path", run / "checkpoints" / "last.ckpt")
+    cli("predict", "--config", recipe, "--ckpt_path", run / "checkpoints" / "best.ckpt")
     predicted = [json.loads(line) for line in (evaluation(run) / "predictions.jsonl").read_text().splitlines()]
     assert [row["id"] for row in predicted] == list(range(45))
     for own, other in zip(predicted, told):
@@ -119,8 +119,8 @@ def test_labels_are_learned_and_told_by_transformers_pipeline(fit, cli, recipe: 
 
 def test_metrics_are_those_of_the_definitions(fit, cli, recipe: Path):
     run = fit("--trainer.max_steps", 12)  # not yet perfect
-    out = cli("test", "--config", recipe, "--ckpt_path", run / "checkpoints" / "last.ckpt", "--data.batch_size", 16)
-    cli("predict", "--config", recipe, "--ckpt_path", run / "checkpoints" / "last.ckpt")
+    out = cli("test", "--config", recipe, "--ckpt_path", run / "checkpoints" / "best.ckpt", "--data.batch_size", 16)
+    cli("predict", "--config", recipe, "--ckpt_path", run / "checkpoints" / "best.ckpt")
     told = [json.loads(line)["label"] for line in (evaluation(run) / "predictions.jsonl").read_text().splitlines()]
     gold = [row["label"] for row in rows(45, 2)]
     with open(evaluation(run, "test") / "results.csv", newline="") as file:
@@ -135,7 +135,7 @@ def test_metrics_are_those_of_the_definitions(fit, cli, recipe: Path):
     with open(evaluation(run, "test") / "confusion.csv", newline="") as file:
         head, *counts = csv.reader(file)
     assert counts == [[g, *(str(list(zip(gold, told)).count((g, t))) for t in head[1:])] for g in sorted(WORDS)]
-    assert (evaluation(run, "test") / "results.md").read_text().startswith("test, last.ckpt\n")
+    assert (evaluation(run, "test") / "results.md").read_text().startswith("test, best.ckpt\n")
     assert Image.open(evaluation(run, "test") / "confusion.png").size[0] > 300
     accuracy = sum(t == g for t, g in zip(told, gold)) / 45
     for name, value in {"accuracy": accuracy, "macro_f1": sum(f1) / 3}.items():
@@ -151,7 +151,7 @@ def test_predictions_are_aligned_with_a_csv_file(fit, cli, recipe: Path):
         table = csv.DictWriter(stream, ["text", "other"], extrasaction="ignore")
         table.writeheader()
         table.writerows(content)
-    flags = ("--config", recipe, "--ckpt_path", run / "checkpoints" / "last.ckpt", "--data.tables.predict", file)
+    flags = ("--config", recipe, "--ckpt_path", run / "checkpoints" / "best.ckpt", "--data.tables.predict", file)
     result = command("predict", *flags, "--data.batch_size", 4, "--trainer.devices", 2, "--trainer.strategy", "ddp")
     assert result.returncode == 0, result.stderr
     with open(evaluation(run) / "predictions.csv", newline="") as stream:
@@ -208,7 +208,7 @@ def test_kinds(fit, cli, recipe: Path, flags: tuple, metric: str):
     with open(run / "metrics.csv", newline="") as file:
         values = [float(row[f"val/{metric}"]) for row in csv.DictReader(file) if row[f"val/{metric}"]]
     assert values[-1] > 0.5
-    cli("predict", "--config", recipe, *flags, "--ckpt_path", run / "checkpoints" / "last.ckpt")
+    cli("predict", "--config", recipe, *flags, "--ckpt_path", run / "checkpoints" / "best.ckpt")
     predicted = [json.loads(line) for line in (evaluation(run) / "predictions.jsonl").read_text().splitlines()]
     pair = "other" if metric == "accuracy" else None
     told = pipeline_in_a_fresh_process(run / "model", [(row["text"], row.get(pair)) for row in rows(45, 2)])
@@ -223,7 +223,7 @@ def test_results_of_several_labels_are_those_of_the_definitions(fit, cli, recipe
     flags = (*flags, "--best.mode", "min", "--model.schedule.warmup_steps", 2)
     run = fit(*flags, "--trainer.max_steps", 120)
     for command_ in ("test", "predict"):
-        cli(command_, "--config", recipe, *flags, "--ckpt_path", run / "checkpoints" / "last.ckpt")
+        cli(command_, "--config", recipe, *flags, "--ckpt_path", run / "checkpoints" / "best.ckpt")
     told = [
         set(json.loads(line)["labels"]) for line in (evaluation(run) / "predictions.jsonl").read_text().splitlines()
     ]
@@ -354,7 +354,7 @@ def test_a_trained_network_tells_its_labels_itself(fit, cli, recipe: Path):
     turned = {k: v.flip(0).contiguous() if k.startswith("classifier.") else v for k, v in weights.items()}
     save_file(turned, other / "model.safetensors", metadata={"format": "pt"})
 
-    right = accuracy(cli("test", "--config", recipe, "--ckpt_path", run / "checkpoints" / "last.ckpt"))
+    right = accuracy(cli("test", "--config", recipe, "--ckpt_path", run / "checkpoints" / "best.ckpt"))
     assert right > 0.8
     for pretrained in (run, other):
         measure = ("test", "--config", recipe, "--model.network", "null", "--model.pretrained", pretrained)

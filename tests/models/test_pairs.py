@@ -2,8 +2,11 @@
 
 import csv
 import json
+import multiprocessing
 import random
+import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +15,7 @@ import yaml
 from conftest import command
 from scipy.stats import pearsonr, spearmanr
 
-from lm_lightning.data.pairs import Judged, batch_of_pairs
+from lm_lightning.data.pairs import Judged, PairData, Retrieval, answers, batch_of_pairs
 from lm_lightning.data.tokenizer import Tokenizer, load, train
 from lm_lightning.embedding import embed, pool, pooling_of
 from lm_lightning.errors import UserError
@@ -159,7 +162,7 @@ def test_loss_is_that_of_the_definition(fit, cli, recipe: Path):
     )
     write(recipe.parent / "test.jsonl", content)
     run = fit()
-    flags = ("--config", recipe, "--ckpt_path", run / "checkpoints" / "last.ckpt", "--data.batch_size", 25)
+    flags = ("--config", recipe, "--ckpt_path", run / "checkpoints" / "best.ckpt", "--data.batch_size", 25)
     assert value(cli("test", *flags), "loss") == pytest.approx(losses_by_hand(run, content), abs=1e-4)
 
 
@@ -226,7 +229,7 @@ def test_training_brings_pairs_together(fit, cli, recipe: Path):
 
 def test_correlations_are_those_of_scipy(fit, cli, recipe: Path):
     run, content = fit(*SCORES), rows(25, 2)
-    out = cli("test", "--config", recipe, *SCORES, "--ckpt_path", run / "checkpoints" / "last.ckpt")
+    out = cli("test", "--config", recipe, *SCORES, "--ckpt_path", run / "checkpoints" / "best.ckpt")
     first, second = (embeddings(run / "model", [row[name] for row in content]) for name in ("text", "other"))
     cosines, scores = (first * second).sum(-1).numpy(), [row["score"] for row in content]
     assert value(out, "spearman") == pytest.approx(spearmanr(cosines, scores).statistic, abs=1e-4)
@@ -262,33 +265,149 @@ def test_ranking_is_that_of_scikit_learn():
 
 @pytest.fixture
 def beir(tmp_path: Path) -> Path:
-    """Forty documents, of which one is empty, and nine queries, of which one has no answer."""
+    """Forty documents, of which one is empty, one that is a query, and nine queries, of which one has no answer.
+
+    One answer is to an unknown query and one is an unknown document.
+    """
     content = rows(49, 5)
     documents = [{"_id": f"d{i}", "title": row["text"], "text": row["pair"]} for i, row in enumerate(content[:40])]
     documents[3] |= {"title": "", "text": ""}
-    write(tmp_path / "corpus.jsonl", documents)
+    write(tmp_path / "corpus.jsonl", [*documents, {"_id": "3", "text": content[43]["text"]}])
     write(tmp_path / "queries.jsonl", [{"_id": i, "text": row["text"]} for i, row in enumerate(content[40:])])
     lines = [f"{i}\td{(7 * i + j) % 40}\t{j}" for i in range(8) for j in range(4)]
-    (tmp_path / "qrels.tsv").write_text("\n".join(["query-id\tcorpus-id\tscore", *lines, "99\td1\t1"]) + "\n")
+    lines += ["99\td1\t1", "1\tmissing\t2"]
+    (tmp_path / "qrels.tsv").write_text("\n".join(["query-id\tcorpus-id\tscore", *lines]) + "\n")
     return tmp_path
+
+
+def beir_by_hand(found: dict[str, dict[str, float]], judged: dict[str, dict[str, float]], ignore: bool) -> dict:
+    """What BEIR's evaluation tells, by its definition: `found` has the cosine of each document to each query."""
+    sums = {"ndcg_10": 0.0, "mrr_10": 0.0, "recall_100": 0.0}
+    queries = [query for query in found if any(score > 0 for score in judged.get(query, {}).values())]
+    for query in queries:
+        right = {document: score for document, score in judged[query].items() if score > 0}
+        ranks = sorted(found[query], key=lambda document: -found[query][document])
+        if ignore:
+            ranks = [document for document in ranks if document != query]
+        gains = [right.get(document, 0) for document in ranks]
+        ideal = sorted(right.values(), reverse=True)
+        gain, best = (sum(g / np.log2(i + 2) for i, g in enumerate(of[:10])) for of in (gains, ideal))
+        sums["ndcg_10"] += gain / best
+        sums["mrr_10"] += next((1 / (i + 1) for i, g in enumerate(gains[:10]) if g), 0)
+        sums["recall_100"] += sum(g > 0 for g in gains[:100]) / len(right)
+    return {name: total / len(queries) for name, total in sums.items()}
+
+
+def judgements(file: Path) -> dict[str, dict[str, float]]:
+    judged: dict[str, dict[str, float]] = {}
+    for line in file.read_text().splitlines()[1:]:
+        query, document, score = line.split("\t")
+        judged.setdefault(query, {})[document] = float(score)
+    return judged
 
 
 def test_search_with_known_answers(fit, cli, recipe: Path, beir: Path):
     run = fit("--data.retrieval.validation", beir / "qrels.tsv", *files(beir), "--best.monitor", "val/ndcg_10")
     test = ("--data.retrieval.test", beir / "qrels.tsv", *files(beir))
-    out = cli("test", "--config", recipe, *test, "--ckpt_path", run / "checkpoints" / "last.ckpt")
-    assert "8 queries to 40 documents, 1 without a right answer, 1 answers of unknown" in out
+    out = cli("test", "--config", recipe, *test, "--ckpt_path", run / "checkpoints" / "best.ckpt")
+    assert "8 queries to 41 documents, 1 queries without a right answer, 1 answers to unknown queries" in out
+    assert "qrels.tsv:34), 1 right answers that are no documents, so never found (first: missing), 1 documents" in out
     assert "1 rows have no text" in out
     texts = ((beir / f"{name}.jsonl").read_text().splitlines() for name in ("corpus", "queries"))
     corpus, queries = ([json.loads(line) for line in lines] for lines in texts)
-    documents = embeddings(run / "model", [f"{row['title']} {row['text']}".strip() for row in corpus])
-    asked = embeddings(run / "model", [row["text"] for row in queries[:8]])
-    gains = np.zeros((8, 40))
-    for i in range(8):
-        gains[i, [(7 * i + j) % 40 for j in range(4)]] = range(4)
-    expected = scores_by_hand((asked @ documents.T).numpy(), gains)
+    documents = embeddings(run / "model", [f"{row.get('title', '')} {row['text']}".strip() for row in corpus])
+    asked = embeddings(run / "model", [row["text"] for row in queries])
+    cosines = {
+        str(query["_id"]): {row["_id"]: float(cosine) for row, cosine in zip(corpus, cosines)}
+        for query, cosines in zip(queries, asked @ documents.T)
+    }
+    expected, other = (beir_by_hand(cosines, judgements(beir / "qrels.tsv"), ignore) for ignore in (True, False))
     assert {name: value(out, name) for name in expected} == pytest.approx(expected, abs=1e-4)
     assert logged(run, "val/ndcg_10")[-1] == pytest.approx(expected["ndcg_10"], abs=1e-4)
+    out = cli(
+        *("test", "--config", recipe, *test, "--ckpt_path", run / "checkpoints" / "best.ckpt"),
+        *("--data.retrieval.ignore_identical_ids", "false"),
+    )
+    assert {name: value(out, name) for name in other} == pytest.approx(other, abs=1e-4)
+    assert other["mrr_10"] != pytest.approx(expected["mrr_10"], abs=1e-3)
+
+
+def judge(queries: Path, corpus: Path, qrels: Path, **options) -> tuple[Judged, list]:
+    """What the data module reads of the files, without a run."""
+    data = PairData(retrieval=Retrieval(str(queries), str(corpus), str(qrels), **options))
+    data.trainer = SimpleNamespace(is_global_zero=True)  # type: ignore[assignment]
+    found = data.read("validation")
+    return data.judged["validation"], found
+
+
+def test_loaders_start_fresh_processes(fit, cli, recipe: Path, beir: Path):
+    """As on macOS and Windows, where everything that a loader needs is pickled."""
+    search = ("--data.retrieval.validation", beir / "qrels.tsv", *files(beir), "--best.monitor", "val/ndcg_10")
+    flags = (*search, "--best.mode", "max", "--trainer.num_sanity_val_steps", 0)
+    runs = [fit("--name", "none", *flags)]
+    method = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("spawn", force=True)
+    try:
+        runs.append(fit("--name", "fresh", *flags, "--data.num_workers", 1))
+    finally:
+        multiprocessing.set_start_method(method, force=True)
+    for name in ("train/loss", "val/ndcg_10"):
+        assert logged(runs[0], name) == pytest.approx(logged(runs[1], name)) and logged(runs[0], name)
+
+
+@pytest.mark.parametrize("ignore", [True, False])
+def test_cranfield_is_scored_as_by_beir(ignore: bool):
+    """Bags of words as embeddings; Cranfield numbers queries and documents independently."""
+    folder = Path(__file__).parents[3] / "shared" / "data" / "cranfield"
+    if not folder.is_dir():
+        pytest.skip("needs Cranfield")
+    paths = [folder / name for name in ("queries.jsonl", "corpus.jsonl", "qrels.tsv")]
+    judged, found = judge(*paths, ignore_identical_ids=ignore)
+    vectors = np.zeros((len(found), 4096), np.float32)
+    for i, row in enumerate(found):
+        for word in row["text"].lower().split():
+            vectors[i, zlib.crc32(word.encode()) % 4096] += len(word)
+    vectors += 1e-3 * np.random.default_rng(0).random(vectors.shape, np.float32)  # no ties
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    told = ranking(Seen(torch.arange(len(found)), *[torch.from_numpy(vectors)] * 2), judged)
+    cosines = vectors[judged.queries] @ vectors[:1400].T
+    results = {
+        found[row]["_id"]: {document["_id"]: float(c) for document, c in zip(found[:1400], cosines_of_row)}
+        for row, cosines_of_row in zip(judged.queries, cosines)
+    }
+    expected = beir_by_hand(results, judgements(paths[2]), ignore)
+    assert {name: float(number) for name, number in told.items()} == pytest.approx(expected, abs=1e-4)
+    assert 0.1 < expected["ndcg_10"] < 0.6
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "message"),
+    [
+        (
+            "corpus.jsonl",
+            '{"_id": "d5", "text": "again"}',
+            r"corpus.jsonl:42: the _id 'd5' is that of .*corpus.jsonl:6",
+        ),
+        ("queries.jsonl", '{"_id": 2, "text": "again"}', r"queries.jsonl:10: the _id 2 is that of .*queries.jsonl:3"),
+        ("qrels.tsv", "2\td15\t3", r"qrels.tsv:36: query 2 and document d15 have a score at .*qrels.tsv:11 already"),
+        ("qrels.tsv", "2\td35\tnan", "qrels.tsv:36: data.retrieval.validation needs the columns"),
+    ],
+)
+def test_ids_that_are_there_twice_are_refused(beir: Path, name: str, line: str, message: str):
+    with open(beir / name, "a") as file:
+        file.write(line + "\n")
+    with pytest.raises(UserError, match=message):
+        judge(*(beir / name for name in ("queries.jsonl", "corpus.jsonl", "qrels.tsv")))
+
+
+def test_a_document_that_is_the_query_itself_is_no_answer():
+    """As in duplicate questions, where each text is also the pair of another."""
+    texts = {"a": [2, 9, 3], "b": [2, 8, 3], "c": [2, 7, 3]}
+    pairs = [("a", "b"), ("b", "c"), ("c", "c")]
+    examples = [{"input_ids": texts[x] + texts[y], "lengths": [3, 3]} for x, y in pairs]
+    judged = answers(examples)
+    assert judged.relevant == [{0: 1.0}, {1: 1.0}, {1: 1.0}]
+    assert judged.excluded == [None, 0, None]  # b is a document, and c its own answer
 
 
 def files(folder: Path) -> tuple:
@@ -320,7 +439,7 @@ def test_export_tells_its_pooling_to_the_next_run(fit, cli, recipe: Path):
     assert {"modules.json", "1_Pooling/config.json", "sentence_bert_config.json"} <= names
     next_run = fit("--name", "next", "--model.network", "null", "--model.pretrained", run)
     assert pooling_of(str(next_run / "model")) == "cls"
-    test = ("test", "--config", recipe, "--ckpt_path", run / "checkpoints" / "last.ckpt")
+    test = ("test", "--config", recipe, "--ckpt_path", run / "checkpoints" / "best.ckpt")
     told = value(cli(*test, "--model.pooling", "cls"), "loss")
     assert value(cli(*test), "loss") == told
     with pytest.raises(UserError, match="the checkpoint's pooling is cls, model.pooling mean"):

@@ -59,8 +59,8 @@ def predictions(run: Path) -> list[dict]:
 
 def test_trees_are_learned_scored_and_told_again_by_the_export(fit, cli, recipe: Path, tmp_path: Path):
     run = fit("--trainer.max_steps", 100, "--trainer.val_check_interval", 50)
-    out = cli("test", "--config", recipe, "--ckpt_path", run / "checkpoints" / "last.ckpt")
-    cli("predict", "--config", recipe, "--ckpt_path", run / "checkpoints" / "last.ckpt")
+    out = cli("test", "--config", recipe, "--ckpt_path", run / "checkpoints" / "best.ckpt")
+    cli("predict", "--config", recipe, "--ckpt_path", run / "checkpoints" / "best.ckpt")
     told, gold = predictions(run), sentences(45, 2)
     assert all(is_tree(tuple(row["heads"])) for row in told)
     assert all((head == 0) == (name == "root") for row in told for head, name in zip(row["heads"], row["relations"]))
@@ -111,7 +111,7 @@ def test_two_processes_do_and_score_what_one_does(fit, recipe: Path):
 
 def test_words_that_are_cut_off_count_as_missed(fit, cli, recipe: Path):
     run = fit()
-    flags = ("--ckpt_path", run / "checkpoints" / "last.ckpt", "--data.max_length", 8)
+    flags = ("--ckpt_path", run / "checkpoints" / "best.ckpt", "--data.max_length", 8)
     out = cli("test", "--config", recipe, *flags)
     assert "words are cut off, and what they should tell counts as missed" in out
     cli("predict", "--config", recipe, *flags)

@@ -126,8 +126,8 @@ print(json.dumps(answers))
 
 def test_answers_are_learned_and_plain_transformers_finds_the_same(fit, cli, recipe: Path):
     run = fit("--trainer.max_steps", 200, "--trainer.val_check_interval", 100)
-    out = cli("test", "--config", recipe, "--ckpt_path", run / "checkpoints" / "last.ckpt")
-    cli("predict", "--config", recipe, "--ckpt_path", run / "checkpoints" / "last.ckpt")
+    out = cli("test", "--config", recipe, "--ckpt_path", run / "checkpoints" / "best.ckpt")
+    cli("predict", "--config", recipe, "--ckpt_path", run / "checkpoints" / "best.ckpt")
     told, gold = predictions(run), flat(recipe.parent / "test.json")
     assert [row["id"] for row in told] == [question["id"] for _, question in gold]
     pairs = [(question["question"], context) for context, question in gold]

@@ -43,7 +43,7 @@ def test_each_predicate_has_arguments_of_its_own_which_the_pipeline_tells_too(fi
 
     run = fit("--trainer.max_steps", 150, "--trainer.val_check_interval", 50)
     gold = sentences(45, 2)
-    cli("predict", "--config", recipe, "--ckpt_path", run / "checkpoints" / "last.ckpt")
+    cli("predict", "--config", recipe, "--ckpt_path", run / "checkpoints" / "best.ckpt")
     told = predictions(run)
     frames = [(number, frame) for number, row in enumerate(gold) for frame in row["frames"]]
     assert [(row["row"], row["predicate"]) for row in told] == [(n, frame["predicate"]) for n, frame in frames]

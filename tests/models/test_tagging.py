@@ -69,7 +69,7 @@ def test_names_are_learned_scored_as_by_seqeval_and_told_by_the_pipeline(fit, cl
     run = fit("--trainer.max_steps", 25)  # not yet perfect
     gold = sentences(45, 2)
     # Of the longest sentences the end is cut off, and what should be there counts as missed.
-    flags = ("--config", recipe, "--ckpt_path", run / "checkpoints" / "last.ckpt", "--data.max_length", 14)
+    flags = ("--config", recipe, "--ckpt_path", run / "checkpoints" / "best.ckpt", "--data.max_length", 14)
     out = cli("test", *flags)
     assert "words are cut off, and what they should tell counts as missed" in out
     cli("predict", *flags)

@@ -1,0 +1,35 @@
+"""Lightning's training loop, which always validates the last step of a run."""
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.loops.fit_loop import _FitLoop
+
+from lm_lightning.callbacks.resuming import Resuming
+
+
+class FitLoop(_FitLoop):
+    """Lightning's loop over the epochs; when training ends, the last step is validated unless it already was.
+
+    A run that is resumed at its last step, because it was killed in that validation or before `model/` was written,
+    does only what is missing.
+    """
+
+    @classmethod
+    def replace(cls, trainer: Trainer) -> None:
+        """Makes a trainer use this loop."""
+        old = trainer.fit_loop
+        trainer.fit_loop = cls(trainer, old.min_epochs, old.max_epochs)
+        trainer.fit_loop.epoch_loop = old.epoch_loop
+
+    @property
+    def skip(self) -> bool:
+        return super().skip and not self.trainer.lightning_module.ended_early
+
+    def on_run_end(self) -> None:
+        trainer, validation = self.trainer, self.epoch_loop.val_loop
+        validated = [callback.validated for callback in trainer.callbacks if isinstance(callback, Resuming)]
+        if trainer.enable_validation and trainer.global_step > 0 and trainer.global_step not in validated:
+            validation.restarting = False
+            trainer.validating = True
+            validation.run()
+            trainer.training = True
+        super().on_run_end()

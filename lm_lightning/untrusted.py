@@ -1,0 +1,113 @@
+"""Untrusted input: checks of the names, paths and classes that files made by other people give us.
+
+A checkpoint, model folder, index or run folder is data: opening one must neither run code nor write or read outside its
+folder. SECURITY.md has the whole trust model.
+"""
+
+import os
+import re
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lm_lightning.console import printable
+from lm_lightning.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# C0 and C1 control characters, line and paragraph separators, direction overrides, lone surrogates
+_UNPRINTABLE = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_WINDOWS_DEVICES = {"con", "prn", "aux", "nul"} | {f"{device}{n}" for device in ("com", "lpt") for n in range(1, 10)}
+
+
+def plain_name(name: Any, what: str) -> str:
+    """Returns `name` if it names one file or folder directly within another folder, on every operating system.
+
+    Args:
+        name: The name, of any type.
+        what: Where it comes from, such as `--name`, for the message.
+
+    Raises:
+        UserError: If it is empty, a path, `.` or `..`, or has characters that a file name must not have.
+    """
+    bad = (
+        not isinstance(name, str)
+        or name.strip(" .") == ""
+        or re.search(r'[/\\:<>"|?*]', name) is not None
+        or _UNPRINTABLE.search(name) is not None
+        or name.partition(".")[0].lower() in _WINDOWS_DEVICES
+        or len(os.fsencode(name)) > 200
+    )
+    if bad:
+        raise UserError(
+            f"{what} is {printable(repr(name))[:200]}, which cannot be the name of a file or folder: use letters, "
+            "digits, '-', '_' and '.', without slashes"
+        )
+    return name
+
+
+def inside(folder: Path, name: Any, what: str) -> Path:
+    """Returns the path of a relative name in `folder`, which must not lead out of it.
+
+    Args:
+        folder: An existing folder.
+        name: Relative path with `/` between its parts, of any type.
+        what: The file that gives the name, for the message.
+
+    Raises:
+        UserError: If the name is absolute, has `..`, or passes through a symbolic link that leads elsewhere.
+    """
+    parts = name.split("/") if isinstance(name, str) else [name]
+    for part in parts:
+        plain_name(part, f"a name in {what}")
+    path = folder.joinpath(*parts)
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"{what} names {printable(name)}, which is a link that leads out of {folder}: remove it")
+    return path
+
+
+def refuse_links(run: Path) -> None:
+    """Refuses to write into a run folder with symbolic links to elsewhere: a write would follow them.
+
+    Raises:
+        UserError: Names the first such link and where it leads.
+    """
+    root = run.resolve()
+    for folder, folders, files in os.walk(root):
+        for name in [*folders, *files]:
+            path = Path(folder, name)
+            if path.is_symlink() and not path.resolve().is_relative_to(root):
+                raise UserError(
+                    f"{printable(str(path))} is a link to {printable(os.readlink(path))}, outside of the run folder, "
+                    "and would be written through: remove the link, or copy what it leads to"
+                )
+
+
+def network_class(name: Any) -> "type[PreTrainedModel]":
+    """The class of `transformers` that a file names.
+
+    Args:
+        name: Such as `GPT2LMHeadModel`, of any type.
+
+    Raises:
+        UserError: If `transformers` has no network of that name.
+    """
+    import transformers
+
+    found = None
+    if isinstance(name, str) and name.isidentifier() and not name.startswith("_"):
+        found = getattr(transformers, name, None)
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        raise UserError(
+            f"transformers {transformers.__version__} has no network class {printable(str(name))[:100]}, which this "
+            "checkpoint or model folder names: it is damaged, of another version, or not one of lm_lightning"
+        )
+    return found
+
+
+def refuse_expanding_zip(file: zipfile.ZipFile, what: Path) -> None:
+    """Refuses an archive with compressed members: `torch.save` stores them as they are, so they can only be a bomb."""
+    for info in file.infolist():
+        if info.compress_type != zipfile.ZIP_STORED or info.file_size > info.compress_size:
+            raise UserError(f"{what} has compressed parts, which torch.save never writes: it is not a checkpoint")

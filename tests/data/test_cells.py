@@ -1,0 +1,238 @@
+"""Labels, lists and numbers as spreadsheets, pandas and JSON write them are read as they are meant, or refused."""
+
+import csv
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lm_lightning.callbacks.predictions import cells as cells_of_predictions
+from lm_lightning.callbacks.predictions import write_table
+from lm_lightning.data import cells
+from lm_lightning.data.classification import ClassificationData, Columns
+from lm_lightning.data.labelled import LabelledData, Row, Tables
+from lm_lightning.data.pairs import Columns as PairColumns
+from lm_lightning.data.pairs import PairData
+from lm_lightning.data.parsing import ParsingData
+from lm_lightning.data.questions import Answer, QuestionData
+from lm_lightning.data.roles import RoleData
+from lm_lightning.data.tagging import TaggingData
+from lm_lightning.data.tokenizer import Tokenizer, train
+from lm_lightning.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    options = Tokenizer(algorithm="wordpiece", vocab_size=60, lowercase=True)
+    train(options, iter(["some text of words a b c"] * 5), "bert").save_pretrained(folder)
+    return Tokenizer(str(folder))
+
+
+def made(data: LabelledData, own: tuple[str, ...] = ()) -> LabelledData:
+    """A data module as in a run of a network with labels of its own."""
+    data.trainer = SimpleNamespace(  # type: ignore[assignment]
+        lightning_module=SimpleNamespace(own_labels=lambda: list(own)), is_global_zero=True
+    )
+    data.setup("fit")
+    return data
+
+
+def table(path: Path, labels: list, name: str = "label") -> str:
+    """A file with a text and a label in each row, CSV as Python and pandas write it, or JSONL."""
+    with open(path, "w", newline="", encoding="utf-8") as stream:
+        if path.suffix == ".csv":
+            csv.writer(stream).writerows([["text", name], *[[f"text {i}", value] for i, value in enumerate(labels)]])
+        else:
+            stream.writelines(json.dumps({"text": f"text {i}", name: v}) + "\n" for i, v in enumerate(labels))
+    return str(path)
+
+
+def several(tmp_path: Path, tokenizer: Tokenizer, labels: list, suffix: str = ".csv") -> tuple[list, list]:
+    """The names of the labels, and those of each row."""
+    file = table(tmp_path / f"a{suffix}", labels)
+    data = made(ClassificationData(kind="several", tables=Tables(file, file), tokenizer=tokenizer))
+    rows = data.examples["validation"].rows
+    return data.labels, [[n for n, told in zip(data.labels, row["targets"].tolist()) if told] for row in rows]
+
+
+FORMS = {
+    "pandas": ["['a', 'b c']", "[]", "['b c']", "[\"it's\", 'a']"],
+    "JSON": ['["a", "b c"]', "[]", '["b c"]', '["it\'s", "a"]'],
+    "separators": ["a, b c", "", "b c", "it's,a"],
+    "lists": [["a", "b c"], [], [" b c"], ["it's", "a "]],
+    "tuples": [["a", "b c"], None, ["b c"], ["it's", "a", "a"]],
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_lists_of_labels_are_read_in_all_forms(tmp_path: Path, tokenizer: Tokenizer, form: str, capsys):
+    suffix = ".jsonl" if form in ("lists", "tuples") else ".csv"
+    names, told = several(tmp_path, tokenizer, FORMS[form], suffix)
+    assert names == ["a", "b c", "it's"] and told == [["a", "b c"], [], ["b c"], ["a", "it's"]]
+    assert ("space around 2 labels was removed" in capsys.readouterr().out) == (form == "lists")
+
+
+def test_predictions_of_several_labels_can_be_read_again(tmp_path: Path, tokenizer: Tokenizer):
+    rows = [{"id": i, "text": f"text {i}", "label": names} for i, names in enumerate([["a", "b,c"], [], ["b,c"]])]
+    write_table(cells_of_predictions(rows), tmp_path / "a.csv")
+    file = str(tmp_path / "a.csv")
+    data = made(ClassificationData(kind="several", tables=Tables(file, file), tokenizer=tokenizer))
+    assert data.labels == ["a", "b,c"]
+    assert [row["targets"].tolist() for row in data.examples["train"].rows] == [[1, 1], [0, 0], [0, 1]]
+
+
+@pytest.mark.parametrize(
+    "cell", ["['a' 'b']", "['a', b]", "[a, b]", "['a', 'b'", "[" * 99_999 + "]" * 99_999, "['" + "a" * 1_000_000 + "']"]
+)
+def test_lists_that_cannot_be_read_are_refused_with_their_row(tmp_path: Path, tokenizer: Tokenizer, cell: str):
+    if cell == "['a', 'b'":  # no list, whose parts are labels
+        assert several(tmp_path, tokenizer, ["a", cell])[0] == ["'b'", "['a'", "a"]
+        return
+    with pytest.raises(UserError, match=r"a.csv:3: column 'label' has .* looks like a list, but cannot be read"):
+        several(tmp_path, tokenizer, ["a", cell, "b"])
+
+
+def test_lists_are_no_single_label(tmp_path: Path, tokenizer: Tokenizer):
+    for name, value in (("a.csv", "['a', 'b']"), ("a.jsonl", ["a"]), ("b.jsonl", {"a": 1})):
+        file = table(tmp_path / name, ["a", value, "b"])
+        with pytest.raises(UserError, match=rf"{name}:\d: column 'label' has .* no single label: give --data.kind sev"):
+            made(ClassificationData(tables=Tables(file, file), tokenizer=tokenizer))
+
+
+@pytest.mark.parametrize(
+    ("name", "labels", "names", "numbers", "told"),
+    [
+        ("a.csv", ["neg", "neg ", " pos", "pos"], ["neg", "pos"], [0, 0, 1, 1], "train: space around 2 labels"),
+        ("a.jsonl", [1, 1.0, "1", 0, "0.0"], ["0", "1"], [1, 1, 1, 0, 0], "train: 2 labels are spelled in several"),
+        ("b.jsonl", [True, "true", "TRUE", False], ["False", "True"], [1, 1, 1, 0], "train: 2 labels are spelled"),
+        ("c.jsonl", [1.0, 1.5, 2.0], ["1.0", "1.5", "2.0"], [0, 1, 2], ""),
+        ("b.csv", ["2.0", "2.1", "1.10"], ["1.10", "2.0", "2.1"], [1, 2, 0], ""),
+    ],
+)
+def test_spellings_of_a_label_are_one(tmp_path, tokenizer, name, labels, names, numbers, told, capsys):
+    file = table(tmp_path / name, labels)
+    data = made(ClassificationData(tables=Tables(file, file), tokenizer=tokenizer))
+    assert data.labels == names
+    assert [int(row["targets"]) for row in data.examples["train"].rows] == numbers
+    out = capsys.readouterr().out
+    assert told in out and ("space around" in out) + ("spelled" in out) == bool(told)
+
+
+def test_spellings_of_the_training_split_or_the_network_count(tmp_path: Path, tokenizer: Tokenizer, capsys):
+    """pandas writes whole numbers as 1.0 where any row of the file lacks one."""
+    files = [table(tmp_path / "a.csv", ["1", "0"]), table(tmp_path / "b.csv", ["1.0", "0.0", "1.0"])]
+    data = made(ClassificationData(tables=Tables(*files), tokenizer=tokenizer))
+    assert [int(row["targets"]) for row in data.examples["validation"].rows] == [1, 0, 1]
+    assert "validation: 3 labels are spelled in several ways" in capsys.readouterr().out
+    data = made(ClassificationData(tables=Tables(*files), tokenizer=tokenizer), own=("1.0", "0.0"))
+    assert data.labels == ["1.0", "0.0"] and [int(row["targets"]) for row in data.examples["train"].rows] == [0, 1]
+
+
+@pytest.mark.parametrize("value", [None, "", "  ", float("nan")])
+def test_a_missing_label_is_refused(tmp_path: Path, tokenizer: Tokenizer, value: object):
+    file = table(tmp_path / "a.jsonl", ["a", "b", value])
+    with pytest.raises(UserError, match="a.jsonl:3: the row has no label"):
+        made(ClassificationData(tables=Tables(file, file), tokenizer=tokenizer))
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ("1,5", r" \(write a point in the place of the comma\)"),
+        ("nan", ""),
+        ("inf", ""),
+        (float("nan"), r" \(it must be finite\)"),
+        ("1e39", r" \(it must be finite\)"),
+        (10**400, r" \(it must be finite\)"),
+        ("1_000", ""),
+        ("\u0661", ""),
+        (True, ""),
+        (None, ""),
+        ("", ""),
+        ([1], ""),
+    ],
+)
+def test_what_is_no_number_is_refused_with_its_row(tmp_path: Path, tokenizer: Tokenizer, value: object, reason: str):
+    file = table(tmp_path / "a.jsonl", [1, value])
+    message = rf"a.jsonl:2: column 'label' has no number, but .*{reason}: fix"
+    with pytest.raises(UserError, match=message):
+        made(ClassificationData(kind="number", tables=Tables(file, file), tokenizer=tokenizer))
+    pairs = PairColumns(pair="text", score="label")
+    with pytest.raises(UserError, match=message):
+        made(PairData(columns=pairs, tables=Tables(file, file), tokenizer=tokenizer))
+
+
+def test_numbers_are_those_that_are_written(tmp_path: Path, tokenizer: Tokenizer):
+    file = table(tmp_path / "a.csv", ["1", " -2.5 ", "+.5", "1e-3", "3."])
+    data = made(ClassificationData(kind="number", tables=Tables(file, file), tokenizer=tokenizer))
+    told = torch.stack([row["targets"] for row in data.examples["train"].rows])
+    assert torch.equal(told, torch.tensor([1, -2.5, 0.5, 1e-3, 3]))
+
+
+# Lists of the other tasks
+
+
+@pytest.mark.parametrize("dump", [json.dumps, repr])
+def test_lists_in_cells_of_all_tasks(dump):
+    words = ["a", "it's", "[", "c"]
+    row = Row(
+        {
+            "words": dump(words),
+            "labels": dump(["O", " B-X", "I-X", "O"]),
+            "head": dump([2, 0, 2, 2]),
+            "deprel": dump(["x", "root", "y", "z"]),
+            "frames": dump([{"predicate": 1, "spans": [[0, 0, "A"]]}]),
+            "context": "it is here",
+            "answers": dump({"text": ["here"], "answer_start": [6]}),
+            "negatives": dump(["one", "two"]),
+        },
+        "a.csv:2",
+    )
+    assert row.words("words") == words
+    assert TaggingData().labels_in(row) == ["O", "B-X", "I-X", "O"]
+    assert ParsingData().heads(row, 4) == [2, 0, 2, 2]
+    assert ParsingData().labels_of(row, "deprel") == ["x", "root", "y", "z"]
+    assert RoleData().labels_in(row) == ["B-A", "O", "O", "O"]
+    assert QuestionData().answers(row) == [Answer("here", 6)]
+    assert PairData(columns=PairColumns(negatives="negatives"), hard_negatives=2).negatives(row) == ["one", "two"]
+
+
+def test_words_are_no_lists_by_accident():
+    row = Row({"words": "[ 1 ] see the note", "labels": "O O O O O O", "odd": "['a' 'b']"}, "a.csv:2")
+    assert row.words("words") == ["[", "1", "]", "see", "the", "note"]
+    assert Row({"words": "[ 1 ]"}, "").words("words") == ["[", "1", "]"]
+    assert Row({"words": "[ see below ]"}, "").words("words") == ["[", "see", "below", "]"]
+    with pytest.raises(UserError, match="a.csv:2: column 'odd' has .* looks like a list"):
+        row.words("odd")
+    assert TaggingData().labels_of(Row({"labels": [0, 3, 0]}, ""), "labels") == ["0", "3", "0"]  # as on the Hub
+    with pytest.raises(UserError, match="a.csv:3: column 'labels' has no labels"):
+        TaggingData().labels_of(Row({"labels": ["O", None]}, "a.csv:3"), "labels")
+
+
+def test_nothing_in_a_cell_is_run():
+    for cell in ("[__import__('os').getcwd()]", "[1 for _ in 'a']", "[(lambda: 1)()]", "['a'] * 9"):
+        with pytest.raises(ValueError, match="neither JSON nor"):
+            cells.parsed(cell)
+
+
+def test_lists_of_named_labels_of_the_hub(monkeypatch):
+    from lm_lightning.data import formats
+
+    datasets = pytest.importorskip("datasets")
+    tags = datasets.Sequence(datasets.ClassLabel(names=["O", "B-X"]))
+    features = datasets.Features({"words": datasets.Sequence(datasets.Value("string")), "tags": tags})
+    content = datasets.Dataset.from_list([{"words": ["a", "b"], "tags": [1, 0]}], features=features)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: content)
+    rows = list(formats.hub_rows("any/name", None, "train", None, False, ""))
+    assert rows == [(1, {"words": ["a", "b"], "tags": ["B-X", "O"]})]
+
+
+def test_columns_of_labels_are_found(tmp_path: Path, tokenizer: Tokenizer):
+    file = table(tmp_path / "a.csv", ["x", "y"], name="stars")
+    with pytest.raises(UserError, match="there is no column 'label'; the columns are text, stars"):
+        made(ClassificationData(tables=Tables(file, file), tokenizer=tokenizer))
+    data = made(ClassificationData(Columns(label="stars"), tables=Tables(file, file), tokenizer=tokenizer))
+    assert data.labels == ["x", "y"]
