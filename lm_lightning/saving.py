@@ -85,9 +85,9 @@ def different(config: Any, again: Any) -> list[tuple]:
 
 def same(one: Any, other: Any) -> bool:
     """Whether two values are equal, both are not a number, or they are copies of an object."""
-    if type(one) is type(other) and hasattr(one, "__dict__") and vars(one) == vars(other):
-        return True
     try:
+        if type(one) is type(other) and not callable(one) and hasattr(one, "__dict__") and vars(one) == vars(other):
+            return True
         return one is other or bool(one == other) or bool(one != one and other != other)
     except Exception:  # of any class
         return False

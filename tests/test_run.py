@@ -129,7 +129,7 @@ def test_flags_override_what_the_run_says(trained, cli, corpus_file: Path, tmp_p
         cli("validate", tmp_path)
     with pytest.raises(UserError, match="does not exist"):
         cli("test", tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"there is no best.ckpt .* last.ckpt"):
+    with pytest.raises(UserError, match="best.ckpt is missing"):
         (run / "checkpoints" / "best.ckpt").unlink()
         cli("test", run, "--ckpt_path", "best")
 
@@ -257,7 +257,7 @@ class Options(Callback):
 
 def test_the_saved_config_is_the_same_configuration(fit, cli):
     """Defaults that YAML cannot hold come back by themselves."""
-    run = fit("--trainer.callbacks", '[{"class_path": "test_run.Options"}]', "--trainer.max_steps", 2)
+    run = fit("--trainer.callbacks", '[{"class_path": "test_run.Options"}]', "--trainer.max_steps", 3)
     assert json.loads((run / "values.json").read_text()) == [2, 3, 3, [1, 2]]
     out = cli("fit", "--config", run / "config.yaml", "--name", "again")
     again = Path(out.split("run folder: ")[1].splitlines()[0])
