@@ -149,7 +149,8 @@ class Checkpoints(ModelCheckpoint):
     Args:
         filename: Name of the files, without `.ckpt`. Where several are kept (`save_top_k` is not 1), each needs a name
             of its own, so `-{step}` and the score are added unless the name has `{step}` in it.
-        monitor: Metric that tells how good a checkpoint is, such as `val/loss`. null: the newest is kept.
+        monitor: Metric that tells how good a checkpoint is, such as `val/loss`. Default of `best`: the main metric of
+            the model and its data, such as `val/accuracy`; of `last`: none, and the newest checkpoint is kept.
         save_top_k: How many of the best are kept, -1 for all, 0 for none.
         mode: Whether a small value of the metric is good, `min`, or a large one, `max`. Default: what is right for the
             metric.

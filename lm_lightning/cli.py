@@ -159,7 +159,7 @@ class CLI(LightningCLI):
         )
         parser.add_lightning_class_args(Checkpoints, "best")
         parser.set_defaults({f"best.{k}": v for k, v in CHECKPOINTS.items()})
-        parser.set_defaults({"best.filename": "best", "best.monitor": "val/loss"})
+        parser.set_defaults({"best.filename": "best"})
         parser.add_lightning_class_args(Checkpoints, "last")
         parser.set_defaults({f"last.{k}": v for k, v in CHECKPOINTS.items()})
         parser.set_defaults({"last.filename": "last"})
@@ -208,6 +208,9 @@ class CLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         config.name = name = name_of(config)
+        if config.best.monitor is None:
+            model_class: Any = pydoc.locate(str(config.model.class_path))
+            config.best.monitor = f"val/{model_class.main_metric(config.data.init_args)}"
         if config.trainer.logger is True:
             config.trainer.logger = self._parser(self.subcommand).get_defaults().trainer.logger
         loggers = as_list(config.trainer.logger)
@@ -276,8 +279,9 @@ class CLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         trainer = self.trainer
-        if self.subcommand != "fit":
-            self.model.evaluated_checkpoint = self.checkpoint
+        # (Lightning tells of the checkpoint only after the data's setup)
+        self.model.from_checkpoint = self.checkpoint is not None
+        self.model.evaluated_checkpoint = None if self.subcommand == "fit" else self.checkpoint
         if trainer.is_global_zero:
             print(f"{'run' if self.subcommand == 'fit' else 'evaluation'} folder: {self.run_folder}")
             print(f"device: {trainer.strategy.root_device} x {trainer.world_size}, precision: {trainer.precision}")

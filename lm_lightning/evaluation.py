@@ -136,9 +136,9 @@ def configure(config: Any, run: Path) -> str:
             return str(pretrained)
         if "pretrained" in model and (run / "model" / "config.json").is_file():
             model["pretrained"] = str(run / "model")
-            for key in ("network", "lora"):
+            for key, value in {"network": None, "lora": None, "keep_head": False}.items():
                 if key in model:
-                    model[key] = None
+                    model[key] = value
             return str(run / "model")
         if not (run / "checkpoints").is_dir():
             raise UserError(f"{run} has neither a model/ nor checkpoints/, so there is nothing to evaluate")

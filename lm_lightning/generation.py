@@ -21,6 +21,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from lm_lightning.data.tokenizer import document_ids
 from lm_lightning.errors import UserError
+from lm_lightning.models.network import positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -369,5 +370,5 @@ def check(prompts: Sequence, max_new_tokens: int, sampling: Sampling) -> None:
 
 
 def context_limit(network: "PreTrainedModel") -> float:
-    """Tokens that the network has positions for; infinite if its config names no limit."""
-    return getattr(network.config, "max_position_embeddings", None) or float("inf")
+    """Tokens that the network has positions for; infinite if there is no limit."""
+    return positions(network) or float("inf")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from forks import python
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "true"
@@ -84,9 +85,9 @@ def recipe(tmp_path: Path, corpus_file: Path, cache_dir: Path) -> Path:
 
 
 def command(*args: object, **settings: object) -> subprocess.CompletedProcess:
-    """Runs `python -m lm_lightning ...` in a fresh process and returns what came of it."""
+    """Runs `python -m lm_lightning ...` in a process of its own, which is forked where it can be."""
     return subprocess.run(
-        [sys.executable, "-m", "lm_lightning", *map(str, args)],
+        [python("lm_lightning"), "-m", "lm_lightning", *map(str, args)],
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
@@ -102,6 +103,8 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Calla
 
     def run_here(*args: object) -> str:
         monkeypatch.setattr(sys, "argv", ["lm_lightning", *map(str, args)])
+        if args[0] in ("tune", "verify", "compress"):  # which start `sys.executable -m lm_lightning`
+            monkeypatch.setattr(sys, "executable", python("lm_lightning"))
         capsys.readouterr()
         run(str(args[0]))
         return capsys.readouterr().out

@@ -188,11 +188,23 @@ def read(tables: Tables, split: str, key: Callable[[Row], str]) -> list[Row]:
     Raises:
         UserError: Names the file and line of what cannot be read.
     """
-    rows = [row for name in sources(tables, split) for row in (of_hub if tables.hub else of_files)(name, tables)]
-    if split in ("train", "validation") and not tables.validation:
-        rows = [row for row in rows if held_out(key(row), tables.validation_fraction) == (split == "validation")]
-    if not rows:
+    if not 0 <= tables.validation_fraction < 1:
+        raise UserError(f"--data.tables.validation_fraction is {tables.validation_fraction}, but must be from 0 to 1")
+    names = sources(tables, split)
+    rows = [row for name in names for row in (of_hub if tables.hub else of_files)(name, tables)]
+    if not names:
         raise UserError(f"the {split} split has no rows: name files with --data.tables.{split}")
+    if not rows:
+        raise UserError(f"the {split} split has no rows, as there are none in {', '.join(names)}: give other files")
+    if split in ("train", "validation") and not tables.validation:
+        all_ = len(rows)
+        rows = [row for row in rows if held_out(key(row), tables.validation_fraction) == (split == "validation")]
+        if not rows:
+            raise UserError(
+                f"the {split} split has no rows, as none of the {all_:,} of --data.tables.train is "
+                f"{'held out' if split == 'validation' else 'left'} by --data.tables.validation_fraction "
+                f"{tables.validation_fraction:g}: change that, or name files with --data.tables.validation"
+            )
     return rows
 
 
@@ -391,7 +403,9 @@ class LabelledData(StreamData):
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.collate = functools.partial(padded, self.tokenizer)
         # An evaluation needs the training rows only if nothing else says which labels there are.
-        labels_known = stage != "fit" and bool(self.trainer.lightning_module.own_labels())
+        module = self.trainer.lightning_module
+        named = stage != "fit" and (module.evaluated_checkpoint is not None or not module.keep_head)
+        labels_known = named and bool(module.own_labels())
         needs_train = stage == "fit" or (self.tables.train and not labels_known)
         train = read(self.tables, "train", self.key) if needs_train else []
         self.find_labels(train)
@@ -451,11 +465,17 @@ class LabelledData(StreamData):
             if not own:
                 raise UserError("which labels there are, the training split says: give --data.tables.train")
             return own
-        if own and self.trainer.state.fn != "fit" and self.trainer.lightning_module.evaluated_checkpoint is None:
-            raise UserError(
-                f"model.pretrained tells the labels {', '.join(own[:20])}, but the training split has "
-                f"{', '.join(names[:20])}: leave --data.tables.train out to take the network's, or fit it first"
-            )
+        if self.trainer.state.fn != "fit" and not self.trainer.lightning_module.from_checkpoint:
+            if not own:
+                raise UserError(
+                    f"model.pretrained has no head for the labels {', '.join(names[:20])}: fit it first, or give a "
+                    "--ckpt_path"
+                )
+            if not (self.trainer.lightning_module.keep_head and len(own) == len(names)):
+                raise UserError(
+                    f"model.pretrained tells the labels {', '.join(own[:20])}, but the training split has "
+                    f"{', '.join(names[:20])}: leave --data.tables.train out to take the network's, or fit it first"
+                )
         return names
 
     def number(self, row: Row, label: str, what: str = "label") -> int:

@@ -170,6 +170,8 @@ class PairData(LabelledData):
             text = " ".join(str(row.get(column) or "") for column in ("title", "text")).strip()
             empty += not text
             yield Row({"_id": str(row["_id"]), self.columns.text: text}, row.where)
+        if not places:
+            raise UserError(f"{path} has no rows: name another file with --data.retrieval.{name}")
         if empty and self.trainer.is_global_zero:
             print(f"{path}: {empty:,} rows have no text, and are embedded as such")
 

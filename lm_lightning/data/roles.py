@@ -132,7 +132,7 @@ class RoleData(TaggingData):
     def encode(self, split: str, rows: list[Row]) -> Examples:
         """The frames of a split as tokens, `words` (the place of each word's first token) and `targets` (its label)."""
         sentences, targets, self.of_frame[split] = [], [], []
-        self.mended = 0
+        self.converted = 0
         for number, row in enumerate(rows):
             words = row.words(self.columns.words)
             for frame in self.frames(row):

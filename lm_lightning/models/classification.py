@@ -7,13 +7,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
-from torchmetrics import (
-    MeanAbsoluteError,
-    Metric,
-    MetricCollection,
-    PearsonCorrCoef,
-    SpearmanCorrCoef,
-)
+from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import (
     MulticlassAccuracy,
     MulticlassConfusionMatrix,
@@ -27,7 +21,7 @@ from torchmetrics.classification import (
 from lm_lightning import results
 from lm_lightning.data.order import PADDING
 from lm_lightning.errors import UserError
-from lm_lightning.models.metrics import Mode, mode_of
+from lm_lightning.models.metrics import Agreement, Mode, mode_of
 from lm_lightning.models.module import LanguageModule
 
 
@@ -42,6 +36,10 @@ class Classification(LanguageModule):
     """
 
     auto_class = transformers.AutoModelForSequenceClassification
+
+    @staticmethod
+    def main_metric(data: Any) -> str:
+        return {"single": "accuracy", "several": "macro_f1", "number": "spearman"}.get(data.get("kind"), "loss")
 
     def __init__(
         self,
@@ -61,13 +59,18 @@ class Classification(LanguageModule):
             return {"num_labels": 1, "problem_type": "regression"}
         return self.label_settings() | {"problem_type": kinds[data.kind]}
 
+    def head_fits(self) -> bool:
+        if self.trainer.datamodule.kind == "number":
+            return len(self.own_labels()) == 1
+        return super().head_fits()
+
     def network_made(self) -> None:
         data = self.trainer.datamodule
         self.network.config.pad_token_id = data.tokenizer.pad_token_id  # GPTs look for the last token before it
-        new = self.pretrained is not None and len(self.own_labels()) != 1  # one of one label is kept
-        if data.kind == "number" and self.trainer.state.fn == "fit" and new:
+        new = self.pretrained is not None and data.kind == "number" and not self.head_fits()
+        if self.trainer.state.fn == "fit" and new:
             self.start_at_the_mean()
-        self.val_metrics = self.new_metrics()
+        self.val_metrics = MetricCollection(self.new_metrics(), compute_groups=False)
         weigh = self.class_weights is not None and self.trainer.state.fn == "fit"  # only training is weighted
         weights = self.weights_of_labels() if weigh else None
         self.register_buffer("weights", weights, persistent=False)
@@ -96,28 +99,25 @@ class Classification(LanguageModule):
             raise UserError(f"model.class_weights has {sorted(unknown)}, but the labels are {data.labels}")
         return torch.tensor([float((self.class_weights or {}).get(label, 1.0)) for label in data.labels])  # type: ignore
 
-    def new_metrics(self) -> MetricCollection:
-        """The metrics of an evaluation."""
+    def new_metrics(self) -> dict[str, Metric]:
+        """The metrics of an evaluation, of rows without padding."""
         data = self.trainer.datamodule
-        metrics: dict[str, Metric]
         if data.kind == "number":
-            metrics = {"pearson": PearsonCorrCoef(), "spearman": SpearmanCorrCoef(), "mae": MeanAbsoluteError()}
-        elif data.kind == "several":
-            settings = {"num_labels": len(data.labels), "ignore_index": -100}
-            metrics = {
+            return {"agreement": Agreement()}
+        if data.kind == "several":
+            settings = {"num_labels": len(data.labels)}
+            return {
                 "macro_f1": MultilabelF1Score(**settings),
                 "exact_match": MultilabelExactMatch(**settings),
                 "counts": MultilabelStatScores(**settings, average=None),
             }
-        else:
-            settings = {"num_classes": len(data.labels), "ignore_index": -100}
-            metrics = {
-                "accuracy": MulticlassAccuracy(**settings, average="micro"),
-                "macro_f1": MulticlassF1Score(**settings),
-                "matthews": MulticlassMatthewsCorrCoef(**settings),
-                "confusion": MulticlassConfusionMatrix(**settings),
-            }
-        return MetricCollection(metrics, compute_groups=False)
+        settings = {"num_classes": len(data.labels)}
+        return {
+            "accuracy": MulticlassAccuracy(**settings, average="micro"),
+            "macro_f1": MulticlassF1Score(**settings),
+            "matthews": MulticlassMatthewsCorrCoef(**settings),
+            "confusion": MulticlassConfusionMatrix(**settings),
+        }
 
     # Steps
 
@@ -147,13 +147,16 @@ class Classification(LanguageModule):
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         logits, targets = self.logits(batch), batch["targets"]
         self.val_loss.update(*self.losses(logits, targets))
+        # Padding is removed here: some metrics of torchmetrics count rows of nothing but `ignore_index`.
+        rows = torch.tensor([number != PADDING for number in batch["id"]], device=self.device)
+        logits, targets = logits[rows], targets[rows]
         kind = self.trainer.datamodule.kind
+        if not len(targets):  # the last batch of a process may be all padding
+            return
         if kind == "number":
-            counts = ~targets.isnan()
-            if counts.any():  # the last batch of a process may be all padding
-                self.val_metrics.update(logits.squeeze(-1)[counts], targets[counts])
+            self.val_metrics.update(logits.squeeze(-1), targets)
         elif kind == "several":
-            self.val_metrics.update(logits.sigmoid(), targets.nan_to_num(-100).long())
+            self.val_metrics.update(logits.sigmoid(), targets.long())
         else:
             self.val_metrics.update(logits, targets)
 

@@ -17,7 +17,7 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from lightning.pytorch import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 
@@ -30,7 +30,7 @@ from lm_lightning.models import lora as adapters
 from lm_lightning.models.finite import FiniteSteps, Step
 from lm_lightning.models.lora import LoRA
 from lm_lightning.models.metrics import Mode, Ratio
-from lm_lightning.models.network import blocks, gradient_norm, save_network
+from lm_lightning.models.network import blocks, gradient_norm, positions, save_network
 from lm_lightning.optim import OptimizerFactory, Schedule, parameter_groups
 
 # Settings of a network that training may change on resuming: they decide no weight and no output in evaluation.
@@ -68,6 +68,8 @@ class LanguageModule(LightningModule):
         freeze: Patterns of names of parameters that are not trained, such as `*embeddings*`.
         layer_decay: Factor of the learning rate from each layer to the one below it; the head has the whole rate.
         lora: Trains small matrices beside those of `pretrained`, which stay as they are. Default: trains all weights.
+        keep_head: Keeps the head of `pretrained` although its labels have other names than the data's, such as LABEL_0
+            and LABEL_1; they then mean the data's labels in sorted order. Default: such a head is replaced.
     """
 
     auto_class: Any  # of transformers, such as AutoModelForCausalLM
@@ -88,6 +90,7 @@ class LanguageModule(LightningModule):
         freeze: Sequence[str] = (),
         layer_decay: float = 1.0,
         lora: Optional[LoRA] = None,
+        keep_head: bool = False,
     ) -> None:
         super().__init__()
         if activation_checkpointing < 0:
@@ -112,12 +115,22 @@ class LanguageModule(LightningModule):
         self.network: transformers.PreTrainedModel = None  # made by `configure_model`
         self.val_loss = Ratio()
         self.window: Optional[Window] = None  # the optimizer step in progress
-        self.freeze, self.layer_decay = freeze, layer_decay
+        self.freeze, self.layer_decay, self.keep_head = freeze, layer_decay, keep_head
         self.finite = FiniteSteps(on_nonfinite, skip_limit)
         self.resumed_at = 0  # the step of the checkpoint
         # Of an evaluation; the command line sets it, since Lightning tells of it only when the network is made.
         self.evaluated_checkpoint: Optional[str] = None
         self.ended_early = False  # whether the run that is resumed was killed before it wrote model/
+        self.from_checkpoint = False  # whether a checkpoint's weights will take the place of those made here
+
+    @staticmethod
+    def main_metric(data: Any) -> str:
+        """The metric of an evaluation by which the best checkpoint is chosen, unless `best.monitor` names another.
+
+        Args:
+            data: Options of the data module by name, which may decide which metrics there are.
+        """
+        return "loss"
 
     def loss(self, batch: dict) -> tuple[Tensor, Tensor]:
         """The loss of a batch: its sum over target tokens, () float32, and their number, () int64."""
@@ -275,20 +288,26 @@ class LanguageModule(LightningModule):
                     f"one: take {model_type}'s own (data.tokenizer.path), or another model.network.model_type"
                 )
         self.check_config(config)
-        return self.auto_class.from_config(config, attn_implementation=self.attention)
+        network = self.auto_class.from_config(config, attn_implementation=self.attention)
+        self.refuse_length(positions(network))
+        return network
 
     def check_config(self, config: transformers.PreTrainedConfig) -> None:
         """Refuses a network that this run could not train, before its weights are made or loaded."""
-        limit, block_size = getattr(config, "max_position_embeddings", None), self.trainer.datamodule.block_size
-        if limit is not None and block_size > limit:
-            raise UserError(
-                f"data.{self.trainer.datamodule.length_option} is {block_size}, but this network has positions for "
-                f"{limit} tokens: lower it, or make a network with more of them"
-            )
+        self.refuse_length(getattr(config, "max_position_embeddings", None))
         if self.lora is not None:
             self.lora.check(self.trainer.strategy)
         if hasattr(self.trainer.strategy, "check"):  # one of ours
             self.trainer.strategy.check(config)
+
+    def refuse_length(self, limit: Optional[int]) -> None:
+        """Refuses data whose samples have more tokens than the network has positions for."""
+        block_size = self.trainer.datamodule.block_size
+        if limit is not None and block_size > limit:
+            raise UserError(
+                f"data.{self.trainer.datamodule.length_option} is {block_size}, but this network has positions for "
+                f"{limit} tokens: lower it, or use a network with more of them"
+            )
 
     def pretrained_network(self) -> transformers.PreTrainedModel:
         """The network of `pretrained`, with rows added if the tokenizer has more tokens."""
@@ -317,6 +336,7 @@ class LanguageModule(LightningModule):
             )
         except (OSError, ValueError) as error:
             raise hub.explain(name, error) from error
+        self.refuse_length(positions(network))
         other = {key for key, *_ in info["mismatched_keys"]}
         body = sorted(key for key in other if key.startswith(f"{network.base_model_prefix}."))
         if body:
@@ -324,6 +344,7 @@ class LanguageModule(LightningModule):
         self.new_tensors = sorted(other | set(info["missing_keys"]))
         if missing := self.new_tensors:
             self.print(f"{name} has no weights for {len(missing)} tensors, which are new: {', '.join(missing)}")
+        self.replace_head(network, name)
         rows = network.get_input_embeddings().weight.shape[0]
         if rows < vocabulary(tokenizer):
             if self.lora is not None:
@@ -335,6 +356,52 @@ class LanguageModule(LightningModule):
             self.print(f"{name} has {rows} tokens, the tokenizer {vocabulary(tokenizer)}: the others' rows are new")
             network.resize_token_embeddings(vocabulary(tokenizer))
         return network
+
+    def head_fits(self) -> bool:
+        """Whether the head of `pretrained` predicts the data's labels, in their order."""
+        return self.own_labels() == self.trainer.datamodule.labels
+
+    def replace_head(self, network: transformers.PreTrainedModel, name: str) -> None:
+        """Gives new weights to those tensors of a pretrained head that belong to other labels than the data's.
+
+        In a head of another number of labels they are new already.
+
+        Args:
+            network: That of `pretrained`.
+            name: Its folder or name, for messages.
+        """
+        settings = self.head_settings()
+        if not settings or self.head_fits():
+            return
+        labels, own = self.trainer.datamodule.labels, self.own_labels()
+        if self.keep_head:
+            if len(own) != len(labels):
+                raise UserError(
+                    f"model.keep_head cannot keep the head of {name}, which has {len(own)} labels, the data "
+                    f"{len(labels)}: leave it out"
+                )
+            self.print(f"kept head: {', '.join(f'{a} is now {b}' for a, b in list(zip(own, labels))[:20])}")
+            return
+        sizes: list[dict[str, torch.Size]] = []  # tensors whose sizes depend on the number of labels belong to these
+        for number in (len(labels) or 1, len(labels) + 2):
+            config = copy.deepcopy(network.config)
+            config.num_labels = number
+            with torch.device("meta"):
+                skeleton = self.auto_class.from_config(config)
+            sizes.append({key: parameter.shape for key, parameter in skeleton.named_parameters()})
+        loaded = [key for key, size in sizes[0].items() if size != sizes[1][key] and key not in self.new_tensors]
+        if not loaded:
+            return
+        for key in loaded:
+            parameter = network.get_parameter(key)
+            if parameter.ndim > 1:
+                nn.init.normal_(parameter, std=getattr(network.config, "initializer_range", 0.02))
+            else:
+                nn.init.zeros_(parameter)
+        self.new_tensors = sorted({*self.new_tensors, *loaded})
+        had = f"for the labels {', '.join(own[:20])}" if own else "of another task"
+        wanted = f"the data's {', '.join(labels[:20])}" if labels else "numbers"
+        self.print(f"{name} has a head {had}, not for {wanted}: it is replaced by a new one ({', '.join(loaded)})")
 
     def refuse_other_tokenizer(self, name: str) -> None:
         """Refuses weights whose rows mean other tokens than the data's."""

@@ -19,6 +19,8 @@ from lm_lightning import embedding, untrusted
 from lm_lightning.errors import UserError
 
 HEAD_FILE = "head.safetensors"  # in an exported folder: weights of a head that `transformers` has not
+# Names that `transformers` has for tables with a row for each absolute position.
+POSITION_TABLES = ("position_embeddings", "embed_positions", "positions_embed", "position_embedding", "wpe")
 
 
 @contextmanager
@@ -30,6 +32,25 @@ def headless(network: transformers.PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         del head.forward
+
+
+def positions(network: Any) -> Optional[int]:
+    """Tokens of the longest text that a network has positions for; None if there is no limit.
+
+    The config may name more of them than can be used: RoBERTa's positions begin after the row of the padding token
+    (Longformer's, MPNet's, ESM's, ... as well), and those of BART and OPT after an offset.
+
+    Args:
+        network: Of `transformers`.
+    """
+    named = getattr(network.config, "max_position_embeddings", None)
+    limits = [] if named is None else [named]
+    for name, module in network.named_modules():
+        table = getattr(module, "weight", None)
+        if name.rpartition(".")[2] in POSITION_TABLES and isinstance(table, Tensor) and table.ndim == 2:
+            padding = getattr(module, "padding_idx", None)
+            limits.append(table.shape[0] - (getattr(module, "offset", 0) if padding is None else padding + 1))
+    return min(limits, default=None)
 
 
 def blocks(network: transformers.PreTrainedModel) -> list[nn.Module]:

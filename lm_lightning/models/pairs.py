@@ -10,14 +10,14 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from torchmetrics.functional import pearson_corrcoef, spearman_corrcoef
 
 from lm_lightning import embedding
 from lm_lightning.data.order import PADDING
 from lm_lightning.data.pairs import Judged
+from lm_lightning.data.pairs import split as split_texts
 from lm_lightning.embedding import Pooling
 from lm_lightning.errors import UserError
-from lm_lightning.models.metrics import Mode
+from lm_lightning.models.metrics import Mode, correlations
 from lm_lightning.models.module import LanguageModule
 
 
@@ -38,7 +38,8 @@ class SentenceEncoder(LanguageModule):
 
     A batch is here what is embedded together: the `data.batch_size` rows of a micro-batch, of all processes with
     `gather`. More micro-batches in an optimizer step make no more candidates; for that, raise `data.batch_size`, with
-    `cache_chunk` if memory does not suffice.
+    `cache_chunk` if memory does not suffice. The loss of an evaluation is that over the candidates of the whole split,
+    so that it does not depend on the batches; it is higher than that of training, which has fewer candidates.
 
     Args:
         pooling: `mean` of the tokens or the first one, `cls`. Default: what the folder of `pretrained` tells, or mean.
@@ -52,6 +53,11 @@ class SentenceEncoder(LanguageModule):
 
     auto_class = transformers.AutoModel
     unused = ("pooler.",)
+
+    @staticmethod
+    def main_metric(data: Any) -> str:
+        options, retrieval = data.get("columns") or {}, data.get("retrieval") or {}
+        return "spearman" if options.get("score") and not retrieval.get("validation") else "ndcg_10"
 
     def __init__(
         self,
@@ -152,7 +158,8 @@ class SentenceEncoder(LanguageModule):
             self.val_loss.update(alone.new_zeros(()), alone.new_zeros(()))  # which makes no number of it
             return
         first, candidates = self.both(batch)
-        self.val_loss.update(*self.losses(batch, first, candidates))
+        if batch["targets"].is_floating_point():  # else it is computed at the end, over all candidates
+            self.val_loss.update(*self.losses(batch, first, candidates))
         self.seen.append(Seen(rows, first, candidates[: len(rows)]))
 
     def all_seen(self) -> Seen:
@@ -177,11 +184,41 @@ class SentenceEncoder(LanguageModule):
         data, seen = self.trainer.datamodule, self.all_seen()
         if split in data.judged:
             found = ranking(seen, data.judged[split])
-            return found if loss.isnan() else {"loss": loss} | found
+            examples = data.examples[split].rows
+            if len(examples[0]["lengths"]) > 1:  # pairs, not queries and documents
+                found = {"loss": self.loss_over_all(seen, examples)} | found
+            return found
         scores = torch.stack([data.examples[split].rows[row]["targets"] for row in seen.rows.tolist()])
-        cosines, scores = (seen.first * seen.second).sum(-1).double(), scores.to(self.device).double()
-        values = {"spearman": spearman_corrcoef(cosines, scores), "pearson": pearson_corrcoef(cosines, scores)}
-        return {"loss": loss} | {name: value.float() for name, value in values.items()}
+        return {"loss": loss} | correlations((seen.first * seen.second).sum(-1), scores.to(self.device))
+
+    def loss_over_all(self, seen: Seen, examples: list[dict]) -> Tensor:
+        """The mean loss of rows, each compared with the pairs of all rows, () float32.
+
+        As in a batch, equal texts are one candidate, and a text's other right answers are none.
+
+        Args:
+            seen: Embeddings of the rows that were evaluated.
+            examples: The rows of the split.
+        """
+        texts, pairs = zip(*(map(tuple, split_texts(examples[row])[:2]) for row in seen.rows.tolist()))
+        numbers: dict[tuple, int] = {}  # of the candidates
+        places: list[int] = []  # of each candidate among the rows
+        answers: dict[tuple, set[int]] = {}
+        for place, (text, pair) in enumerate(zip(texts, pairs)):
+            if pair not in numbers:
+                numbers[pair] = len(places)
+                places.append(place)
+            answers.setdefault(text, set()).add(numbers[pair])
+        candidates, total = seen.second[places].float(), 0.0
+        for start in range(0, len(texts), 256):
+            chunk = range(start, min(start + 256, len(texts)))
+            cosines = self.scale * seen.first[start : chunk.stop].float() @ candidates.T
+            own = torch.tensor([numbers[pairs[row]] for row in chunk], device=self.device)
+            for line, row in enumerate(chunk):
+                excluded = (answers[texts[row]] | {numbers.get(texts[row])}) - {numbers[pairs[row]], None}
+                cosines[line, list(excluded)] = -torch.inf
+            total += float(F.cross_entropy(cosines, own, reduction="sum"))
+        return torch.tensor(total / len(texts), device=self.device)
 
     # Prediction
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lm_lightning import results
 from lm_lightning.data.order import PADDING
 from lm_lightning.data.words import CUT
+from lm_lightning.errors import UserError
 from lm_lightning.models.metrics import Counts, Mode, Ratio
 from lm_lightning.models.module import LanguageModule
 from lm_lightning.models.network import HEAD_FILE
@@ -83,6 +84,10 @@ class Parser(LanguageModule):
     auto_class = transformers.AutoModel
     unused = ("pooler.",)
 
+    @staticmethod
+    def main_metric(data: Any) -> str:
+        return "las"
+
     def __init__(self, arc_size: int = 400, relation_size: int = 100, dropout: float = 0.33, **options: Any) -> None:
         super().__init__(**options)
         self.arc_size, self.relation_size, self.dropout = arc_size, relation_size, dropout
@@ -106,12 +111,23 @@ class Parser(LanguageModule):
 
     def pretrained_network(self) -> transformers.PreTrainedModel:
         network = self.with_head(super().pretrained_network())
-        if self.pretrained_head and self.own_labels() == self.trainer.datamodule.labels:
-            network.parser.load_state_dict(safetensors.torch.load_file(self.pretrained_head))
+        own, labels = self.own_labels(), self.trainer.datamodule.labels
+        if self.pretrained_head and (own == labels or (self.keep_head and len(own) == len(labels))):
+            weights = safetensors.torch.load_file(self.pretrained_head)
+            sizes = (weights["arc"].shape[1], weights["relation_head.weight"].shape[0])
+            if sizes != (self.arc_size, self.relation_size):
+                raise UserError(
+                    f"the head of {self.pretrained} has model.arc_size {sizes[0]} and model.relation_size {sizes[1]}, "
+                    f"not {self.arc_size} and {self.relation_size}: use the same"
+                )
+            network.parser.load_state_dict(weights)
         else:
             self.new_tensors += [f"parser.{key}" for key in network.parser.state_dict()]
             self.print(f"the head is new: {sum(p.numel() for p in network.parser.parameters()):,} parameters")
         return network
+
+    def replace_head(self, network: transformers.PreTrainedModel, name: str) -> None:
+        """The head is no part of the network yet; `pretrained_network` adds it."""
 
     def with_head(self, network: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
         """A network with the head as a part of it."""

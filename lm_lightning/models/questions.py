@@ -88,6 +88,10 @@ class QuestionAnswering(LanguageModule):
 
     auto_class = transformers.AutoModelForQuestionAnswering
 
+    @staticmethod
+    def main_metric(data: Any) -> str:
+        return "f1"
+
     def __init__(
         self,
         max_answer: int = 30,
@@ -104,6 +108,9 @@ class QuestionAnswering(LanguageModule):
 
     def head_settings(self) -> dict[str, Any]:
         return {"num_labels": 2}  # a start and an end
+
+    def head_fits(self) -> bool:
+        return True  # no other task has tensors of these names
 
     # Steps
 

@@ -26,6 +26,10 @@ class Tagging(LanguageModule):
 
     auto_class = transformers.AutoModelForTokenClassification
 
+    @staticmethod
+    def main_metric(data: Any) -> str:
+        return "f1"
+
     # Network
 
     def head_settings(self) -> dict[str, Any]:

@@ -522,3 +522,51 @@ def test_frozen_parameters_stay(fit):
     for name, weight in state["state_dict"].items():
         frozen = "embeddings" in name or "layer.0" in name
         assert torch.equal(weight, other[name]) == frozen or name.endswith("key.bias"), name
+
+
+HEAD = ("classifier.weight", "classifier.bias")
+
+
+@pytest.mark.parametrize("lora", [(), ("--model.lora.rank", 2)], ids=["all weights", "lora"])
+def test_an_equally_large_head_of_other_labels_is_replaced_and_trained(fit, cli, recipe: Path, lora: tuple):
+    names = {"good": "art", "bad": "news", "mixed": "sport"}
+    base = load_file(fit("--trainer.max_steps", 3) / "model" / "model.safetensors")
+    run = next((recipe.parent / "runs" / "classify").iterdir())
+    for split, number in (("train", 300), ("validation", 50)):
+        write(recipe.parent / f"{split}.jsonl", [row | {"label": names[row["label"]]} for row in rows(number, 0)])
+    flags = ("--model.network", "null", "--model.pretrained", run, "--trainer.max_steps", 1, *lora)
+    flags = (*flags, "--model.schedule.warmup_steps", 0, "--model.optimizer.lr", 1e-4)
+    if lora:
+        pytest.importorskip("peft")
+    out = cli("fit", "--config", recipe, *flags)
+    assert "has a head for the labels bad, good, mixed, not for the data's art, news, sport: it is replaced" in out
+    folder = Path(out.split("run folder: ")[1].splitlines()[0])
+    new = load_file(folder / "model" / "model.safetensors")
+    assert not torch.allclose(new[HEAD[0]], base[HEAD[0]], atol=5e-3)
+    assert 0 < new[HEAD[1]].abs().max() < 2e-4  # it began at zero, and was trained
+    assert json.loads((folder / "model" / "config.json").read_text())["id2label"]["0"] == "art"
+    out = cli("fit", "--config", recipe, *flags, "--model.keep_head", "true", "--name", "kept")
+    assert "kept head: bad is now art, good is now news, mixed is now sport" in out
+    kept = load_file(Path(out.split("run folder: ")[1].splitlines()[0]) / "model" / "model.safetensors")
+    assert all(torch.allclose(kept[name], base[name], atol=2e-4) for name in HEAD)
+    measure = ("test", "--config", recipe, "--model.network", "null", "--model.pretrained", run)
+    with pytest.raises(UserError, match="tells the labels bad, good, mixed, but the training split has art, news"):
+        cli(*measure)
+
+
+def test_the_head_of_another_task_is_replaced(cli, recipe: Path, tmp_path: Path, tokenizer: Path):
+    """Heads of token classification have the same names of tensors."""
+    from transformers import AutoTokenizer, BertConfig, BertForTokenClassification
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    other = BertForTokenClassification(BertConfig(vocab_size=256, num_labels=3, **sizes))
+    other.classifier.weight.data.fill_(9.0)
+    other.save_pretrained(tmp_path / "tagger")
+    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(tmp_path / "tagger")
+    flags = ("--config", recipe, "--model.network", "null", "--model.pretrained", tmp_path / "tagger")
+    out = cli("fit", *flags, "--trainer.max_steps", 3)
+    assert "has a head of another task, not for the data's bad, good, mixed: it is replaced" in out
+    folder = Path(out.split("run folder: ")[1].splitlines()[0])
+    assert load_file(folder / "model" / "model.safetensors")[HEAD[0]].abs().max() < 1
+    with pytest.raises(UserError, match="has no head for the labels bad, good, mixed: fit it first"):
+        cli("test", *flags)

@@ -113,6 +113,25 @@ class Full(Callback):
         resource.setrlimit(resource.RLIMIT_FSIZE, self.limits)
 
 
+class Noted(Callback):
+    """Writes what a validation has found to a file: its metrics, and its tables in the run folder.
+
+    Args:
+        file: Where.
+    """
+
+    def __init__(self, file: str) -> None:
+        self.file = Path(file)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            values = {name: float(value) for name, value in trainer.callback_metrics.items()}
+            values = {name.removeprefix("val/"): value for name, value in values.items() if name.startswith("val/")}
+            tables = [Path(trainer.default_root_dir) / name for name in ("results.csv", "confusion.csv")]
+            found = {"values": values, "tables": [table.read_text() for table in tables if table.exists()]}
+            self.file.write_text(json.dumps(found))
+
+
 def main() -> None:
     for folder, *arguments in json.loads(Path(sys.argv[1]).read_text()):
         os.environ["LM_LIGHTNING_RUN"] = folder
