@@ -125,7 +125,8 @@ class Job:
         os.environ.update(self.environment)
         os.environ.pop("_", None)
         own = [path for path in self.environment.get("PYTHONPATH", "").split(os.pathsep) if path not in ("", *sys.path)]
-        sys.path[:0] = [self.folder, *own]
+        script = self.arguments[0].endswith(".py")
+        sys.path[:0] = [str(Path(self.arguments[0]).parent) if script else self.folder, *own]
         if parent == "lm_lightning":  # so that what it starts itself is quick as well
             sys.executable = str(Path(sys.argv[1]) / parent)
         random.seed()

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from conftest import paragraphs
+from forks import python
 from lightning.pytorch import Callback
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
@@ -80,7 +81,7 @@ with torch.no_grad():
 assert "lm_lightning" not in sys.modules
 """
     done = subprocess.run(
-        [sys.executable, "-c", code, target, kind, tmp_path / "outputs.pt"], capture_output=True, text=True
+        [python("transformers"), "-c", code, target, kind, tmp_path / "outputs.pt"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     again, own, whole = torch.load(tmp_path / "outputs.pt"), outputs(target), outputs(folders[kind])
@@ -206,19 +207,23 @@ def test_onnx_runs_with_onnxruntime_alone(folders, tmp_path: Path):
     pytest.importorskip("onnxruntime")
     code = """
 import sys, numpy, onnxruntime
-session = onnxruntime.InferenceSession(sys.argv[1])
 tokens = numpy.arange(3, 30).reshape(3, 9)
 inputs = {"input_ids": tokens, "attention_mask": numpy.ones_like(tokens)}
-numpy.save(sys.argv[2], session.run(["logits"], inputs)[0])
+for folder in sys.argv[1:]:
+    session = onnxruntime.InferenceSession(f"{folder}/model.onnx")
+    numpy.save(f"{folder}/outputs.npy", session.run(["logits"], inputs)[0])
 assert "torch" not in sys.modules
 """
     with torch.no_grad():
         right = load(folders["llama"])(torch.arange(3, 30).view(3, 9)).logits
-    for recipe, tolerance in (("onnx", 1e-4), ("onnx-int8", 0.3), ("onnx-int8-blocks", 0.1), ("onnx-int4", 1)):
+    tolerances = {"onnx": 1e-4, "onnx-int8": 0.3, "onnx-int8-blocks": 0.1, "onnx-int4": 1}
+    for recipe in tolerances:
         recipes.compress(folders["llama"], recipe, tmp_path / recipe)
-        command = [sys.executable, "-c", code, tmp_path / recipe / "model.onnx", tmp_path / "outputs.npy"]
-        assert subprocess.run(command).returncode == 0
-        assert (torch.from_numpy(numpy.load(tmp_path / "outputs.npy")) - right).abs().max() < tolerance * right.std()
+    command = [sys.executable, "-c", code, *(tmp_path / recipe for recipe in tolerances)]
+    assert subprocess.run(command).returncode == 0
+    for recipe, tolerance in tolerances.items():
+        found = torch.from_numpy(numpy.load(tmp_path / recipe / "outputs.npy"))
+        assert (found - right).abs().max() < tolerance * right.std(), recipe
 
 
 @traced

@@ -5,7 +5,6 @@ import itertools
 import json
 import random
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ import torch
 from clauses import recipe as recipe_of
 from clauses import sentences, write
 from conftest import command, evaluation
+from forks import python
 
 from lm_lightning.data.tagging import TaggingData, encoded, spans_of
 from lm_lightning.errors import UserError
@@ -106,7 +106,7 @@ assert "lm_lightning" not in sys.modules
     told = [json.loads(line) for line in (evaluation(run) / "predictions.jsonl").read_text().splitlines()]
     texts = [" ".join(row["words"]) for row in gold]
     done = subprocess.run(
-        [sys.executable, "-c", script, run / "model"], input=json.dumps(texts), capture_output=True, text=True
+        [python("transformers"), "-c", script, run / "model"], input=json.dumps(texts), capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     same = 0
