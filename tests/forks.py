@@ -121,6 +121,8 @@ class Job:
         for number, file in enumerate(self.files):
             os.dup2(file, number)
             os.close(file)
+        # The parent's streams remember a place in its log, where a pipe cannot go.
+        sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
         os.environ.clear()
         os.environ.update(self.environment)
         os.environ.pop("_", None)
