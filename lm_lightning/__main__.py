@@ -11,6 +11,7 @@ import sys
 
 from lm_lightning import console
 from lm_lightning.errors import UserError, first_process, of_command_line
+from lm_lightning.processes import end_with_parent
 from lm_lightning.redaction import scrub
 
 # command -> module with a main() that reads sys.argv, and what it does
@@ -41,6 +42,7 @@ def main() -> None:
     """
     console.prepare()
     console.exit_on_interrupt()
+    end_with_parent()
     command = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if command in ("-h", "--help"):
         print("usage: python -m lm_lightning COMMAND [OPTIONS]\n\ncommands (each has its --help):")

@@ -123,7 +123,10 @@ def last_checkpoint(runs_dir: str, name: str) -> Path:
             if errors:
                 print(f"{errors[0]}: going on from {checkpoint.name} of step {step}")
             return checkpoint
-    raise errors[0]
+    if len(errors) == 1:
+        raise errors[0]
+    reason = str(errors[0]).rpartition(": ")[0]  # its remedy is another checkpoint
+    raise UserError(f"none of the {len(errors)} checkpoints of {folder} can be used, so start a new run ({reason})")
 
 
 def newest_first(folder: Path) -> list[Path]:
@@ -203,7 +206,8 @@ def load_checkpoint(path: Path, weights: bool = True, checked: bool = False) -> 
 
     from lm_lightning import sharded_checkpoint
 
-    remedy = f"take another one of {path.parent}"
+    others = [other for kind in ("*.ckpt", f"*.ckpt{OLD}") for other in path.parent.glob(kind) if other != path]
+    remedy = f"use another one of {path.parent}" if others else f"{path.parent} has no other one, so start a new run"
     sharded = (path / sharded_checkpoint.META).is_file()
     if not sharded and not path.is_file():
         raise UserError(f"there is no checkpoint file {path}")

@@ -42,6 +42,13 @@ def test_console_without_the_characters_of_a_sample_does_not_end_training(recipe
     assert json.loads(file.read_text(encoding="utf-8").splitlines()[0])["prompt"] == prompt
 
 
+def test_characters_that_a_console_lacks_are_escaped():
+    code = "from lm_lightning import console; console.prepare(); print('Tür')"
+    settings = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code], env=settings, capture_output=True, text=True)
+    assert done.stdout == "T\\xfcr\n", done.stderr
+
+
 def test_control_characters_are_shown_not_sent():
     assert printable("a\tb\nc\x1b]0;title\x07\r\x7f\x9b Ünï 👩‍🔬") == (
         "a\tb\nc\\u001b]0;title\\u0007\\u000d\\u007f\\u009b Ünï 👩‍🔬"

@@ -4,23 +4,25 @@ Everything in the table is measured on this machine: time by the network alone, 
 run's own config with the compressed weights.
 """
 
+import contextlib
 import csv
 import functools
+import hashlib
+import io
+import json
 import math
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Optional
+from typing import Any, Literal, Optional
 
 from lm_lightning import hub
 from lm_lightning import run as runs
 from lm_lightning.errors import UserError
 from lm_lightning.run import model_folder
-
-if TYPE_CHECKING:
-    from lm_lightning.compression.measures import Measures
 
 
 def compress(
@@ -36,7 +38,10 @@ def compress(
     device: Literal["cpu", "cuda"] = "cpu",
     measure: bool = True,
 ) -> None:
-    """Compresses a finished model without training, and measures what came of it.
+    """Compresses a finished model without training, and measures the result.
+
+    A recipe that fails is a row of the table with its reason; the others are finished, and the exit status is 2. After
+    that or an interruption, the same command does only what is missing; after success it starts again.
 
     Args:
         model: Run folder or `from_pretrained` folder.
@@ -73,7 +78,13 @@ def compress(
         raise UserError(f"there is no config {settings}: give that of a run, or one of configs/")
     folder = Path(output) if output else default_folder(Path(model), source)
     targets = {one: folder / one.replace(":", "of").replace("=", "-") for one in chosen}
-    there = [target for target in targets.values() if target.exists()]
+    made_of = {
+        "model": files(source),
+        "config": hashlib.sha256(settings.read_bytes()).hexdigest() if settings else None,
+        "options": [modules, calibration_batches, tokens, seconds, device],
+    }
+    table = Table(folder, made_of)
+    there = [target for one, target in targets.items() if target.exists() and not table.made(one, target)]
     if output and there:
         raise UserError(f"{there[0]} exists already: remove it, or name another --output")
     try:
@@ -84,33 +95,134 @@ def compress(
     if settings and calibration_batches:  # once for all recipes that begin with the same model
         inputs = functools.cache(functools.partial(calibration.calibrate, settings, batches=calibration_batches))
 
-    def left_out(one: str, error: UserError) -> None:
-        if recipe or one not in targets:
-            raise error
-        print(f"{one}: left out, since {error}", flush=True)
+    skipped = []
 
-    for one, target in list(targets.items()):
+    def failed(one: str, error: Exception) -> None:
+        reason = " ".join(str(error).split())[:500]
+        if isinstance(error, UserError) and not recipe and one in targets:
+            print(f"{one}: left out, since {reason}", flush=True)
+            skipped.append(one)
+            return
+        reason = reason if isinstance(error, UserError) else f"{type(error).__name__}: {reason}"
+        print(f"{one}: failed: {reason}", flush=True)
+        table.add(Row(one, files({**targets, **others}[one]), error=reason))
+
+    for one, target in targets.items():
+        if table.made(one, target):
+            print(f"{one}: {target} is there already", flush=True)
+            continue
         try:
             recipes.compress(source, one, target, inputs, modules)
+        except Exception as error:
+            failed(one, error)
+        else:
+            table.add(Row(one, files(target)))
             print(f"{one}: {target}", flush=True)
-        except UserError as error:
-            left_out(one, error)
-            del targets[one]
-    if not measure:
-        return
-    rows, metrics, bench = [], [], measures.Bench(source, tokens, seconds, device)
-    for one, target in {"none": source, **targets, **others}.items():
-        try:
-            found = evaluate(settings, source, target, device) if settings else {}
-        except UserError as error:
-            left_out(one, error)
-            continue
-        metrics.append(found)
-        rows.append(bench.measure(one, target, found.get("val/loss", math.nan)))
-        print(f"{one}: measured", flush=True)
-    write(rows, metrics, measures.pareto(rows), folder)
-    print((folder / "compression.md").read_text(encoding="utf-8"))
-    print(f"table: {folder / 'compression.md'}")
+    if measure and (not targets or len(table.errors()) < len(targets)):
+        bench = measures.Bench(source, tokens, seconds, device)
+        models = {"none": source, **targets, **others}
+        for one, target in models.items():
+            if one in skipped or one in table.errors() or table.measured(one, target):
+                continue
+            try:
+                found = evaluate(settings, source, target, device) if settings else {}
+                row = bench.measure(one, target, found.get("val/loss", math.nan))
+            except Exception as error:
+                if one == "none":  # with which the others are compared
+                    raise
+                failed(one, error)
+                continue
+            table.add(Row(one, files(target), row._asdict(), found))
+            write([table.rows[name] for name in models if name in table.rows], folder)
+            print(f"{one}: measured", flush=True)
+        rows = [table.rows[name] for name in models if name in table.rows]
+        write(rows, folder)
+        draw(rows, folder)
+        print((folder / "compression.md").read_text(encoding="utf-8"))
+        print(f"table: {folder / 'compression.md'}")
+    if errors := table.errors():
+        raise UserError(
+            f"{len(errors)} of {len(targets) + len(others)} failed, which the same command tries again: "
+            + "; ".join(f"{one}: {reason}" for one, reason in errors.items())
+        )
+    table.complete()
+
+
+@dataclass
+class Row:
+    """What is known of a model.
+
+    Args:
+        recipe: How it was made.
+        files: Of its folder; see `files`.
+        measures: Of `Measures`; empty if it was not measured.
+        metrics: Of the validation split.
+        error: Why it failed; empty if it has not.
+    """
+
+    recipe: str
+    files: list = field(default_factory=list)
+    measures: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    error: str = ""
+
+
+class Table:
+    """The rows of a `compress`, kept in `compression.json`, so that an interrupted one can be repeated.
+
+    Args:
+        folder: Where the file is, or will be.
+        made_of: What the rows depend on. Those of a file that depend on something else, or that is complete, are
+            dropped.
+    """
+
+    def __init__(self, folder: Path, made_of: dict[str, Any]) -> None:
+        self.path, self.made_of = folder / "compression.json", json.loads(json.dumps(made_of))
+        self.rows: dict[str, Row] = {}
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            saved = json.loads(self.path.read_text(encoding="utf-8"))
+            if saved["made_of"] == self.made_of and not saved["complete"]:
+                self.rows = {row["recipe"]: Row(**(row | {"error": ""})) for row in saved["rows"]}
+
+    def made(self, recipe: str, folder: Path) -> bool:
+        """Whether a model is there as it was made."""
+        row = self.rows.get(recipe)
+        return row is not None and bool(row.files) and row.files == files(folder)
+
+    def measured(self, recipe: str, folder: Path) -> bool:
+        """Whether a model is there as it was measured."""
+        return self.made(recipe, folder) and bool(self.rows[recipe].measures)
+
+    def errors(self) -> dict[str, str]:
+        """The models that failed, and why."""
+        return {row.recipe: row.error for row in self.rows.values() if row.error}
+
+    def add(self, row: Row) -> None:
+        """Keeps a row, in the place of an earlier one of the same model."""
+        self.rows[row.recipe] = row
+        self.save(complete=False)
+
+    def complete(self) -> None:
+        """Has the next `compress` begin anew."""
+        self.save(complete=True)
+
+    def save(self, complete: bool) -> None:
+        """Writes the file."""
+        content = {"made_of": self.made_of, "complete": complete, "rows": [asdict(row) for row in self.rows.values()]}
+        replace(self.path, json.dumps(content, indent=2))
+
+
+def files(folder: Path) -> list:
+    """Names, sizes and times of a folder's files, which change with them; empty if it is not there."""
+    found = sorted(path for path in folder.glob("*") if path.is_file())
+    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in found]
+
+
+def replace(path: Path, text: str) -> None:
+    """Writes a file, which is never there in part."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
 
 
 def names(given: Sequence[str]) -> list[str]:
@@ -166,17 +278,26 @@ def evaluate(settings: Path, source: Path, folder: Path, device: str) -> dict[st
     return {name: float(value) for name, value in trainer.callback_metrics.items()}
 
 
-MARKERS = "oDs^vP"  # of the picture's points, when ten colors are used up
+def write(rows: list[Row], folder: Path) -> None:
+    """Writes `compression.csv` and `.md`.
 
+    Args:
+        rows: The first is of the uncompressed model.
+        folder: Is there.
+    """
+    from lm_lightning.compression.measures import Measures, pareto
 
-def write(rows: list["Measures"], metrics: list[dict[str, float]], best: set[str], folder: Path) -> None:
-    """Writes `compression.csv` and `.md`, and draws `compression.png` where matplotlib is installed."""
-    names = sorted({name for found in metrics for name in found} - {"val/loss"})
-    with open(folder / "compression.csv", "w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file)
-        table.writerow([*rows[0]._fields, *names, "pareto"])
-        for row, found in zip(rows, metrics):
-            table.writerow([*row, *(found.get(name, "") for name in names), row.recipe in best])
+    measured = {row.recipe: Measures(**row.measures) for row in rows if row.measures}
+    best, whole = pareto(list(measured.values())), measured[rows[0].recipe]
+    rows = [row for row in rows if row.measures or row.error]  # not those to be measured yet
+    names = sorted({name for row in rows for name in row.metrics} - {"val/loss"})
+    text = io.StringIO(newline="")
+    table = csv.writer(text)
+    table.writerow([*Measures._fields, *names, "pareto", "error"])
+    for row in rows:
+        values = measured.get(row.recipe, [row.recipe] + [""] * (len(Measures._fields) - 1))
+        table.writerow([*values, *(row.metrics.get(name, "") for name in names), row.recipe in best, row.error])
+    replace(folder / "compression.csv", text.getvalue())
     head = [
         "recipe",
         "parameters",
@@ -188,43 +309,63 @@ def write(rows: list["Measures"], metrics: list[dict[str, float]], best: set[str
         "8 rows",
         "tokens/s, 1 row",
         "8 rows",
+        "loss",
+        *names,
     ]
-    lines = ["| " + " | ".join([*head, "loss", *names]) + " |", "|---" + "|--:" * (len(head) + len(names)) + "|"]
-    for row, found in zip(rows, metrics):
+    errors = ["error"] if any(row.error for row in rows) else []
+    lines = ["| " + " | ".join([*head, *errors]) + " |", "|---" + "|--:" * (len(head) - 1) + "|---" * len(errors) + "|"]
+    for row in rows:
+        if row.error:
+            cells = [row.recipe, *[""] * (len(head) - 1), row.error.replace("|", "\\|")]
+            lines.append("| " + " | ".join(cells) + " |")
+            continue
+        own = measured[row.recipe]
         cells = [
             f"**{row.recipe}**" if row.recipe in best else row.recipe,
-            f"{row.parameters:,}" if row.parameters else "",
-            f"{row.zeros:.1%}",
-            *(f"{own:.1f} ({own / whole:.2f})" for own, whole in zip(row[3:6], rows[0][3:6])),
-            *(f"{own:.1f} ({share:.2f})" for own, share in zip(row[6:10], row[10:14])),
-            f"{row.loss:.4f}",
-            *(f"{found[name]:.4f}" if name in found else "" for name in names),
+            f"{own.parameters:,}" if own.parameters else "",
+            f"{own.zeros:.1%}",
+            *(f"{value:.1f} ({value / other:.2f})" for value, other in zip(own[3:6], whole[3:6])),
+            *(f"{value:.1f} ({share:.2f})" for value, share in zip(own[6:10], own[10:14])),
+            f"{own.loss:.4f}",
+            *(f"{row.metrics[name]:.4f}" if name in row.metrics else "" for name in names),
+            *[""] * len(errors),
         ]
         lines.append("| " + " | ".join("" if "nan" in cell else cell for cell in cells) + " |")
     lines += [
         "",
         "In brackets: as a part of the first row's, in turn with it. Bold: no other is smaller, faster and better.",
     ]
-    (folder / "compression.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    replace(folder / "compression.md", "\n".join(lines) + "\n")
+
+
+MARKERS = "oDs^vP"  # of the picture's points, when ten colors are used up
+
+
+def draw(table: list[Row], folder: Path) -> None:
+    """Draws `compression.png` where matplotlib is installed; see `write`."""
+    from lm_lightning.compression.measures import Measures, pareto
+
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return
+    rows = [Measures(**row.measures) for row in table if row.measures]
+    best = pareto(rows)
     has_loss = not math.isnan(rows[0].loss)
     fields = {"loss": "loss", "disk": "MiB on disk"} if has_loss else {"disk": "MiB on disk"}
     # The names are beside the panels: at their points they would lie over each other.
     figure = Figure(figsize=(5.5 + 3 * len(fields), max(4.0, 1.0 + 0.25 * len(rows))), layout="constrained")
     panels = figure.subplots(1, len(fields), squeeze=False)[0]
-    for axes, (field, label) in zip(panels, fields.items()):
+    for axes, (name, label) in zip(panels, fields.items()):
         for number, row in enumerate(rows):
             axes.scatter(
                 row.relative_latency_1,
-                getattr(row, field),
+                getattr(row, name),
                 color=f"C{number % 10}",
                 marker=MARKERS[number // 10 % len(MARKERS)],
                 s=60,
                 edgecolors="black" if row.recipe in best else "none",
-                label=row.recipe.replace("$", "\\$"),
+                label=row.recipe,
             )
         axes.set(xlabel="time of a pass, 1 row\n(share of the uncompressed model's)", ylabel=label)
         axes.set_xlim(left=0)

@@ -2,7 +2,6 @@
 
 import contextlib
 import csv
-import ctypes
 import os
 import re
 import signal
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Optional
 
 from lm_lightning.errors import UserError
+from lm_lightning.processes import kill_with_parent
 
 
 def read_settings(fit_flags: list[str], folder: Path, timeout: float = 600) -> dict:
@@ -94,7 +94,7 @@ def fit(
                     stdout=out_file,
                     stderr=err_file,
                     start_new_session=True,  # a group of processes
-                    preexec_fn=die_with_parent if sys.platform == "linux" else None,
+                    preexec_fn=kill_with_parent if sys.platform == "linux" else None,
                 )
                 processes.append(process)
             while watch is not None and any(process.poll() is None for process in processes):
@@ -119,12 +119,6 @@ def fit(
     pattern = re.compile(r"^(?:\[rank\d+\]: ?)?(?:error: (.*)|([\w.]*(?:Error|Exception)\b.*))$")
     found = [match[1] or match[2] for line in text.splitlines() if (match := pattern.match(line))]
     return "", (found or text.strip().splitlines() or [""])[-1][:500] or f"exit status {status}"
-
-
-def die_with_parent() -> None:
-    """Has Linux kill this process when the one that has started it is killed, which then cannot do so itself."""
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 def run_folder(runs_dir: Path, name: str) -> Optional[Path]:

@@ -74,9 +74,15 @@ def generate(
 def read_prompts(path: str) -> dict[str, str]:
     """The lines of a file, of which none may be empty, by `path:number`."""
     try:
-        prompts = Path(path).read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the prompts of {path}: {error}") from error
+        data = Path(path).read_bytes()
+        prompts = data.decode("utf-8-sig").removesuffix("\n").split("\n")
+    except OSError as error:
+        raise UserError(f"cannot read the prompts of {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise UserError(
+            f"{path}:{line}: byte 0x{error.object[error.start]:02x} is not UTF-8: convert the file to UTF-8"
+        ) from error
     for number, prompt in enumerate(prompts, 1):
         if not prompt.strip():
             raise UserError(f"{path}:{number}: the prompt is empty")

@@ -91,9 +91,10 @@ def count(prepared: "Prepared", size: int, left_out: int, full: tuple[str, ...] 
         counts = prepared.info["splits"][name]
         targets = max(0, counts["tokens"] - left_out)
         blocks = targets // size if name in full else -(-targets // size)  # as `fit` takes them
+        unknown = prepared.about_unknown(name)
         print(
             f"{name:12}{counts['documents']:12,}{counts['tokens']:14,}{counts['bytes']:14,}"
-            f"{counts['bytes'] / max(1, counts['tokens']):13.2f}{blocks:10,}"
+            f"{counts['bytes'] / max(1, counts['tokens']):13.2f}{blocks:10,}{unknown}"
         )
     perplexity = prepared.info["splits"]["validation"]["unigram_perplexity"]
     print(f"vocabulary {len(prepared.tokenizer):,}, unigram perplexity of the validation split {perplexity:.1f}")

@@ -145,14 +145,21 @@ def verify(
     names = [name for name in VARIANTS if name in chosen]
 
     outcomes: dict[str, Outcome] = {}
-    with tempfile.TemporaryDirectory(prefix="verify-", ignore_cleanup_errors=True) as folder:
-        settings = shared_settings(fit_flags, steps, Path(folder), timeout)
-        for number, name in enumerate(names, 1):
-            print(f"{number}/{len(names)} {name}", file=sys.stderr, flush=True)
-            reason = obstacle(VARIANTS[name], settings["data"], outcomes)
-            outcomes[name] = Outcome(reason) if reason else run(name, settings, Path(folder), steps, timeout)
-            if name == "plain" and outcomes[name].failed:
-                raise UserError(f"the plain run, with which the others are compared, fails: {outcomes[name].reason}")
+    try:
+        with tempfile.TemporaryDirectory(prefix="verify-", ignore_cleanup_errors=True) as folder:
+            settings = shared_settings(fit_flags, steps, Path(folder), timeout)
+            for number, name in enumerate(names, 1):
+                print(f"{number}/{len(names)} {name}", file=sys.stderr, flush=True)
+                reason = obstacle(VARIANTS[name], settings["data"], outcomes)
+                outcomes[name] = Outcome(reason) if reason else run(name, settings, Path(folder), steps, timeout)
+                if name == "plain" and outcomes[name].failed:
+                    raise UserError(
+                        f"the plain run, with which the others are compared, fails: {outcomes[name].reason}"
+                    )
+    except BaseException:
+        if any(outcome.losses for outcome in outcomes.values()):
+            print(report(outcomes, steps)[0])  # what was finished until then
+        raise
     text, good = report(outcomes, steps)
     print(text)
     if output is not None:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Optional
@@ -24,7 +24,16 @@ from lm_lightning.data import cells, formats
 from lm_lightning.data.corpus import expand
 from lm_lightning.data.order import PADDING, by_length, samples_at
 from lm_lightning.data.stream import StreamData
-from lm_lightning.data.tokenizer import Tokenizer, fingerprint, load
+from lm_lightning.data.tokenizer import (
+    MANY,
+    Tokenizer,
+    about_unknown,
+    fingerprint,
+    load,
+    unknown_id,
+    unknown_word,
+    warn_of_unknown,
+)
 from lm_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -188,11 +197,23 @@ def read(tables: Tables, split: str, key: Callable[[Row], str]) -> list[Row]:
     Raises:
         UserError: Names the file and line of what cannot be read.
     """
-    rows = [row for name in sources(tables, split) for row in (of_hub if tables.hub else of_files)(name, tables)]
-    if split in ("train", "validation") and not tables.validation:
-        rows = [row for row in rows if held_out(key(row), tables.validation_fraction) == (split == "validation")]
-    if not rows:
+    if not 0 <= tables.validation_fraction < 1:
+        raise UserError(f"--data.tables.validation_fraction is {tables.validation_fraction}, but must be from 0 to 1")
+    names = sources(tables, split)
+    rows = [row for name in names for row in (of_hub if tables.hub else of_files)(name, tables)]
+    if not names:
         raise UserError(f"the {split} split has no rows: name files with --data.tables.{split}")
+    if not rows:
+        raise UserError(f"the {split} split has no rows, as there are none in {', '.join(names)}: give other files")
+    if split in ("train", "validation") and not tables.validation:
+        all_ = len(rows)
+        rows = [row for row in rows if held_out(key(row), tables.validation_fraction) == (split == "validation")]
+        if not rows:
+            raise UserError(
+                f"the {split} split has no rows, as none of the {all_:,} of --data.tables.train is "
+                f"{'held out' if split == 'validation' else 'left'} by --data.tables.validation_fraction "
+                f"{tables.validation_fraction:g}: change that, or name files with --data.tables.validation"
+            )
     return rows
 
 
@@ -478,19 +499,33 @@ class LabelledData(StreamData):
             )
         return self.numbers[label]
 
-    def report(self, split: str, examples: list[dict], cut: int) -> None:
-        """Prints what a split has, and how many rows of it are cut."""
+    def report(self, split: str, examples: list[dict], cut: int, texts: Iterable[str]) -> None:
+        """Prints what a split has, how many rows of it are cut, and how many tokens of its `texts` are unknown."""
         if self.trainer.is_global_zero:
             tokens = sum(len(example["input_ids"]) for example in examples)
+            unknown = self.unknown(examples)
             print(
                 f"{split}: {len(examples):,} rows, {tokens:,} tokens"
                 + (f", {cut:,} rows are cut to {self.block_size} tokens (data.max_length)" if cut else "")
+                + about_unknown(unknown, tokens)
             )
+            self.warn_of_unknown(split, unknown, tokens, texts)
 
-    def report_words(self, split: str, examples: list[dict]) -> None:
+    def unknown(self, examples: list[dict]) -> int:
+        """How many tokens are unknown."""
+        unknown = unknown_id(self.tokenizer)
+        return 0 if unknown is None else sum(example["input_ids"].count(unknown) for example in examples)
+
+    def warn_of_unknown(self, split: str, unknown: int, tokens: int, texts: Iterable[str]) -> None:
+        """Prints a warning if many tokens of some texts are unknown."""
+        if unknown > MANY * tokens:
+            remedy = "use a --model.pretrained whose tokenizer knows such text, or fix --data.tables.encoding"
+            warn_of_unknown(split, unknown, tokens, unknown_word(self.tokenizer, texts), remedy)
+
+    def report_words(self, split: str, examples: list[dict], sentences: list[list[str]]) -> None:
         """The same of examples with `words`, see `encode_words`, and how many of these are cut off."""
         cut = [int((example["words"] < 0).sum()) for example in examples]
-        self.report(split, examples, len(cut) - cut.count(0))
+        self.report(split, examples, len(cut) - cut.count(0), map(" ".join, sentences))
         if self.trainer.is_global_zero and any(cut):
             words = sum(len(example["words"]) for example in examples)
             print(f"{split}: {sum(cut):,} of {words:,} words are cut off, and what they should tell counts as missed")

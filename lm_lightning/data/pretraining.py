@@ -132,11 +132,13 @@ class PretrainingData(StreamData):
         for name in needed[stage]:
             if name == "validation" and not self.trainer.limit_val_batches:
                 continue
-            remedy = "lower data.block_size, give more text or " + (
-                "a larger share of it"
-                if name == "train"
-                else f"raise data.corpus.{name}_fraction (or name files in data.corpus.{name}_paths)"
-            )
+            remedy = "lower --data.block_size, give more text or "
+            if name == "train":
+                remedy += "a larger share of it"
+            elif getattr(self.corpus, f"{name}_paths"):
+                remedy += f"name other files with --data.corpus.{name}_paths"
+            else:
+                remedy += f"raise --data.corpus.{name}_fraction (or name files with --data.corpus.{name}_paths)"
             shards.need(self.splits[name], name, self.block_size, remedy)
             if self.trainer.is_global_zero:
                 self.report(name)
@@ -148,7 +150,9 @@ class PretrainingData(StreamData):
         print(
             f"{name}: {len(split.documents):,} documents, {split.bytes:,} bytes, {len(split.tokens):,} tokens of "
             f"{len(self.tokenizer):,} kinds, unigram perplexity {split.unigram_perplexity:.1f}, {len(blocks):,} blocks "
-            f"of {self.block_size}" + (f", {left} tokens at the end that fill no block" if left > 0 else "")
+            f"of {self.block_size}"
+            + (f", {left} tokens at the end that fill no block" if left > 0 else "")
+            + self.prepared.about_unknown(name)
         )
 
     def samples(self, split: str) -> Any:

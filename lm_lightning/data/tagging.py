@@ -1,9 +1,11 @@
 """Data of tagging: sentences with a label for each word in; tokens out, and the label of each word.
 
 Labels are plain ones, such as parts of speech, or mark spans, such as names, by the schemes BIO (B- begins a span, I-
-goes on with it, O is outside) and BIOES (E- ends one, S- is one of a single word).
+continues it, O is outside) and BIOES (E- ends one, S- is one of a single word). Spans of other schemes with these
+prefixes are converted: IOB1 and IO (I- begins a span, too) to BIO, IOE to BIOES.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -16,6 +18,8 @@ from lm_lightning.errors import UserError
 
 OUTSIDE = "O"
 PREFIXES = {"bio": "BI", "bioes": "BIES"}
+MARKED = re.compile(r"[BIES]-.")
+LIKE_MARKED = re.compile(r"[BIESLU]([-_].*)?|.+[-_][BIESLU]", re.IGNORECASE)  # in the forms of other projects
 BEGINS, ENDS = ("B", "S"), ("E", "S")
 
 # What is right or wrong as a whole: a type, and the words (the first, the one after the last).
@@ -43,6 +47,16 @@ def spans_of(labels: Sequence[str]) -> list[Found]:
     return spans
 
 
+def encoded(spans: Sequence[Found], words: int, scheme: str) -> list[str]:
+    """The labels of as many words that mark spans by a scheme, `bio` or `bioes`."""
+    labels = [OUTSIDE] * words
+    for kind, (start, end) in spans:
+        labels[start:end] = [f"B-{kind}"] + [f"I-{kind}"] * (end - start - 1)
+        if scheme == "bioes":
+            labels[end - 1] = f"{'S' if end - start == 1 else 'E'}-{kind}"
+    return labels
+
+
 @dataclass
 class Columns:
     """Names of the columns.
@@ -62,7 +76,7 @@ class TaggingData(LabelledData):
 
     Args:
         columns: Names of the tables' columns.
-        scheme: Of the labels: `plain` ones, or those of spans, `bio` or `bioes`; `auto` takes what they look like.
+        scheme: Of the labels: `plain` ones, or those of spans, `bio` or `bioes`; `auto` chooses by what they look like.
         options: Those of all labelled data, see `LabelledData`.
     """
 
@@ -74,7 +88,7 @@ class TaggingData(LabelledData):
     ) -> None:
         super().__init__(**options)
         self.columns, self.scheme = columns, scheme
-        self.mended = 0
+        self.converted = 0
 
     def key(self, row: Row) -> str:
         return " ".join(row.words(self.columns.words))
@@ -104,6 +118,8 @@ class TaggingData(LabelledData):
         known = found or set(self.trainer.lightning_module.own_labels())
         if self.scheme == "auto":
             self.scheme = self.looks_like(known)
+        if self.marks_spans:
+            self.check_beginnings(known, bool(found))
         if self.marks_spans and found:
             self.check_scheme(found, train)
             kinds = {parts(label)[1] for label in found} - {""}
@@ -120,15 +136,36 @@ class TaggingData(LabelledData):
         Raises:
             UserError: If they look like those of spans, and some do not.
         """
-        marks = {label for label in labels if label == OUTSIDE or label[:2] in ("B-", "I-", "E-", "S-")}
-        if not any(label[:2] == "B-" for label in labels):
-            return "plain"
-        if others := sorted(labels - marks):
+        unknown = {label for label in labels if label not in (OUTSIDE, OUTSIDE.lower()) and not MARKED.match(label)}
+        if len(unknown) < len(labels) and unknown and all(LIKE_MARKED.fullmatch(label) for label in unknown):
             raise UserError(
-                f"some labels mark spans (such as {sorted(marks)[0]}) and some do not (such as {others[0]}): mend "
+                f"labels such as {sorted(unknown)[0]} look like those of spans, but these are written B-NAME, I-NAME, "
+                "E-NAME, S-NAME and O: rename them, or give --data.scheme plain if each word has a label of its own"
+            )
+        marks = {label for label in labels if MARKED.match(label)}
+        if not any(label[:2] == "B-" for label in marks) and not (marks and OUTSIDE in labels):
+            return "plain"
+        if others := sorted(labels - marks - {OUTSIDE}):
+            raise UserError(
+                f"some labels mark spans (such as {sorted(marks)[0]}) and some do not (such as {others[0]}): fix "
                 "them, or give --data.scheme plain if each word has a label of its own"
             )
         return "bioes" if any(label[:2] in ("E-", "S-") for label in labels) else "bio"
+
+    def check_beginnings(self, labels: set[str], from_rows: bool) -> None:
+        """Reports spans that no label begins; refuses them where the network cannot predict another one, either."""
+        begun = {parts(label)[1] for label in labels if parts(label)[0] in BEGINS}
+        never = sorted({parts(label)[1] for label in labels} - begun - {""})
+        if never and not from_rows:
+            raise UserError(
+                f"model.pretrained has a label I-{never[0]}, but no B-{never[0]} to begin such a span with: give "
+                "--data.tables.train and fit it, or --data.scheme plain to score each word"
+            )
+        if never and self.trainer.is_global_zero:
+            print(
+                f"no label begins with B- or S- for {', '.join(never[:20])}: labels I- and E- alone mark these spans, "
+                "and neighboring ones are one; --data.scheme plain scores each word instead"
+            )
 
     def check_scheme(self, labels: set[str], rows: list[Row]) -> None:
         """Refuses labels that are none of the scheme, naming the first."""
@@ -139,20 +176,22 @@ class TaggingData(LabelledData):
                 if label in wrong:
                     raise UserError(
                         f"{row.where}: the label {label!r} is none of the scheme {self.scheme} (O, "
-                        f"{', '.join(mark + '...' for mark in legal)}): mend it, or give another --data.scheme"
+                        f"{', '.join(mark + '...' for mark in legal)}): fix it, or give another --data.scheme"
                     )
 
     def targets(self, row: Row, labels: list[str]) -> torch.Tensor:
-        """The numbers of labels, (W,) int64; those I- that begin a span, as in the scheme IOB1, are read as B-.
+        """The numbers of labels, (W,) int64; those that mark spans by another scheme are converted.
 
         Raises:
             UserError: If one is unknown.
         """
-        if self.scheme == "bio":
-            before = ["", *(parts(label)[1] for label in labels)]
-            begins = [prefix == "I" and kind != last for (prefix, kind), last in zip(map(parts, labels), before)]
-            labels = [f"B{label[1:]}" if begin else label for label, begin in zip(labels, begins)]
-            self.mended += sum(begins)
+        if self.marks_spans:
+            legal = tuple(f"{prefix}-" for prefix in PREFIXES[self.scheme])
+            for label in labels:
+                if label != OUTSIDE and not label.startswith(legal):
+                    self.number(row, label)  # refuses it
+            given, labels = labels, encoded(spans_of(labels), len(labels), self.scheme)
+            self.converted += sum(map(str.__ne__, given, labels))
         return torch.tensor([self.number(row, label) for label in labels])
 
     # Examples
@@ -161,7 +200,7 @@ class TaggingData(LabelledData):
         """The rows of a split as tokens, `words` (the place of each word's first token) and `targets` (its label)."""
         sentences = [row.words(self.columns.words) for row in rows]
         examples = encode_words(self.tokenizer, sentences, self.block_size)
-        self.mended = 0  # labels I- that begin a span
+        self.converted = 0  # labels of another scheme that were converted
         for example, row, words in zip(examples, rows, sentences):
             if split == "predict":
                 example["targets"] = torch.full((len(words),), -100)
@@ -170,14 +209,15 @@ class TaggingData(LabelledData):
             if len(labels) != len(words):
                 raise UserError(f"{row.where}: there are {len(words)} words, but {len(labels)} labels: mend the row")
             example["targets"] = self.targets(row, labels)
-        self.report_words(split, examples)
+        self.report_words(split, examples, sentences)
         return Examples(examples, self.seed if split == "train" else None)
 
-    def report_words(self, split: str, examples: list[dict]) -> None:
-        """Prints what a split has, how many words of it are cut off, and what was mended."""
-        super().report_words(split, examples)
-        if self.trainer.is_global_zero and self.mended:
-            print(f"{split}: {self.mended:,} labels I- begin a span and are read as B-")
+    def report_words(self, split: str, examples: list[dict], sentences: list[list[str]]) -> None:
+        """Prints what a split has, how many words of it are cut off, and how many labels were converted."""
+        super().report_words(split, examples, sentences)
+        if self.trainer.is_global_zero and self.converted:
+            example = "I- that begins a span to B-" if self.scheme == "bio" else "I- that ends a span to E-"
+            print(f"{split}: {self.converted:,} labels were converted to the scheme {self.scheme} (such as {example})")
 
     def prediction(self, number: int) -> dict[str, Any]:
         """What a prediction tells of the example that it is for."""

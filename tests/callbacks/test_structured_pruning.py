@@ -3,12 +3,12 @@
 import csv
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from forks import python
 from processes import Runs
 from safetensors.torch import load_file
 
@@ -129,7 +129,7 @@ def test_pruned_pretrained_model_is_measured_beside_what_it_was(fit):
     assert int(after["parameters"]) < int(before["parameters"])
     assert 0 < float(before["loss"]) != float(after["loss"]) > 0
     code = "import sys, transformers; transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])"
-    assert subprocess.run([sys.executable, "-c", code, run / "model"]).returncode == 0
+    assert subprocess.run([python("transformers"), "-c", code, run / "model"]).returncode == 0
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,12 @@ import pytest
 import torch
 import yaml
 from conftest import paragraphs
+from forks import python
 from lightning.pytorch import Callback
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
-from lm_lightning.compression import calibration, formats, recipes, structure
+from lm_lightning.compression import calibration, formats, measures, recipes, structure
 from lm_lightning.compression.folder import load
 from lm_lightning.data.tokenizer import Tokenizer, train
 from lm_lightning.errors import UserError
@@ -80,7 +81,7 @@ with torch.no_grad():
 assert "lm_lightning" not in sys.modules
 """
     done = subprocess.run(
-        [sys.executable, "-c", code, target, kind, tmp_path / "outputs.pt"], capture_output=True, text=True
+        [python("transformers"), "-c", code, target, kind, tmp_path / "outputs.pt"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     again, own, whole = torch.load(tmp_path / "outputs.pt"), outputs(target), outputs(folders[kind])
@@ -206,19 +207,23 @@ def test_onnx_runs_with_onnxruntime_alone(folders, tmp_path: Path):
     pytest.importorskip("onnxruntime")
     code = """
 import sys, numpy, onnxruntime
-session = onnxruntime.InferenceSession(sys.argv[1])
 tokens = numpy.arange(3, 30).reshape(3, 9)
 inputs = {"input_ids": tokens, "attention_mask": numpy.ones_like(tokens)}
-numpy.save(sys.argv[2], session.run(["logits"], inputs)[0])
+for folder in sys.argv[1:]:
+    session = onnxruntime.InferenceSession(f"{folder}/model.onnx")
+    numpy.save(f"{folder}/outputs.npy", session.run(["logits"], inputs)[0])
 assert "torch" not in sys.modules
 """
     with torch.no_grad():
         right = load(folders["llama"])(torch.arange(3, 30).view(3, 9)).logits
-    for recipe, tolerance in (("onnx", 1e-4), ("onnx-int8", 0.3), ("onnx-int8-blocks", 0.1), ("onnx-int4", 1)):
+    tolerances = {"onnx": 1e-4, "onnx-int8": 0.3, "onnx-int8-blocks": 0.1, "onnx-int4": 1}
+    for recipe in tolerances:
         recipes.compress(folders["llama"], recipe, tmp_path / recipe)
-        command = [sys.executable, "-c", code, tmp_path / recipe / "model.onnx", tmp_path / "outputs.npy"]
-        assert subprocess.run(command).returncode == 0
-        assert (torch.from_numpy(numpy.load(tmp_path / "outputs.npy")) - right).abs().max() < tolerance * right.std()
+    command = [sys.executable, "-c", code, *(tmp_path / recipe for recipe in tolerances)]
+    assert subprocess.run(command).returncode == 0
+    for recipe, tolerance in tolerances.items():
+        found = torch.from_numpy(numpy.load(tmp_path / recipe / "outputs.npy"))
+        assert (found - right).abs().max() < tolerance * right.std(), recipe
 
 
 @traced
@@ -488,3 +493,67 @@ def test_model_alone_is_measured_by_the_data_of_a_config(fit, cli, recipe: Path,
     with open(tmp_path / "alone-compressed" / "compression.csv", newline="") as file:
         none, wanda = csv.DictReader(file)
     assert 0 < float(none["loss"]) != float(wanda["loss"]) > 0
+
+
+def table_of(folder: Path) -> dict[str, dict[str, str]]:
+    with open(folder / "compression.csv", newline="", encoding="utf-8") as file:
+        return {row["recipe"]: row for row in csv.DictReader(file)}
+
+
+def test_recipe_that_fails_is_a_row_and_the_others_are_finished(folders, cli, tmp_path: Path, monkeypatch):
+    """As bnb-int8 does with a width that it cannot divide, in the pass that is measured."""
+    real, output = measures.Bench.measure, tmp_path / "out"
+    flags = ("--seconds", 0.05, "--tokens", 16, "--output", output)
+    recipe = ("--recipe", "[sparse=0.5, width=0.5, layers=0.5]")
+
+    def measure(self, recipe, *rest):
+        if recipe == "width=0.5":
+            raise RuntimeError("mat1 and mat2 | cannot be\nmultiplied")
+        return real(self, recipe, *rest)
+
+    monkeypatch.setattr(measures.Bench, "measure", measure)
+    message = r"1 of 3 failed, .*tries again: width=0.5: RuntimeError: mat1 and mat2 \| cannot be multiplied"
+    with pytest.raises(UserError, match=message):
+        cli("compress", folders["gpt2"], *recipe, *flags)
+    before = table_of(output)
+    assert list(before) == ["none", "sparse=0.5", "width=0.5", "layers=0.5"]
+    assert before["width=0.5"]["error"].startswith("RuntimeError: mat1") and before["width=0.5"]["latency_1"] == ""
+    assert float(before["layers=0.5"]["latency_1"]) > 0 and before["layers=0.5"]["error"] == ""
+    lines = (output / "compression.md").read_text(encoding="utf-8").splitlines()
+    assert len({line.replace("\\|", "").count("|") for line in lines if line.startswith("|")}) == 1
+
+    monkeypatch.setattr(measures.Bench, "measure", real)  # only that one is done again
+    out = cli("compress", folders["gpt2"], *recipe, *flags)
+    assert "width=0.5: measured" in out and "sparse=0.5: measured" not in out
+    after = table_of(output)
+    assert after["layers=0.5"] == before["layers=0.5"] and float(after["width=0.5"]["latency_1"]) > 0
+    with pytest.raises(UserError, match="sparse-0.5 exists already"):  # finished, so another would replace it
+        cli("compress", folders["gpt2"], *recipe, *flags)
+
+
+def test_interrupted_compress_keeps_its_rows_and_does_what_is_missing(folders, cli, tmp_path: Path, monkeypatch):
+    real = measures.Bench.measure
+    source = shutil.copytree(folders["gpt2"], tmp_path / "mine")
+    args = ("compress", source, "--recipe", "[sparse=0.5, layers=0.5]", "--seconds", 0.05)
+
+    def measure(self, recipe, *rest):
+        if recipe == "layers=0.5":
+            raise KeyboardInterrupt
+        return real(self, recipe, *rest)
+
+    monkeypatch.setattr(measures.Bench, "measure", measure)
+    with pytest.raises(KeyboardInterrupt):
+        cli(*args, "--tokens", 16)
+    before = table_of(tmp_path / "mine-compressed")
+    assert list(before) == ["none", "sparse=0.5"] and float(before["sparse=0.5"]["latency_1"]) > 0
+    monkeypatch.setattr(measures.Bench, "measure", real)
+    out = cli(*args, "--tokens", 16)
+    assert "sparse=0.5: measured" not in out and "none: measured" not in out and "layers=0.5: measured" in out
+    assert table_of(tmp_path / "mine-compressed")["sparse=0.5"] == before["sparse=0.5"]
+    assert "sparse=0.5: measured" in cli(*args, "--tokens", 16)  # a finished one begins anew
+
+    monkeypatch.setattr(measures.Bench, "measure", measure)
+    with pytest.raises(KeyboardInterrupt):
+        cli(*args, "--tokens", 16)
+    monkeypatch.setattr(measures.Bench, "measure", real)
+    assert "sparse=0.5: measured" in cli(*args, "--tokens", 8)  # with other options, so does an interrupted one

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lm_lightning.commands import verify
 from lm_lightning.commands.verify import VARIANTS, Outcome, obstacle
 from lm_lightning.errors import UserError
 
@@ -94,3 +95,20 @@ def test_what_cannot_be_run_here_says_why(name: str, machine: dict, reason: str)
     data = {"class_path": "lm_lightning.data.masked.MaskedData", "init_args": {"batch_size": batch_size}}
     found = obstacle(VARIANTS[name], data, {"plain": Outcome(environment=machine)})
     assert reason in found and bool(found) == bool(reason)
+
+
+def test_interrupted_verify_prints_what_was_finished(monkeypatch, capsys):
+    done = Outcome(losses=[1.0], gradient_norms=[2.0], environment={"device": "cpu", "gpus": []})
+
+    def run(name: str, *_: object) -> Outcome:
+        if name == "compile":
+            raise KeyboardInterrupt
+        return done
+
+    monkeypatch.setattr(verify, "run", run)
+    settings = {"data": {"class_path": "PretrainingData", "init_args": {"batch_size": 8}}}
+    monkeypatch.setattr(verify, "shared_settings", lambda *_: settings)
+    with pytest.raises(KeyboardInterrupt):
+        verify.verify([], steps=1, only=["accumulate", "compile", "checkpointing"])
+    table = rows(capsys.readouterr().out)
+    assert list(table) == ["plain", "accumulate"] and table["accumulate"][-1].startswith("within")

@@ -3,7 +3,6 @@
 import copy
 import json
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from forks import python
 
 from lm_lightning.models.bert import MaskedLM
 
@@ -195,7 +195,7 @@ def test_export_loads_as_both_classes_in_a_fresh_process_and_predict_fills_masks
         "best = masked.logits[0, place].softmax(-1).topk(3)\n"
         "print(json.dumps([tokenizer.convert_ids_to_tokens(best.indices.tolist()), best.values.tolist()]))\n"
     )
-    result = subprocess.run([sys.executable, "-c", script, run / "model"], capture_output=True, text=True)
+    result = subprocess.run([python("transformers"), "-c", script, run / "model"], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     tokens, probabilities = json.loads(result.stdout)
     text = "the old [MASK] watched the river"

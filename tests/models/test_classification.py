@@ -5,7 +5,6 @@ import json
 import random
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ import pytest
 import torch
 import yaml
 from conftest import command
+from forks import python
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -185,7 +185,11 @@ print(json.dumps([tell([one], top_k=None)[0] for one in inputs]))
 assert "lm_lightning" not in sys.modules
 """
     result = subprocess.run(
-        [sys.executable, "-c", script, str(model)], input=json.dumps(pairs), capture_output=True, text=True, timeout=120
+        [python("transformers"), "-c", script, str(model)],
+        input=json.dumps(pairs),
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout.splitlines()[-1])

@@ -13,6 +13,7 @@ import torch
 import yaml
 from clauses import recipe as recipe_of
 from conftest import paragraphs
+from forks import python
 from lightning.pytorch import Callback, LightningModule, Trainer
 from processes import Runs
 from safetensors.torch import load_file, save_file
@@ -134,7 +135,7 @@ assert "lm_lightning" not in sys.modules
 """
     arguments = json.dumps({name: str(run) for name, run in runs.items()})
     done = subprocess.run(
-        [sys.executable, "-c", script, arguments, tmp_path / "found.pt"], capture_output=True, text=True
+        [python("transformers"), "-c", script, arguments, tmp_path / "found.pt"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     found = torch.load(tmp_path / "found.pt")

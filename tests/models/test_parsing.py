@@ -4,7 +4,6 @@ import csv
 import itertools
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ import pytest
 from clauses import recipe as recipe_of
 from clauses import sentences, write
 from conftest import command
+from forks import python
 
 from lm_lightning.errors import UserError
 from lm_lightning.models.spanning_tree import spanning_tree
@@ -84,7 +84,7 @@ model, info = AutoModel.from_pretrained(sys.argv[1], output_loading_info=True)
 assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"], info
 assert "lm_lightning" not in sys.modules
 """
-    done = subprocess.run([sys.executable, "-c", code, run / "model"], capture_output=True, text=True)
+    done = subprocess.run([python("transformers"), "-c", code, run / "model"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     content = ("--model.network", "null", "--model.pretrained", run / "model", "--data.tables.train", "[]")
     out = cli("predict", "--config", recipe, *content, "--runs_dir", tmp_path / "again")

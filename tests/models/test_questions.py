@@ -7,7 +7,6 @@ import random
 import re
 import string
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ import pytest
 import torch
 import yaml
 from conftest import command
+from forks import python
 
 from lm_lightning.data.questions import Answer, Question, Window
 from lm_lightning.data.tokenizer import Tokenizer, train
@@ -130,7 +130,10 @@ def test_answers_are_learned_and_plain_transformers_finds_the_same(fit, cli, rec
     assert [row["id"] for row in told] == [question["id"] for _, question in gold]
     pairs = [(question["question"], context) for context, question in gold]
     result = subprocess.run(
-        [sys.executable, "-c", PLAIN, str(run / "model")], input=json.dumps(pairs), capture_output=True, text=True
+        [python("transformers"), "-c", PLAIN, str(run / "model")],
+        input=json.dumps(pairs),
+        capture_output=True,
+        text=True,
     )
     assert result.returncode == 0, result.stderr
     for row, (context, _), (score, start, end, none) in zip(told, gold, json.loads(result.stdout.splitlines()[-1])):

@@ -5,7 +5,6 @@ import itertools
 import json
 import random
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,8 +12,9 @@ import torch
 from clauses import recipe as recipe_of
 from clauses import sentences, write
 from conftest import command
+from forks import python
 
-from lm_lightning.data.tagging import spans_of
+from lm_lightning.data.tagging import TaggingData, encoded, spans_of
 from lm_lightning.errors import UserError
 from lm_lightning.models.viterbi import decode, legal
 
@@ -106,7 +106,7 @@ assert "lm_lightning" not in sys.modules
     told = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
     texts = [" ".join(row["words"]) for row in gold]
     done = subprocess.run(
-        [sys.executable, "-c", script, run / "model"], input=json.dumps(texts), capture_output=True, text=True
+        [python("transformers"), "-c", script, run / "model"], input=json.dumps(texts), capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     same = 0
@@ -161,7 +161,7 @@ def test_parts_of_speech_of_conllu_are_plain_labels(fit, cli, recipe: Path, tmp_
     assert set(config["label2id"]) == {"PROPN", "DET", "NOUN", "VERB", "CCONJ", "ADP"}
 
 
-def test_spans_that_begin_with_i_are_mended_and_counted(cli, recipe: Path):
+def test_spans_that_begin_with_i_are_converted_and_counted(cli, recipe: Path):
     rows = sentences(60, 3)
     for row in rows:
         row["labels"] = [f"I{label[1:]}" if label.startswith("B-PER") else label for label in row["labels"]]
@@ -169,7 +169,84 @@ def test_spans_that_begin_with_i_are_mended_and_counted(cli, recipe: Path):
     flags = ("--data.tables.train", file, "--trainer.max_steps", 6, "--trainer.limit_val_batches", 0)
     out = cli("fit", "--config", recipe, *flags)
     people = sum(sum(kind == "PER" for kind, _ in spans_of(row["labels"])) for row in rows)
-    assert f"train: {people} labels I- begin a span and are read as B-" in out
+    assert (
+        f"train: {people} labels were converted to the scheme bio" in out
+        and "no label begins with B- or S- for PER" in out
+    )
+
+
+def test_labels_i_alone_mark_spans(fit, cli, recipe: Path):
+    """As in the scheme IO: they are scored as spans, by which a word is not right because it is outside."""
+    for split in ("train", "validation"):
+        rows = sentences(60, len(split))
+        for row in rows:
+            row["labels"] = [label.replace("B-", "I-") for label in row["labels"]]
+        write(recipe.parent / f"{split}.jsonl", rows)
+    out = cli("fit", "--config", recipe, "--trainer.max_steps", 6, "--trainer.val_check_interval", 6)
+    assert "no label begins with B- or S- for LOC, PER: labels I- and E- alone mark these spans" in out
+    run = Path(next(line for line in out.splitlines() if line.startswith("run folder: ")).split(": ", 1)[1])
+    config = json.loads((run / "model" / "config.json").read_text())
+    assert set(config["label2id"]) == {"O", "B-PER", "I-PER", "B-LOC", "I-LOC"}
+    with open(run / "results.csv", newline="") as file:
+        counts = {row["label"]: int(row["rows"]) for row in csv.DictReader(file)}
+    kinds = [kind for row in rows for kind, _ in spans_of(row["labels"])]
+    assert counts == {"PER": kinds.count("PER"), "LOC": kinds.count("LOC")}  # and no O
+
+
+@pytest.mark.parametrize(("scheme", "prefixes"), [("bio", "BI"), ("bioes", "BIES")])
+def test_spans_of_any_labels_become_legal_ones_of_the_same_spans(scheme: str, prefixes: str):
+    labels = ["O", *(f"{prefix}-{kind}" for prefix in prefixes for kind in "XY")]
+    for given in itertools.product(labels, repeat=3):
+        own = encoded(spans_of(given), 3, scheme)
+        assert spans_of(own) == spans_of(given) and is_legal(tuple(own), scheme == "bioes")
+        if is_legal(given, scheme == "bioes"):
+            assert own == list(given)
+
+
+@pytest.mark.parametrize(
+    ("labels", "scheme"),
+    [
+        ("O I-X", "bio"),
+        ("O I-X B-X", "bio"),
+        ("B-X I-X", "bio"),
+        ("O E-X I-X", "bioes"),
+        ("O S-X", "bioes"),
+        ("NOUN VERB", "plain"),
+        ("O NOUN", "plain"),
+        ("N O S E L U V", "plain"),
+        ("I-1 S-2", "plain"),
+        ("B I O", "look like those of spans"),
+        ("o b-per i-per", "look like those of spans"),
+        ("O PER-B PER-I", "look like those of spans"),
+        ("O B_PER I_PER", "look like those of spans"),
+        ("O B-X I-X L-X U-X", "labels such as L-X look like those of spans"),
+        ("O B-X PER", "some labels mark spans .such as B-X. and some do not .such as PER"),
+    ],
+)
+def test_schemes_are_told_by_the_labels(labels: str, scheme: str):
+    if " " not in scheme:
+        assert TaggingData().looks_like(set(labels.split())) == scheme
+        return
+    with pytest.raises(UserError, match=f"{scheme}.*--data.scheme plain"):
+        TaggingData().looks_like(set(labels.split()))
+
+
+def test_a_network_that_cannot_begin_a_span_is_not_scored_by_spans(cli, fit, recipe: Path):
+    run = fit("--data.scheme", "plain", "--trainer.max_steps", 6, "--best.monitor", "val/accuracy")
+    config = run / "model" / "config.json"
+    config.write_text(config.read_text().replace("B-PER", "E-PER"))
+    with pytest.raises(UserError, match="has a label I-PER, but no B-PER .* --data.scheme plain"):
+        cli(
+            "test",
+            "--config",
+            recipe,
+            "--model.network",
+            "null",
+            "--model.pretrained",
+            run,
+            "--data.tables.train",
+            "[]",
+        )
 
 
 @pytest.mark.parametrize(
@@ -177,6 +254,8 @@ def test_spans_that_begin_with_i_are_mended_and_counted(cli, recipe: Path):
     [
         ({"labels": ["B-PER"]}, "validation.jsonl:1: there are 2 words, but 1 labels"),
         ({"labels": ["B-PER", "B-DOG"]}, "validation.jsonl:1: the label 'B-DOG' is none of the training split"),
+        ({"labels": ["X-PER", "O"]}, "validation.jsonl:1: the label 'X-PER' is none of the training split"),
+        ({"labels": ["PER", "O"]}, "validation.jsonl:1: the label 'PER' is none of the training split"),
         ({"words": []}, "validation.jsonl:1: column 'words' has no words"),
         ({"words": None}, "validation.jsonl:1: column 'words' has no words"),
         ({"words": ["two", 3]}, "validation.jsonl:1: column 'words' has no words"),

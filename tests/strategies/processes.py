@@ -43,6 +43,8 @@ class Runs:
             self.launch(*size, batch)
 
     def launch(self, nodes: int, processes: int, commands: dict[str, tuple]) -> None:
+        from forks import python  # beside the tests, as processes.py itself is run from its own folder
+
         file = self.folder / "commands.json"
         file.write_text(json.dumps([[str(self.folder / name), *map(str, c)] for name, c in commands.items()]))
         for name in commands:
@@ -52,7 +54,7 @@ class Runs:
         environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
         started = [
             subprocess.Popen(
-                [sys.executable, __file__, file],
+                [python("lm_lightning"), __file__, file],
                 env=environment | {"NODE_RANK": str(node), "LOCAL_RANK": str(rank)},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
