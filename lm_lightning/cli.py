@@ -1,5 +1,6 @@
 """The LightningCLI: options in, a run folder, a trainer and its parts out."""
 
+import ast
 import contextlib
 import dataclasses
 import inspect
@@ -10,6 +11,7 @@ import shutil
 import sys
 import typing
 import warnings
+from argparse import ArgumentError
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Optional
@@ -23,7 +25,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lm_lightning import hub, settings, strategies
+from lm_lightning import explain, guide, hub, settings, strategies
 from lm_lightning import run as runs
 from lm_lightning.callbacks.distillation import Distillation  # noqa: F401 (imported, so that its short name works)
 from lm_lightning.callbacks.export import Export, Weights
@@ -101,6 +103,11 @@ class OptionParser(LightningArgumentParser):
     def __init__(self, *args: Any, allow_abbrev: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, allow_abbrev=allow_abbrev, **kwargs)
 
+    def parse_args(self, args: Any = None, *more: Any, **kwargs: Any) -> Any:  # noqa: D102
+        if getattr(self, "_inner_parser", False) and args and len(args) == 1:  # an option of a class
+            args = [as_yaml(args[0])]
+        return super().parse_args(args, *more, **kwargs)
+
     def add_class_arguments(self, theclass: type, *args: Any, **kwargs: Any) -> list[str]:  # noqa: D102
         added = super().add_class_arguments(theclass, *args, **kwargs)
         if inspect.isclass(theclass) and issubclass(theclass, Logger) and "save_dir" in added:
@@ -133,7 +140,8 @@ class CLI(LightningCLI):
             seed_everything_default=1,
             auto_configure_optimizers=False,
             parser_class=OptionParser,
-            parser_kwargs={"prog": "lm_lightning", "exit_on_error": False},
+            parser_kwargs={"prog": explain.program(), "exit_on_error": False, "formatter_class": guide.Help}
+            | guide.of_commands(LanguageModule, LightningDataModule),
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -165,6 +173,11 @@ class CLI(LightningCLI):
             self.config = parser.parse_args([*args[:1], *settings.as_argument(options), *flags])
         except ValueError as error:  # not even a name of a file, which an option's value may be
             raise UserError(f"an option's value cannot be read: {error}") from error
+        except ArgumentError as error:
+            names = explain.flags_of(self._parser(args[0]))
+            for section in ("model", "data"):
+                names += explain.options_of(chosen_class(section, options, flags), section)
+            raise explain.of_command_line(error, args, names) from error
         own = self.config[self.config.subcommand]
         settings.report_replaced(options, own)
         own.config = files  # the first one names the run
@@ -293,6 +306,18 @@ class RunFolder(SaveConfigCallback):
         trainer.datamodule.tokenizer.save_pretrained(run / "tokenizer")
 
 
+def chosen_class(section: str, options: dict[str, Any], flags: list[str]) -> Any:
+    """The class of the model or the data, as far as config files and flags say it, else the base of all."""
+    given = options.get(section)
+    name = given.get("class_path") if isinstance(given, dict) else None
+    for flag, value in zip(flags, [*flags[1:], ""]):
+        own, _, rest = flag.partition("=")
+        if own in (f"--{section}", f"--{section}.class_path"):
+            name = rest or value
+    base = LanguageModule if section == "model" else LightningDataModule
+    return explain.subclasses(base).get(str(name).rpartition(".")[2], base)
+
+
 def check(config: Any) -> None:
     """Refuses settings of the trainer that Lightning takes, or fails at, without a word."""
     targets = {"trainer": Trainer, "best": Checkpoints, "last": Checkpoints, "model": None, "data": None}
@@ -336,6 +361,15 @@ def refuse_null(value: Any, name: str, target: Any) -> None:
             raise UserError(f"{name}.{key} is null, but must have a value: leave it out for its default")
         if hasattr(option, "items"):  # null within a network's settings is theirs to judge
             refuse_null(option, f"{name}.{key}", hint if dataclasses.is_dataclass(hint) else None)
+
+
+def as_yaml(argument: str) -> str:
+    """A flag whose value jsonargparse has read and written as Python does, such as `--path=None`, as YAML again."""
+    name, _, value = argument.partition("=")
+    if value == "None" or value[:1] in ("[", "{"):
+        with contextlib.suppress(ValueError, SyntaxError, RecursionError):
+            return f"{name}={json.dumps(ast.literal_eval(value))}"
+    return argument
 
 
 def as_list(value: Any) -> list:

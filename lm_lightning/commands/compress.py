@@ -372,8 +372,9 @@ def draw(table: list[Row], folder: Path) -> None:
 
 def main() -> None:
     """Reads the command line."""
-    from jsonargparse import ArgumentParser
+    from lm_lightning.explain import program
+    from lm_lightning.settings import Parser
 
-    parser = ArgumentParser(prog="lm_lightning compress", exit_on_error=False)
+    parser = Parser(prog=program("compress"))
     parser.add_function_arguments(compress, as_positional=True)  # (`auto_cli` keeps an option --config for itself)
     compress(**vars(parser.parse_args(sys.argv[2:])))

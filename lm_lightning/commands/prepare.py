@@ -102,15 +102,12 @@ def count(prepared: "Prepared", size: int, left_out: int, full: tuple[str, ...] 
 
 def main() -> None:
     """Reads the command line: `--config` as `fit` takes it, of which the options of the data count, and flags."""
-    from jsonargparse import ArgumentParser
-
     from lm_lightning import settings
+    from lm_lightning.explain import program
 
     recipe, files, rest = settings.layered(sys.argv[2:])
 
-    parser = ArgumentParser(
-        prog="lm_lightning prepare", description=(prepare.__doc__ or "").split("\n\n")[0], exit_on_error=False
-    )
+    parser = settings.Parser(prog=program("prepare"), description=(prepare.__doc__ or "").split("\n\n")[0])
     parser.add_argument("-c", "--config", type=str, help="Recipe as for fit; of it, the options of the data count.")
     parser.add_argument("--show", type=int, nargs="+", default=[], help="Training samples to print, by their numbers.")
     kind, section = data_section(recipe, " and ".join(files))

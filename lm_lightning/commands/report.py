@@ -284,10 +284,11 @@ def write(folders: Sequence[Path], output: Path) -> None:
 
 def main() -> None:
     """Reads the command line."""
-    from jsonargparse import ArgumentParser
+    from lm_lightning.explain import program
+    from lm_lightning.settings import Parser
 
-    parser = ArgumentParser(
-        prog="lm_lightning report",
+    parser = Parser(
+        prog=program("report"),
         description="Makes one HTML page of runs, to look at without a network: curves, samples, configs, machines.",
         exit_on_error=False,
     )

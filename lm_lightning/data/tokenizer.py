@@ -57,6 +57,9 @@ class Tokenizer:
     training_megabytes: int = 200
 
 
+GAPS = 100_000  # ids of a vocabulary that may be unused
+
+
 def load(path: str) -> "PreTrainedTokenizerFast":
     """The tokenizer of a local folder or, where there is no such folder, of the Hub.
 
@@ -76,6 +79,8 @@ def load(path: str) -> "PreTrainedTokenizerFast":
         raise hub.explain(path, error) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(f"{path!r} is a {type(tokenizer).__name__}, which has no fast version: give a fast tokenizer")
+    if (rows := vocabulary(tokenizer)) > 4 * len(tokenizer) + GAPS:  # each of which a network would have weights for
+        raise UserError(f"{path!r} has {len(tokenizer):,} tokens, but one of them has the id {rows - 1:,}: fix its ids")
     # `transformers` makes a tokenizer without a vocabulary from a folder that only has a model in it.
     if len(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)) < 2:
         raise UserError(f"{path!r} has no tokenizer in it: give a folder with a tokenizer.json or vocabulary files")
