@@ -5,10 +5,13 @@ import contextlib
 import dataclasses
 import inspect
 import json
+import linecache
 import logging
+import os
 import pydoc
 import shutil
 import sys
+import traceback
 import typing
 import warnings
 from argparse import ArgumentError
@@ -16,9 +19,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Optional
 
+import lightning
 import torch
 import yaml
 from lightning.fabric.plugins import CheckpointIO
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -28,6 +33,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lm_lightning import explain, guide, hub, settings, strategies
 from lm_lightning import run as runs
 from lm_lightning.callbacks.distillation import Distillation  # noqa: F401 (imported, so that its short name works)
+from lm_lightning.callbacks.ending import Ending, check_after_validation
 from lm_lightning.callbacks.export import Export, Weights
 from lm_lightning.callbacks.gradients import Gradients  # noqa: F401
 from lm_lightning.callbacks.monitors import Monitors
@@ -82,6 +88,15 @@ TRAINER_DEFAULTS = {
             "init_args": {"save_dir": runs.PLACEHOLDER, "name": "", "version": "tensorboard"},
         },
     ],
+}
+TRAINER_HELP = {  # where we differ from Lightning, or it says too little
+    "trainer.val_check_interval": "How often to validate: a float is a share of the epoch, an int a number of "
+    "optimizer steps (Lightning: of micro-batches), which are counted from the start of each epoch, or, with "
+    "--trainer.check_val_every_n_epoch null, over all epochs. The last step is always validated.",
+    "trainer.limit_train_batches": "Micro-batches of an epoch, or its share of the data (a float). The next epoch "
+    "continues with the samples that follow.",
+    "trainer.overfit_batches": "Trains on the same first micro-batches (an int, or a float: a share) in each epoch, in "
+    "the same order, and validates on as many batches of the validation split.",
 }
 EXPECTED_WARNINGS = (
     "Experiment logs directory",  # MetricsFile goes on with what is there
@@ -158,6 +173,8 @@ class CLI(LightningCLI):
             help="Whose weights model/ gets when training has ended: those of the best checkpoint by best.monitor, or "
             "those of the last step.",
         )
+        for action in parser._actions:
+            action.help = TRAINER_HELP.get(action.dest, action.help)
         parser.add_lightning_class_args(Checkpoints, "best")
         parser.set_defaults({f"best.{k}": v for k, v in CHECKPOINTS.items()})
         parser.set_defaults({"best.filename": "best"})
@@ -225,6 +242,10 @@ class CLI(LightningCLI):
         self.run_folder, self.checkpoint = run, config.ckpt_path
         self.reusable_config = config.clone()  # with `<run>` in it, it can be run again
         self.reusable_config.ckpt_path = None
+        interval = config.trainer.val_check_interval
+        if isinstance(interval, int) or (isinstance(interval, float) and interval > 1):
+            # Steps everywhere, as trainer.max_steps; Lightning counts micro-batches here.
+            config.trainer.val_check_interval = interval * config.trainer.accumulate_grad_batches
         self.config[self.subcommand] = fill_in(config, str(run))
 
     def after_instantiate_classes(self) -> None:
@@ -246,19 +267,12 @@ class CLI(LightningCLI):
                 cause = cause.__cause__ or cause.__context__
             raise cause or of_instance(error) from error
 
-    def after_fit(self) -> None:
-        if self.checkpoint is None or self.trainer.global_step > self.model.resumed_at or self.model.ended_early:
-            return
-        raise UserError(
-            f"there is nothing left to train: the checkpoint is at step {self.model.resumed_at}, the end of this "
-            "run: raise trainer.max_epochs or trainer.max_steps"
-        )
-
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         self.config[self.subcommand] = self.reusable_config  # for RunFolder; the classes are made already
         config = self.config_init[self.subcommand].trainer
         callbacks, plugins = as_list(config.callbacks), as_list(config.plugins)
-        extra = [Monitors(), Resuming(), Preemption(), Throughput(), Predictions(), Report()]
+        check_after_validation(callbacks)
+        extra = [Monitors(), Resuming(), Ending(), Preemption(), Throughput(), Predictions(), Report()]
         if config.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             extra.append(RunProgress())
         if not any(isinstance(c, Spikes) for c in callbacks):
@@ -339,6 +353,29 @@ def check(config: Any) -> None:
             raise UserError(f"{name} is {value}, but must be {least} or more")
     if trainer.max_steps == 0 or trainer.max_steps < -1:
         raise UserError(f"trainer.max_steps is {trainer.max_steps}, but must be 1 or more, or -1 for no limit")
+    if trainer.max_epochs is not None and (trainer.max_epochs == 0 or trainer.max_epochs < -1):
+        raise UserError(f"trainer.max_epochs is {trainer.max_epochs}, but must be 1 or more, or -1 for no limit")
+    if trainer.check_val_every_n_epoch is not None and trainer.check_val_every_n_epoch < 1:
+        raise UserError(
+            f"trainer.check_val_every_n_epoch is {trainer.check_val_every_n_epoch}, but must be 1 or more, or null to "
+            "count trainer.val_check_interval over all epochs; --trainer.limit_val_batches 0 trains without validation"
+        )
+    if trainer.limit_train_batches == 0:
+        raise UserError("trainer.limit_train_batches is 0, but must be 1 or more, or a share of the data (0.1)")
+    if trainer.val_check_interval == 0:
+        raise UserError("trainer.val_check_interval is 0, but must be 1 or more steps, or a share of the epoch (0.5)")
+    check_slurm()
+
+
+def check_slurm() -> None:
+    """Refuses to start in an allocation of SLURM's, but without srun, where Lightning misses variables."""
+    if "TORCHELASTIC_RUN_ID" in os.environ or not SLURMEnvironment.detect():
+        return
+    if missing := [name for name in ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID") if name not in os.environ]:
+        raise UserError(
+            f"SLURM_NTASKS is set, so SLURM should have started this process, but {missing[0]} is not: start it with "
+            "srun, or to run without SLURM, with `env -u SLURM_NTASKS python -m lm_lightning ...`"
+        )
 
 
 def refuse_null(value: Any, name: str, target: Any) -> None:
@@ -411,3 +448,15 @@ def main() -> None:
         CLI()
     except MisconfigurationException as error:
         raise UserError(" ".join(str(error).split())) from error
+    except (ValueError, TypeError, RuntimeError) as error:
+        if not refused_by_lightning(error):
+            raise
+        raise UserError(f"Lightning refuses these settings: {' '.join(str(error).split())}") from error
+
+
+def refused_by_lightning(error: BaseException) -> bool:
+    """Whether an error is one that Lightning raises itself where it checks settings, and not a bug anywhere."""
+    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+    file = frame.f_code.co_filename
+    inside = Path(file).is_relative_to(Path(lightning.__file__).parent)
+    return inside and linecache.getline(file, line).strip().startswith("raise ")

@@ -297,7 +297,7 @@ class Examples(Dataset):
     Args:
         rows: Of each row: `input_ids` and what else the tokenizer gives, lists of one length; and its targets, tensors
             of any names, such as `targets`.
-        seed: Of the order and its epochs; None for evaluation: once through the rows, the longest first.
+        seed: Of the order and its epochs; None for evaluation: once through the rows, in `order`, the longest first.
 
     Items are those rows, with `id`, the number of the row. In rows that only fill up a batch, no target counts: -100,
     or NaN for numbers.
@@ -307,6 +307,7 @@ class Examples(Dataset):
         self.rows, self.seed = rows, seed
         self.lengths = np.array([len(row["input_ids"]) for row in rows])
         self.longest_first = np.argsort(-self.lengths, kind="stable")
+        self.order = self.longest_first
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -315,7 +316,7 @@ class Examples(Dataset):
         if position == PADDING:
             shortest = self.rows[self.longest_first[-1]]
             return {k: none(v) if isinstance(v, torch.Tensor) else v for k, v in shortest.items()} | {"id": PADDING}
-        order = self.longest_first if self.seed is None else self.epoch(position // len(self))
+        order = self.order if self.seed is None else self.epoch(position // len(self))
         row = int(order[position % len(self)])
         return self.rows[row] | {"id": row}
 
@@ -534,7 +535,13 @@ class LabelledData(StreamData):
             print(f"{split}: {sum(cut):,} of {words:,} words are cut off, and what they should tell counts as missed")
 
     def samples(self, split: str) -> Examples:
-        return self.examples[split]
+        examples = self.examples[split]
+        if split != "train":
+            limit = getattr(self.trainer, f"limit_{'val' if split == 'validation' else split}_batches")
+            # The first of the longest batches are not like the others; of a part, the first rows are evaluated.
+            part = isinstance(limit, int) or limit < 1
+            examples.order = np.arange(len(examples)) if part else examples.longest_first
+        return examples
 
     @property
     def predict_table(self) -> bool:

@@ -173,7 +173,7 @@ class SaveAndFail(Callback):
 
 
 def test_step_that_is_done_again_counts_once(fit):
-    flags = ("--trainer.accumulate_grad_batches", 2, "--trainer.val_check_interval", 20, "--trainer.max_steps", 4)
+    flags = ("--trainer.accumulate_grad_batches", 2, "--trainer.val_check_interval", 10, "--trainer.max_steps", 4)
     with pytest.raises(RuntimeError, match="power failure"):
         fit(*flags, "--trainer.callbacks", '["test_report.SaveAndFail"]')
     run = fit(*flags, "--ckpt_path", "last")
