@@ -413,7 +413,12 @@ class LabelledData(StreamData):
         if self.tokenizer.pad_token is None:  # as GPT's published ones
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.collate = functools.partial(padded, self.tokenizer)
-        train = read(self.tables, "train", self.key) if self.tables.train or stage == "fit" else []
+        # An evaluation needs the training rows only if nothing else says which labels there are.
+        module = self.trainer.lightning_module
+        named = stage != "fit" and (module.evaluated_checkpoint is not None or not module.keep_head)
+        labels_known = named and bool(module.own_labels())
+        needs_train = stage == "fit" or (self.tables.train and not labels_known)
+        train = read(self.tables, "train", self.key) if needs_train else []
         self.find_labels(train)
         self.numbers = {label: number for number, label in enumerate(self.labels)}
         self.spellings = {cells.canonical(label): number for label, number in self.numbers.items()}

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import command
+from conftest import command, evaluation
 from forks import python
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -103,7 +103,7 @@ def test_labels_are_learned_and_told_by_transformers_pipeline(fit, cli, recipe: 
     tell = pipeline("text-classification", str(run / "model"))
     told = tell([row["text"] for row in gold], top_k=None)
     cli("predict", "--config", recipe, "--ckpt_path", run / "checkpoints" / "best.ckpt")
-    predicted = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
+    predicted = [json.loads(line) for line in (evaluation(run) / "predictions.jsonl").read_text().splitlines()]
     assert [row["id"] for row in predicted] == list(range(45))
     for own, other in zip(predicted, told):
         scores = {entry["label"]: entry["score"] for entry in other}
@@ -112,7 +112,7 @@ def test_labels_are_learned_and_told_by_transformers_pipeline(fit, cli, recipe: 
     right = sum(own["label"] == row["label"] for own, row in zip(predicted, gold))
     assert right / 45 > 0.8 and "test/accuracy" in out
 
-    with open(run / "results.csv", newline="") as file:  # of the best state, which may be another
+    with open(evaluation(run, "test") / "results.csv", newline="") as file:  # of the best state, which may be another
         table = list(csv.DictReader(file))
     assert [row["label"] for row in table] == sorted(WORDS)
     assert sum(int(row["rows"]) for row in table) == 45
@@ -132,9 +132,9 @@ def test_metrics_are_those_of_the_definitions(fit, cli, recipe: Path):
     run = fit("--trainer.max_steps", 12)  # not yet perfect
     out = cli("test", "--config", recipe, "--ckpt_path", run / "checkpoints" / "best.ckpt", "--data.batch_size", 16)
     cli("predict", "--config", recipe, "--ckpt_path", run / "checkpoints" / "best.ckpt")
-    told = [json.loads(line)["label"] for line in (run / "predictions.jsonl").read_text().splitlines()]
+    told = [json.loads(line)["label"] for line in (evaluation(run) / "predictions.jsonl").read_text().splitlines()]
     gold = [row["label"] for row in rows(45, 2)]
-    with open(run / "results.csv", newline="") as file:
+    with open(evaluation(run, "test") / "results.csv", newline="") as file:
         table = {row["label"]: row for row in csv.DictReader(file)}
     f1 = []
     for label in WORDS:
@@ -143,11 +143,11 @@ def test_metrics_are_those_of_the_definitions(fit, cli, recipe: Path):
         values = {"precision": both / max(told.count(label), 1), "recall": both / gold.count(label), "f1": f1[-1]}
         assert {name: float(table[label][name]) for name in values} == pytest.approx(values)
         assert int(table[label]["rows"]) == gold.count(label)
-    with open(run / "confusion.csv", newline="") as file:
+    with open(evaluation(run, "test") / "confusion.csv", newline="") as file:
         head, *counts = csv.reader(file)
     assert counts == [[g, *(str(list(zip(gold, told)).count((g, t))) for t in head[1:])] for g in sorted(WORDS)]
-    assert (run / "results.md").read_text().startswith("test, best.ckpt\n")
-    assert Image.open(run / "confusion.png").size[0] > 300
+    assert (evaluation(run, "test") / "results.md").read_text().startswith("test, best.ckpt\n")
+    assert Image.open(evaluation(run, "test") / "confusion.png").size[0] > 300
     accuracy = sum(t == g for t, g in zip(told, gold)) / 45
     for name, value in {"accuracy": accuracy, "macro_f1": sum(f1) / 3}.items():
         shown = next(line for line in out.splitlines() if f"test/{name}" in line).split("│")[2]
@@ -167,7 +167,7 @@ def test_predictions_are_aligned_with_a_csv_file(fit, cli, recipe: Path):
     flags = ("--config", recipe, "--ckpt_path", run / "checkpoints" / "best.ckpt", "--data.tables.predict", file)
     result = command("predict", *flags, "--data.batch_size", 4, "--trainer.devices", 2, "--trainer.strategy", "ddp")
     assert result.returncode == 0, result.stderr
-    with open(run / "predictions.csv", newline="") as stream:
+    with open(evaluation(run) / "predictions.csv", newline="") as stream:
         told = list(csv.DictReader(stream))
     assert list(told[0])[:6] == [*columns, "predicted.id", "predicted.label"]
     given = [{column: row[column] for column in columns} for row in content]
@@ -230,7 +230,7 @@ def test_kinds(fit, cli, recipe: Path, flags: tuple, metric: str):
         values = [float(row[f"val/{metric}"]) for row in csv.DictReader(file) if row[f"val/{metric}"]]
     assert values[-1] > 0.5
     cli("predict", "--config", recipe, *flags, "--ckpt_path", run / "checkpoints" / "best.ckpt")
-    predicted = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
+    predicted = [json.loads(line) for line in (evaluation(run) / "predictions.jsonl").read_text().splitlines()]
     pair = "other" if metric == "accuracy" else None
     told = pipeline_in_a_fresh_process(run / "model", [(row["text"], row.get(pair)) for row in rows(45, 2)])
     for own, other in zip(predicted, told):
@@ -245,9 +245,11 @@ def test_results_of_several_labels_are_those_of_the_definitions(fit, cli, recipe
     run = fit(*flags, "--trainer.max_steps", 120)
     for command_ in ("test", "predict"):
         cli(command_, "--config", recipe, *flags, "--ckpt_path", run / "checkpoints" / "best.ckpt")
-    told = [set(json.loads(line)["labels"]) for line in (run / "predictions.jsonl").read_text().splitlines()]
+    told = [
+        set(json.loads(line)["labels"]) for line in (evaluation(run) / "predictions.jsonl").read_text().splitlines()
+    ]
     gold = [set(row["several"]) for row in rows(45, 2)]
-    with open(run / "results.csv", newline="") as file:
+    with open(evaluation(run, "test") / "results.csv", newline="") as file:
         table = {row["label"]: row for row in csv.DictReader(file)}
     assert table.keys() == {*WORDS, "short"}
     for label, row in table.items():
