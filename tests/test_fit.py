@@ -126,7 +126,7 @@ def test_refused_resume_leaves_the_run_as_it_is(fit):
 
     run = fit()
     before = {name: (run / name).read_bytes() for name in ("metrics.csv", "config.yaml")}
-    with pytest.raises(UserError, match="trainer.max_steps 10: raise it"):
+    with pytest.raises(UserError, match="raise trainer.max_steps"):
         fit("--ckpt_path", "last")
     assert {name: (run / name).read_bytes() for name in before} == before
     assert not list(run.glob("config.*.yaml"))

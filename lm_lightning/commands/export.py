@@ -118,13 +118,9 @@ def write(
         if "kept" in state:  # of StructuredPruning
             shrink(folder, state["kind"], state["kept"])
     own = tokenizers.load(str(tokenizer))
-<<<<<<< HEAD
-    tokenizers.save(own, folder)
-=======
     if saved.get("tokenizer", tokenizers.fingerprint(own)) != tokenizers.fingerprint(own):
         raise UserError(f"the checkpoint was made with another tokenizer than {tokenizer}: nothing is exported")
-    own.save_pretrained(folder)
->>>>>>> main
+    tokenizers.save(own, folder)
     if tokenizers.fingerprint(tokenizers.load(str(folder))) != tokenizers.fingerprint(own):
         raise UserError("the exported tokenizer is not read as it was saved: nothing is exported")
 
