@@ -9,7 +9,6 @@ and a trained tokenizer has no maximum length, since the model knows its context
 import hashlib
 import json
 import logging
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Optional
 
 from lm_lightning import hub
+from lm_lightning import run as runs
 from lm_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def load(path: str) -> "PreTrainedTokenizerFast":
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    path = hub.folder(os.path.expanduser(path))
+    path = runs.folder_of(path, "tokenizer")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             path, local_files_only=hub.local_only(path), trust_remote_code=False, split_special_tokens=True
