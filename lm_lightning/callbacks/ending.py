@@ -47,11 +47,11 @@ class Ending(Callback):
             else:
                 stopped = thresholds == checkpoint.get("early_stopping", {}).get(callback.state_key)
             if stopped:
-                reason = f"it was stopped early by {callback.monitor}: raise the patience of EarlyStopping"
+                reason = f"where {callback.monitor} stopped this run early: raise the patience of EarlyStopping"
                 if state["stopping_reason"] == EarlyStoppingReason.NOT_STOPPED.value:
                     state["stopping_reason"] = EarlyStoppingReason.PATIENCE_EXHAUSTED.value
                 elif not patience:
-                    reason = f"it was stopped early by {callback.monitor}: change the thresholds of EarlyStopping"
+                    reason = f"where {callback.monitor} stopped this run early: change the thresholds of EarlyStopping"
                 self.stopped = True
             else:
                 state["stopping_reason"] = EarlyStoppingReason.NOT_STOPPED.value
@@ -61,7 +61,7 @@ class Ending(Callback):
         elapsed = [s["time_elapsed"]["train"] for key, s in states.items() if key == "Timer" and "time_elapsed" in s]
         option = limit(trainer, step, epochs, elapsed[0] if elapsed else 0)
         if option:
-            reason = f"the end of this run by {option}: raise it"
+            reason = f"where {option} ended this run: raise {option.split()[0]}"
         if reason and not pl_module.ended_early:
             raise UserError(
                 f"there is nothing left to train: the checkpoint is at step {step}, {reason} to train further"
