@@ -29,7 +29,7 @@ ENDS = {
     "time": ("--trainer.max_epochs", 2, "--trainer.max_time", "01:00:00:00"),
 }
 VALIDATIONS = {
-    "in the epoch": ("--trainer.val_check_interval", 2, "--trainer.check_val_every_n_epoch", 1),
+    "in the epoch": ("--trainer.val_check_interval", 1, "--trainer.check_val_every_n_epoch", 1),
     "at its end": ("--trainer.val_check_interval", 1.0, "--trainer.check_val_every_n_epoch", 1),
     "every second epoch": ("--trainer.val_check_interval", 1.0, "--trainer.check_val_every_n_epoch", 2),
     "across epochs": ("--trainer.val_check_interval", 3, "--trainer.check_val_every_n_epoch", "null"),

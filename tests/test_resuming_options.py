@@ -60,7 +60,7 @@ HONORED = {  # option: new value, and where it is seen to be in force
     "EarlyStopping.min_delta": (0.25, lambda t: abs(early(t).min_delta)),
 }
 REFUSED = {
-    "model.network": ('{"n_head": 4}', "the checkpoint's network has n_head 2 .here 4."),
+    "model.network.n_head": (4, "the checkpoint's network has n_head 2 .here 4."),
     "model.layer_decay": (0.5, r"the checkpoint was made with model.layer_decay 1.0 \(here 0.5\)"),
     "model.freeze": ('["*wpe*"]', r"the checkpoint was made with model.freeze \[\] \(here \['\*wpe\*'\]\)"),
     "model.optimizer": ("lm_lightning.optim.MuonAdamW", "the checkpoint's optimizer is AdamW, this run's MuonAdamW"),
@@ -72,9 +72,9 @@ REFUSED = {
 }
 # Options that are about something else than what is trained, by reason.
 ELSEWHERE = {
-    "how the machine is used; the losses stay the same": "accelerator strategy devices num_nodes precision deterministic "
-    "benchmark compile attention num_workers cache_dir plugins sync_batchnorm detect_anomaly inference_mode "
-    "use_distributed_sampler reload_dataloaders_every_n_epochs gather cache_chunk barebones",
+    "how the machine is used; the losses stay the same": "accelerator strategy devices num_nodes precision "
+    "deterministic benchmark compile attention num_workers cache_dir plugins sync_batchnorm detect_anomaly "
+    "inference_mode use_distributed_sampler reload_dataloaders_every_n_epochs gather cache_chunk barebones",
     "what is shown and recorded": "logger enable_progress_bar enable_model_summary profiler enable_autolog_hparams "
     "model_registry default_root_dir verbose log_rank_zero_only callbacks num_sanity_val_steps",
     "other commands and trial runs": "limit_test_batches limit_predict_batches fast_dev_run texts",
@@ -84,11 +84,13 @@ ELSEWHERE = {
     "auto_insert_metric_name train_time_interval every_n_epochs save_on_train_epoch_end enable_version_counter",
     "another metric begins anew, with its own state": "monitor mode",
     "where training has begun, before the checkpoint": "pretrained unigram_start keep_head lora",
-    "part of the fingerprint of the training rows or of the data's identity": "tables columns max_length language masking "
-    "next_sentence kind separator scheme mark overlap max_question retrieval hard_negatives least_score greatest_score",
+    "part of the fingerprint of the training rows or of the data's identity": "tables columns max_length language "
+    "masking next_sentence kind separator scheme mark overlap max_question retrieval hard_negatives least_score "
+    "greatest_score",
     "of the loss or the evaluation, read anew": "candidates class_weights label_smoothing dropout max_answer threshold "
     "scoring scale pooling",
     "sizes of the network, which a checkpoint does not fit otherwise": "arc_size relation_size",
+    "settings with options of their own, which are checked": "schedule network",
     "of the schedule, read anew": "warmup_ratio warmup_steps final decay_fraction",
 }
 
@@ -121,7 +123,7 @@ def test_every_option_is_in_a_class_of_those_that_are_checked():
 def flags(changes: dict[str, Any]) -> list[Any]:
     stopping = {k.split(".")[1]: v for k, v in changes.items() if k.startswith("EarlyStopping.")}
     stopping = {"class_path": "EarlyStopping", "init_args": {"monitor": "val/loss", "patience": 50} | stopping}
-    rest = [item for key, value in changes.items() if "Stopping" not in key for item in (f"--{key}", value)]
+    rest = [item for key, value in changes.items() if "Stopping" not in key for item in [f"--{key}={value}"]]
     seen = {"class_path": "test_resuming_options.Seen"}
     start = ["--trainer.max_steps", 4, "--trainer.val_check_interval", 1, "--best.save_top_k", 3]
     return [*TINY, *start, "--trainer.callbacks", json.dumps([seen, stopping]), *rest]
