@@ -18,7 +18,7 @@ TASKS = {  # recipe: more flags
     "tagging": (),
     "roles": (),
     "parsing": (),
-    "questions": ("--data.max_length", 64, "--data.overlap", 16),
+    "questions": ("--data.max_length", 200),
     "search": ("--model.cache_chunk", 2),
     "embedding": ("--data.columns.score", "number"),
 }
