@@ -380,6 +380,7 @@ class LabelledData(StreamData):
         self.labels: list[str] = []  # their names, in the order of their numbers
         self.numbers: dict[str, int] = {}  # of each label
         self.examples: dict[str, Examples] = {}
+        self.inputs: list[Row] = []  # of which `predict` predicts
         self.respelled = 0  # labels of a split that are spelled in another way than the one that they are counted as
         self.stripped = 0  # labels of a split with space around them
 
@@ -412,7 +413,12 @@ class LabelledData(StreamData):
         if self.tokenizer.pad_token is None:  # as GPT's published ones
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.collate = functools.partial(padded, self.tokenizer)
-        train = read(self.tables, "train", self.key) if self.tables.train or stage == "fit" else []
+        # An evaluation needs the training rows only if nothing else says which labels there are.
+        module = self.trainer.lightning_module
+        named = stage != "fit" and (module.evaluated_checkpoint is not None or not module.keep_head)
+        labels_known = named and bool(module.own_labels())
+        needs_train = stage == "fit" or (self.tables.train and not labels_known)
+        train = read(self.tables, "train", self.key) if needs_train else []
         self.find_labels(train)
         self.numbers = {label: number for number, label in enumerate(self.labels)}
         self.spellings = {cells.canonical(label): number for label, number in self.numbers.items()}
@@ -420,6 +426,8 @@ class LabelledData(StreamData):
         for split in needed[stage]:
             if split not in self.examples:
                 rows = train if split == "train" else self.read(split)
+                if split == "predict":
+                    self.inputs = rows
                 self.respelled = self.stripped = 0
                 self.examples[split] = self.encode(split, rows)
                 self.report_labels(split)
@@ -546,7 +554,7 @@ class LabelledData(StreamData):
         if self.tables.hub:
             return False
         paths = [path for pattern in sources(self.tables, "predict") for _, path in expand(pattern)]
-        return all(kind(path, self.tables) in (".csv", ".tsv") for path in paths)
+        return bool(paths) and all(kind(path, self.tables) in (".csv", ".tsv") for path in paths)
 
     def predict_dataloader(self) -> DataLoader:
         return self.evaluation_loader("predict")
