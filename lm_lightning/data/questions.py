@@ -52,11 +52,13 @@ class Question(NamedTuple):
         id: Its own name, or its number.
         context: The text that has the answer.
         answers: The right ones; none if the context has none, or if they are not known.
+        text: The question itself.
     """
 
     id: str | int
     context: str
     answers: list[Answer]
+    text: str = ""
 
 
 class Window(NamedTuple):
@@ -194,7 +196,7 @@ class QuestionData(LabelledData):
                 example["targets"] = torch.tensor((-100, -100))
         names = [row.get(self.columns.id) for row in rows]
         ids = [number if name is None else name for number, name in enumerate(names)]
-        self.questions[split] = [Question(*values) for values in zip(ids, contexts, answers)]
+        self.questions[split] = [Question(*values) for values in zip(ids, contexts, answers, texts)]
         if split != "train":
             self.windows[split] = windows
         if self.trainer.is_global_zero:

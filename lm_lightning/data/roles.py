@@ -49,6 +49,7 @@ class RoleData(TaggingData):
     """
 
     columns: RoleColumns  # type: ignore[assignment]
+    has_scheme = False
 
     def __init__(self, columns: RoleColumns = RoleColumns(), mark: str = "*", **options: Any) -> None:
         super().__init__(scheme="bio", **options)

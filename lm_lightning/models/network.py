@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from lm_lightning import embedding, untrusted
 from lm_lightning.console import printable
 from lm_lightning.data.tokenizer import fingerprint, load
+from lm_lightning.data.tokenizer import save as save_tokenizer
 from lm_lightning.errors import UserError
 
 HEAD_FILE = "head.safetensors"  # in an exported folder: weights of a head that `transformers` has not
@@ -185,7 +186,7 @@ def check_export(description: dict[str, Any], tokenizer: transformers.PreTrained
             "network of transformers, or switch the export off with --trainer.enable_checkpointing false"
         )
     save_network(description, None, folder)
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
     transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     if fingerprint(load(str(folder))) != fingerprint(tokenizer):
         raise UserError(

@@ -10,6 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 import yaml
+from conftest import evaluation
 from processes import Runs
 
 from lm_lightning import sharded_checkpoint
@@ -91,9 +92,8 @@ def commands(recipe, network: str, names: list[str], *flags: object) -> dict[str
     """Runs of a network, one a strategy, each named `<strategy>_<network>`."""
     result = {}
     for name in names:
-        micro_batches = 5 * (2 if name == "accumulated" else 1)  # a validation each five steps
         devices = 1 if name == "one" else 2
-        own = (*FLAGS[name], "--trainer.val_check_interval", micro_batches, "--trainer.devices", devices)
+        own = (*FLAGS[name], "--trainer.val_check_interval", 5, "--trainer.devices", devices)
         result[f"{name}_{network}"] = recipe(network, *own, *flags)
     return result
 
@@ -293,8 +293,7 @@ def test_sharded_network_generates_predicts_and_is_exported(runs, recipe, cli):
     assert checkpoint.is_dir()
     flags = {name: ("predict", *recipe("gpt2", *FLAGS[name])[1:], "--ckpt_path", checkpoint) for name in names}
     runs({f"{name}_predict": (*f, "--trainer.devices", 1 if name == "one" else 2) for name, f in flags.items()})
-    # a checkpoint is measured in its own run's folder, so that the last of these has left its predictions
-    text = (runs.folder / "split_gpt2" / "predictions.jsonl").read_text()
+    text = (evaluation(runs.folder / "split_gpt2") / "predictions.jsonl").read_text()
     rows = [json.loads(line) for line in text.splitlines()]
     assert [row["id"] for row in rows] == list(range(len(rows))) and len(rows) > 10
 
