@@ -1,31 +1,39 @@
 """The LightningCLI: options in, a run folder, a trainer and its parts out."""
 
+import ast
 import contextlib
 import dataclasses
 import inspect
 import json
+import linecache
 import logging
+import os
 import pydoc
 import shutil
 import sys
+import traceback
 import typing
 import warnings
+from argparse import ArgumentError
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Optional
 
+import lightning
 import torch
 import yaml
 from lightning.fabric.plugins import CheckpointIO
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lm_lightning import hub, settings, strategies
+from lm_lightning import explain, guide, hub, settings, strategies
 from lm_lightning import run as runs
 from lm_lightning.callbacks.distillation import Distillation  # noqa: F401 (imported, so that its short name works)
+from lm_lightning.callbacks.ending import Ending, check_after_validation
 from lm_lightning.callbacks.export import Export, Weights
 from lm_lightning.callbacks.gradients import Gradients  # noqa: F401
 from lm_lightning.callbacks.monitors import Monitors
@@ -81,6 +89,15 @@ TRAINER_DEFAULTS = {
         },
     ],
 }
+TRAINER_HELP = {  # where we differ from Lightning, or it says too little
+    "trainer.val_check_interval": "How often to validate: a float is a share of the epoch, an int a number of "
+    "optimizer steps (Lightning: of micro-batches), which are counted from the start of each epoch, or, with "
+    "--trainer.check_val_every_n_epoch null, over all epochs. The last step is always validated.",
+    "trainer.limit_train_batches": "Micro-batches of an epoch, or its share of the data (a float). The next epoch "
+    "continues with the samples that follow.",
+    "trainer.overfit_batches": "Trains on the same first micro-batches (an int, or a float: a share) in each epoch, in "
+    "the same order, and validates on as many batches of the validation split.",
+}
 EXPECTED_WARNINGS = (
     "Experiment logs directory",  # MetricsFile goes on with what is there
     "Checkpoint directory .* exists and is not empty",  # so it is on a resume
@@ -100,6 +117,11 @@ class OptionParser(LightningArgumentParser):
 
     def __init__(self, *args: Any, allow_abbrev: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, allow_abbrev=allow_abbrev, **kwargs)
+
+    def parse_args(self, args: Any = None, *more: Any, **kwargs: Any) -> Any:  # noqa: D102
+        if getattr(self, "_inner_parser", False) and args and len(args) == 1:  # an option of a class
+            args = [as_yaml(args[0])]
+        return super().parse_args(args, *more, **kwargs)
 
     def add_class_arguments(self, theclass: type, *args: Any, **kwargs: Any) -> list[str]:  # noqa: D102
         added = super().add_class_arguments(theclass, *args, **kwargs)
@@ -133,7 +155,8 @@ class CLI(LightningCLI):
             seed_everything_default=1,
             auto_configure_optimizers=False,
             parser_class=OptionParser,
-            parser_kwargs={"prog": "lm_lightning", "exit_on_error": False},
+            parser_kwargs={"prog": explain.program(), "exit_on_error": False, "formatter_class": guide.Help}
+            | guide.of_commands(LanguageModule, LightningDataModule),
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -150,6 +173,8 @@ class CLI(LightningCLI):
             help="Whose weights model/ gets when training has ended: those of the best checkpoint by best.monitor, or "
             "those of the last step.",
         )
+        for action in parser._actions:
+            action.help = TRAINER_HELP.get(action.dest, action.help)
         parser.add_lightning_class_args(Checkpoints, "best")
         parser.set_defaults({f"best.{k}": v for k, v in CHECKPOINTS.items()})
         parser.set_defaults({"best.filename": "best"})
@@ -165,6 +190,11 @@ class CLI(LightningCLI):
             self.config = parser.parse_args([*args[:1], *settings.as_argument(options), *flags])
         except ValueError as error:  # not even a name of a file, which an option's value may be
             raise UserError(f"an option's value cannot be read: {error}") from error
+        except ArgumentError as error:
+            names = explain.flags_of(self._parser(args[0]))
+            for section in ("model", "data"):
+                names += explain.options_of(chosen_class(section, options, flags), section)
+            raise explain.of_command_line(error, args, names) from error
         own = self.config[self.config.subcommand]
         settings.report_replaced(options, own)
         own.config = files  # the first one names the run
@@ -212,6 +242,10 @@ class CLI(LightningCLI):
         self.run_folder, self.checkpoint = run, config.ckpt_path
         self.reusable_config = config.clone()  # with `<run>` in it, it can be run again
         self.reusable_config.ckpt_path = None
+        interval = config.trainer.val_check_interval
+        if isinstance(interval, int) or (isinstance(interval, float) and interval > 1):
+            # Steps everywhere, as trainer.max_steps; Lightning counts micro-batches here.
+            config.trainer.val_check_interval = interval * config.trainer.accumulate_grad_batches
         self.config[self.subcommand] = fill_in(config, str(run))
 
     def after_instantiate_classes(self) -> None:
@@ -233,19 +267,12 @@ class CLI(LightningCLI):
                 cause = cause.__cause__ or cause.__context__
             raise cause or of_instance(error) from error
 
-    def after_fit(self) -> None:
-        if self.checkpoint is None or self.trainer.global_step > self.model.resumed_at or self.model.ended_early:
-            return
-        raise UserError(
-            f"there is nothing left to train: the checkpoint is at step {self.model.resumed_at}, the end of this "
-            "run: raise trainer.max_epochs or trainer.max_steps"
-        )
-
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         self.config[self.subcommand] = self.reusable_config  # for RunFolder; the classes are made already
         config = self.config_init[self.subcommand].trainer
         callbacks, plugins = as_list(config.callbacks), as_list(config.plugins)
-        extra = [Monitors(), Resuming(), Preemption(), Throughput(), Predictions(), Report()]
+        check_after_validation(callbacks)
+        extra = [Monitors(), Resuming(), Ending(), Preemption(), Throughput(), Predictions(), Report()]
         if config.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             extra.append(RunProgress())
         if not any(isinstance(c, Spikes) for c in callbacks):
@@ -293,6 +320,18 @@ class RunFolder(SaveConfigCallback):
         trainer.datamodule.tokenizer.save_pretrained(run / "tokenizer")
 
 
+def chosen_class(section: str, options: dict[str, Any], flags: list[str]) -> Any:
+    """The class of the model or the data, as far as config files and flags say it, else the base of all."""
+    given = options.get(section)
+    name = given.get("class_path") if isinstance(given, dict) else None
+    for flag, value in zip(flags, [*flags[1:], ""]):
+        own, _, rest = flag.partition("=")
+        if own in (f"--{section}", f"--{section}.class_path"):
+            name = rest or value
+    base = LanguageModule if section == "model" else LightningDataModule
+    return explain.subclasses(base).get(str(name).rpartition(".")[2], base)
+
+
 def check(config: Any) -> None:
     """Refuses settings of the trainer that Lightning takes, or fails at, without a word."""
     targets = {"trainer": Trainer, "best": Checkpoints, "last": Checkpoints, "model": None, "data": None}
@@ -314,6 +353,29 @@ def check(config: Any) -> None:
             raise UserError(f"{name} is {value}, but must be {least} or more")
     if trainer.max_steps == 0 or trainer.max_steps < -1:
         raise UserError(f"trainer.max_steps is {trainer.max_steps}, but must be 1 or more, or -1 for no limit")
+    if trainer.max_epochs is not None and (trainer.max_epochs == 0 or trainer.max_epochs < -1):
+        raise UserError(f"trainer.max_epochs is {trainer.max_epochs}, but must be 1 or more, or -1 for no limit")
+    if trainer.check_val_every_n_epoch is not None and trainer.check_val_every_n_epoch < 1:
+        raise UserError(
+            f"trainer.check_val_every_n_epoch is {trainer.check_val_every_n_epoch}, but must be 1 or more, or null to "
+            "count trainer.val_check_interval over all epochs; --trainer.limit_val_batches 0 trains without validation"
+        )
+    if trainer.limit_train_batches == 0:
+        raise UserError("trainer.limit_train_batches is 0, but must be 1 or more, or a share of the data (0.1)")
+    if trainer.val_check_interval == 0:
+        raise UserError("trainer.val_check_interval is 0, but must be 1 or more steps, or a share of the epoch (0.5)")
+    check_slurm()
+
+
+def check_slurm() -> None:
+    """Refuses to start in an allocation of SLURM's, but without srun, where Lightning misses variables."""
+    if "TORCHELASTIC_RUN_ID" in os.environ or not SLURMEnvironment.detect():
+        return
+    if missing := [name for name in ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID") if name not in os.environ]:
+        raise UserError(
+            f"SLURM_NTASKS is set, so SLURM should have started this process, but {missing[0]} is not: start it with "
+            "srun, or to run without SLURM, with `env -u SLURM_NTASKS python -m lm_lightning ...`"
+        )
 
 
 def refuse_null(value: Any, name: str, target: Any) -> None:
@@ -336,6 +398,15 @@ def refuse_null(value: Any, name: str, target: Any) -> None:
             raise UserError(f"{name}.{key} is null, but must have a value: leave it out for its default")
         if hasattr(option, "items"):  # null within a network's settings is theirs to judge
             refuse_null(option, f"{name}.{key}", hint if dataclasses.is_dataclass(hint) else None)
+
+
+def as_yaml(argument: str) -> str:
+    """A flag whose value jsonargparse has read and written as Python does, such as `--path=None`, as YAML again."""
+    name, _, value = argument.partition("=")
+    if value == "None" or value[:1] in ("[", "{"):
+        with contextlib.suppress(ValueError, SyntaxError, RecursionError):
+            return f"{name}={json.dumps(ast.literal_eval(value))}"
+    return argument
 
 
 def as_list(value: Any) -> list:
@@ -377,3 +448,15 @@ def main() -> None:
         CLI()
     except MisconfigurationException as error:
         raise UserError(" ".join(str(error).split())) from error
+    except (ValueError, TypeError, RuntimeError) as error:
+        if not refused_by_lightning(error):
+            raise
+        raise UserError(f"Lightning refuses these settings: {' '.join(str(error).split())}") from error
+
+
+def refused_by_lightning(error: BaseException) -> bool:
+    """Whether an error is one that Lightning raises itself where it checks settings, and not a bug anywhere."""
+    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+    file = frame.f_code.co_filename
+    inside = Path(file).is_relative_to(Path(lightning.__file__).parent)
+    return inside and linecache.getline(file, line).strip().startswith("raise ")

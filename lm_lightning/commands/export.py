@@ -142,4 +142,7 @@ def main() -> None:
     """Reads the command line."""
     from jsonargparse import auto_cli
 
-    auto_cli(export, args=sys.argv[2:], prog="lm_lightning export", exit_on_error=False)
+    from lm_lightning.explain import program
+    from lm_lightning.settings import Parser
+
+    auto_cli(export, args=sys.argv[2:], prog=program("export"), parser_class=Parser)

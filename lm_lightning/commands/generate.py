@@ -218,4 +218,7 @@ def main() -> None:
     """Reads the command line."""
     from jsonargparse import auto_cli
 
-    auto_cli(generate, args=sys.argv[2:], prog="lm_lightning generate", exit_on_error=False)
+    from lm_lightning.explain import program
+    from lm_lightning.settings import Parser
+
+    auto_cli(generate, args=sys.argv[2:], prog=program("generate"), parser_class=Parser)

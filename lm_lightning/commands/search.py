@@ -102,4 +102,7 @@ def main() -> None:
     """Reads the command line."""
     from jsonargparse import auto_cli
 
-    auto_cli(search, args=sys.argv[2:], prog="lm_lightning search", exit_on_error=False)
+    from lm_lightning.explain import program
+    from lm_lightning.settings import Parser
+
+    auto_cli(search, args=sys.argv[2:], prog=program("search"), parser_class=Parser)

@@ -8,6 +8,7 @@ over processes.
 import copy
 import difflib
 import fnmatch
+import hashlib
 import os
 import tempfile
 from collections.abc import Sequence
@@ -577,6 +578,17 @@ class LanguageModule(LightningModule):
         ]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def grouping(self) -> dict[str, Any]:
+        """How the optimizer's state belongs to the parameters, JSON-able: the options that decide it, and a hash."""
+        names = {id(parameter): name for name, parameter in self.network.named_parameters()}
+        groups = parameter_groups(self.network, self.layer_decay)
+        content = repr([[names[id(parameter)] for parameter in group["params"]] for group in groups])
+        return {
+            "model.layer_decay": self.layer_decay,
+            "model.freeze": list(self.freeze),
+            "groups": hashlib.sha256(content.encode()).hexdigest()[:16],
+        }
+
     # Evaluation
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
@@ -628,6 +640,7 @@ class LanguageModule(LightningModule):
         self.finite.check(self)
         checkpoint["network"] = self.description()
         checkpoint["optimizer"] = type(self.optimizers().optimizer).__name__
+        checkpoint["parameters"] = self.grouping()
         checkpoint["skipped_steps"] = self.finite.skipped
         if self.lora is not None:
             checkpoint["lora"], own = self.lora_description, {f"network.{name}" for name in self.own_tensors}
@@ -658,9 +671,16 @@ class LanguageModule(LightningModule):
                 f"the checkpoint's optimizer is {checkpoint['optimizer']}, this run's {optimizer}, which cannot go on "
                 "with its state: take the same, or start a new run from the weights with --model.pretrained RUN/model"
             )
-        self.ended_early = runs.ended_early(Path(self.trainer.default_root_dir), Path(self.trainer.ckpt_path))
-        if 0 < self.trainer.max_steps <= checkpoint["global_step"] and not self.ended_early:
+        own_groups, saved_groups = self.grouping(), checkpoint.get("parameters", self.grouping())
+        if saved_groups["groups"] != own_groups["groups"]:
+            changed = [
+                f"{name} {saved_groups[name]} (here {value})"
+                for name, value in own_groups.items()
+                if name != "groups" and saved_groups[name] != value
+            ]
             raise UserError(
-                f"the checkpoint is at step {checkpoint['global_step']} and this run ends at step "
-                f"{self.trainer.max_steps}: raise trainer.max_steps to train further"
+                f"the checkpoint was made with {', '.join(changed) or 'other trained parameters'}, which its optimizer "
+                "state fits alone: use the old value, or start a new run from the weights with --model.pretrained "
+                "RUN/model"
             )
+        self.ended_early = runs.ended_early(Path(self.trainer.default_root_dir), Path(self.trainer.ckpt_path))

@@ -262,7 +262,7 @@ def test_a_new_head_for_numbers_starts_at_their_mean(fit, recipe: Path):
 def test_resumed_run_and_other_micro_batches_are_the_same(fit, recipe: Path):
     off = ("--model.network.hidden_dropout_prob", 0, "--model.network.attention_probs_dropout_prob", 0)
     whole = fit("--name", "whole", *off, "--trainer.max_steps", 30, "--trainer.val_check_interval", 10)
-    parts = ("--data.batch_size", 8, "--trainer.accumulate_grad_batches", 2, "--trainer.val_check_interval", 20)
+    parts = ("--data.batch_size", 8, "--trainer.accumulate_grad_batches", 2, "--trainer.val_check_interval", 10)
     part = fit("--name", "part", *off, "--trainer.max_steps", 15, *parts)
     assert fit("--name", "part", *off, "--trainer.max_steps", 30, *parts, "--ckpt_path", "last") == part
     states = [torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for run in (whole, part)]

@@ -161,7 +161,7 @@ def test_two_processes_join_windows_as_one_does(fit, cli, recipe: Path):
     one = fit("--name", "one", *off)
     ddp = ("--trainer.strategy", "ddp", "--trainer.devices", 2, "--data.batch_size", 4)
     flags = ("--data.batch_size", 4, "--trainer.accumulate_grad_batches", 2)
-    result = command("fit", "--config", recipe, *off, *ddp, *flags, "--name", "two", "--trainer.val_check_interval", 40)
+    result = command("fit", "--config", recipe, *off, *ddp, *flags, "--name", "two", "--trainer.val_check_interval", 20)
     assert result.returncode == 0, result.stderr
     (two,) = (recipe.parent / "runs" / "two").iterdir()
     values = []
