@@ -52,6 +52,7 @@ class RunProgress(ProgressBar):
         bar = tqdm(
             file=sys.stdout if terminal else io.StringIO(),
             ncols=columns() if terminal else None,
+            nrows=20,  # else none is shown where the terminal does not tell how many it has
             disable=not self.is_enabled,
             bar_format=FORMAT,
             **settings,
@@ -99,7 +100,8 @@ class RunProgress(ProgressBar):
         parts = [text.format(metrics[name]) for name, text in formats.items() if name in metrics]
         if not sys.stdout.isatty():
             return ", ".join(parts)
-        room = columns() - len(tqdm.format_meter(**self.steps.format_dict | {"postfix": None, "ncols": None})) - 8
+        meter = self.steps.format_dict | {"n": trainer.global_step, "rate": None, "postfix": None, "ncols": None}
+        room = columns() - len(tqdm.format_meter(**meter)) - 4  # 2 for the comma, 2 for a line that grows
         while parts and len(", ".join(parts)) > room:
             parts.pop()
         return ", ".join(parts)
