@@ -75,4 +75,4 @@ def test_a_log_file_has_lines_without_escape_codes(recipe: Path, fit):
     assert [int(LINE.match(line)[1]) for line in lines] == [4, 8, 10]
     assert ", 512 tokens, " in lines[0] and ", 1,024 tokens, " in lines[1] and "tokens" not in lines[2]
     order = [line.split()[0] for line in result.stdout.splitlines()]
-    assert order[-2:] == ["model:", "report:"] and order[-4:-2] == ["train", "validation"]
+    assert order[-5:] == ["train", "validation", "finished:", "model:", "report:"]
