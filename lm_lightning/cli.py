@@ -22,6 +22,7 @@ from typing import Any, Optional
 import lightning
 import torch
 import yaml
+from jsonargparse import Namespace
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
@@ -30,7 +31,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lm_lightning import explain, guide, hub, settings, strategies
+from lm_lightning import evaluation, explain, guide, hub, saving, settings, strategies
 from lm_lightning import run as runs
 from lm_lightning.callbacks.distillation import Distillation  # noqa: F401 (imported, so that its short name works)
 from lm_lightning.callbacks.ending import Ending, check_after_validation
@@ -183,21 +184,46 @@ class CLI(LightningCLI):
         parser.set_defaults({"last.filename": "last"})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parses config files first, in their order, and then all flags."""
-        args = sys.argv[1:] if args is None else args
-        options, files, flags = settings.layered(args[1:])
+        """Parses config files first, in their order, and then all flags; of an evaluation of a run, its config first.
+
+        `evaluated` is then the run folder.
+        """
+        self.evaluated: Optional[Path] = None
+        self.arguments: list[str] = []
+        if isinstance(args, (dict, Namespace)):  # settings that are given in Python
+            return super().parse_arguments(parser, args)
+        self.arguments = list(sys.argv[1:] if args is None else args)
+        self.evaluated, arguments = evaluation.of_arguments(self.arguments)
+        config = self.parse(parser, arguments)
+        if self.config.subcommand not in evaluation.COMMANDS or self.evaluated is not None:
+            return
+        self.evaluated = evaluation.of_config(config, name_of(config))
+        if self.evaluated is None or evaluation.record_of(config.config):
+            return
+        own = self.parse(parser, evaluation.with_config_of(self.evaluated, self.arguments))
+        if different := [
+            *evaluation.differences(config.model, own.model, "model"),
+            *evaluation.differences(config.data, own.data, "data"),
+        ]:
+            given = ", ".join(config.config or [])
+            print(f"settings: those of {self.evaluated}/config.yaml, not of {given}: {', '.join(sorted(different))}")
+
+    def parse(self, parser: LightningArgumentParser, arguments: list[str]) -> Any:
+        """Sets `config`, and returns that of the subcommand."""
+        options, files, flags = settings.layered(arguments[1:])
         try:
-            self.config = parser.parse_args([*args[:1], *settings.as_argument(options), *flags])
+            self.config = parser.parse_args([*arguments[:1], *settings.as_argument(options), *flags])
         except ValueError as error:  # not even a name of a file, which an option's value may be
             raise UserError(f"an option's value cannot be read: {error}") from error
         except ArgumentError as error:
-            names = explain.flags_of(self._parser(args[0]))
+            names = explain.flags_of(self._parser(arguments[0]))
             for section in ("model", "data"):
                 names += explain.options_of(chosen_class(section, options, flags), section)
-            raise explain.of_command_line(error, args, names) from error
+            raise explain.of_command_line(error, arguments, names) from error
         own = self.config[self.config.subcommand]
         settings.report_replaced(options, own)
         own.config = files  # the first one names the run
+        return own
 
     def _parse_ckpt_path(self) -> None:
         """Checks the settings; Lightning would put those of a checkpoint over the command line's here."""
@@ -205,56 +231,91 @@ class CLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
-        config.name = name = config.name or (Path(config.config[0]).stem if config.config else "run")
-        pretrained, options = config.model.init_args.get("pretrained"), config.data.init_args
-        if pretrained is not None and "tables" in options and options.tokenizer.path is None:  # labelled data
-            options.tokenizer.path = str(runs.model_folder(pretrained)) if Path(pretrained).is_dir() else pretrained
+        config.name = name = name_of(config)
         if config.best.monitor is None:
             model_class: Any = pydoc.locate(str(config.model.class_path))
-            config.best.monitor = f"val/{model_class.main_metric(options)}"
-        run = None
+            config.best.monitor = f"val/{model_class.main_metric(config.data.init_args)}"
         if config.trainer.logger is True:
             config.trainer.logger = self._parser(self.subcommand).get_defaults().trainer.logger
         loggers = as_list(config.trainer.logger)
         if self.subcommand != "fit":
             # Results are logged to a run of W&B; the other loggers would continue the files of the training.
             loggers = [logger for logger in loggers if logger.class_path.endswith(WandbRun.__name__)]
-            if config.ckpt_path is None and not config.model.init_args.get("pretrained"):
-                raise UserError(
-                    f"{self.subcommand} of new weights says nothing: give --ckpt_path last, or a checkpoint"
-                )
         config.trainer.logger = loggers or False
-        if config.ckpt_path is not None:
-            last, best = config.ckpt_path == "last", config.ckpt_path == "best"
-            checkpoint = runs.last_checkpoint(config.runs_dir, name) if last or best else Path(config.ckpt_path)
-            if best or (checkpoint.name == "best.ckpt" and not checkpoint.exists()):
-                checkpoint = runs.best_checkpoint(checkpoint.parent)
+        run, weights = self.evaluated, ""
+        if self.subcommand != "fit":
+            weights = self.evaluated_weights(config)
+        elif config.ckpt_path is not None:
+            checkpoint = evaluation.checkpoint_of(config.ckpt_path, None, config.runs_dir, name)
             runs.load_checkpoint(checkpoint, weights=False)
-            config.ckpt_path = str(checkpoint.absolute())
-            # An earlier state than the last goes on in a folder of its own: what came after it stays.
-            same = self.subcommand != "fit" or last or checkpoint.name == "last.ckpt"
+            # An earlier state than the last starts a run folder of its own, and so does another name or folder.
+            same = config.ckpt_path == "last" or checkpoint.name == "last.ckpt"
             run = runs.run_of(checkpoint) if same else None
-        run = run or runs.new_run(config.runs_dir, name)
+            run = None if run is not None and self.elsewhere(run) else run
+            config.ckpt_path = str(checkpoint.absolute())
+        pretrained, options = config.model.init_args.get("pretrained"), config.data.init_args
+        trains_none = "tables" in options or self.subcommand != "fit"
+        if pretrained and trains_none and hasattr(options.get("tokenizer"), "path") and options.tokenizer.path is None:
+            options.tokenizer.path = runs.folder_of(pretrained, "tokenizer")
         config.weights_only = True  # of what a checkpoint holds, nothing is run
         xla.choose_accelerator(config.trainer)
         if config.trainer.precision is None:
             config.trainer.precision = best_precision(config.trainer.accelerator)
-        self.run_folder, self.checkpoint = run, config.ckpt_path
+        self.checkpoint = config.ckpt_path
         self.reusable_config = config.clone()  # with `<run>` in it, it can be run again
-        self.reusable_config.ckpt_path = None
+        if self.subcommand == "fit":
+            self.reusable_config.ckpt_path = None
+            self.reusable_config = saving.checked(self._parser("fit"), self.reusable_config)
+            self.run_folder = run or runs.new_run(runs.runs_of(config.runs_dir, name))
+        else:
+            parent, logs = runs.runs_of(config.runs_dir, name), None
+            if run is not None and not self.elsewhere(run):
+                parent, logs = run / "evaluations", run
+            self.run_folder = runs.new_run(parent, f"-{self.subcommand}")
+            config.trainer.logger = fill_in(config.trainer.logger, str(logs or self.run_folder))
+        self.record = evaluation.Evaluation(self._parser(self.subcommand), self.reusable_config, run, weights)
         interval = config.trainer.val_check_interval
         if isinstance(interval, int) or (isinstance(interval, float) and interval > 1):
             # Steps everywhere, as trainer.max_steps; Lightning counts micro-batches here.
             config.trainer.val_check_interval = interval * config.trainer.accumulate_grad_batches
-        self.config[self.subcommand] = fill_in(config, str(run))
+        self.config[self.subcommand] = fill_in(config, str(self.run_folder))
+
+    def evaluated_weights(self, config: Any) -> str:
+        """What an evaluation loads; sets the weights and the tokenizer where these are those of a run."""
+        if self.evaluated is not None and not evaluation.record_of(config.config):
+            weights = evaluation.configure(config, self.evaluated)
+        elif config.ckpt_path is not None:
+            weights = config.ckpt_path = str(Path(config.ckpt_path).expanduser().absolute())
+        elif pretrained := config.model.init_args.get("pretrained"):
+            weights = pretrained
+        else:
+            raise UserError(
+                f"{self.subcommand} of new weights says nothing: give a run, as in `{self.subcommand} RUN`, "
+                "--ckpt_path last or a checkpoint, or --model.pretrained"
+            )
+        if config.ckpt_path is not None:
+            runs.load_checkpoint(Path(config.ckpt_path), weights=False)
+        return weights
+
+    def elsewhere(self, run: Path) -> bool:
+        """Whether the command line asks for another name or folder than those of a run."""
+        config = self.config[self.subcommand]
+        given = {argument.partition("=")[0] for argument in self.arguments}
+        return ("--name" in given and config.name != run.parent.name) or (
+            "--runs_dir" in given and Path(config.runs_dir).expanduser().resolve() != run.parent.parent.resolve()
+        )
 
     def after_instantiate_classes(self) -> None:
         trainer = self.trainer
-        self.model.from_checkpoint = self.checkpoint is not None  # (Lightning tells only after the data's setup)
+        # (Lightning tells of the checkpoint only after the data's setup)
+        self.model.from_checkpoint = self.checkpoint is not None
+        self.model.evaluated_checkpoint = None if self.subcommand == "fit" else self.checkpoint
         if trainer.is_global_zero:
-            print(f"run folder: {self.run_folder}")
+            print(f"{'run' if self.subcommand == 'fit' else 'evaluation'} folder: {self.run_folder}")
             print(f"device: {trainer.strategy.root_device} x {trainer.world_size}, precision: {trainer.precision}")
-            if self.checkpoint:
+            if self.subcommand != "fit":
+                print(f"weights: {self.record.weights()}")
+            elif self.checkpoint:
                 print(f"checkpoint: {self.checkpoint}")
 
     def instantiate_classes(self) -> None:
@@ -273,6 +334,8 @@ class CLI(LightningCLI):
         callbacks, plugins = as_list(config.callbacks), as_list(config.plugins)
         check_after_validation(callbacks)
         extra = [Monitors(), Resuming(), Ending(), Preemption(), Throughput(), Predictions(), Report()]
+        if self.subcommand != "fit":
+            extra.append(self.record)
         if config.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             extra.append(RunProgress())
         if not any(isinstance(c, Spikes) for c in callbacks):
@@ -302,7 +365,7 @@ class RunFolder(SaveConfigCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Lightning would write here, before a checkpoint has had its say."""
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # nothing is left to refuse
         if not trainer.is_global_zero:
             return
         run = Path(trainer.default_root_dir)
@@ -318,6 +381,11 @@ class RunFolder(SaveConfigCallback):
         (run / "environment.json").write_text(json.dumps(environment(), indent=2), encoding="utf-8")
         (run / "data.json").write_text(json.dumps(trainer.datamodule.info, indent=2), encoding="utf-8")
         trainer.datamodule.tokenizer.save_pretrained(run / "tokenizer")
+
+
+def name_of(config: Any) -> str:
+    """The name of the experiment, which is that of the first config file by default."""
+    return config.name or (Path(config.config[0]).stem if config.config else "run")
 
 
 def chosen_class(section: str, options: dict[str, Any], flags: list[str]) -> Any:
@@ -342,6 +410,7 @@ def check(config: Any) -> None:
     if pydoc.locate(str(config.data.get("class_path"))) in (None, LightningDataModule):
         raise UserError("data has no class_path: give one, such as PretrainingData or MaskedData")
     trainer = config.trainer
+    check_location(config)
     strategies.check_name(trainer.strategy)
     for name, value, least in (
         ("trainer.accumulate_grad_batches", trainer.accumulate_grad_batches, 1),
@@ -376,6 +445,23 @@ def check_slurm() -> None:
             f"SLURM_NTASKS is set, so SLURM should have started this process, but {missing[0]} is not: start it with "
             "srun, or to run without SLURM, with `env -u SLURM_NTASKS python -m lm_lightning ...`"
         )
+
+
+def check_location(config: Any) -> None:
+    """Refuses options that would put a part of a run somewhere else than into its run folder."""
+    loggers = as_list(config.trainer.logger)
+    files = [own for own in loggers if str(getattr(own, "class_path", "")).endswith("MetricsFile")]
+    for name, value, default in [
+        ("trainer.default_root_dir", config.trainer.default_root_dir, TRAINER_DEFAULTS["default_root_dir"]),
+        ("best.dirpath", config.best.dirpath, CHECKPOINTS["dirpath"]),
+        ("last.dirpath", config.last.dirpath, CHECKPOINTS["dirpath"]),
+        *(("save_dir of MetricsFile", logger.init_args.save_dir, runs.PLACEHOLDER) for logger in files),
+    ]:
+        if str(value) != default:
+            raise UserError(
+                f"{name} is {value}, but a run has all its files in one folder, <runs_dir>/<name>/<time>: remove it, "
+                "and say where runs are with --runs_dir"
+            )
 
 
 def refuse_null(value: Any, name: str, target: Any) -> None:
@@ -444,14 +530,15 @@ def best_precision(accelerator: Any) -> str:
 
 def main() -> None:
     """Parses the command line and runs the subcommand."""
-    try:
-        CLI()
-    except MisconfigurationException as error:
-        raise UserError(" ".join(str(error).split())) from error
-    except (ValueError, TypeError, RuntimeError) as error:
-        if not refused_by_lightning(error):
-            raise
-        raise UserError(f"Lightning refuses these settings: {' '.join(str(error).split())}") from error
+    with runs.removed_if_refused():
+        try:
+            CLI()
+        except MisconfigurationException as error:
+            raise UserError(" ".join(str(error).split())) from error
+        except (ValueError, TypeError, RuntimeError) as error:
+            if not refused_by_lightning(error):
+                raise
+            raise UserError(f"Lightning refuses these settings: {' '.join(str(error).split())}") from error
 
 
 def refused_by_lightning(error: BaseException) -> bool:

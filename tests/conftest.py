@@ -144,6 +144,11 @@ def fit(cli: Callable[..., str], recipe: Path) -> Callable[..., Path]:
     return run
 
 
+def evaluation(run: Path, command: str = "predict") -> Path:
+    """The folder of the newest evaluation of a run by a subcommand."""
+    return max(run.glob(f"evaluations/*-{command}*"))
+
+
 def refusal(result: subprocess.CompletedProcess) -> str:
     """The one sentence with which a command has refused its input."""
     assert result.returncode == 2, result.stderr

@@ -9,7 +9,7 @@ from typing import Any, Optional
 from lm_lightning import hub, untrusted
 from lm_lightning import run as runs
 from lm_lightning.errors import UserError
-from lm_lightning.run import load_checkpoint
+from lm_lightning.run import load_checkpoint, run_folder
 
 
 def export(
@@ -29,8 +29,7 @@ def export(
         max_shard_size: Largest file of weights, such as `5GB`; larger ones are written in parts. Default: that of
             `transformers`.
     """
-    if not (Path(run) / "tokenizer").is_dir():
-        raise UserError(f"{run} is no run folder: it has no tokenizer/")
+    run = str(run_folder(run))
     checkpoints = Path(run) / "checkpoints"
     file = default_checkpoint(checkpoints) if checkpoint is None else Path(checkpoint)
     if checkpoint is not None and not (file.is_file() or (file / "meta.pt").is_file()):
@@ -85,7 +84,21 @@ def score(saved: dict[str, Any], file: Path) -> dict[str, Any]:
     return {}
 
 
-def write(
+def write(saved: dict, *arguments: Any) -> None:
+    """Calls `write_checked`; what a damaged or forged checkpoint makes it stumble over becomes a UserError."""
+    try:
+        write_checked(saved, *arguments)
+    except UserError:
+        raise
+    except Exception as error:  # classes of transformers raise anything for settings that make no sense
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            "the checkpoint cannot be exported, as its description and weights do not fit together "
+            f"({type(error).__name__}: {reason}): it is damaged, or was changed"
+        ) from error
+
+
+def write_checked(
     saved: dict,
     tokenizer: Path,
     folder: Path,
@@ -119,7 +132,9 @@ def write(
         if "kept" in state:  # of StructuredPruning
             shrink(folder, state["kind"], state["kept"])
     own = tokenizers.load(str(tokenizer))
-    own.save_pretrained(folder)
+    if saved.get("tokenizer", tokenizers.fingerprint(own)) != tokenizers.fingerprint(own):
+        raise UserError(f"the checkpoint was made with another tokenizer than {tokenizer}: nothing is exported")
+    tokenizers.save(own, folder)
     if tokenizers.fingerprint(tokenizers.load(str(folder))) != tokenizers.fingerprint(own):
         raise UserError("the exported tokenizer is not read as it was saved: nothing is exported")
 

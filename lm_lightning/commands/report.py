@@ -16,6 +16,7 @@ from typing import Any, Literal, Optional
 
 from lm_lightning.commands.history import Points, Run, read
 from lm_lightning.errors import UserError
+from lm_lightning.run import run_folder
 
 POINTS = 1000  # of a curve, at most
 MEANS = 100  # of a curve that needs them to be read, which are those in NOISY
@@ -101,6 +102,7 @@ def means(points: Points) -> Points:
 
 def interpolated(column: Optional[Points], steps: Sequence[int]) -> Optional[list[float]]:
     """What a column that rises from 0 is at some steps, which it need not have; past its end, its last value."""
+    column = [(step, value) for step, value in column or [] if math.isfinite(value)]
     if not column:
         return None
     import numpy as np
@@ -399,7 +401,7 @@ def main() -> None:
         help="File to write. Default: report.html in the run folder, of several in the current one.",
     )
     given = parser.parse_args(sys.argv[2:])
-    folders = [Path(run) for run in given.runs]
+    folders = [run_folder(run) for run in given.runs]
     output = Path(given.output or (folders[0] if len(folders) == 1 else Path()) / "report.html")
     write(folders, output)
     print(output)

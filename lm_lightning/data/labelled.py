@@ -100,10 +100,11 @@ class Row(Mapping):
     Args:
         values: By the names of the columns.
         where: File and number of the line, for messages.
+        header: Whether the options of CSV and TSV files decide what its columns are called, for messages.
     """
 
-    def __init__(self, values: Mapping[str, Any], where: str) -> None:
-        self.values_by_column, self.where = values, where
+    def __init__(self, values: Mapping[str, Any], where: str, header: bool = False) -> None:
+        self.values_by_column, self.where, self.header = values, where, header
 
     def __getitem__(self, column: str) -> Any:
         return self.values_by_column[column]
@@ -123,8 +124,9 @@ class Row(Mapping):
         if column not in self:
             raise UserError(
                 f"{self.where}: there is no column {column!r}; the columns are {', '.join(map(str, self))}: name the "
-                "right one with --data.columns, or all of them with --data.tables.header"
-                + formats.hint(self, "--data.tables")
+                "right one with --data.columns"
+                + (", or all of them with --data.tables.header" if self.header else "")
+                + (formats.hint(self, "--data.tables") if self.header else "")
             )
         return self[column]
 
@@ -182,7 +184,7 @@ class Row(Mapping):
         """
         value = self.value(column)
         if not isinstance(value, str) or not value.strip():
-            raise UserError(f"{self.where}: column {column!r} has no text, but {value!r:.40}: mend or remove the row")
+            raise UserError(f"{self.where}: column {column!r} has no text, but {value!r:.40}: fix or remove the row")
         return value
 
 
@@ -267,7 +269,7 @@ def of(path: Path, tables: Tables) -> Iterator[Row]:
                 json.dumps(values, ensure_ascii=False).encode()
             except UnicodeEncodeError:
                 values = encodable(values, where, reading, counts)
-        yield Row(values, where)
+        yield Row(values, where, suffix in (".csv", ".tsv", ".conll"))
     if counts.replaced_bytes:
         counts.notes.append(f"{path}: {counts.replaced_bytes:,} bytes that could not be read were replaced by U+FFFD")
     for note in counts.notes:
@@ -380,6 +382,7 @@ class LabelledData(StreamData):
         self.labels: list[str] = []  # their names, in the order of their numbers
         self.numbers: dict[str, int] = {}  # of each label
         self.examples: dict[str, Examples] = {}
+        self.inputs: list[Row] = []  # of which `predict` predicts
         self.respelled = 0  # labels of a split that are spelled in another way than the one that they are counted as
         self.stripped = 0  # labels of a split with space around them
 
@@ -412,7 +415,12 @@ class LabelledData(StreamData):
         if self.tokenizer.pad_token is None:  # as GPT's published ones
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.collate = functools.partial(padded, self.tokenizer)
-        train = read(self.tables, "train", self.key) if self.tables.train or stage == "fit" else []
+        # An evaluation needs the training rows only if nothing else says which labels there are.
+        module = self.trainer.lightning_module
+        named = stage != "fit" and (module.evaluated_checkpoint is not None or not module.keep_head)
+        labels_known = named and bool(module.own_labels())
+        needs_train = stage == "fit" or (self.tables.train and not labels_known)
+        train = read(self.tables, "train", self.key) if needs_train else []
         self.find_labels(train)
         self.numbers = {label: number for number, label in enumerate(self.labels)}
         self.spellings = {cells.canonical(label): number for label, number in self.numbers.items()}
@@ -420,6 +428,8 @@ class LabelledData(StreamData):
         for split in needed[stage]:
             if split not in self.examples:
                 rows = train if split == "train" else self.read(split)
+                if split == "predict":
+                    self.inputs = rows
                 self.respelled = self.stripped = 0
                 self.examples[split] = self.encode(split, rows)
                 self.report_labels(split)
@@ -546,7 +556,7 @@ class LabelledData(StreamData):
         if self.tables.hub:
             return False
         paths = [path for pattern in sources(self.tables, "predict") for _, path in expand(pattern)]
-        return all(kind(path, self.tables) in (".csv", ".tsv") for path in paths)
+        return bool(paths) and all(kind(path, self.tables) in (".csv", ".tsv") for path in paths)
 
     def predict_dataloader(self) -> DataLoader:
         return self.evaluation_loader("predict")

@@ -2,21 +2,23 @@
 
 All are fast `transformers` tokenizers, and a saved one is a folder that `AutoTokenizer.from_pretrained` reads. The same
 options and texts give the same tokenizer, to the byte. Two things differ from what `transformers` does by itself: the
-string of a special token in a text is plain text, so that no document can end itself with a written `<|endoftext|>`,
-and a trained tokenizer has no maximum length, since the model knows its context length.
+string of a special token in a text is plain text, so that no document can end itself with a written `<|endoftext|>`
+(an exported tokenizer follows `transformers` again, see `save`), and a trained tokenizer has no maximum length, since
+the model knows its context length.
 """
 
 import hashlib
 import json
 import logging
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Optional
 
 from lm_lightning import hub
+from lm_lightning import run as runs
 from lm_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -70,7 +72,7 @@ def load(path: str) -> "PreTrainedTokenizerFast":
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    path = hub.folder(os.path.expanduser(path))
+    path = runs.folder_of(path, "tokenizer")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             path, local_files_only=hub.local_only(path), trust_remote_code=False, split_special_tokens=True
@@ -85,6 +87,19 @@ def load(path: str) -> "PreTrainedTokenizerFast":
     if len(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)) < 2:
         raise UserError(f"{path!r} has no tokenizer in it: give a folder with a tokenizer.json or vocabulary files")
     return tokenizer
+
+
+def save(tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:
+    """Writes a tokenizer beside an exported network, for programs that expect what `transformers` does by itself.
+
+    To them, the string of a special token in a text is that token: a chat template and a text with `[MASK]` need it.
+    """
+    own = tokenizer.init_kwargs.get("split_special_tokens", False), tokenizer.split_special_tokens
+    tokenizer.init_kwargs["split_special_tokens"] = tokenizer.split_special_tokens = False
+    try:
+        tokenizer.save_pretrained(folder)
+    finally:
+        tokenizer.init_kwargs["split_special_tokens"], tokenizer.split_special_tokens = own
 
 
 def train(options: Tokenizer, texts: Iterator[str], special: SpecialTokens) -> "PreTrainedTokenizerFast":

@@ -9,7 +9,6 @@ import copy
 import difflib
 import fnmatch
 import hashlib
-import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ from lm_lightning import hub
 from lm_lightning import run as runs
 from lm_lightning.data.order import PADDING
 from lm_lightning.data.tokenizer import document_ids, fingerprint, load, vocabulary
+from lm_lightning.data.tokenizer import save as save_tokenizer
 from lm_lightning.errors import UserError
 from lm_lightning.models import lora as adapters
 from lm_lightning.models.finite import FiniteSteps, Step
@@ -75,6 +75,7 @@ class LanguageModule(LightningModule):
     """
 
     auto_class: Any  # of transformers, such as AutoModelForCausalLM
+    unused: tuple[str, ...] = ()  # beginnings of the names of tensors that the model does not use
     activation_checkpointing: int
 
     def __init__(
@@ -119,6 +120,8 @@ class LanguageModule(LightningModule):
         self.freeze, self.layer_decay, self.keep_head = freeze, layer_decay, keep_head
         self.finite = FiniteSteps(on_nonfinite, skip_limit)
         self.resumed_at = 0  # the step of the checkpoint
+        # Of an evaluation; the command line sets it, since Lightning tells of it only when the network is made.
+        self.evaluated_checkpoint: Optional[str] = None
         self.ended_early = False  # whether the run that is resumed was killed before it wrote model/
         self.from_checkpoint = False  # whether a checkpoint's weights will take the place of those made here
 
@@ -151,6 +154,7 @@ class LanguageModule(LightningModule):
             self.own_tensors = self.lora.adapt(self.network, self.new_tensors)
             self.lora_description = adapters.described(self.lora, self.pretrained_folder(), self.new_tensors)
         self.freeze_parameters()
+        self.refuse_untrained()
         self.network_class = type(self.network).__name__  # sharding makes another one of it
         if self.activation_checkpointing:
             self.checkpoint_activations()
@@ -179,6 +183,20 @@ class LanguageModule(LightningModule):
                 parameter.requires_grad_(False)
             self.print(f"frozen: {len(found)} tensors with {sum(p.numel() for p in found):,} parameters ({pattern})")
 
+    def refuse_untrained(self) -> None:
+        """Refuses new tensors that stay random: those of an evaluation of `pretrained`, or that are frozen."""
+        new = [name for name in self.new_tensors if not name.startswith(self.unused)]
+        if self.trainer.state.fn == "fit":
+            parameters = dict(self.network.named_parameters())
+            frozen = [name for name in new if name in parameters and not parameters[name].requires_grad]
+            if frozen:
+                raise UserError(
+                    f"{self.pretrained} has no weights for {', '.join(frozen[:5])}, and model.freeze would leave them "
+                    "random: give patterns that do not match them"
+                )
+        elif new and self.evaluated_checkpoint is None:  # (a checkpoint brings them)
+            raise hub.untrained(str(self.pretrained), self.network, new)
+
     def head_settings(self) -> dict[str, Any]:
         """Settings of the network's config that its head needs, beside those of the user."""
         return {}
@@ -189,14 +207,22 @@ class LanguageModule(LightningModule):
         return {"id2label": dict(enumerate(labels)), "label2id": {label: n for n, label in enumerate(labels)}}
 
     def own_labels(self) -> list[str]:
-        """The labels that `pretrained` tells already, in the order of their numbers; none without a head for them."""
-        if self.pretrained is None:
+        """The labels that the evaluated checkpoint or `pretrained` predicts, in the order of their numbers.
+
+        None without a head for them.
+        """
+        if self.evaluated_checkpoint is not None:
+            saved = runs.load_checkpoint(Path(self.evaluated_checkpoint), weights=False, checked=True)["network"]
+            config = getattr(transformers, saved["class"]).config_class.from_dict(saved["config"])
+            config.architectures = [saved["class"]]
+        elif self.pretrained is not None:
+            name = self.pretrained_folder()
+            try:
+                config = transformers.AutoConfig.from_pretrained(name, local_files_only=hub.local_only(name))
+            except (OSError, ValueError) as error:
+                raise hub.explain(name, error) from error
+        else:
             return []
-        name = self.pretrained_folder()
-        try:
-            config = transformers.AutoConfig.from_pretrained(name, local_files_only=hub.local_only(name))
-        except (OSError, ValueError) as error:
-            raise hub.explain(name, error) from error
         head = self.auto_class.__name__.removeprefix("AutoModel")  # such as ForSequenceClassification
         if not any(architecture.endswith(head) for architecture in config.architectures or []):
             return []
@@ -204,8 +230,7 @@ class LanguageModule(LightningModule):
 
     def pretrained_folder(self) -> str:
         """What `pretrained` names: a folder, that of a run's model, or a download of the Hub."""
-        name = os.path.expanduser(str(self.pretrained))
-        return str(runs.model_folder(name)) if os.path.isdir(os.path.join(name, "checkpoints")) else hub.folder(name)
+        return runs.folder_of(str(self.pretrained))
 
     def checkpoint_activations(self) -> None:
         """Has every `activation_checkpointing`-th block compute its activations again."""
@@ -434,7 +459,7 @@ class LanguageModule(LightningModule):
             if self.lora is not None:
                 weights = adapters.merged(self.network, weights, self.lora.alpha / self.lora.rank)
             save_network(self.description(), weights, folder)
-            self.trainer.datamodule.tokenizer.save_pretrained(folder)
+            save_tokenizer(self.trainer.datamodule.tokenizer, folder)
 
     def export_adapter(self, folder: Path, saved: Optional[dict[str, Any]] = None) -> None:
         """Writes what LoRA has trained, now or in a checkpoint, as a folder of peft's; all processes call it."""
@@ -639,6 +664,7 @@ class LanguageModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         self.finite.check(self)
         checkpoint["network"] = self.description()
+        checkpoint["tokenizer"] = fingerprint(self.trainer.datamodule.tokenizer)
         checkpoint["optimizer"] = type(self.optimizers().optimizer).__name__
         checkpoint["parameters"] = self.grouping()
         checkpoint["skipped_steps"] = self.finite.skipped
@@ -660,6 +686,12 @@ class LanguageModule(LightningModule):
         if different:
             raise UserError(
                 f"the checkpoint's network has {', '.join(different)}: take the model.network that it was made with"
+            )
+        tokenizer = fingerprint(self.trainer.datamodule.tokenizer)
+        if checkpoint.get("tokenizer", tokenizer) != tokenizer:
+            raise UserError(
+                "the checkpoint was made with another tokenizer than the data's, so that its tokens mean other texts: "
+                "give the tokenizer/ of its run folder as data.tokenizer.path"
             )
         adapters.refuse_other(checkpoint.get("lora"), None if self.lora is None else self.lora_description)
         if self.trainer.state.fn != "fit":

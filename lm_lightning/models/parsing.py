@@ -85,6 +85,7 @@ class Parser(LanguageModule):
     """
 
     auto_class = transformers.AutoModel
+    unused = ("pooler.",)
 
     @staticmethod
     def main_metric(data: Any) -> str:
@@ -97,8 +98,13 @@ class Parser(LanguageModule):
     # Network
 
     def own_labels(self) -> list[str]:
-        has_head = self.pretrained is not None and (Path(self.pretrained_folder()) / HEAD_FILE).exists()
-        return super().own_labels() if has_head else []
+        return super().own_labels() if self.evaluated_checkpoint or self.pretrained_head else []
+
+    @property
+    def pretrained_head(self) -> Optional[Path]:
+        """The file with the head of `pretrained`, if it has one."""
+        file = None if self.pretrained is None else Path(self.pretrained_folder()) / HEAD_FILE
+        return file if file is not None and file.exists() else None
 
     def head_settings(self) -> dict[str, Any]:
         return self.label_settings()
@@ -109,8 +115,8 @@ class Parser(LanguageModule):
     def pretrained_network(self) -> transformers.PreTrainedModel:
         network = self.with_head(super().pretrained_network())
         own, labels = self.own_labels(), self.trainer.datamodule.labels
-        if own == labels or (self.keep_head and len(own) == len(labels)):
-            weights = safetensors.torch.load_file(Path(self.pretrained_folder()) / HEAD_FILE)
+        if self.pretrained_head and (own == labels or (self.keep_head and len(own) == len(labels))):
+            weights = safetensors.torch.load_file(self.pretrained_head)
             sizes = (weights["arc"].shape[1], weights["relation_head.weight"].shape[0])
             if sizes != (self.arc_size, self.relation_size):
                 raise UserError(

@@ -210,15 +210,16 @@ class QuestionAnswering(LanguageModule):
         return [{"id": row[0][0], "place": row[0], "scores": row[1]} for row in rows if row[0][0] != PADDING]
 
     def join_predictions(self, rows: list[dict]) -> list[dict]:
-        """For each question its `id` (its own, or its number), `answer`, `score`, `start`, `end` and `no_answer_score`.
+        """For each question its `id`, `row`, `answer`, `score`, `start`, `end` and `no_answer_score`.
 
+        `id` is its own one or, if there is none, its number, which is `row` in any case.
         The slice of the context from `start` to `end` is the best span, also if the answer is empty: there is none.
         """
         spans = self.joined("predict", [row["place"] for row in rows], [row["scores"] for row in rows])
         questions = self.trainer.datamodule.questions["predict"]
         return [
             {
-                **{"id": questions[number].id, "answer": self.answer(span), "score": span.score},
+                **{"id": questions[number].id, "row": number, "answer": self.answer(span), "score": span.score},
                 **{"start": span.start, "end": span.end, "no_answer_score": span.no_answer},
             }
             for number, span in sorted(spans.items())

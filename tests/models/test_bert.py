@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from conftest import evaluation
 from forks import python
 
 from lm_lightning.models.bert import MaskedLM
@@ -187,7 +188,7 @@ def test_export_loads_as_both_classes_in_a_fresh_process_and_predict_fills_masks
     script = (
         "import json, sys, torch, transformers\n"
         "tokenizer = transformers.AutoTokenizer.from_pretrained(sys.argv[1])\n"
-        "ids = tokenizer('the old [MASK] watched the river', return_tensors='pt', split_special_tokens=False)\n"
+        "ids = tokenizer('the old [MASK] watched the river', return_tensors='pt')\n"
         "pretraining = transformers.BertForPreTraining.from_pretrained(sys.argv[1]).eval()(**ids)\n"
         "masked = transformers.AutoModelForMaskedLM.from_pretrained(sys.argv[1]).eval()(**ids)\n"
         "assert torch.allclose(pretraining.prediction_logits, masked.logits, atol=1e-6)\n"
@@ -200,7 +201,7 @@ def test_export_loads_as_both_classes_in_a_fresh_process_and_predict_fills_masks
     tokens, probabilities = json.loads(result.stdout)
     text = "the old [MASK] watched the river"
     cli("predict", "--config", bert, "--ckpt_path", "last", "--data.texts", text, "--model.candidates", 3)
-    (row,) = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
+    (row,) = [json.loads(line) for line in (evaluation(run) / "predictions.jsonl").read_text().splitlines()]
     assert [c["token"] for c in row["masks"][0]] == tokens
     assert [c["probability"] for c in row["masks"][0]] == pytest.approx(probabilities, abs=1e-5)
 

@@ -10,6 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 import yaml
+from conftest import evaluation
 from processes import Runs
 
 from lm_lightning import sharded_checkpoint
@@ -292,8 +293,7 @@ def test_sharded_network_generates_predicts_and_is_exported(runs, recipe, cli):
     assert checkpoint.is_dir()
     flags = {name: ("predict", *recipe("gpt2", *FLAGS[name])[1:], "--ckpt_path", checkpoint) for name in names}
     runs({f"{name}_predict": (*f, "--trainer.devices", 1 if name == "one" else 2) for name, f in flags.items()})
-    # a checkpoint is measured in its own run's folder, so that the last of these has left its predictions
-    text = (runs.folder / "split_gpt2" / "predictions.jsonl").read_text()
+    text = (evaluation(runs.folder / "split_gpt2") / "predictions.jsonl").read_text()
     rows = [json.loads(line) for line in text.splitlines()]
     assert [row["id"] for row in rows] == list(range(len(rows))) and len(rows) > 10
 
