@@ -258,8 +258,8 @@ def model_card(saved: dict[str, Any], skeleton: transformers.PreTrainedModel) ->
         imports.append("BitsAndBytesConfig")
         hint = (
             f"\nThe base was quantized by bitsandbytes ({lora.base}) in training. Load the adapter on the base "
-            "quantized in the same way, as here: on the whole base, or on one quantized in another way, its outputs are others "
-            "than those that were trained and measured.\n"
+            "quantized in the same way, as here: on the whole base, or on one quantized in another way, its outputs "
+            "differ from those that were trained and measured.\n"
         )
     base = json.dumps(saved["pretrained"])
     arguments = ",\n    ".join([base, *options])
