@@ -210,7 +210,7 @@ class TaggingData(LabelledData):
                 continue
             labels = self.labels_in(row)
             if len(labels) != len(words):
-                raise UserError(f"{row.where}: there are {len(words)} words, but {len(labels)} labels: mend the row")
+                raise UserError(f"{row.where}: there are {len(words)} words, but {len(labels)} labels: fix the row")
             example["targets"] = self.targets(row, labels)
         self.report_words(split, examples, sentences)
         return Examples(examples, self.seed if split == "train" else None)
