@@ -6,19 +6,28 @@ asked for an answer first, once per process: `from_pretrained(name, local_files_
 
 import contextlib
 import functools
+import logging
 import os
 import socket
-import sys
 import textwrap
 import threading
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from lm_lightning.errors import UserError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
 TIMEOUT = 3.0  # seconds the Hub has to answer
+TRUST = "LM_LIGHTNING_TRUST_REMOTE_CODE"  # environment variable, which all processes of a run inherit
+
+
+def trust_remote_code() -> bool:
+    """Whether Python code in model folders may be run: only if the command line has `--trust_remote_code true`."""
+    return os.environ.get(TRUST) == "1"
 
 
 def local_only(name: str) -> bool:
@@ -41,7 +50,28 @@ def explain(name: str, error: Exception) -> UserError:
             f"{name!r} is neither a folder here nor in the local Hub cache, and {why}: "
             "give a local folder or try again with a network"
         )
+    if "trust_remote_code" in str(error):
+        return UserError(
+            f"{name!r} is a model or tokenizer with Python code of its own, which is not run: read that code, and if "
+            "you trust it, add --trust_remote_code true to the command"
+        )
     return UserError(f"{name!r} cannot be loaded: {textwrap.shorten(str(error), 300) or type(error).__name__}")
+
+
+def config(name: str) -> "PreTrainedConfig":
+    """The config of a model folder or Hub name.
+
+    Raises:
+        UserError: If there is none, it is damaged, or it needs code that is not trusted.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(
+            name, local_files_only=local_only(name), trust_remote_code=trust_remote_code()
+        )
+    except Exception as error:  # of damaged files, transformers raises anything
+        raise explain(name, error) from error
 
 
 def load(auto_class: Any, name: str, unused: tuple[str, ...] = (), **settings: Any) -> Any:
@@ -58,8 +88,8 @@ def load(auto_class: Any, name: str, unused: tuple[str, ...] = (), **settings: A
     """
     settings |= {"local_files_only": local_only(name), "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
-        network, info = auto_class.from_pretrained(name, **settings)
-    except (OSError, ValueError) as error:
+        network, info = auto_class.from_pretrained(name, trust_remote_code=trust_remote_code(), **settings)
+    except Exception as error:  # of damaged files, transformers raises anything
         raise explain(name, error) from error
     missing = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
     if missing := {key for key in missing if not key.startswith(unused)}:
@@ -78,11 +108,21 @@ def untrained(name: str, network: Any, missing: list[str]) -> UserError:
 
 
 def quiet() -> None:
-    """Switches off the progress bars of `transformers` where there is no terminal to see them."""
-    if not sys.stderr.isatty():
-        from transformers.utils import logging
+    """Switches off what `transformers` prints when it loads or writes weights: progress bars and a table of tensors.
 
-        logging.disable_progress_bar()
+    What that table says (which tensors are new) is reported in one line where it matters.
+    """
+    from transformers.utils.logging import disable_progress_bar, get_logger
+
+    disable_progress_bar()
+    logger = get_logger("transformers.modeling_utils")
+    if no_load_report not in logger.filters:
+        logger.addFilter(no_load_report)
+
+
+def no_load_report(record: logging.LogRecord) -> bool:
+    """A filter of log records."""
+    return "LOAD REPORT" not in record.getMessage()
 
 
 def _is_path(name: str) -> bool:
