@@ -402,10 +402,13 @@ def test_tasks_keep_their_metrics(cli, tmp_path: Path, data: str, model: str, mo
 @traced
 def test_masked_language_models_have_the_same_loss_in_onnx(fit, cli, recipe: Path, tmp_path: Path):
     pytest.importorskip("onnxruntime")
-    network = json.dumps({"model_type": "bert", "max_position_embeddings": 64} | SIZES["bert"])
-    flags = ("--model.class_path", "MaskedLM", "--model.network", network, "--data.class_path", "MaskedData")
-    wordpiece = ("--data.tokenizer.algorithm", "wordpiece", "--data.next_sentence", "false")
-    run = fit(*flags, *wordpiece)
+    content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    content["model"]["class_path"], content["data"]["class_path"] = "MaskedLM", "MaskedData"
+    content["model"]["init_args"]["network"] = {"model_type": "bert", "max_position_embeddings": 64} | SIZES["bert"]
+    content["data"]["init_args"]["tokenizer"]["algorithm"] = "wordpiece"
+    content["data"]["init_args"]["next_sentence"] = False
+    recipe.write_text(yaml.safe_dump(content), encoding="utf-8")
+    run = fit()
     cli("compress", run, "--recipe", "onnx", "--seconds", 0.05, "--tokens", 16)
     with open(run / "compressed" / "compression.csv", newline="") as file:
         none, onnx = csv.DictReader(file)
