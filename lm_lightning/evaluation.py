@@ -10,14 +10,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Optional
 
-import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lm_lightning import run as runs
-from lm_lightning import settings
+from lm_lightning import saving, settings
 from lm_lightning.commands.export import default_checkpoint
 from lm_lightning.errors import UserError
+from lm_lightning.files import write_text
+from lm_lightning.redaction import redact
 
 COMMANDS = ("validate", "test", "predict")
 RECORD = "evaluation.json"
@@ -118,7 +119,7 @@ def configure(config: Any, run: Path) -> str:
     Raises:
         UserError: If there are none.
     """
-    saved = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    saved = settings.read(str(run / "config.yaml"))
     saved_model, saved_data = (saved[part].get("init_args") or {} for part in ("model", "data"))
     data, model = options_of(config, "data"), options_of(config, "model")
     tokenizer = data.get("tokenizer")
@@ -179,7 +180,7 @@ class Evaluation(Callback):
         if not trainer.is_global_zero or trainer.fast_dev_run:
             return
         folder, command = Path(trainer.default_root_dir), trainer.state.fn.value if trainer.state.fn else ""
-        self.parser.save(self.config, folder / "config.yaml", skip_unset=False, overwrite=True)
+        saving.write(self.parser, self.config, folder / "config.yaml")
         self.record = {
             "command": command,
             **self.record,
@@ -210,6 +211,4 @@ class Evaluation(Callback):
     def write(self, trainer: Trainer) -> None:
         """Writes the record, which is whole whenever the process is killed."""
         file = Path(trainer.default_root_dir) / RECORD
-        partial = file.with_name(file.name + ".partial")
-        partial.write_text(json.dumps(self.record, indent=2, ensure_ascii=False), encoding="utf-8")
-        partial.replace(file)
+        write_text(file, json.dumps(redact(self.record), indent=2, ensure_ascii=False))

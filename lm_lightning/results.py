@@ -1,11 +1,12 @@
 """Results: how often labels were right in; tables and a picture in the run folder out, written at each evaluation."""
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
+
+from lm_lightning import files
 
 DRAWN = 60  # labels; a picture of more could not be read
 
@@ -51,16 +52,13 @@ def write(results: Sequence[Any], title: str, folder: Path) -> None:
         title: What they are of.
         folder: Is there.
     """
-    with open(folder / "results.csv", "w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file)
-        table.writerow(results[0]._fields)
-        table.writerows(results)
+    files.write_csv(folder / "results.csv", [results[0]._fields, *results])
     names = [name.replace("f1", "F1").replace("_", " ") for name in results[0]._fields]
     lines = [f"{title}\n", f"| {' | '.join(names)} |", "|---|" + "--:|" * (len(names) - 1)]
     for name, *shares, rows in results:
         label = " ".join(name.replace("|", "\\|").split())
         lines.append(f"| {' | '.join([label, *(f'{share:.3f}' for share in shares), f'{rows:,}'])} |")
-    (folder / "results.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    files.write_text(folder / "results.md", "\n".join(lines) + "\n")
 
 
 def write_confusion(confusion: Tensor, labels: list[str], title: str, folder: Path) -> None:
@@ -72,10 +70,8 @@ def write_confusion(confusion: Tensor, labels: list[str], title: str, folder: Pa
         title: Over the picture, which is drawn where matplotlib is installed.
         folder: Is there.
     """
-    with open(folder / "confusion.csv", "w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file)
-        table.writerow(["right \\ told", *labels])
-        table.writerows([label, *row] for label, row in zip(labels, confusion.tolist()))
+    rows = [[label, *row] for label, row in zip(labels, confusion.tolist())]
+    files.write_csv(folder / "confusion.csv", [["right \\ told", *labels], *rows])
     if len(labels) > DRAWN:
         return
     try:
@@ -97,4 +93,4 @@ def write_confusion(confusion: Tensor, labels: list[str], title: str, folder: Pa
         for j, count in enumerate(row):
             colour = "white" if shares[i, j] > 0.5 else "black"
             axes.text(j, i, f"{count:,}", ha="center", va="center", color=colour)
-    figure.savefig(folder / "confusion.png", dpi=120)
+    files.write_picture(folder / "confusion.png", figure)

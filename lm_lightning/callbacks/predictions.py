@@ -9,6 +9,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 
+from lm_lightning.files import remove, replacing
+
 TABLE_ROWS = 10_000  # which W&B shows of a table
 
 
@@ -26,7 +28,9 @@ class Predictions(Callback):
         return Path(trainer.default_root_dir) / f"predictions.{rank}.jsonl"
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.file = open(self.part(trainer, trainer.global_rank), "w", encoding="utf-8")  # noqa: SIM115 (see the end)
+        part = self.part(trainer, trainer.global_rank)
+        remove(part)
+        self.file = open(part, "x", encoding="utf-8")  # noqa: SIM115 (see the end)
 
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: list[dict], *_: Any, **__: Any
@@ -47,7 +51,8 @@ class Predictions(Callback):
         }
         rows = pl_module.join_predictions([json.loads(lines[sample]) for sample in sorted(lines)])
         file = Path(trainer.default_root_dir) / "predictions.jsonl"
-        file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        with replacing(file) as stream:
+            stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         for part in parts:
             part.unlink()
         print(f"predictions: {file}")
@@ -89,7 +94,7 @@ def beside(inputs: Sequence[Mapping[str, Any]], table: list[dict[str, Any]]) -> 
 
 def write_table(table: list[dict[str, Any]], file: Path) -> None:
     """Writes rows as CSV; columns that a row lacks are empty in it."""
-    with open(file, "w", newline="", encoding="utf-8") as stream:
+    with replacing(file, newline="") as stream:
         writer = csv.DictWriter(stream, list(dict.fromkeys(column for row in table for column in row)))
         writer.writeheader()
         writer.writerows(table)

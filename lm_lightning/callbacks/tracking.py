@@ -3,11 +3,14 @@
 import csv
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Optional
 
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
+
+from lm_lightning.files import replacing
 
 
 class MetricsFile(CSVLogger):
@@ -43,6 +46,9 @@ class Rows(ExperimentWriter):
                 self.earlier = [row for row in rows if (row.get("step") or "").isdigit()]  # a kill may cut the last
                 self.metrics_keys = list(rows.fieldnames or []) if self.earlier else []
 
+        if not self.earlier and os.path.islink(self.metrics_file_path):  # which would be written through
+            os.remove(self.metrics_file_path)
+
     def _check_log_dir_exists(self) -> None:
         """Lightning removes the file here, though the resume may yet be refused, or the run be killed."""
 
@@ -67,12 +73,10 @@ class Rows(ExperimentWriter):
 
     def rewrite(self, rows: list[dict[str, Any]]) -> None:
         """Replaces the file by one of these rows."""
-        partial = f"{self.metrics_file_path}.partial"
-        with open(partial, "w", newline="", encoding="utf-8") as file:
+        with replacing(Path(self.metrics_file_path), newline="") as file:
             writer = csv.DictWriter(file, self.metrics_keys)
             writer.writeheader()
             writer.writerows(rows)
-        os.replace(partial, self.metrics_file_path)
 
 
 def is_validation(row: Mapping[str, Any]) -> bool:

@@ -19,6 +19,7 @@ from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
 from lm_lightning.errors import UserError
+from lm_lightning.files import write_text
 from lm_lightning.redaction import redacted_command_line
 from lm_lightning.run import PLACEHOLDER, TRAINING, load_checkpoint
 
@@ -114,7 +115,7 @@ class WandbRun(WandbLogger):
         file = self.folder / "id"
         if "WANDB_RUN_ID" in os.environ or not file.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
-            file.write_text(os.environ.get("WANDB_RUN_ID") or secrets.token_hex(5), encoding="utf-8")
+            write_text(file, os.environ.get("WANDB_RUN_ID") or secrets.token_hex(5))
         return file.read_text(encoding="utf-8")
 
     def mode(self) -> str:

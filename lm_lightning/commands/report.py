@@ -16,7 +16,9 @@ from typing import Any, Literal, Optional
 
 from lm_lightning.commands.history import Points, Run, read
 from lm_lightning.errors import UserError
+from lm_lightning.files import write_text
 from lm_lightning.run import run_folder
+from lm_lightning.untrusted import refuse_links
 
 POINTS = 1000  # of a curve, at most
 MEANS = 100  # of a curve that needs them to be read, which are those in NOISY
@@ -376,10 +378,8 @@ def write(folders: Sequence[Path], output: Path) -> None:
         UserError: If one is no run folder, or the file cannot be written.
     """
     content = page([read(folder) for folder in folders])
-    partial = output.with_name(output.name + ".partial")
     try:
-        partial.write_text(content, encoding="utf-8")
-        partial.replace(output)
+        write_text(output, content)
     except OSError as error:
         raise UserError(f"the report {output} cannot be written ({error.strerror}): name another --output") from error
 
@@ -402,6 +402,8 @@ def main() -> None:
     )
     given = parser.parse_args(sys.argv[2:])
     folders = [run_folder(run) for run in given.runs]
+    for folder in folders:
+        refuse_links(folder)
     output = Path(given.output or (folders[0] if len(folders) == 1 else Path()) / "report.html")
     write(folders, output)
     print(output)
