@@ -19,6 +19,7 @@ from lm_lightning.commands.export import default_checkpoint
 from lm_lightning.errors import UserError
 from lm_lightning.files import write_text
 from lm_lightning.redaction import redact
+from lm_lightning.untrusted import read_json
 
 COMMANDS = ("validate", "test", "predict")
 RECORD = "evaluation.json"
@@ -57,8 +58,8 @@ def of_config(config: Any, name: str) -> Optional[Path]:
         UserError: If there is no such checkpoint.
     """
     if record := record_of(config.config):
-        run = json.loads(record.read_text(encoding="utf-8"))["run"]
-        return run and Path(run)
+        run = read_json(record).get("run")
+        return Path(run) if isinstance(run, str) and run else None
     if config.ckpt_path is not None:
         return runs.run_of(checkpoint_of(config.ckpt_path, None, config.runs_dir, name))
     pretrained = options_of(config, "model").get("pretrained")
@@ -172,7 +173,9 @@ class Evaluation(Callback):
     def __init__(self, parser: LightningArgumentParser, config: Any, run: Optional[Path], weights: str) -> None:
         self.parser, self.config = parser, config
         about = Path(weights) / runs.TRAINING  # of a run's model/: which checkpoint it is
-        self.about = json.loads(about.read_text(encoding="utf-8")) if weights and about.is_file() else None
+        self.about = read_json(about) if weights and about.is_file() else None
+        if self.about is not None and not isinstance(self.about.get("step"), int):
+            raise UserError(f"{about} names no step: it is damaged, remove it")
         self.record: dict[str, Any] = {"run": run and str(run), "weights": weights, "model": self.about}
 
     def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -206,7 +209,9 @@ class Evaluation(Callback):
     def weights(self) -> str:
         """Where the weights are from, for the screen."""
         where = self.record["weights"]
-        return f"{where} ({self.about['checkpoint']} checkpoint, step {self.about['step']:,})" if self.about else where
+        return (
+            f"{where} ({self.about.get('checkpoint')} checkpoint, step {self.about['step']:,})" if self.about else where
+        )
 
     def write(self, trainer: Trainer) -> None:
         """Writes the record, which is whole whenever the process is killed."""

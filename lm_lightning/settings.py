@@ -17,7 +17,7 @@ from lm_lightning.redaction import remember
 SECTIONS = ("model", "data", "trainer", "best", "last")
 KINDS = ("class_path", "model_type")  # what else a mapping has belongs to the value of these
 SPEC = {"class_path", "init_args", "dict_kwargs"}
-LARGEST = 1_000_000  # values in a file, aliases written out
+LARGEST = 10_000_000  # characters of a file, its aliases written out, where each value counts 10 more
 DEEPEST = 100  # levels
 
 
@@ -119,13 +119,14 @@ def refuse_expanding(root: yaml.Node) -> None:
         parts = [part for pair in parts for part in pair] if isinstance(node, yaml.MappingNode) else parts
         if counted:
             of_parts = [known[id(part)] or (1, 1) for part in parts]
-            size, depth = 1 + sum(size for size, _ in of_parts), 1 + max((depth for _, depth in of_parts), default=0)
-            if size > LARGEST or depth > DEEPEST:
-                problem = (
-                    f"it is nested more than {DEEPEST} levels deep"
-                    if depth > DEEPEST
-                    else (f"with its aliases (*) written out, it has more than {LARGEST:,} values")
-                )
+            length = len(node.value) if isinstance(node, yaml.ScalarNode) else 0
+            size = 10 + length + sum(size for size, _ in of_parts)
+            depth = 1 + max([0, *(depth for _, depth in of_parts)])
+            if depth > DEEPEST:
+                problem = f"it is nested more than {DEEPEST} levels deep"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+            if size > LARGEST:
+                problem = f"with its aliases (*) written out, it has more than {LARGEST:,} characters"
                 raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
             known[id(node)] = size, depth
         elif id(node) not in known:
@@ -193,6 +194,8 @@ def read(file: str) -> dict[str, Any]:
             + (f": did you mean {path.parent / close[0]}?" if close else f"; there are {names(near)}" if near else "")
         )
     try:
+        if path.stat().st_size > LARGEST:
+            raise UserError(f"the config {file} has more than {LARGEST:,} bytes: is it a config?")
         content = load(path.read_text(encoding="utf-8-sig"))
         remember(content)
     except (OSError, UnicodeDecodeError) as error:

@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 
+from lm_lightning.errors import UserError
 from lm_lightning.files import replacing
 
 
@@ -43,7 +44,10 @@ class Rows(ExperimentWriter):
         if os.path.exists(self.metrics_file_path):
             with open(self.metrics_file_path, newline="", encoding="utf-8") as file:
                 rows = csv.DictReader(file)
-                self.earlier = [row for row in rows if (row.get("step") or "").isdigit()]  # a kill may cut the last
+                try:  # a kill may cut the last
+                    self.earlier = [row for row in rows if (row.get("step") or "").isdecimal()]
+                except (csv.Error, ValueError) as error:
+                    raise UserError(f"{self.metrics_file_path} cannot be continued ({error}): move it away") from error
                 self.metrics_keys = list(rows.fieldnames or []) if self.earlier else []
 
         if not self.earlier and os.path.islink(self.metrics_file_path):  # which would be written through

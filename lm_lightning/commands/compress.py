@@ -182,7 +182,7 @@ class Table:
     def __init__(self, folder: Path, made_of: dict[str, Any]) -> None:
         self.path, self.made_of = folder / "compression.json", json.loads(json.dumps(made_of))
         self.rows: dict[str, Row] = {}
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             saved = json.loads(self.path.read_text(encoding="utf-8"))
             if saved["made_of"] == self.made_of and not saved["complete"]:
                 self.rows = {row["recipe"]: Row(**(row | {"error": ""})) for row in saved["rows"]}
