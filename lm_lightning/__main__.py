@@ -1,6 +1,7 @@
 """`python -m lm_lightning COMMAND ...`: hands the command line to the command that owns it."""
 
 import argparse
+import difflib
 import importlib
 import logging
 import multiprocessing
@@ -10,7 +11,8 @@ import signal
 import sys
 
 from lm_lightning import console
-from lm_lightning.errors import UserError, first_process, of_command_line
+from lm_lightning.errors import UserError, first_process
+from lm_lightning.explain import of_command_line, program
 from lm_lightning.processes import end_with_parent
 from lm_lightning.redaction import scrub
 
@@ -45,13 +47,17 @@ def main() -> None:
     end_with_parent()
     command = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if command in ("-h", "--help"):
-        print("usage: python -m lm_lightning COMMAND [OPTIONS]\n\ncommands (each has its --help):")
+        print(f"usage: {program()} COMMAND [OPTIONS]\n\ncommands (each has its --help):")
         for name, (_, summary) in COMMANDS.items():
             print(f"  {name:10}{summary}")
         return
     try:
         if command not in COMMANDS:
-            raise UserError(f"there is no command {command}; the commands are {', '.join(COMMANDS)}")
+            if command.startswith("-"):
+                raise UserError(f"the command comes first: {program('fit')} --config FILE")
+            close = difflib.get_close_matches(command, COMMANDS, n=1)
+            there = f"did you mean {close[0]}?" if close else f"the commands are {', '.join(COMMANDS)}"
+            raise UserError(f"there is no command {command}: {there}")
         # asked for, so that the tokenizers library does not warn of the loader's forks
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         # of kernels for GPUs that are not here, at each import, and of casts, at each layer

@@ -174,6 +174,16 @@ class Checkpoints(ModelCheckpoint):
         super().__init__(filename=filename, monitor=monitor, save_top_k=save_top_k, mode=mode or "min", **options)
         self.given_mode = mode
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        worst_first = sorted(self.best_k_models, key=lambda path: self.best_k_models[path], reverse=self.mode == "min")
+        for path in worst_first[: -self.save_top_k] if self.save_top_k > 0 else ():  # the resumed run kept more of them
+            del self.best_k_models[path]
+            trainer.strategy.remove_checkpoint(path)
+        if self.best_k_models:
+            self.kth_best_model_path = next(path for path in worst_first if path in self.best_k_models)
+            self.kth_value = self.best_k_models[self.kth_best_model_path]
+
     def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
         """Lightning saves here, before the step is logged, and amid accumulation."""
 
@@ -217,6 +227,11 @@ class Checkpoints(ModelCheckpoint):
             if str(self.monitor).startswith("val/"):
                 metrics.pop(self.monitor, None)  # so it waits for the next validation
         return metrics
+
+    def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        # Lightning fails here if an epoch or the run ends at a step that was not validated.
+        if self.monitor is None or self.monitor in monitor_candidates:
+            super()._save_topk_checkpoint(trainer, monitor_candidates)
 
     def check_monitor_top_k(self, trainer: Trainer, current: Optional[Tensor] = None) -> bool:
         """Whether a score is one of the best; one that is not finite never is."""

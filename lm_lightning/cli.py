@@ -1,31 +1,40 @@
 """The LightningCLI: options in, a run folder, a trainer and its parts out."""
 
+import ast
 import contextlib
 import dataclasses
 import inspect
 import json
+import linecache
 import logging
+import os
 import pydoc
 import shutil
 import sys
+import traceback
 import typing
 import warnings
+from argparse import ArgumentError
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Optional
 
+import lightning
 import torch
 import yaml
+from jsonargparse import Namespace
 from lightning.fabric.plugins import CheckpointIO
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lm_lightning import hub, settings, strategies
+from lm_lightning import evaluation, explain, guide, hub, saving, settings, strategies
 from lm_lightning import run as runs
 from lm_lightning.callbacks.distillation import Distillation  # noqa: F401 (imported, so that its short name works)
+from lm_lightning.callbacks.ending import Ending, check_after_validation
 from lm_lightning.callbacks.export import Export, Weights
 from lm_lightning.callbacks.gradients import Gradients  # noqa: F401
 from lm_lightning.callbacks.monitors import Monitors
@@ -81,6 +90,15 @@ TRAINER_DEFAULTS = {
         },
     ],
 }
+TRAINER_HELP = {  # where we differ from Lightning, or it says too little
+    "trainer.val_check_interval": "How often to validate: a float is a share of the epoch, an int a number of "
+    "optimizer steps (Lightning: of micro-batches), which are counted from the start of each epoch, or, with "
+    "--trainer.check_val_every_n_epoch null, over all epochs. The last step is always validated.",
+    "trainer.limit_train_batches": "Micro-batches of an epoch, or its share of the data (a float). The next epoch "
+    "continues with the samples that follow.",
+    "trainer.overfit_batches": "Trains on the same first micro-batches (an int, or a float: a share) in each epoch, in "
+    "the same order, and validates on as many batches of the validation split.",
+}
 EXPECTED_WARNINGS = (
     "Experiment logs directory",  # MetricsFile goes on with what is there
     "Checkpoint directory .* exists and is not empty",  # so it is on a resume
@@ -100,6 +118,11 @@ class OptionParser(LightningArgumentParser):
 
     def __init__(self, *args: Any, allow_abbrev: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, allow_abbrev=allow_abbrev, **kwargs)
+
+    def parse_args(self, args: Any = None, *more: Any, **kwargs: Any) -> Any:  # noqa: D102
+        if getattr(self, "_inner_parser", False) and args and len(args) == 1:  # an option of a class
+            args = [as_yaml(args[0])]
+        return super().parse_args(args, *more, **kwargs)
 
     def add_class_arguments(self, theclass: type, *args: Any, **kwargs: Any) -> list[str]:  # noqa: D102
         added = super().add_class_arguments(theclass, *args, **kwargs)
@@ -133,7 +156,8 @@ class CLI(LightningCLI):
             seed_everything_default=1,
             auto_configure_optimizers=False,
             parser_class=OptionParser,
-            parser_kwargs={"prog": "lm_lightning", "exit_on_error": False},
+            parser_kwargs={"prog": explain.program(), "exit_on_error": False, "formatter_class": guide.Help}
+            | guide.of_commands(LanguageModule, LightningDataModule),
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -150,6 +174,8 @@ class CLI(LightningCLI):
             help="Whose weights model/ gets when training has ended: those of the best checkpoint by best.monitor, or "
             "those of the last step.",
         )
+        for action in parser._actions:
+            action.help = TRAINER_HELP.get(action.dest, action.help)
         parser.add_lightning_class_args(Checkpoints, "best")
         parser.set_defaults({f"best.{k}": v for k, v in CHECKPOINTS.items()})
         parser.set_defaults({"best.filename": "best"})
@@ -158,16 +184,46 @@ class CLI(LightningCLI):
         parser.set_defaults({"last.filename": "last"})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parses config files first, in their order, and then all flags."""
-        args = sys.argv[1:] if args is None else args
-        options, files, flags = settings.layered(args[1:])
+        """Parses config files first, in their order, and then all flags; of an evaluation of a run, its config first.
+
+        `evaluated` is then the run folder.
+        """
+        self.evaluated: Optional[Path] = None
+        self.arguments: list[str] = []
+        if isinstance(args, (dict, Namespace)):  # settings that are given in Python
+            return super().parse_arguments(parser, args)
+        self.arguments = list(sys.argv[1:] if args is None else args)
+        self.evaluated, arguments = evaluation.of_arguments(self.arguments)
+        config = self.parse(parser, arguments)
+        if self.config.subcommand not in evaluation.COMMANDS or self.evaluated is not None:
+            return
+        self.evaluated = evaluation.of_config(config, name_of(config))
+        if self.evaluated is None or evaluation.record_of(config.config):
+            return
+        own = self.parse(parser, evaluation.with_config_of(self.evaluated, self.arguments))
+        if different := [
+            *evaluation.differences(config.model, own.model, "model"),
+            *evaluation.differences(config.data, own.data, "data"),
+        ]:
+            given = ", ".join(config.config or [])
+            print(f"settings: those of {self.evaluated}/config.yaml, not of {given}: {', '.join(sorted(different))}")
+
+    def parse(self, parser: LightningArgumentParser, arguments: list[str]) -> Any:
+        """Sets `config`, and returns that of the subcommand."""
+        options, files, flags = settings.layered(arguments[1:])
         try:
-            self.config = parser.parse_args([*args[:1], *settings.as_argument(options), *flags])
+            self.config = parser.parse_args([*arguments[:1], *settings.as_argument(options), *flags])
         except ValueError as error:  # not even a name of a file, which an option's value may be
             raise UserError(f"an option's value cannot be read: {error}") from error
+        except ArgumentError as error:
+            names = explain.flags_of(self._parser(arguments[0]))
+            for section in ("model", "data"):
+                names += explain.options_of(chosen_class(section, options, flags), section)
+            raise explain.of_command_line(error, arguments, names) from error
         own = self.config[self.config.subcommand]
         settings.report_replaced(options, own)
         own.config = files  # the first one names the run
+        return own
 
     def _parse_ckpt_path(self) -> None:
         """Checks the settings; Lightning would put those of a checkpoint over the command line's here."""
@@ -175,52 +231,91 @@ class CLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
-        config.name = name = config.name or (Path(config.config[0]).stem if config.config else "run")
-        pretrained, options = config.model.init_args.get("pretrained"), config.data.init_args
-        if pretrained is not None and "tables" in options and options.tokenizer.path is None:  # labelled data
-            options.tokenizer.path = str(runs.model_folder(pretrained)) if Path(pretrained).is_dir() else pretrained
+        config.name = name = name_of(config)
         if config.best.monitor is None:
             model_class: Any = pydoc.locate(str(config.model.class_path))
-            config.best.monitor = f"val/{model_class.main_metric(options)}"
-        run = None
+            config.best.monitor = f"val/{model_class.main_metric(config.data.init_args)}"
         if config.trainer.logger is True:
             config.trainer.logger = self._parser(self.subcommand).get_defaults().trainer.logger
         loggers = as_list(config.trainer.logger)
         if self.subcommand != "fit":
             # Results are logged to a run of W&B; the other loggers would continue the files of the training.
             loggers = [logger for logger in loggers if logger.class_path.endswith(WandbRun.__name__)]
-            if config.ckpt_path is None and not config.model.init_args.get("pretrained"):
-                raise UserError(
-                    f"{self.subcommand} of new weights says nothing: give --ckpt_path last, or a checkpoint"
-                )
         config.trainer.logger = loggers or False
-        if config.ckpt_path is not None:
-            last, best = config.ckpt_path == "last", config.ckpt_path == "best"
-            checkpoint = runs.last_checkpoint(config.runs_dir, name) if last or best else Path(config.ckpt_path)
-            if best or (checkpoint.name == "best.ckpt" and not checkpoint.exists()):
-                checkpoint = runs.best_checkpoint(checkpoint.parent)
+        run, weights = self.evaluated, ""
+        if self.subcommand != "fit":
+            weights = self.evaluated_weights(config)
+        elif config.ckpt_path is not None:
+            checkpoint = evaluation.checkpoint_of(config.ckpt_path, None, config.runs_dir, name)
             runs.load_checkpoint(checkpoint, weights=False)
-            config.ckpt_path = str(checkpoint.absolute())
-            # An earlier state than the last goes on in a folder of its own: what came after it stays.
-            same = self.subcommand != "fit" or last or checkpoint.name == "last.ckpt"
+            # An earlier state than the last starts a run folder of its own, and so does another name or folder.
+            same = config.ckpt_path == "last" or checkpoint.name == "last.ckpt"
             run = runs.run_of(checkpoint) if same else None
-        run = run or runs.new_run(config.runs_dir, name)
+            run = None if run is not None and self.elsewhere(run) else run
+            config.ckpt_path = str(checkpoint.absolute())
+        pretrained, options = config.model.init_args.get("pretrained"), config.data.init_args
+        trains_none = "tables" in options or self.subcommand != "fit"
+        if pretrained and trains_none and hasattr(options.get("tokenizer"), "path") and options.tokenizer.path is None:
+            options.tokenizer.path = runs.folder_of(pretrained, "tokenizer")
         config.weights_only = True  # of what a checkpoint holds, nothing is run
         xla.choose_accelerator(config.trainer)
         if config.trainer.precision is None:
             config.trainer.precision = best_precision(config.trainer.accelerator)
-        self.run_folder, self.checkpoint = run, config.ckpt_path
+        self.checkpoint = config.ckpt_path
         self.reusable_config = config.clone()  # with `<run>` in it, it can be run again
-        self.reusable_config.ckpt_path = None
-        self.config[self.subcommand] = fill_in(config, str(run))
+        if self.subcommand == "fit":
+            self.reusable_config.ckpt_path = None
+            self.reusable_config = saving.checked(self._parser("fit"), self.reusable_config)
+            self.run_folder = run or runs.new_run(runs.runs_of(config.runs_dir, name))
+        else:
+            parent, logs = runs.runs_of(config.runs_dir, name), None
+            if run is not None and not self.elsewhere(run):
+                parent, logs = run / "evaluations", run
+            self.run_folder = runs.new_run(parent, f"-{self.subcommand}")
+            config.trainer.logger = fill_in(config.trainer.logger, str(logs or self.run_folder))
+        self.record = evaluation.Evaluation(self._parser(self.subcommand), self.reusable_config, run, weights)
+        interval = config.trainer.val_check_interval
+        if isinstance(interval, int) or (isinstance(interval, float) and interval > 1):
+            # Steps everywhere, as trainer.max_steps; Lightning counts micro-batches here.
+            config.trainer.val_check_interval = interval * config.trainer.accumulate_grad_batches
+        self.config[self.subcommand] = fill_in(config, str(self.run_folder))
+
+    def evaluated_weights(self, config: Any) -> str:
+        """What an evaluation loads; sets the weights and the tokenizer where these are those of a run."""
+        if self.evaluated is not None and not evaluation.record_of(config.config):
+            weights = evaluation.configure(config, self.evaluated)
+        elif config.ckpt_path is not None:
+            weights = config.ckpt_path = str(Path(config.ckpt_path).expanduser().absolute())
+        elif pretrained := config.model.init_args.get("pretrained"):
+            weights = pretrained
+        else:
+            raise UserError(
+                f"{self.subcommand} of new weights says nothing: give a run, as in `{self.subcommand} RUN`, "
+                "--ckpt_path last or a checkpoint, or --model.pretrained"
+            )
+        if config.ckpt_path is not None:
+            runs.load_checkpoint(Path(config.ckpt_path), weights=False)
+        return weights
+
+    def elsewhere(self, run: Path) -> bool:
+        """Whether the command line asks for another name or folder than those of a run."""
+        config = self.config[self.subcommand]
+        given = {argument.partition("=")[0] for argument in self.arguments}
+        return ("--name" in given and config.name != run.parent.name) or (
+            "--runs_dir" in given and Path(config.runs_dir).expanduser().resolve() != run.parent.parent.resolve()
+        )
 
     def after_instantiate_classes(self) -> None:
         trainer = self.trainer
-        self.model.from_checkpoint = self.checkpoint is not None  # (Lightning tells only after the data's setup)
+        # (Lightning tells of the checkpoint only after the data's setup)
+        self.model.from_checkpoint = self.checkpoint is not None
+        self.model.evaluated_checkpoint = None if self.subcommand == "fit" else self.checkpoint
         if trainer.is_global_zero:
-            print(f"run folder: {self.run_folder}")
+            print(f"{'run' if self.subcommand == 'fit' else 'evaluation'} folder: {self.run_folder}")
             print(f"device: {trainer.strategy.root_device} x {trainer.world_size}, precision: {trainer.precision}")
-            if self.checkpoint:
+            if self.subcommand != "fit":
+                print(f"weights: {self.record.weights()}")
+            elif self.checkpoint:
                 print(f"checkpoint: {self.checkpoint}")
 
     def instantiate_classes(self) -> None:
@@ -233,19 +328,14 @@ class CLI(LightningCLI):
                 cause = cause.__cause__ or cause.__context__
             raise cause or of_instance(error) from error
 
-    def after_fit(self) -> None:
-        if self.checkpoint is None or self.trainer.global_step > self.model.resumed_at or self.model.ended_early:
-            return
-        raise UserError(
-            f"there is nothing left to train: the checkpoint is at step {self.model.resumed_at}, the end of this "
-            "run: raise trainer.max_epochs or trainer.max_steps"
-        )
-
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         self.config[self.subcommand] = self.reusable_config  # for RunFolder; the classes are made already
         config = self.config_init[self.subcommand].trainer
         callbacks, plugins = as_list(config.callbacks), as_list(config.plugins)
-        extra = [Monitors(), Resuming(), Preemption(), Throughput(), Predictions(), Report()]
+        check_after_validation(callbacks)
+        extra = [Monitors(), Resuming(), Ending(), Preemption(), Throughput(), Predictions(), Report()]
+        if self.subcommand != "fit":
+            extra.append(self.record)
         if config.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             extra.append(RunProgress())
         if not any(isinstance(c, Spikes) for c in callbacks):
@@ -275,7 +365,7 @@ class RunFolder(SaveConfigCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Lightning would write here, before a checkpoint has had its say."""
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # nothing is left to refuse
         if not trainer.is_global_zero:
             return
         run = Path(trainer.default_root_dir)
@@ -293,6 +383,23 @@ class RunFolder(SaveConfigCallback):
         trainer.datamodule.tokenizer.save_pretrained(run / "tokenizer")
 
 
+def name_of(config: Any) -> str:
+    """The name of the experiment, which is that of the first config file by default."""
+    return config.name or (Path(config.config[0]).stem if config.config else "run")
+
+
+def chosen_class(section: str, options: dict[str, Any], flags: list[str]) -> Any:
+    """The class of the model or the data, as far as config files and flags say it, else the base of all."""
+    given = options.get(section)
+    name = given.get("class_path") if isinstance(given, dict) else None
+    for flag, value in zip(flags, [*flags[1:], ""]):
+        own, _, rest = flag.partition("=")
+        if own in (f"--{section}", f"--{section}.class_path"):
+            name = rest or value
+    base = LanguageModule if section == "model" else LightningDataModule
+    return explain.subclasses(base).get(str(name).rpartition(".")[2], base)
+
+
 def check(config: Any) -> None:
     """Refuses settings of the trainer that Lightning takes, or fails at, without a word."""
     targets = {"trainer": Trainer, "best": Checkpoints, "last": Checkpoints, "model": None, "data": None}
@@ -303,6 +410,7 @@ def check(config: Any) -> None:
     if pydoc.locate(str(config.data.get("class_path"))) in (None, LightningDataModule):
         raise UserError("data has no class_path: give one, such as PretrainingData or MaskedData")
     trainer = config.trainer
+    check_location(config)
     strategies.check_name(trainer.strategy)
     for name, value, least in (
         ("trainer.accumulate_grad_batches", trainer.accumulate_grad_batches, 1),
@@ -314,6 +422,46 @@ def check(config: Any) -> None:
             raise UserError(f"{name} is {value}, but must be {least} or more")
     if trainer.max_steps == 0 or trainer.max_steps < -1:
         raise UserError(f"trainer.max_steps is {trainer.max_steps}, but must be 1 or more, or -1 for no limit")
+    if trainer.max_epochs is not None and (trainer.max_epochs == 0 or trainer.max_epochs < -1):
+        raise UserError(f"trainer.max_epochs is {trainer.max_epochs}, but must be 1 or more, or -1 for no limit")
+    if trainer.check_val_every_n_epoch is not None and trainer.check_val_every_n_epoch < 1:
+        raise UserError(
+            f"trainer.check_val_every_n_epoch is {trainer.check_val_every_n_epoch}, but must be 1 or more, or null to "
+            "count trainer.val_check_interval over all epochs; --trainer.limit_val_batches 0 trains without validation"
+        )
+    if trainer.limit_train_batches == 0:
+        raise UserError("trainer.limit_train_batches is 0, but must be 1 or more, or a share of the data (0.1)")
+    if trainer.val_check_interval == 0:
+        raise UserError("trainer.val_check_interval is 0, but must be 1 or more steps, or a share of the epoch (0.5)")
+    check_slurm()
+
+
+def check_slurm() -> None:
+    """Refuses to start in an allocation of SLURM's, but without srun, where Lightning misses variables."""
+    if "TORCHELASTIC_RUN_ID" in os.environ or not SLURMEnvironment.detect():
+        return
+    if missing := [name for name in ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID") if name not in os.environ]:
+        raise UserError(
+            f"SLURM_NTASKS is set, so SLURM should have started this process, but {missing[0]} is not: start it with "
+            "srun, or to run without SLURM, with `env -u SLURM_NTASKS python -m lm_lightning ...`"
+        )
+
+
+def check_location(config: Any) -> None:
+    """Refuses options that would put a part of a run somewhere else than into its run folder."""
+    loggers = as_list(config.trainer.logger)
+    files = [own for own in loggers if str(getattr(own, "class_path", "")).endswith("MetricsFile")]
+    for name, value, default in [
+        ("trainer.default_root_dir", config.trainer.default_root_dir, TRAINER_DEFAULTS["default_root_dir"]),
+        ("best.dirpath", config.best.dirpath, CHECKPOINTS["dirpath"]),
+        ("last.dirpath", config.last.dirpath, CHECKPOINTS["dirpath"]),
+        *(("save_dir of MetricsFile", logger.init_args.save_dir, runs.PLACEHOLDER) for logger in files),
+    ]:
+        if str(value) != default:
+            raise UserError(
+                f"{name} is {value}, but a run has all its files in one folder, <runs_dir>/<name>/<time>: remove it, "
+                "and say where runs are with --runs_dir"
+            )
 
 
 def refuse_null(value: Any, name: str, target: Any) -> None:
@@ -336,6 +484,15 @@ def refuse_null(value: Any, name: str, target: Any) -> None:
             raise UserError(f"{name}.{key} is null, but must have a value: leave it out for its default")
         if hasattr(option, "items"):  # null within a network's settings is theirs to judge
             refuse_null(option, f"{name}.{key}", hint if dataclasses.is_dataclass(hint) else None)
+
+
+def as_yaml(argument: str) -> str:
+    """A flag whose value jsonargparse has read and written as Python does, such as `--path=None`, as YAML again."""
+    name, _, value = argument.partition("=")
+    if value == "None" or value[:1] in ("[", "{"):
+        with contextlib.suppress(ValueError, SyntaxError, RecursionError):
+            return f"{name}={json.dumps(ast.literal_eval(value))}"
+    return argument
 
 
 def as_list(value: Any) -> list:
@@ -373,7 +530,20 @@ def best_precision(accelerator: Any) -> str:
 
 def main() -> None:
     """Parses the command line and runs the subcommand."""
-    try:
-        CLI()
-    except MisconfigurationException as error:
-        raise UserError(" ".join(str(error).split())) from error
+    with runs.removed_if_refused():
+        try:
+            CLI()
+        except MisconfigurationException as error:
+            raise UserError(" ".join(str(error).split())) from error
+        except (ValueError, TypeError, RuntimeError) as error:
+            if not refused_by_lightning(error):
+                raise
+            raise UserError(f"Lightning refuses these settings: {' '.join(str(error).split())}") from error
+
+
+def refused_by_lightning(error: BaseException) -> bool:
+    """Whether an error is one that Lightning raises itself where it checks settings, and not a bug anywhere."""
+    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+    file = frame.f_code.co_filename
+    inside = Path(file).is_relative_to(Path(lightning.__file__).parent)
+    return inside and linecache.getline(file, line).strip().startswith("raise ")

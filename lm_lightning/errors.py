@@ -2,7 +2,6 @@
 
 import importlib
 import os
-import re
 from typing import Any
 
 
@@ -31,32 +30,6 @@ def package(name: str, what: str, extra: str) -> Any:
 def first_process() -> bool:
     """Whether this is the first process of a run; the others meet the same problems, and need not say so again."""
     return {os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID")} == {"0"}
-
-
-# Lines in which jsonargparse tells of its own inner life.
-NOISE = re.compile(
-    r"Does not validate|Subtypes:|Errors:|- Expected a <class 'NoneType'>|Given value|- Problems? with given class_path"
-)
-
-# What a class that an option names may lack, and the extra that brings it.
-MISSING = re.compile(r"(?:No module named '|import of )(bitsandbytes)\b")
-EXTRAS = {"bitsandbytes": "lora"}
-
-
-def of_command_line(error: Exception, arguments: list[str]) -> UserError:
-    """The sentence for a command line or a YAML file that the parser refused.
-
-    Args:
-        error: The parser's, of many lines.
-        arguments: The command and its arguments.
-    """
-    if missing := MISSING.search(str(error)):
-        return UserError(f'an option names a class of {missing[1]}: pip install -e ".[{EXTRAS[missing[1]]}]"')
-    text = " ".join(line.strip() for line in str(error).splitlines() if line.strip() and not NOISE.search(line))
-    files = [value for flag, value in zip(arguments, arguments[1:]) if flag in ("-c", "--config")]
-    where = f" (the config is {', '.join(files)})" if files else ""
-    text = text if len(text) < 500 else text[:500] + " ..."
-    return UserError(f"{text}{where}; `python -m lm_lightning {arguments[0]} --help` tells what is accepted")
 
 
 def of_instance(error: Exception) -> UserError:

@@ -12,6 +12,7 @@ import sys
 import textwrap
 import threading
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -43,10 +44,37 @@ def explain(name: str, error: Exception) -> UserError:
     return UserError(f"{name!r} cannot be loaded: {textwrap.shorten(str(error), 300) or type(error).__name__}")
 
 
-def folder(name: str) -> str:
-    """`name`, or the `model/` in it, if it is a run folder."""
-    run = Path(name).expanduser() / "model"
-    return str(run) if (run / "config.json").is_file() else name
+def load(auto_class: Any, name: str, unused: tuple[str, ...] = (), **settings: Any) -> Any:
+    """`auto_class.from_pretrained`, which refuses weights that lack a part of the network: that would be random.
+
+    Args:
+        auto_class: Of `transformers`, an auto class or another one.
+        name: Folder or Hub name.
+        unused: Beginnings of the names of tensors that nothing uses.
+        settings: More for `from_pretrained`.
+
+    Raises:
+        UserError: If something is missing, or cannot be loaded.
+    """
+    settings |= {"local_files_only": local_only(name), "output_loading_info": True, "ignore_mismatched_sizes": True}
+    try:
+        network, info = auto_class.from_pretrained(name, **settings)
+    except (OSError, ValueError) as error:
+        raise explain(name, error) from error
+    missing = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
+    if missing := {key for key in missing if not key.startswith(unused)}:
+        raise untrained(name, network, sorted(missing))
+    return network
+
+
+def untrained(name: str, network: Any, missing: list[str]) -> UserError:
+    """The error for weights that lack some tensors of the network that was made of them."""
+    made_of = ", ".join(network.config.architectures or []) or "model"
+    tensors = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+    return UserError(
+        f"{name} (a {made_of}) has no weights for {len(missing)} tensors of {type(network).__name__}: {tensors}; they "
+        "would be random, so give a model that was trained for this"
+    )
 
 
 def quiet() -> None:

@@ -24,6 +24,10 @@ class FitLoop(_FitLoop):
     def skip(self) -> bool:
         return super().skip and not self.trainer.lightning_module.ended_early
 
+    def on_iteration_done(self) -> None:
+        super().on_iteration_done()
+        self.epoch_loop.restarting = False  # which Lightning forgets if there was nothing left of the epoch
+
     def on_run_end(self) -> None:
         trainer, validation = self.trainer, self.epoch_loop.val_loop
         validated = [callback.validated for callback in trainer.callbacks if isinstance(callback, Resuming)]

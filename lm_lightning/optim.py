@@ -133,43 +133,57 @@ class Schedule:
     Args:
         shape: After the warm-up: `cosine` and `linear` fall to `final` over all remaining steps, `constant` stays,
             `wsd` (warmup, stable, decay) stays and falls linearly over the last `decay_fraction` of the steps.
-        warmup_steps: Optimizer steps in which the rate rises linearly from nearly 0.
+        warmup_ratio: Share of all steps in which the rate rises linearly from nearly 0, if `warmup_steps` is not given.
+        warmup_steps: Optimizer steps of the warm-up, instead of a share of the run.
         final: Factor at the last step.
         decay_fraction: Share of all steps in which `wsd` falls.
     """
 
     shape: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    warmup_steps: int = 100
+    warmup_ratio: float = 0.05
+    warmup_steps: Optional[int] = None
     final: float = 0.1
     decay_fraction: float = 0.2
 
     def factor(self, step: int, total_steps: float) -> float:
         """The factor of optimizer step `step`, counted from 0, of a run of `total_steps`."""
-        if step < self.warmup_steps:
-            return (step + 1) / (self.warmup_steps + 1)
+        warmup = self.warmup(total_steps)
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
         if self.shape == "constant":
             return 1.0
-        begin: float = self.warmup_steps
+        begin: float = warmup
         if self.shape == "wsd":
             begin = max(begin, total_steps - 1 - max(1, round(self.decay_fraction * total_steps)))
         progress = min(1.0, max(0, step - begin) / max(1, total_steps - 1 - begin))
         fall = (1 + math.cos(math.pi * progress)) / 2 if self.shape == "cosine" else 1 - progress
         return self.final + (1 - self.final) * fall
 
+    def warmup(self, total_steps: float) -> int:
+        """Optimizer steps of the warm-up of a run of `total_steps`."""
+        if self.warmup_steps is not None:
+            return self.warmup_steps
+        return 0 if math.isinf(total_steps) else int(self.warmup_ratio * total_steps)
+
     def check(self, total_steps: float) -> None:
         """Refuses a schedule that a run of `total_steps` optimizer steps cannot follow."""
-        if self.warmup_steps < 0 or not 0 <= self.final <= 1 or not 0 <= self.decay_fraction <= 1:
-            raise UserError(
-                f"the schedule has warmup_steps {self.warmup_steps}, final {self.final} and decay_fraction "
-                f"{self.decay_fraction}, but the first may not be negative and the others are shares between 0 and 1"
-            )
+        for name, most in (("warmup_ratio", 1), ("warmup_steps", math.inf), ("final", 1), ("decay_fraction", 1)):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= most:
+                between = "0 or more" if most == math.inf else "between 0 and 1"
+                raise UserError(f"model.schedule.{name} is {value}, but must be {between}")
         if self.shape != "constant" and math.isinf(total_steps):
             raise UserError(
                 f"the {self.shape} schedule needs to know the length of the run: set trainer.max_steps or "
-                "trainer.max_epochs, or take model.schedule.shape constant"
+                "trainer.max_epochs, or use model.schedule.shape constant"
             )
-        if self.warmup_steps >= total_steps:
+        if self.warmup_steps is None and self.warmup_ratio and math.isinf(total_steps):
             raise UserError(
-                f"the warm-up of {self.warmup_steps} steps is as long as the run of {total_steps:.0f} steps or longer: "
-                "lower model.schedule.warmup_steps"
+                "model.schedule.warmup_ratio is a share of the run, which has no end: set trainer.max_steps or "
+                "trainer.max_epochs, or model.schedule.warmup_steps"
+            )
+        if self.warmup(total_steps) >= total_steps:
+            raise UserError(
+                f"the warm-up of {self.warmup(total_steps)} steps is as long as the run of {total_steps:.0f} steps or "
+                "longer: lower model.schedule.warmup_steps, or leave it out to use model.schedule.warmup_ratio"
             )

@@ -5,12 +5,13 @@ import difflib
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import _typehints, set_loader
+from jsonargparse import ArgumentParser, _typehints, set_dumper, set_loader
 
 from lm_lightning.errors import UserError, first_process
+from lm_lightning.explain import flags_of
 
 SECTIONS = ("model", "data", "trainer", "best", "last")
 KINDS = ("class_path", "model_type")  # what else a mapping has belongs to the value of these
@@ -65,6 +66,37 @@ def load(text: str) -> Any:
 
 
 set_loader("yaml", load, (yaml.YAMLError,))  # of the values of flags, too
+
+
+class Dumper(yaml.SafeDumper):
+    """Puts text in quotes that this loader or one of YAML 1.1 would read as something else."""
+
+
+for _letter, _patterns in Loader.yaml_implicit_resolvers.items():
+    for _tag, _pattern in _patterns:
+        Dumper.add_implicit_resolver(_tag, _pattern, [_letter])
+
+
+def dump(value: Any) -> str:
+    """A value as YAML."""
+    return yaml.dump(value, Dumper=Dumper, default_flow_style=False, allow_unicode=True, sort_keys=False)
+
+
+set_dumper("yaml", dump)
+
+
+class Parser(ArgumentParser):
+    """Parser of a command: options are not abbreviated, and a refusal knows which there are."""
+
+    def __init__(self, *args: Any, allow_abbrev: bool = False, exit_on_error: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=allow_abbrev, exit_on_error=exit_on_error, **kwargs)
+
+    def error(self, message: str, ex: Any = None) -> NoReturn:  # noqa: D102
+        try:
+            super().error(message, ex)
+        except argparse.ArgumentError as error:
+            error.names = flags_of(self)  # type: ignore[attr-defined]
+            raise
 
 
 def refuse_duplicates(node: yaml.Node) -> None:

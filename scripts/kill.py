@@ -42,7 +42,7 @@ def start(processes: int, folder: Path, name: str, *flags: str) -> set[int]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     if "--ckpt_path" not in flags:
-        os.environ[runs.ENVIRONMENT] = str(runs.make_run(str(folder), name))
+        os.environ[runs.ENVIRONMENT] = str(runs.make_run(Path(folder) / name, runs.now()))
     forks = set()
     for rank in range(processes):
         process = os.fork()

@@ -97,7 +97,28 @@ def command(*args: object, **settings: object) -> subprocess.CompletedProcess:
 
 
 @pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., str]:
+def announced_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compares what each validation logs with what the module said that it would, see `LanguageModule.metric_modes`."""
+    from lm_lightning.models.module import LanguageModule
+
+    log_evaluation = LanguageModule.log_evaluation
+
+    def compare(module: LanguageModule, prefix: str, split: str) -> None:
+        def log_dict(metrics: dict, *args: object, **kwargs: object) -> None:
+            names = {name.removeprefix("val/") for name in metrics if name.startswith("val/")}
+            own = type(module).__module__.startswith("lm_lightning.")
+            assert prefix != "val" or not own or names == set(module.metric_modes())
+            LanguageModule.log_dict(module, metrics, *args, **kwargs)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "log_dict", log_dict)
+            log_evaluation(module, prefix, split)
+
+    monkeypatch.setattr(LanguageModule, "log_evaluation", compare)
+
+
+@pytest.fixture
+def cli(announced_metrics: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., str]:
     """Runs a command in this process, which is quicker, and returns what it prints; refusals are raised."""
     from lm_lightning.__main__ import run
 
@@ -121,6 +142,11 @@ def fit(cli: Callable[..., str], recipe: Path) -> Callable[..., Path]:
         return Path(next(line for line in out.splitlines() if line.startswith("run folder: ")).split(": ", 1)[1])
 
     return run
+
+
+def evaluation(run: Path, command: str = "predict") -> Path:
+    """The folder of the newest evaluation of a run by a subcommand."""
+    return max(run.glob(f"evaluations/*-{command}*"))
 
 
 def refusal(result: subprocess.CompletedProcess) -> str:

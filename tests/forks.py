@@ -34,6 +34,7 @@ from typing import Optional
 RUNTIME = ("SLURM_", "WANDB_", "MASTER_", "NODE_RANK", "LOCAL_", "RANK", "WORLD_SIZE", "GROUP_RANK", "PL_")
 RUNTIME += ("LM_LIGHTNING_", "PYTEST_", "PYTHONPATH", "OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM")
 RUNTIME += ("PWD", "OLDPWD", "SHLVL", "COLUMNS", "LINES", "_")
+RUNTIME += ("PYTHONIOENCODING",)
 # Imported by a `fit` anyway, after the command line is read
 MODULES = {
     "transformers": ["torch", "transformers", "transformers.models.gpt2.modeling_gpt2"]
@@ -121,6 +122,9 @@ class Job:
         for number, file in enumerate(self.files):
             os.dup2(file, number)
             os.close(file)
+        encoding, _, errors = self.environment.get("PYTHONIOENCODING", "").partition(":")
+        sys.stdout = open(1, "w", -1, encoding or None, errors or None, closefd=False)  # noqa: SIM115
+        sys.stderr = open(2, "w", 1, encoding or None, "backslashreplace", closefd=False)  # noqa: SIM115
         os.environ.clear()
         os.environ.update(self.environment)
         os.environ.pop("_", None)

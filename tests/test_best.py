@@ -1,16 +1,21 @@
 """The best checkpoint: which file it is, in which direction it is the best, and that `model/` has its weights."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
+import transformers
+from conftest import command
 from lightning.pytorch import Callback, LightningModule, Trainer
-from test_survival import CONSTANT, logged, names
+from test_survival import CONSTANT, DDP, SHARDED, logged, names, only
 
 from lm_lightning import run as runs
+from lm_lightning.errors import UserError
+from lm_lightning.models.network import generation_config
 
 
 class Spoil(Callback):
@@ -85,3 +90,110 @@ def test_the_best_of_several_checkpoints_is_found_after_a_resume_and_a_move(
     for path in ("best", run / "checkpoints" / "best.ckpt"):
         out = cli("validate", "--config", recipe, "--runs_dir", moved, "--ckpt_path", path)
         assert f"checkpoint: {best}" in out
+
+
+def test_model_holds_the_last_step_if_asked_and_every_checkpoint_is_kept_if_asked(fit, cli):
+    every = ("--last.save_top_k", -1, "--last.every_n_train_steps", 4, "--best.save_top_k", -1)
+    run = fit(*SPOILED, "--export", "last", *every)
+    losses = logged(run, "val/loss")
+    files = {f"best-{step}-{loss:.4f}.ckpt" for step, loss in losses.items()}
+    assert names(run) == files | {f"last-{step}.ckpt" for step in (4, 8, 12, 16, 20, 24)} | {"last.ckpt"}
+    assert holds(run / "model", run / "checkpoints" / "last.ckpt")
+    assert about(run) == {"checkpoint": "last", "step": 24}
+    best = runs.best_checkpoint(run / "checkpoints")
+    assert runs.load_checkpoint(best)["global_step"] == lowest(run) < 24
+    (run / "checkpoints" / "last.ckpt").unlink()  # as a kill leaves it
+    assert runs.newest_first(run / "checkpoints")[0].name in ("last-24.ckpt", f"best-24-{losses[24]:.4f}.ckpt")
+    cli("export", run)
+    assert about(run)["step"] == 24
+
+
+def test_without_a_best_checkpoint_the_last_step_is_exported(fit):
+    run = fit(*SPOILED, "--best.save_top_k", 0)
+    assert names(run) == {"last.ckpt"} and about(run) == {"checkpoint": "last", "step": 24}
+
+
+def test_the_last_step_is_validated_unless_validation_is_off(fit):
+    """Also if it is amid an epoch, amid an interval, or if the time or patience was over."""
+    run = fit("--trainer.max_steps", 7, "--trainer.accumulate_grad_batches", 2, "--trainer.val_check_interval", 10)
+    assert sorted(logged(run, "val/loss")) == [5, 7] and about(run)["step"] in (5, 7)
+    assert runs.load_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == 7
+    epochs = ("--trainer.max_steps", -1, "--trainer.max_epochs", 3, "--trainer.limit_train_batches", 2)
+    run = fit(*epochs, "--trainer.check_val_every_n_epoch", 2, "--trainer.val_check_interval", 1.0)
+    assert sorted(logged(run, "val/loss")) == [4, 6]
+    run = fit("--trainer.max_steps", 3, "--trainer.limit_val_batches", 0)
+    with open(run / "metrics.csv") as file:
+        assert "val/loss" not in file.read()
+    assert about(run) == {"checkpoint": "last", "step": 3}
+
+
+@pytest.mark.parametrize("strategy", [DDP, SHARDED], ids=["ddp", "sharded"])
+def test_several_processes_export_the_best(recipe: Path, strategy: tuple):
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    flags = (*SPOILED, "--best.save_top_k", 2, *strategy)
+    result = command("fit", "--config", recipe, *flags, env=os.environ | {"PYTHONPATH": path})
+    assert result.returncode == 0, result.stderr
+    run = only(recipe.parent / "runs" / "tiny")
+    best = runs.best_checkpoint(run / "checkpoints")
+    assert runs.load_checkpoint(best)["global_step"] == about(run)["step"] == lowest(run) < 13
+    assert holds(run / "model", best)
+
+
+def test_a_network_is_exported_only_as_far_as_it_is_pruned(fit, cli):
+    flags = (*SPOILED, "--trainer.callbacks+=Pruning", "--trainer.callbacks.table", "false")
+    pruned = ("--trainer.callbacks.sparsity", 0.5, "--trainer.callbacks.frequency", 1, "--trainer.callbacks.end")
+    run = fit(*flags, *pruned, 20)  # the best step is before
+    assert about(run) == {"checkpoint": "last", "step": 24}
+    cli("export", run)
+    assert about(run)["step"] == 24
+    run = fit(*flags, *pruned, 6)
+    assert about(run)["step"] == lowest(run) < 13
+    matrix = weights_of(run / "model")["transformer.h.0.mlp.c_fc.weight"]
+    assert (matrix == 0).float().mean() == pytest.approx(0.5, abs=0.01)
+
+
+def test_the_direction_is_that_of_the_metric(fit, capsys):
+    stop = ("--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor")
+    run = fit("--trainer.max_steps", 3, *stop, "val/perplexity", "--best.monitor", "train/tokens_per_second")
+    states = runs.load_checkpoint(run / "checkpoints" / "last.ckpt")["callbacks"]
+    assert "EarlyStopping{'monitor': 'val/perplexity', 'mode': 'min'}" in states
+    assert any(key.startswith("Checkpoints{'monitor': 'train/tokens_per_second', 'mode': 'max'") for key in states)
+    for flags, reason in (
+        (("--best.mode", "max"), "best.mode is max, but val/loss is better the lower it is"),
+        ((*stop, "val/loss", "--trainer.callbacks.mode", "max"), "EarlyStopping.mode is max, but val/loss"),
+        (("--best.monitor", "val_loss"), "does not log: choose one of train/loss.*val/loss, val/perplexity, val/bits"),
+        ((*stop, "val/accuracy"), "EarlyStopping.monitor is val/accuracy, which this run does not log"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            fit(*flags)
+
+
+def test_what_cannot_be_exported_is_repaired_or_refused_before_training(fit, tmp_path: Path):
+    base = fit("--trainer.max_steps", 3) / "model"
+    settings = json.loads((base / "generation_config.json").read_text())
+    contradictory = {"do_sample": False, "temperature": 0.7, "top_p": 0.9, "length_penalty": 2.0, "num_beams": 1}
+    (base / "generation_config.json").write_text(json.dumps(settings | contradictory))
+    tune = ("--model.network", "null", "--model.pretrained", base, "--data.tokenizer.path", base)
+    run = fit(*tune, "--trainer.max_steps", 3, *CONSTANT)
+    written = transformers.GenerationConfig.from_pretrained(run / "model").to_diff_dict()
+    assert not {"temperature", "top_p", "length_penalty"} & written.keys()
+    assert written["eos_token_id"] == settings["eos_token_id"]
+
+    before = set((tmp_path / "runs" / "tiny").iterdir())
+    blocked = tmp_path / "blocked"
+    shutil.copytree(run, blocked / "tiny" / run.name)
+    shutil.rmtree(blocked / "tiny" / run.name / "model")
+    (blocked / "tiny" / run.name / "model").write_text("a file is in the way")
+    flags = (*tune, "--trainer.max_steps", 4, "--ckpt_path", blocked / "tiny" / run.name / "checkpoints" / "last.ckpt")
+    with pytest.raises(UserError, match="model could not be written at the end of the run"):
+        fit(*flags, *CONSTANT)
+    assert set((tmp_path / "runs" / "tiny").iterdir()) == before
+
+
+def test_generation_settings_that_transformers_refuses_are_removed_and_named():
+    config, removed = generation_config(
+        {"do_sample": False, "temperature": 0.7, "eos_token_id": 3, "max_new_tokens": 9}
+    )
+    assert removed == ["temperature 0.7"]
+    assert config.to_diff_dict().items() >= {"eos_token_id": 3, "max_new_tokens": 9}.items()
+    assert generation_config({"max_new_tokens": -1, "pad_token_id": 2})[1] == ["max_new_tokens -1"]

@@ -279,7 +279,7 @@ def test_two_processes_do_what_one_does(recipe: Path):
     """In steps and in validation: the same samples in the same order, each counted once, one run folder."""
     off = [f"--model.network.{name}_pdrop=0" for name in ("resid", "embd", "attn")]
     ddp = ("--trainer.strategy", "ddp", "--trainer.devices", 2, "--data.batch_size")
-    accumulated = (*ddp, 1, "--trainer.accumulate_grad_batches", 2, "--trainer.val_check_interval", 10)
+    accumulated = (*ddp, 1, "--trainer.accumulate_grad_batches", 2, "--trainer.val_check_interval", 5)
     rows = []
     for name, flags in {"one": (), "ddp": (*ddp, 2), "accumulated": accumulated}.items():
         result = command("fit", "--config", recipe, "--name", name, *off, "--trainer.limit_val_batches", 1.0, *flags)

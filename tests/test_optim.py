@@ -53,10 +53,22 @@ def test_wsd_of_a_short_run_ends_at_the_final_rate():
     assert Schedule("wsd", warmup_steps=0, final=0.1, decay_fraction=0.2).factor(4, 5) == pytest.approx(0.1)
 
 
-@pytest.mark.parametrize("wrong", [{"warmup_steps": -1}, {"final": 1.5}, {"decay_fraction": 20}])
+@pytest.mark.parametrize("wrong", [{"warmup_steps": -1}, {"warmup_ratio": 5}, {"final": 1.5}, {"decay_fraction": 20}])
 def test_a_schedule_out_of_range_is_refused(wrong):
-    with pytest.raises(UserError, match="between 0 and 1"):
-        Schedule(**({"warmup_steps": 1} | wrong)).check(100)
+    ((name, value),) = wrong.items()
+    with pytest.raises(UserError, match=f"model.schedule.{name} is {value}, but must be"):
+        Schedule(**wrong).check(100)
+
+
+def test_the_warm_up_is_a_share_of_the_run_unless_its_steps_are_given():
+    schedule = Schedule(warmup_ratio=0.1)
+    assert [schedule.warmup(steps) for steps in (5, 20, 400, math.inf)] == [0, 2, 40, 0]
+    assert [schedule.factor(step, 20) for step in range(3)] == pytest.approx([1 / 3, 2 / 3, 1])
+    assert Schedule(warmup_ratio=0.1, warmup_steps=7).warmup(400) == 7
+    for steps in (1, 5, 20, 400):
+        Schedule().check(steps)
+    with pytest.raises(UserError, match="has no end: set trainer.max_steps .* or model.schedule.warmup_steps"):
+        Schedule("constant").check(math.inf)
 
 
 def test_wsd_falls_no_earlier_than_the_warm_up_ends():

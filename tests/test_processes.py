@@ -39,7 +39,7 @@ def test_trials_and_their_ranks_end_with_a_killed_command(recipe: Path, tmp_path
     flags += ["--trainer.max_steps", "1000000", "--model.schedule.warmup_steps", "1"]
     starter = subprocess.Popen([sys.executable, "-c", STARTER, json.dumps(flags), tmp_path])
     deadline = time.monotonic() + 240
-    while len(family(f"fit --config {recipe}")) < 2 or not list(tmp_path.glob("runs/*/*/config.yaml")):
+    while len(family(f"fit --config {recipe}")) < 2:  # later, each rank would notice
         assert starter.poll() is None and time.monotonic() < deadline, (tmp_path / "err.txt").read_text()
         time.sleep(0.1)
     starter.send_signal(signal.SIGKILL)

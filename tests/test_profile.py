@@ -45,7 +45,7 @@ def test_time_is_counted_where_it_is_spent(fit, monkeypatch: pytest.MonkeyPatch)
             "--trainer.accumulate_grad_batches",
             2,
             "--trainer.val_check_interval",
-            10,
+            5,
         ),
     )  # 20 micro-batches: two warm up, three are recorded, the fourth and later have two validations
     text = (run / "profile" / "parts.txt").read_text()

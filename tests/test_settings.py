@@ -146,7 +146,7 @@ def test_column_names_are_text_or_refused_with_advice(parsed, cli):
     section = parsed("fit", "--config", SENTIMENT, "--data.tables.header", "[text, yes, on, 2020-01-31, 12:30, 010]")
     assert section["data"]["init_args"]["tables"]["header"] == ["text", "yes", "on", "2020-01-31", "12:30", "010"]
     for wrong in ("[text, 1]", "[text, true]", "[text, null]", "[text, 1.5]"):
-        with pytest.raises(UserError, match="header"):
+        with pytest.raises(UserError, match="quotes"):
             cli("fit", "--config", SENTIMENT, "--data.tables.header", wrong)
     section = parsed("fit", "--config", SENTIMENT, "--data.tables.header", "[text, '1']")
     assert section["data"]["init_args"]["tables"]["header"] == ["text", "1"]
@@ -162,6 +162,19 @@ def test_values_mean_what_they_mean_elsewhere(text: str):
 def test_anchors_and_merge_keys_work():
     text = "base: &base {lr: 1, betas: [0, 1]}\nother: {<<: *base, lr: 2}\nsame: *base\n"
     assert settings.load(text) == yaml.safe_load(text)
+
+
+def test_null_and_lists_reach_options_of_options(parsed):
+    flags = ("--data.tokenizer.path", "x", "--data.tokenizer.path=null", "--data.tables.header", r'["a\\b", "it\'s"]')
+    data = parsed("fit", "--config", SENTIMENT, *flags)["data"]["init_args"]
+    assert data["tokenizer"]["path"] is None and data["tables"]["header"] == ["a\\b", "it's"]
+
+
+def test_text_that_looks_like_a_number_survives_a_saved_config(parsed, tmp_path: Path):
+    names = ["1e3", "yes", "010", "1.5", "null", "None", "12:30", "0x1f", "true"]
+    file = write(tmp_path / "saved.yaml", settings.dump({"data": {"init_args": {"tables": {"header": names}}}}))
+    assert settings.load(file.read_text()) == yaml.safe_load(file.read_text())
+    assert parsed("fit", "--config", SENTIMENT, "--config", file)["data"]["init_args"]["tables"]["header"] == names
 
 
 # The defaults of classes

@@ -287,7 +287,7 @@ def test_what_is_not_a_number_is_never_the_best(fit):
 def test_saved_by_steps_or_time_a_run_goes_on_exactly(fit, recipe: Path, when: tuple, step: int, plugins: tuple):
     # an epoch has 7 steps, so that the second one is begun; a failure comes between two micro-batches
     flags = (*when, *plugins, "--trainer.accumulate_grad_batches", 2, "--data.batch_size", 16)
-    flags = (*flags, "--trainer.val_check_interval", 18)
+    flags = (*flags, "--trainer.val_check_interval", 9)
     whole = fit("--name", "whole", *flags)
     with pytest.raises(RuntimeError, match="power failure"):
         fit("--name", "cut", *flags, *callbacks((Stop, {"batches": 9})))
@@ -337,7 +337,7 @@ def test_a_run_that_is_killed_as_it_goes_on_stays_the_one_that_it_was(fit, monke
 
 def test_saved_on_an_error_amid_accumulation_a_run_goes_on_exactly(fit, recipe: Path):
     flags = ("--trainer.accumulate_grad_batches", 3, "--last.save_on_exception", "true")
-    flags = (*flags, "--trainer.val_check_interval", 15)
+    flags = (*flags, "--trainer.val_check_interval", 5)
     whole = fit("--name", "whole", *flags)
     with pytest.raises(RuntimeError, match="power failure"):
         fit("--name", "cut", *flags, *callbacks((Stop, {"batches": 22})))
@@ -409,7 +409,7 @@ def test_what_is_saved_in_the_background_is_the_state_of_that_moment(tmp_path: P
 def test_a_signal_ends_the_run_between_two_steps_and_it_goes_on_exactly(
     fit, recipe: Path, capsys, hook: str, call: int, number: int, step: Optional[int]
 ):
-    flags = ("--trainer.accumulate_grad_batches", 2, "--data.batch_size", 16, "--trainer.val_check_interval", 8)
+    flags = ("--trainer.accumulate_grad_batches", 2, "--data.batch_size", 16, "--trainer.val_check_interval", 4)
     flags = (*flags, "--trainer.limit_val_batches", 2)
     whole = fit("--name", "whole", *flags)
     with pytest.raises(SystemExit) as ended:
@@ -523,7 +523,7 @@ def test_a_slurm_job_that_is_queued_again_goes_on_with_its_own_run(tmp_path: Pat
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_step_that_is_not_finite_is_left_out(fit, capsys, fused: bool):
     flags = (*poison(steps=[3], on_nonfinite="skip"), "--trainer.accumulate_grad_batches", 2)
-    flags = (*flags, "--trainer.val_check_interval", 10)
+    flags = (*flags, "--trainer.val_check_interval", 5)
     run = fit(*flags, "--model.optimizer.init_args.fused", str(fused).lower())
     state = runs.load_checkpoint(run / "checkpoints" / "last.ckpt")
     assert state["global_step"] == 10

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, Optional
@@ -11,6 +12,7 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging
 
 from lm_lightning.checkpoints import Checkpoints
 from lm_lightning.errors import UserError
+from lm_lightning.models.network import check_export
 from lm_lightning.run import TRAINING, described, load_checkpoint
 
 Weights = Literal["best", "last"]
@@ -28,6 +30,19 @@ class Export(Callback):
 
     def __init__(self, weights: Weights = "best") -> None:
         self.weights = weights
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuses, before training, what could not be exported after it."""
+        if trainer.fast_dev_run:
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            check_export(pl_module.description(), trainer.datamodule.tokenizer, Path(folder))
+        place = Path(trainer.default_root_dir) / "model"
+        reason = trainer.strategy.broadcast(unwritable(place) if trainer.is_global_zero else "")
+        if reason:
+            raise UserError(
+                f"the folder {place} could not be written at the end of the run ({reason}): make it writable"
+            )
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict) -> None:
         checkpoint["export"] = {"weights": self.weights, "complete_from": complete_from(trainer)}
@@ -107,6 +122,20 @@ def export(
         replace(pl_module, folder.with_name("adapter"), lambda partial: pl_module.export_adapter(partial, saved))
     if pl_module.trainer.is_global_zero:
         print(f"model: {folder} (weights of the {about['checkpoint']} checkpoint, {described(about)})")
+
+
+def unwritable(folder: Path) -> str:
+    """Why a folder can not be written or replaced, empty if it can."""
+    try:
+        shutil.rmtree(partial := folder.with_suffix(".partial"), ignore_errors=True)
+        partial.mkdir(parents=True)
+        partial.rmdir()
+        if folder.exists():
+            (folder / "config.json.partial").touch()
+            (folder / "config.json.partial").unlink()
+    except OSError as error:
+        return str(error.strerror)
+    return ""
 
 
 def replace(pl_module: LightningModule, folder: Path, write: Callable[[Path], None]) -> None:

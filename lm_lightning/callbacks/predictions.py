@@ -2,6 +2,7 @@
 
 import csv
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ class Predictions(Callback):
 
     Each process writes a part; the first one joins them by the samples' `id` (processes of tensor parallelism have the
     same samples), and the module may join what belongs to one (`join_predictions`). If the samples came from CSV or TSV
-    files (`predict_table` of the data), there is `predictions.csv`, too.
+    files (`predict_table` of the data), there is `predictions.csv`, too: their columns as they are in the files, in the
+    order of the files, and beside them what was predicted, in columns such as `predicted.label`.
     """
 
     def part(self, trainer: Trainer, rank: int) -> Path:
@@ -51,7 +53,8 @@ class Predictions(Callback):
         print(f"predictions: {file}")
         table = cells(rows)
         if getattr(trainer.datamodule, "predict_table", False):
-            write_table(table, file.with_suffix(".csv"))
+            inputs = [trainer.datamodule.inputs[row.get("row", row["id"])] for row in rows]
+            write_table(beside(inputs, table), file.with_suffix(".csv"))
             print(f"predictions: {file.with_suffix('.csv')}")
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger) and table:
@@ -75,9 +78,18 @@ def cells(rows: list[dict]) -> list[dict[str, Any]]:
     return flat
 
 
+def beside(inputs: Sequence[Mapping[str, Any]], table: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of a table with those of another one beside them, whose columns get names that the first one has not."""
+    columns = {column for row in inputs for column in row}
+    prefix = "predicted."
+    while any(column.startswith(prefix) for column in columns):
+        prefix = f"predicted.{prefix}"
+    return [{**given, **{prefix + name: value for name, value in row.items()}} for given, row in zip(inputs, table)]
+
+
 def write_table(table: list[dict[str, Any]], file: Path) -> None:
-    """Writes rows as CSV."""
+    """Writes rows as CSV; columns that a row lacks are empty in it."""
     with open(file, "w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, table[0] if table else [])
+        writer = csv.DictWriter(stream, list(dict.fromkeys(column for row in table for column in row)))
         writer.writeheader()
         writer.writerows(table)

@@ -1,21 +1,24 @@
-"""Resuming: makes a checkpoint from anywhere in the loops one that lies between two optimizer steps."""
+"""Resuming: makes every checkpoint one that lies between two optimizer steps, and resumes exactly from there."""
 
-from typing import Optional
+from typing import Any, Optional
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loops.evaluation_loop import RestartStage
 
 
 class Resuming(Callback):
-    """Takes care that the run which goes on from a checkpoint does and logs what this one would have.
+    """Makes a resumed run do and log exactly what the interrupted run would have done.
 
-    Lightning restarts amid an optimizer step or a validation, wherever the checkpoint was made, with what is left of
-    it: a step of fewer samples, a metric of some of the data. Here the step begins anew, and the validation.
+    Lightning saves the counters of its loops as they are at that moment, in the middle of an optimizer step, of a
+    validation or of the end of an epoch, and resumes differently for each (some lose a step, some an epoch, some train
+    one batch too many). Here a checkpoint always means: so many complete epochs, so many batches of complete optimizer
+    steps in the next one, and whether the last step was validated.
     """
 
     def __init__(self) -> None:
         self.validated: Optional[int] = None  # step of the last finished validation
         self.accumulated: Optional[int] = None  # micro-batches in an optimizer step of the checkpoint
+        self.batch_samples: Optional[int] = None  # samples in a micro-batch over all replicas, of the checkpoint
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
@@ -23,29 +26,67 @@ class Resuming(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict) -> None:
         for logger in trainer.loggers:
-            logger.save()  # who goes on does not log these steps again
-        # The next step's first batches may be counted already; who goes on reads them again.
-        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-        begun = progress["current"]["processed"] % trainer.accumulate_grad_batches
-        for counts in (progress["current"], progress["total"]):
-            counts |= dict.fromkeys(counts, counts["processed"] - begun)
-        progress["is_last_batch"] = progress["current"]["processed"] == trainer.num_training_batches
+            logger.save()  # a resumed run does not log these steps again
+        loops = checkpoint["loops"]["fit_loop"]
+        epochs, batches = loops["epoch_progress"], loops["epoch_loop.batch_progress"]
+        length, done = trainer.num_training_batches, batches["current"]["processed"]
+        # Batches of an incomplete step are read again. (The last step of an epoch may have fewer of them.)
+        begun = 0 if done == length else done % trainer.accumulate_grad_batches
+        done -= begun
+        # `processed` is counted before the hooks of the epoch's end, even if trainer.max_steps ended it too early.
+        ended = epochs["current"]["processed"] == epochs["current"]["ready"] and (done in (0, length))
+        complete = epochs["current"]["ready"] - (0 if ended else 1)
+        if ended:
+            done = 0
+        for counts in (epochs["current"], epochs["total"]):
+            counts |= dict.fromkeys(("processed", "completed"), complete)
+            counts |= dict.fromkeys(("ready", "started"), complete + (1 if done else 0))
+        batches["total"] |= dict.fromkeys(batches["total"], batches["total"]["processed"] - begun)
+        batches["current"] |= dict.fromkeys(batches["current"], done)
+        batches["is_last_batch"] = done == length
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        now = trainer.accumulate_grad_batches
-        if self.accumulated not in (None, now):  # Lightning counts micro-batches, of which there are others now
-            counts = trainer.fit_loop.epoch_loop.batch_progress.current
+        loop = trainer.fit_loop.epoch_loop
+        self.convert(trainer)
+        if trainer.global_step != pl_module.resumed_at or trainer.global_step == 0:
+            return
+        begun = loop.batch_progress.current.ready > 0
+        due = begun and loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
+        if due and self.validated != trainer.global_step:
+            # The validation was not finished. Lightning would assume that it was.
+            loop.val_loop.batch_progress.reset_on_run()
+            loop.val_loop._restart_stage = RestartStage.RESTARTED_MID_EVALUATION
+        elif loop.batch_progress.is_last_batch:
+            loop.val_loop._has_run = True  # else Lightning would train one more batch of this epoch
+
+    def convert(self, trainer: Trainer) -> None:
+        """Converts the counters of a run whose micro-batches had another size, or whose steps another number of them.
+
+        The place in the data does not depend on them: it is a number of samples.
+        """
+        progress, length = trainer.fit_loop.epoch_loop.batch_progress, int(trainer.num_training_batches)
+        accumulate = trainer.accumulate_grad_batches
+        samples = trainer.datamodule.batch_size * trainer.datamodule.replicas
+        done = progress.current.ready
+        if (self.accumulated, self.batch_samples) != (accumulate, samples):
+            done = done * (self.batch_samples or samples) // samples // accumulate * accumulate
+        if self.accumulated not in (None, accumulate):
+            total = progress.total.ready // self.accumulated * accumulate  # the steps stay the same
             for name in ("ready", "started", "processed", "completed"):
-                setattr(counts, name, getattr(counts, name) // self.accumulated * now)
-        self.accumulated = now
-        if trainer.global_step == pl_module.resumed_at != self.validated:
-            # If a validation is due at this step, it was not finished. Lightning would take it for done.
-            validation = trainer.fit_loop.epoch_loop.val_loop
-            validation.batch_progress.reset_on_run()
-            validation._restart_stage = RestartStage.RESTARTED_MID_EVALUATION
+                setattr(progress.total, name, total)
+        done = length if progress.is_last_batch else min(done, length)
+        for name in ("ready", "started", "processed", "completed"):
+            setattr(progress.current, name, done)
+        progress.is_last_batch = done == length
+        self.accumulated, self.batch_samples = accumulate, samples
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        # Lightning counts this a second time when it resumes, and logs every trainer.log_every_n_steps of it.
+        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
 
     def state_dict(self) -> dict:
-        return {"validated": self.validated, "accumulated": self.accumulated}
+        return {"validated": self.validated, "accumulated": self.accumulated, "batch_samples": self.batch_samples}
 
     def load_state_dict(self, state: dict) -> None:
         self.validated, self.accumulated = state["validated"], state["accumulated"]
+        self.batch_samples = state.get("batch_samples")

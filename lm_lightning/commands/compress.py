@@ -338,6 +338,9 @@ def write(rows: list[Row], folder: Path) -> None:
     replace(folder / "compression.md", "\n".join(lines) + "\n")
 
 
+MARKERS = "oDs^vP"  # of the picture's points, when ten colors are used up
+
+
 def draw(table: list[Row], folder: Path) -> None:
     """Draws `compression.png` where matplotlib is installed; see `write`."""
     from lm_lightning.compression.measures import Measures, pareto
@@ -348,32 +351,39 @@ def draw(table: list[Row], folder: Path) -> None:
         return
     rows = [Measures(**row.measures) for row in table if row.measures]
     best = pareto(rows)
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
     has_loss = not math.isnan(rows[0].loss)
-    panels = figure.subplots(1, 2 if has_loss else 1, squeeze=False)[0]
-    for axes, name, label in (
-        zip(panels, ("loss", "disk"), ("loss", "MiB on disk")) if has_loss else [(panels[0], "disk", "MiB on disk")]
-    ):
-        for row in rows:
-            colour = "tab:blue" if row.recipe in best else "tab:gray"
-            axes.scatter(row.relative_latency_1, getattr(row, name), color=colour)
-            axes.annotate(
-                row.recipe,
-                (row.relative_latency_1, getattr(row, name)),
-                fontsize=8,
-                xytext=(4, 3),
-                textcoords="offset points",
+    fields = {"loss": "loss", "disk": "MiB on disk"} if has_loss else {"disk": "MiB on disk"}
+    # The names are beside the panels: at their points they would lie over each other.
+    figure = Figure(figsize=(5.5 + 3 * len(fields), max(4.0, 1.0 + 0.25 * len(rows))), layout="constrained")
+    panels = figure.subplots(1, len(fields), squeeze=False)[0]
+    for axes, (name, label) in zip(panels, fields.items()):
+        for number, row in enumerate(rows):
+            axes.scatter(
+                row.relative_latency_1,
+                getattr(row, name),
+                color=f"C{number % 10}",
+                marker=MARKERS[number // 10 % len(MARKERS)],
+                s=60,
+                edgecolors="black" if row.recipe in best else "none",
+                label=row.recipe,
             )
-        axes.set(xlabel="time of a pass, 1 row, as a part of the uncompressed model's", ylabel=label)
+        axes.set(xlabel="time of a pass, 1 row\n(share of the uncompressed model's)", ylabel=label)
         axes.set_xlim(left=0)
         axes.grid(alpha=0.3)
+    figure.legend(
+        *panels[0].get_legend_handles_labels(),
+        loc="outside right upper",
+        fontsize=8,
+        title="black edge: Pareto-optimal",
+    )
     figure.savefig(folder / "compression.png", dpi=120)
 
 
 def main() -> None:
     """Reads the command line."""
-    from jsonargparse import ArgumentParser
+    from lm_lightning.explain import program
+    from lm_lightning.settings import Parser
 
-    parser = ArgumentParser(prog="lm_lightning compress", exit_on_error=False)
+    parser = Parser(prog=program("compress"))
     parser.add_function_arguments(compress, as_positional=True)  # (`auto_cli` keeps an option --config for itself)
     compress(**vars(parser.parse_args(sys.argv[2:])))

@@ -9,7 +9,7 @@ from typing import Any, Optional
 from lm_lightning import hub, untrusted
 from lm_lightning import run as runs
 from lm_lightning.errors import UserError
-from lm_lightning.run import load_checkpoint
+from lm_lightning.run import load_checkpoint, run_folder
 
 
 def export(
@@ -29,8 +29,7 @@ def export(
         max_shard_size: Largest file of weights, such as `5GB`; larger ones are written in parts. Default: that of
             `transformers`.
     """
-    if not (Path(run) / "tokenizer").is_dir():
-        raise UserError(f"{run} is no run folder: it has no tokenizer/")
+    run = str(run_folder(run))
     checkpoints = Path(run) / "checkpoints"
     file = default_checkpoint(checkpoints) if checkpoint is None else Path(checkpoint)
     if checkpoint is not None and not (file.is_file() or (file / "meta.pt").is_file()):
@@ -119,6 +118,8 @@ def write(
         if "kept" in state:  # of StructuredPruning
             shrink(folder, state["kind"], state["kept"])
     own = tokenizers.load(str(tokenizer))
+    if saved.get("tokenizer", tokenizers.fingerprint(own)) != tokenizers.fingerprint(own):
+        raise UserError(f"the checkpoint was made with another tokenizer than {tokenizer}: nothing is exported")
     own.save_pretrained(folder)
     if tokenizers.fingerprint(tokenizers.load(str(folder))) != tokenizers.fingerprint(own):
         raise UserError("the exported tokenizer is not read as it was saved: nothing is exported")
@@ -142,4 +143,7 @@ def main() -> None:
     """Reads the command line."""
     from jsonargparse import auto_cli
 
-    auto_cli(export, args=sys.argv[2:], prog="lm_lightning export", exit_on_error=False)
+    from lm_lightning.explain import program
+    from lm_lightning.settings import Parser
+
+    auto_cli(export, args=sys.argv[2:], prog=program("export"), parser_class=Parser)

@@ -102,7 +102,7 @@ def batch_size(fit_flags: list[str], memory: Optional[float] = None) -> int:
         def fits(size: int) -> bool:
             accumulate = min(2, samples // size)
             data["batch_size"], trainer["accumulate_grad_batches"] = size, accumulate
-            trainer["val_check_interval"] = 2 * accumulate  # micro-batches: the third step tells of its memory
+            trainer["val_check_interval"] = 2  # the third step tells of its memory
             name = f"batch-{size}"
             reason = short_run(settings, folder, name)
             used = max(logged(run_folder(folder / "runs", name), "train/memory").values(), default=None)

@@ -91,17 +91,16 @@ def read_prompts(path: str) -> dict[str, str]:
 
 def load(model: str, device: str) -> "tuple[PreTrainedModel, PreTrainedTokenizerFast]":
     """The network and tokenizer of a run folder, a `from_pretrained` folder or a Hub name."""
-    folder = str(model_folder(model)) if Path(model).exists() else model
-    local = hub.local_only(folder)
-    from transformers import AutoModelForCausalLM
+    folder = str(model_folder(model)) if Path(model).expanduser().exists() else model
+    import transformers
 
     from lm_lightning.data import tokenizer as tokenizers
 
     hub.quiet()
-    try:
-        network = AutoModelForCausalLM.from_pretrained(folder, local_files_only=local)
-    except (OSError, ValueError) as error:
-        raise hub.explain(folder, error) from error
+    network = hub.load(transformers.AutoModelForCausalLM, folder)
+    trained_as = getattr(transformers, (network.config.architectures or [""])[0], None)
+    if trained_as is not None and not trained_as.can_generate():  # whose head may be tied, so that nothing is missing
+        raise UserError(f"{model} is a {trained_as.__name__}, which was not trained to continue texts: give a GPT")
     if device == "auto":
         import torch
 
@@ -218,4 +217,7 @@ def main() -> None:
     """Reads the command line."""
     from jsonargparse import auto_cli
 
-    auto_cli(generate, args=sys.argv[2:], prog="lm_lightning generate", exit_on_error=False)
+    from lm_lightning.explain import program
+    from lm_lightning.settings import Parser
+
+    auto_cli(generate, args=sys.argv[2:], prog=program("generate"), parser_class=Parser)

@@ -24,6 +24,11 @@ class Run:
         data: data.json, by dotted names.
         samples: Lines of samples.jsonl.
         spikes: Lines of spikes.jsonl.
+        results: results.csv, the results of each label in the last evaluation, the names of the columns first.
+        confusion: confusion.csv, how often each label was predicted as which, the names of the columns first.
+        evaluated: What these are of, such as "validation, step 60".
+        mistakes: Lines of mistakes.jsonl.
+        steps: Optimizer steps that were done.
         notes: What could not be read.
     """
 
@@ -34,6 +39,11 @@ class Run:
     data: dict[str, str] = field(default_factory=dict)
     samples: list[dict[str, Any]] = field(default_factory=list)
     spikes: list[dict[str, Any]] = field(default_factory=list)
+    results: list[list[str]] = field(default_factory=list)
+    confusion: list[list[str]] = field(default_factory=list)
+    evaluated: str = ""
+    mistakes: list[dict[str, Any]] = field(default_factory=list)
+    steps: int = 0
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -60,7 +70,37 @@ def read(folder: Path) -> Run:
     run.data = {name: text for name, text in data.items() if text != "null"}  # options that were not given
     run.samples = read_lines(folder / "samples.jsonl", {"step": int, "prompt": str, "text": str}, run.notes)
     run.spikes = read_lines(folder / "spikes.jsonl", {"step": int, "loss": float, "samples": list}, run.notes)
+    run.results = read_table(folder / "results.csv", run.notes)
+    run.confusion = read_table(folder / "confusion.csv", run.notes)
+    run.evaluated = text_of(folder / "results.md", run.notes).partition("\n")[0]
+    fields = {"evaluation": str, "row": int, "loss": float, "text": str, "right": str, "predicted": str}
+    run.mistakes = read_lines(folder / "mistakes.jsonl", fields, run.notes)
+    run.steps = read_steps(run)
     return run
+
+
+def read_steps(run: Run) -> int:
+    """The steps of a run: not all are logged, so its last checkpoint counts, too."""
+    steps = max((points[-1][0] for points in run.metrics.values()), default=0)
+    checkpoint = run.folder / "checkpoints" / "last.ckpt"
+    if not checkpoint.exists():
+        return steps
+    from lm_lightning.run import load_checkpoint
+
+    try:
+        return max(steps, load_checkpoint(checkpoint, weights=False, checked=True)["global_step"])
+    except UserError:
+        run.notes.append("checkpoints/last.ckpt is cut or damaged")
+        return steps
+
+
+def read_table(file: Path, notes: list[str]) -> list[list[str]]:
+    """The rows of a CSV file, as many cells each as the first; nothing if it is not there."""
+    rows = list(csv.reader(text_of(file, notes).replace("\0", "").splitlines()))
+    whole = [row for row in rows if len(row) == len(rows[0])]
+    if len(whole) < len(rows):
+        notes.append(f"{file.name}: cut or damaged rows are left out ({len(rows) - len(whole)})")
+    return whole
 
 
 def read_metrics(file: Path, notes: list[str]) -> dict[str, Points]:

@@ -91,9 +91,10 @@ def count(prepared: "Prepared", size: int, left_out: int, full: tuple[str, ...] 
         counts = prepared.info["splits"][name]
         targets = max(0, counts["tokens"] - left_out)
         blocks = targets // size if name in full else -(-targets // size)  # as `fit` takes them
+        unknown = prepared.about_unknown(name)
         print(
             f"{name:12}{counts['documents']:12,}{counts['tokens']:14,}{counts['bytes']:14,}"
-            f"{counts['bytes'] / max(1, counts['tokens']):13.2f}{blocks:10,}"
+            f"{counts['bytes'] / max(1, counts['tokens']):13.2f}{blocks:10,}{unknown}"
         )
     perplexity = prepared.info["splits"]["validation"]["unigram_perplexity"]
     print(f"vocabulary {len(prepared.tokenizer):,}, unigram perplexity of the validation split {perplexity:.1f}")
@@ -101,15 +102,12 @@ def count(prepared: "Prepared", size: int, left_out: int, full: tuple[str, ...] 
 
 def main() -> None:
     """Reads the command line: `--config` as `fit` takes it, of which the options of the data count, and flags."""
-    from jsonargparse import ArgumentParser
-
     from lm_lightning import settings
+    from lm_lightning.explain import program
 
     recipe, files, rest = settings.layered(sys.argv[2:])
 
-    parser = ArgumentParser(
-        prog="lm_lightning prepare", description=(prepare.__doc__ or "").split("\n\n")[0], exit_on_error=False
-    )
+    parser = settings.Parser(prog=program("prepare"), description=(prepare.__doc__ or "").split("\n\n")[0])
     parser.add_argument("-c", "--config", type=str, help="Recipe as for fit; of it, the options of the data count.")
     parser.add_argument("--show", type=int, nargs="+", default=[], help="Training samples to print, by their numbers.")
     kind, section = data_section(recipe, " and ".join(files))

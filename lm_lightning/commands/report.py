@@ -16,11 +16,13 @@ from typing import Any, Literal, Optional
 
 from lm_lightning.commands.history import Points, Run, read
 from lm_lightning.errors import UserError
+from lm_lightning.run import run_folder
 
 POINTS = 1000  # of a curve, at most
 MEANS = 100  # of a curve that needs them to be read, which are those in NOISY
 NOISY = ("train/loss", "train/gradient_norm", "train/tokens_per_second", "train/mfu")
 SAMPLES = 10  # of a prompt, at most
+CONFUSED = 60  # labels of a confusion matrix that is shown, at most
 # In the page's order; metrics of the validation that are not named here come after the loss, others at the end.
 CHARTS = {
     "loss": "Loss",
@@ -41,8 +43,8 @@ def charts(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
     Returns:
         Of each chart `name`, `title` and `lines`; of each line `run` (its number), `part` (train, mean of it, val,
-        spike), and of each point `step`, `tokens`, `seconds` (of a run that does not say, None instead of a list) and
-        `value` (None if not finite).
+        spike), `thinned` (whether only its extremes are there), and of each point `step`, `tokens`, `seconds` (of a run
+        that does not say, None instead of a list) and `value` (None if not finite).
     """
     found: dict[str, list[dict[str, Any]]] = {}
     for number, run in enumerate(runs):
@@ -54,8 +56,9 @@ def charts(runs: Sequence[Run]) -> list[dict[str, Any]]:
                 curves[name.replace("train/", "mean/")] = means(points)
         for name, points in curves.items():
             part, _, chart = name.partition("/")
-            points = [points[i] for i in thinned([value for _, value in points])]
+            whole, points = points, [points[i] for i in thinned([value for _, value in points])]
             line: dict[str, Any] = {"run": number, "part": part, "step": [step for step, _ in points]}
+            line["thinned"] = len(points) < len(whole)
             line |= {axis: interpolated(run.metrics.get(column), line["step"]) for axis, column in AXES.items()}
             line["value"] = [value if math.isfinite(value) else None for _, value in points]
             found.setdefault(chart, []).append(line)
@@ -67,7 +70,11 @@ def charts(runs: Sequence[Run]) -> list[dict[str, Any]]:
         return (1 if any(line["part"] == "val" for line in found[name]) else 3, 0)
 
     return [
-        {"name": name, "title": CHARTS.get(name, name.replace("_", " ").capitalize()), "lines": found[name]}
+        {
+            "name": name,
+            "title": CHARTS.get(name, name.replace("_", " ").capitalize().replace("f1", "F1")),
+            "lines": found[name],
+        }
         for name in sorted(found, key=place)
     ]
 
@@ -111,7 +118,8 @@ def page(runs: Sequence[Run]) -> str:
     parts = [section("Summary", notes(runs) + table([run.name for run in runs], [summary(run) for run in runs]))]
     drawn = charts(runs)
     parts.append(section("Curves", '<div id="curves"></div>' if drawn else "<p>Nothing was logged.</p>"))
-    for title, block in (("Spikes of the loss", spikes), ("Samples", samples)):
+    labelled = (("Results by label", results), ("Confusion of labels", confusion), ("Worst mistakes", mistakes))
+    for title, block in (*labelled, ("Spikes of the loss", spikes), ("Samples", samples)):
         blocks = [(run.name, written) for run in runs if (written := block(run))]
         if blocks:
             parts.append(section(title, folded(blocks)))
@@ -190,20 +198,32 @@ def notes(runs: Sequence[Run]) -> str:
 def summary(run: Run) -> dict[str, str]:
     """What a run has come to, in words."""
     rows = {"state": "finished" if (run.folder / "model").is_dir() else "not finished (no model/)"}
-    losses = [(value, step) for step, value in run.metrics.get("val/loss", []) if math.isfinite(value)]
-    if losses:
-        best, step = min(losses)
-        rows["lowest validation loss"] = f"{best:.4f} at step {step:,}"
+    options = run.configs["config.yaml"]
+    monitor = options.get("best.monitor", "val/loss")
+    for name in dict.fromkeys(("val/loss", monitor)):
+        scores = [(value, step) for step, value in run.metrics.get(name, []) if math.isfinite(value)]
+        if scores:
+            lowest = (
+                lower_is_better(name)
+                if options.get("best.mode") not in ("min", "max")
+                else options["best.mode"] == "min"
+            )
+            best, step = min(scores) if lowest or name == "val/loss" else max(scores, key=lambda s: (s[0], -s[1]))
+            what = (
+                "lowest validation loss" if name == "val/loss" else f"best {words(name)} (decides the best checkpoint)"
+            )
+            rows[what] = f"{best:.4f} at step {step:,}"
     for name, points in sorted(run.metrics.items(), key=lambda item: item[0] != "val/loss"):
         if name.startswith("val/"):
-            rows[f"last validation {name.partition('/')[2].replace('_', ' ')}"] = f"{points[-1][1]:.4g}"
+            rows[f"last {words(name)}"] = f"{points[-1][1]:.4g}"
+    if run.steps:
+        rows["steps"] = f"{run.steps:,}"
     if "train/loss" in run.metrics:
-        rows["last training loss"] = f"{run.metrics['train/loss'][-1][1]:.4f}"
-        rows["steps"] = f"{run.metrics['train/loss'][-1][0]:,}"
+        rows["last training loss"] = at(run, "train/loss", f"{run.metrics['train/loss'][-1][1]:.4f}")
     if "train/tokens" in run.metrics:
-        rows["tokens"] = f"{run.metrics['train/tokens'][-1][1]:,.0f}"
+        rows["tokens"] = at(run, "train/tokens", f"{run.metrics['train/tokens'][-1][1]:,.0f}")
     if "train/seconds" in run.metrics:
-        rows["time"] = duration(run.metrics["train/seconds"][-1][1])
+        rows["time"] = at(run, "train/seconds", duration(run.metrics["train/seconds"][-1][1]))
     if "train/tokens_per_second" in run.metrics:
         speeds = [value for _, value in run.metrics["train/tokens_per_second"]]
         rows["tokens a second (median)"] = f"{statistics.median(speeds):,.0f}"
@@ -212,11 +232,92 @@ def summary(run: Run) -> dict[str, str]:
     return rows
 
 
+def words(metric: str) -> str:
+    """The name of a metric in words, such as "validation macro F1" of `val/macro_f1`."""
+    part, _, name = metric.partition("/")
+    return (
+        f"{ {'val': 'validation', 'train': 'training'}.get(part, part) } {name.replace('_', ' ').replace('f1', 'F1')}"
+    )
+
+
+def lower_is_better(metric: str) -> bool:
+    """Whether a low value of a metric is a good one, by its name."""
+    return metric.endswith(("loss", "perplexity", "bits_per_byte", "mae"))
+
+
+def at(run: Run, metric: str, text: str) -> str:
+    """What a metric was when it was logged last, with that step if there were more."""
+    step = run.metrics[metric][-1][0]
+    return text if step >= run.steps else f"{text} (at step {step:,})"
+
+
 def duration(seconds: float) -> str:
     """A time as people say it."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def results(run: Run) -> str:
+    """How well each label is predicted, in the last evaluation."""
+    if len(run.results) < 2:
+        return ""
+    names, *rows = run.results
+    head = "".join(f"<th scope=col>{escape(name.replace('f1', 'F1').replace('_', ' '))}</th>" for name in names)
+    body = "".join(
+        f"<tr><th scope=row>{escape(label)}</th>{''.join(f'<td>{escape(short(cell))}</td>' for cell in cells)}</tr>"
+        for label, *cells in rows
+    )
+    return f"""<p class="faint">{escape(run.evaluated)}</p>
+<div class="scroll"><table class="numbers"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"""
+
+
+def short(cell: str) -> str:
+    """A share with three digits; anything else, such as a count, as it is."""
+    try:
+        return f"{float(cell):.3f}" if "." in cell or "e" in cell else cell
+    except ValueError:
+        return cell
+
+
+def confusion(run: Run) -> str:
+    """How often each label was predicted as which: the darker a cell, the larger its share of the row."""
+    if len(run.confusion) < 2:
+        return ""
+    names, rows = run.confusion[0][1:], run.confusion[1:]
+    if len(names) > CONFUSED:
+        return f"<p>{len(names)} labels are too many to show: see confusion.csv.</p>"
+    body = ""
+    for label, *cells in rows:
+        counts = [int(cell) if cell.isdigit() else 0 for cell in cells]
+        total = max(1, sum(counts))
+        body += f"<tr><th scope=row>{escape(label)}</th>"
+        for name, count in zip(names, counts):
+            share = count / total
+            title = f"{label} predicted as {name}: {count:,} of {total:,} ({share:.1%})"
+            kind = " class=right" if name == label else ""
+            body += (
+                f'<td{kind} style="--share:{share:.3f}" title="{escape(title)}">{f"{count:,}" if count else ""}</td>'
+            )
+        body += "</tr>"
+    head = "".join(f"<th scope=col><span>{escape(name)}</span></th>" for name in names)
+    table = f'<table class="confusion"><thead><tr><td></td>{head}</tr></thead><tbody>{body}</tbody></table>'
+    return f"""<p class="faint">{escape(run.evaluated)}: a row for each right label, a column for each predicted one</p>
+<div class="scroll">{table}</div>"""
+
+
+def mistakes(run: Run) -> str:
+    """The examples that the last evaluation got most wrong."""
+    if not run.mistakes:
+        return ""
+    rows = ""
+    for row in run.mistakes:
+        cells = "".join(f'<td dir="auto">{escape(row[name])}</td>' for name in ("right", "predicted", "text"))
+        rows += f"<tr>{cells}<td>{row['loss']:.3g}</td><td>{row['row']:,}</td></tr>"
+    head = "".join(f"<th scope=col>{name}</th>" for name in ("right", "predicted", "text", "loss", "row"))
+    title = f"{run.mistakes[0]['evaluation']}: the {len(run.mistakes)} with the highest loss; rows are counted from 0"
+    table = f'<table class="mistakes"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
+    return f'<p class="faint">{escape(title)}</p><div class="scroll tall">{table}</div>'
 
 
 def spikes(run: Run) -> str:
@@ -284,10 +385,11 @@ def write(folders: Sequence[Path], output: Path) -> None:
 
 def main() -> None:
     """Reads the command line."""
-    from jsonargparse import ArgumentParser
+    from lm_lightning.explain import program
+    from lm_lightning.settings import Parser
 
-    parser = ArgumentParser(
-        prog="lm_lightning report",
+    parser = Parser(
+        prog=program("report"),
         description="Makes one HTML page of runs, to look at without a network: curves, samples, configs, machines.",
         exit_on_error=False,
     )
@@ -298,7 +400,7 @@ def main() -> None:
         help="File to write. Default: report.html in the run folder, of several in the current one.",
     )
     given = parser.parse_args(sys.argv[2:])
-    folders = [Path(run) for run in given.runs]
+    folders = [run_folder(run) for run in given.runs]
     output = Path(given.output or (folders[0] if len(folders) == 1 else Path()) / "report.html")
     write(folders, output)
     print(output)

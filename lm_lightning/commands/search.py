@@ -17,7 +17,8 @@ def search(index: str, query: str, top: int = 10, approximate: bool = False) -> 
     """Prints the texts of an index that are nearest to a query: cosine, id and text, the nearest first.
 
     Args:
-        index: Run folder of `predict` with a SentenceEncoder, or the `index/` in it.
+        index: Run folder of a SentenceEncoder, of which the newest index is searched, or the folder of one of its
+            `evaluations/`, or the `index/` in that.
         query: What to look for.
         top: How many texts to print.
         approximate: Look through a graph of neighbours (HNSW), made at the first time, instead of through all rows:
@@ -53,11 +54,13 @@ def search(index: str, query: str, top: int = 10, approximate: bool = False) -> 
 
 def opened(index: str) -> tuple[Path, dict[str, Any]]:
     """The folder of an index and what it tells of its model."""
-    for folder in (Path(index), Path(index) / "index"):
+    given = Path(index).expanduser()
+    for folder in (given, given / "index", *sorted(given.glob("evaluations/*/index"), reverse=True)):
         if (folder / "index.json").is_file():
             return folder, json.loads((folder / "index.json").read_text(encoding="utf-8"))
     raise UserError(
-        f"{index} has no index/index.json: make it with `python -m lm_lightning predict` and a SentenceEncoder"
+        f"{index} has no index: make one with `python -m lm_lightning predict {index}`, if it is the run of a "
+        "SentenceEncoder"
     )
 
 
@@ -69,10 +72,7 @@ def embedded(query: str, model: str, about: dict[str, Any]) -> "np.ndarray":
     from lm_lightning.embedding import embed
 
     hub.quiet()
-    try:
-        network = AutoModel.from_pretrained(model, local_files_only=hub.local_only(model)).eval()
-    except (OSError, ValueError) as error:
-        raise hub.explain(model, error) from error
+    network = hub.load(AutoModel, model, unused=("pooler.",)).eval()
     tokenizer = tokenizers.load(model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # as GPT's published ones
     return embed(network, tokenizer, [query], about["pooling"], about["max_length"])[0].numpy()
@@ -102,4 +102,7 @@ def main() -> None:
     """Reads the command line."""
     from jsonargparse import auto_cli
 
-    auto_cli(search, args=sys.argv[2:], prog="lm_lightning search", exit_on_error=False)
+    from lm_lightning.explain import program
+    from lm_lightning.settings import Parser
+
+    auto_cli(search, args=sys.argv[2:], prog=program("search"), parser_class=Parser)

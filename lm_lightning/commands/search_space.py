@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Optional, Union
 
-from lm_lightning.errors import UserError, of_command_line
+from lm_lightning.errors import UserError
+from lm_lightning.explain import of_command_line
 
 if TYPE_CHECKING:
     import optuna

@@ -32,6 +32,7 @@ from lm_lightning.commands import find
 from lm_lightning.commands.fits import fit, logged, read_settings, run_folder
 from lm_lightning.commands.search_space import Search, read_search
 from lm_lightning.errors import UserError
+from lm_lightning.explain import program
 from lm_lightning.untrusted import plain_name
 
 if TYPE_CHECKING:
@@ -278,7 +279,7 @@ def main() -> None:
     """Reads the command line."""
     description = (Search.__doc__ or "").replace("\n    ", "\n")
     parser = argparse.ArgumentParser(
-        prog="lm_lightning tune",
+        prog=program("tune"),
         usage="%(prog)s --config CONFIG [any flag of fit] (--search FILE | --find lr | --find batch_size) [options]",
         description="Looks for good values of flags of `fit`, in runs of a few steps (--find) or in whole ones "
         "(--search). A study that was ended goes on with the same command.",

@@ -19,6 +19,7 @@ from typing import NamedTuple, Optional
 
 from lm_lightning.commands.fits import fit, read_settings, shorten
 from lm_lightning.errors import UserError
+from lm_lightning.explain import program
 
 
 class Differences(NamedTuple):
@@ -323,7 +324,7 @@ def machine(outcomes: dict[str, Outcome]) -> str:
 def main() -> None:
     """Reads the command line. Exit status 1 says that a variant failed or is outside its tolerance."""
     parser = argparse.ArgumentParser(
-        prog="lm_lightning verify",
+        prog=program("verify"),
         usage="%(prog)s --config CONFIG [any flag of fit] [options]",
         description=(verify.__doc__ or "").split("\n\n    Args:")[0].replace("\n    ", "\n"),
         epilog=f"variants: {', '.join(VARIANTS)}",

@@ -9,7 +9,7 @@ from typing import Any
 import transformers
 from torch import Tensor
 
-from lm_lightning import errors, untrusted
+from lm_lightning import errors, hub, untrusted
 from lm_lightning.errors import UserError
 from lm_lightning.models.network import HEAD_FILE
 
@@ -20,7 +20,7 @@ def load(folder: Path, **settings: Any) -> transformers.PreTrainedModel:
     """The network of a folder, of the class that it was saved from, in evaluation mode."""
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     network_class = untrusted.network_class((config.architectures or ["none"])[0])
-    return network_class.from_pretrained(folder, local_files_only=True, **settings).eval()
+    return hub.load(network_class, str(folder), **settings).eval()
 
 
 def copy_beside(source: Path, target: Path) -> None:

@@ -1,5 +1,6 @@
 """Data of classification: rows with a text, or a pair of texts, and a label in; batches of tokens and targets out."""
 
+import itertools
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Optional
 
@@ -61,7 +62,8 @@ class ClassificationData(LabelledData):
             texts, pairs, return_attention_mask=False, truncation="longest_first", max_length=self.block_size
         )
         examples = [dict(zip(encoded, values)) for values in zip(*encoded.values())]
-        self.report(split, examples, sum(bool(encoding.overflowing) for encoding in encoded.encodings))
+        cut = sum(bool(encoding.overflowing) for encoding in encoded.encodings)
+        self.report(split, examples, cut, itertools.chain(texts, pairs or []))
         for example, row in zip(examples, rows):
             example["targets"] = torch.tensor(-100) if split == "predict" else self.target(row)
         return Examples(examples, self.seed if split == "train" else None)

@@ -21,6 +21,9 @@ from lm_lightning import errors
 from lm_lightning.errors import UserError
 
 PIECE = 65536  # characters; longer texts are cut
+LONGEST_ROW = 1 << 27  # characters of a row, which is in memory as one
+EXPANSION = 200  # times its size, to which a compressed file may expand ...
+ALWAYS_ALLOWED = 1 << 28  # ... or to so many bytes
 package = partial(errors.package, what="this corpus", extra="data")
 _SURROGATE = re.compile("[\ud800-\udfff]")  # "surrogateescape" turns a bad byte into one
 
@@ -116,12 +119,35 @@ def _open_zst(path: Path) -> Any:
 _OPENERS: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".zst": _open_zst}
 
 
+class _Expanding(io.RawIOBase):
+    """The uncompressed bytes of a compressed file, which may be made to expand to any size."""
+
+    def __init__(self, stream: Any, path: Path) -> None:
+        self.stream, self.path, self.size = stream, path, 0
+        self.limit = max(ALWAYS_ALLOWED, EXPANSION * path.stat().st_size)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.stream.read(len(buffer))
+        self.size += len(data)
+        if self.size > self.limit:
+            raise UserError(
+                f"{self.path} expands to more than {EXPANSION} times its size, as no text does; if it is one after "
+                "all, decompress it first"
+            )
+        buffer[: len(data)] = data
+        return len(data)
+
+
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
     """Open a file for its uncompressed bytes; what goes wrong until it is closed is a UserError."""
+    compression = suffixes(path)[1]
     try:
-        with _OPENERS.get(suffixes(path)[1], partial(open, mode="rb"))(path) as stream:
-            yield stream
+        with _OPENERS.get(compression, partial(open, mode="rb"))(path) as stream:
+            yield io.BufferedReader(_Expanding(stream, path), 1 << 17) if compression else stream
     except (OSError, EOFError, zlib.error, UnicodeError) as error:
         raise UserError(f"{path} cannot be read ({error}); is it damaged or incomplete?") from None
 
@@ -131,12 +157,16 @@ def lines(path: Path, reading: Reading, counts: Counts, plain: bool = False) -> 
     with _opened(path) as stream:
         # newline="\n", as by default a lone carriage return, too, would end a line.
         text = io.TextIOWrapper(stream, encoding=reading.codec, errors="surrogateescape", newline="\n")
-        size = PIECE if plain else -1
+        size = PIECE if plain else LONGEST_ROW
         number, length = 1, 0
         while part := text.readline(size):
             while part[-1] == "\r" and (following := text.readline(1)):
                 part += following  # a part must not end within a CRLF
             ended = part[-1] == "\n"
+            if len(part) >= LONGEST_ROW and not ended:
+                raise UserError(
+                    f"{path}:{number}: a line of more than {LONGEST_ROW:,} characters, as no row is: split it"
+                )
             if ended:
                 part = part[: -2 if part.endswith("\r\n") else -1]
             if "\0" in part:
@@ -220,7 +250,7 @@ def csv_rows(path: Path, reading: Reading, counts: Counts, delimiter: str = ",")
         counts.notes.append(f"{path}: the columns are separated by {used!r} ({reading.options}.delimiter changes that)")
     if not quoting and "\r" in first.text:
         raise _lone_cr(path, first)  # else a file whose lines all end with CR were a header without rows
-    csv.field_size_limit(2**31 - 1)  # the largest that every platform accepts
+    csv.field_size_limit(LONGEST_ROW)
     texts = (line.text + "\n" for line in itertools.chain([first], source))
     reader = csv.reader(  # strict: else an open quote would swallow the rest
         texts, delimiter=used, quoting=csv.QUOTE_MINIMAL if quoting else csv.QUOTE_NONE, strict=True
@@ -348,6 +378,9 @@ def _parquet_rows(path: Path, reading: Reading, counts: Counts) -> Rows:
             stream = plain
         try:
             file = parquet.ParquetFile(stream)
+            expanded = sum(file.metadata.row_group(i).total_byte_size for i in range(file.num_row_groups))
+            if expanded > max(ALWAYS_ALLOWED, EXPANSION * path.stat().st_size):
+                raise UserError(f"{path} expands to {expanded:,} bytes, more than {EXPANSION} times its size: split it")
             # If one is missing, read all columns: the message about the first row will list them.
             known = sorted(columns) if columns and columns <= set(file.schema_arrow.names) else None
             rows = (row for batch in file.iter_batches(256, columns=known) for row in batch.to_pylist())

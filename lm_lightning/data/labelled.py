@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Optional
@@ -24,7 +24,16 @@ from lm_lightning.data import cells, formats
 from lm_lightning.data.corpus import expand
 from lm_lightning.data.order import PADDING, by_length, samples_at
 from lm_lightning.data.stream import StreamData
-from lm_lightning.data.tokenizer import Tokenizer, fingerprint, load
+from lm_lightning.data.tokenizer import (
+    MANY,
+    Tokenizer,
+    about_unknown,
+    fingerprint,
+    load,
+    unknown_id,
+    unknown_word,
+    warn_of_unknown,
+)
 from lm_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -288,7 +297,7 @@ class Examples(Dataset):
     Args:
         rows: Of each row: `input_ids` and what else the tokenizer gives, lists of one length; and its targets, tensors
             of any names, such as `targets`.
-        seed: Of the order and its epochs; None for evaluation: once through the rows, the longest first.
+        seed: Of the order and its epochs; None for evaluation: once through the rows, in `order`, the longest first.
 
     Items are those rows, with `id`, the number of the row. In rows that only fill up a batch, no target counts: -100,
     or NaN for numbers.
@@ -298,6 +307,7 @@ class Examples(Dataset):
         self.rows, self.seed = rows, seed
         self.lengths = np.array([len(row["input_ids"]) for row in rows])
         self.longest_first = np.argsort(-self.lengths, kind="stable")
+        self.order = self.longest_first
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -306,7 +316,7 @@ class Examples(Dataset):
         if position == PADDING:
             shortest = self.rows[self.longest_first[-1]]
             return {k: none(v) if isinstance(v, torch.Tensor) else v for k, v in shortest.items()} | {"id": PADDING}
-        order = self.longest_first if self.seed is None else self.epoch(position // len(self))
+        order = self.order if self.seed is None else self.epoch(position // len(self))
         row = int(order[position % len(self)])
         return self.rows[row] | {"id": row}
 
@@ -370,6 +380,7 @@ class LabelledData(StreamData):
         self.labels: list[str] = []  # their names, in the order of their numbers
         self.numbers: dict[str, int] = {}  # of each label
         self.examples: dict[str, Examples] = {}
+        self.inputs: list[Row] = []  # of which `predict` predicts
         self.respelled = 0  # labels of a split that are spelled in another way than the one that they are counted as
         self.stripped = 0  # labels of a split with space around them
 
@@ -402,7 +413,12 @@ class LabelledData(StreamData):
         if self.tokenizer.pad_token is None:  # as GPT's published ones
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.collate = functools.partial(padded, self.tokenizer)
-        train = read(self.tables, "train", self.key) if self.tables.train or stage == "fit" else []
+        # An evaluation needs the training rows only if nothing else says which labels there are.
+        module = self.trainer.lightning_module
+        named = stage != "fit" and (module.evaluated_checkpoint is not None or not module.keep_head)
+        labels_known = named and bool(module.own_labels())
+        needs_train = stage == "fit" or (self.tables.train and not labels_known)
+        train = read(self.tables, "train", self.key) if needs_train else []
         self.find_labels(train)
         self.numbers = {label: number for number, label in enumerate(self.labels)}
         self.spellings = {cells.canonical(label): number for label, number in self.numbers.items()}
@@ -410,6 +426,8 @@ class LabelledData(StreamData):
         for split in needed[stage]:
             if split not in self.examples:
                 rows = train if split == "train" else self.read(split)
+                if split == "predict":
+                    self.inputs = rows
                 self.respelled = self.stripped = 0
                 self.examples[split] = self.encode(split, rows)
                 self.report_labels(split)
@@ -490,25 +508,45 @@ class LabelledData(StreamData):
             )
         return self.numbers[label]
 
-    def report(self, split: str, examples: list[dict], cut: int) -> None:
-        """Prints what a split has, and how many rows of it are cut."""
+    def report(self, split: str, examples: list[dict], cut: int, texts: Iterable[str]) -> None:
+        """Prints what a split has, how many rows of it are cut, and how many tokens of its `texts` are unknown."""
         if self.trainer.is_global_zero:
             tokens = sum(len(example["input_ids"]) for example in examples)
+            unknown = self.unknown(examples)
             print(
                 f"{split}: {len(examples):,} rows, {tokens:,} tokens"
                 + (f", {cut:,} rows are cut to {self.block_size} tokens (data.max_length)" if cut else "")
+                + about_unknown(unknown, tokens)
             )
+            self.warn_of_unknown(split, unknown, tokens, texts)
 
-    def report_words(self, split: str, examples: list[dict]) -> None:
+    def unknown(self, examples: list[dict]) -> int:
+        """How many tokens are unknown."""
+        unknown = unknown_id(self.tokenizer)
+        return 0 if unknown is None else sum(example["input_ids"].count(unknown) for example in examples)
+
+    def warn_of_unknown(self, split: str, unknown: int, tokens: int, texts: Iterable[str]) -> None:
+        """Prints a warning if many tokens of some texts are unknown."""
+        if unknown > MANY * tokens:
+            remedy = "use a --model.pretrained whose tokenizer knows such text, or fix --data.tables.encoding"
+            warn_of_unknown(split, unknown, tokens, unknown_word(self.tokenizer, texts), remedy)
+
+    def report_words(self, split: str, examples: list[dict], sentences: list[list[str]]) -> None:
         """The same of examples with `words`, see `encode_words`, and how many of these are cut off."""
         cut = [int((example["words"] < 0).sum()) for example in examples]
-        self.report(split, examples, len(cut) - cut.count(0))
+        self.report(split, examples, len(cut) - cut.count(0), map(" ".join, sentences))
         if self.trainer.is_global_zero and any(cut):
             words = sum(len(example["words"]) for example in examples)
             print(f"{split}: {sum(cut):,} of {words:,} words are cut off, and what they should tell counts as missed")
 
     def samples(self, split: str) -> Examples:
-        return self.examples[split]
+        examples = self.examples[split]
+        if split != "train":
+            limit = getattr(self.trainer, f"limit_{'val' if split == 'validation' else split}_batches")
+            # The first of the longest batches are not like the others; of a part, the first rows are evaluated.
+            part = isinstance(limit, int) or limit < 1
+            examples.order = np.arange(len(examples)) if part else examples.longest_first
+        return examples
 
     @property
     def predict_table(self) -> bool:
@@ -516,7 +554,7 @@ class LabelledData(StreamData):
         if self.tables.hub:
             return False
         paths = [path for pattern in sources(self.tables, "predict") for _, path in expand(pattern)]
-        return all(kind(path, self.tables) in (".csv", ".tsv") for path in paths)
+        return bool(paths) and all(kind(path, self.tables) in (".csv", ".tsv") for path in paths)
 
     def predict_dataloader(self) -> DataLoader:
         return self.evaluation_loader("predict")

@@ -17,7 +17,7 @@ from lm_lightning.data.masking import Masker, Masking
 from lm_lightning.data.order import PADDING, samples_at
 from lm_lightning.data.pretraining import PretrainingData, collate
 from lm_lightning.data.sentences import SentencePairs
-from lm_lightning.data.tokenizer import Tokenizer, text_ids
+from lm_lightning.data.tokenizer import Tokenizer, text_ids, unknown_id, unknown_word, warn_of_unknown
 from lm_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -133,6 +133,7 @@ class Texts(Dataset):
     def __init__(self, texts: list[str], data: "MaskedData") -> None:
         tokenizer = data.tokenizer
         self.rows = []
+        unknown = unknown_id(tokenizer)
         for text in texts:
             # here the mask token is meant, which in the texts of a corpus is text
             ids = tokenizer(text, split_special_tokens=False)["input_ids"]
@@ -142,6 +143,12 @@ class Texts(Dataset):
                 raise UserError(
                     f"the text {text[:40]!r}... has {len(ids)} tokens, more than data.block_size {data.block_size}: "
                     "shorten it or raise that"
+                )
+            shown = len(ids) - sum(map(len, text_ids(tokenizer)))
+            if data.trainer.is_global_zero and unknown in ids:
+                remedy = "use words that the model was trained on"
+                warn_of_unknown(
+                    f"the text {text[:40]!r}", ids.count(unknown), shown, unknown_word(tokenizer, [text]), remedy
                 )
             self.rows.append(torch.tensor(ids))
 

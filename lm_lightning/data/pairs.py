@@ -250,7 +250,7 @@ class PairData(LabelledData):
             cut += sum(next(overflowing) for _ in of_row) > 0  # (of all texts)
             example = {"input_ids": sum(ids_of_row, []), "lengths": [len(ids) for ids in ids_of_row]}
             examples.append(example | {"targets": torch.tensor(0) if alone else self.target(row)})
-        self.report(split, examples, cut)
+        self.report(split, examples, cut, (text for of_row in texts for text in of_row))
         if split in ("validation", "test") and self.columns.score is None and not alone:
             self.judged[split] = answers(examples)
         return Examples(examples, self.seed if split == "train" else None)

@@ -60,7 +60,7 @@ class ParsingData(LabelledData):
             else:
                 example["targets"] = torch.tensor(self.heads(row, len(words)))
                 example["relations"] = torch.tensor(self.relations(row, len(words)))
-        self.report_words(split, examples)
+        self.report_words(split, examples, sentences)
         return Examples(examples, self.seed if split == "train" else None)
 
     def heads(self, row: Row, words: int) -> list[int]:

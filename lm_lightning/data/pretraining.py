@@ -150,7 +150,9 @@ class PretrainingData(StreamData):
         print(
             f"{name}: {len(split.documents):,} documents, {split.bytes:,} bytes, {len(split.tokens):,} tokens of "
             f"{len(self.tokenizer):,} kinds, unigram perplexity {split.unigram_perplexity:.1f}, {len(blocks):,} blocks "
-            f"of {self.block_size}" + (f", {left} tokens at the end that fill no block" if left > 0 else "")
+            f"of {self.block_size}"
+            + (f", {left} tokens at the end that fill no block" if left > 0 else "")
+            + self.prepared.about_unknown(name)
         )
 
     def samples(self, split: str) -> Any:

@@ -3,6 +3,7 @@
 A context that is too long becomes several windows that overlap, each a row of its own with the whole question.
 """
 
+import itertools
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, Optional
 
@@ -11,6 +12,7 @@ import torch
 
 from lm_lightning.data import cells
 from lm_lightning.data.labelled import Examples, LabelledData, Row
+from lm_lightning.data.tokenizer import about_unknown
 from lm_lightning.errors import UserError
 
 
@@ -50,11 +52,13 @@ class Question(NamedTuple):
         id: Its own name, or its number.
         context: The text that has the answer.
         answers: The right ones; none if the context has none, or if they are not known.
+        text: The question itself.
     """
 
     id: str | int
     context: str
     answers: list[Answer]
+    text: str = ""
 
 
 class Window(NamedTuple):
@@ -192,17 +196,20 @@ class QuestionData(LabelledData):
                 example["targets"] = torch.tensor((-100, -100))
         names = [row.get(self.columns.id) for row in rows]
         ids = [number if name is None else name for number, name in enumerate(names)]
-        self.questions[split] = [Question(*values) for values in zip(ids, contexts, answers)]
+        self.questions[split] = [Question(*values) for values in zip(ids, contexts, answers, texts)]
         if split != "train":
             self.windows[split] = windows
         if self.trainer.is_global_zero:
+            tokens, unknown = sum(map(len, encoded["input_ids"])), self.unknown(examples)
             print(
                 f"{split}: {len(rows):,} questions"
                 + (f", {sum(not right for right in answers):,} without an answer" if split != "predict" else "")
-                + f", {len(windows):,} windows, {sum(map(len, encoded['input_ids'])):,} tokens"
+                + f", {len(windows):,} windows, {tokens:,} tokens"
                 + told(sum(map(str.__ne__, texts, cut)), f"questions are cut to {self.max_question} tokens")
                 + told(len(lost), "have an answer that is longer than the windows' overlap allows, and are not learned")
+                + about_unknown(unknown, tokens)
             )
+            self.warn_of_unknown(split, unknown, tokens, itertools.chain(cut, contexts))
         return Examples(examples, self.seed if split == "train" else None)
 
     def identity(self) -> dict:

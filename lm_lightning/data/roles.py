@@ -151,7 +151,7 @@ class RoleData(TaggingData):
         for example, target, (_, predicate) in zip(examples, targets, self.of_frame[split]):
             unmarked = [word for word in range(len(example["words"])) if word not in (predicate, predicate + 2)]
             example["words"], example["targets"] = example["words"][unmarked], target
-        self.report_words(split, examples)
+        self.report_words(split, examples, sentences)
         return Examples(examples, self.seed if split == "train" else None)
 
     def prediction(self, number: int) -> dict[str, Any]:

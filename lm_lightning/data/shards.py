@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 KINDS = {"tokens": None, "documents": "int64", "sentences": "int64", "words": "uint8"}  # files and their types
 SPLITS = ("train", "validation", "test")
-FORMAT = 2  # part of every fingerprint: raise it when the meaning of the files changes
+FORMAT = 3  # part of every fingerprint: raise it when the meaning of the files changes
 BATCH_CHARACTERS = 1 << 22  # text tokenized at once: enough for all cores, little enough for flat memory
 
 
@@ -101,6 +101,14 @@ class Prepared(NamedTuple):
     def frequencies(self) -> np.ndarray:
         """How often each token is in the training split, (vocabulary,) int64."""
         return np.load(self.folder / "frequencies.npy")
+
+    def about_unknown(self, name: str) -> str:
+        """How many tokens of a split are unknown, as a part of a sentence; prints a warning if they are many."""
+        counts = self.info["splits"][name]
+        remedy = "use another --data.tokenizer.path, or none to train one on the corpus, or fix --data.corpus.encoding"
+        numbers = counts["unknown"], counts["tokens"]
+        tokenizers.warn_of_unknown(f"the {name} split", *numbers, counts["unknown_example"], remedy)
+        return tokenizers.about_unknown(*numbers)
 
     def split(self, name: str) -> Split:
         """Opens one split: `train`, `validation` or `test`."""
@@ -273,6 +281,8 @@ def tokenize(
     dtype = np.dtype("uint16" if vocabulary <= 1 << 16 else "uint32")
     counts: dict[str, dict[str, Any]] = {split: {"documents": 0, "tokens": 0, "bytes": 0} for split in SPLITS}
     frequencies = {split: np.zeros(vocabulary, np.int64) for split in SPLITS}
+    unknown = tokenizers.unknown_id(tokenizer)
+    examples = dict.fromkeys(SPLITS, "")  # of what is unknown
     inside: dict[str, bool] = dict.fromkeys(SPLITS, False)  # has a document begun whose last piece is still to come?
     # Offsets, which tell of white space, cost time.
     encode = backend.encode_batch if layout.words else backend.encode_batch_fast
@@ -302,6 +312,8 @@ def tokenize(
                     if layout.sentences is not None and encoding.ids:
                         new[split, "sentences"].append(counts[split]["tokens"] + len(ids))
                     ids += encoding.ids
+                    if not examples[split] and unknown in encoding.ids:
+                        examples[split] = tokenizers.unknown_word(tokenizer, [text])
                     if layout.words:
                         words += [int(start == 0 or text[start - 1].isspace()) for start, _ in encoding.offsets]
                 if piece.last:
@@ -321,6 +333,8 @@ def tokenize(
                 counts[split]["documents"] += len(new[split, "documents"])
 
     for split in SPLITS:
+        counts[split]["unknown"] = 0 if unknown is None else int(frequencies[split][unknown])
+        counts[split]["unknown_example"] = examples[split]
         counts[split]["unigram_perplexity"] = unigram_perplexity(frequencies["train"], frequencies[split])
     np.save(folder / "frequencies.npy", frequencies["train"])
     written = {

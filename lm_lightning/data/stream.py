@@ -69,6 +69,10 @@ class StreamData(LightningDataModule):
             self.replicas,
             lambda: self.consumed,
         )
+        if overfit := self.trainer.overfit_batches:  # each epoch reads the first batches again
+            batches = min(overfit, len(sampler)) if isinstance(overfit, int) else int(overfit * len(sampler))
+            again = max(1, batches) * self.batch_size * self.replicas
+            sampler.consumed = lambda: self.consumed % again
         return self.loader(samples, sampler)
 
     def val_dataloader(self) -> DataLoader:

@@ -209,12 +209,12 @@ class TaggingData(LabelledData):
             if len(labels) != len(words):
                 raise UserError(f"{row.where}: there are {len(words)} words, but {len(labels)} labels: mend the row")
             example["targets"] = self.targets(row, labels)
-        self.report_words(split, examples)
+        self.report_words(split, examples, sentences)
         return Examples(examples, self.seed if split == "train" else None)
 
-    def report_words(self, split: str, examples: list[dict]) -> None:
+    def report_words(self, split: str, examples: list[dict], sentences: list[list[str]]) -> None:
         """Prints what a split has, how many words of it are cut off, and how many labels were converted."""
-        super().report_words(split, examples)
+        super().report_words(split, examples, sentences)
         if self.trainer.is_global_zero and self.converted:
             example = "I- that begins a span to B-" if self.scheme == "bio" else "I- that ends a span to E-"
             print(f"{split}: {self.converted:,} labels were converted to the scheme {self.scheme} (such as {example})")

@@ -9,14 +9,14 @@ and a trained tokenizer has no maximum length, since the model knows its context
 import hashlib
 import json
 import logging
-import os
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Optional
 
 from lm_lightning import hub
+from lm_lightning import run as runs
 from lm_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ SpecialTokens = Literal["gpt", "bert"]
 END, UNKNOWN = "<|endoftext|>", "<|unk|>"
 BERT = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
 RARE = 1e-6  # share of the text below which a character is left out of a WordPiece alphabet and becomes unknown
+MANY = 0.03  # share of unknown tokens above which a tokenizer does not suit a text
 MOST = 10_000_000  # tokens of a trained vocabulary
 CHUNK = 100_000  # characters that the trainers get at a time, since they need many times a text's size in memory
 
@@ -56,6 +57,9 @@ class Tokenizer:
     training_megabytes: int = 200
 
 
+GAPS = 100_000  # ids of a vocabulary that may be unused
+
+
 def load(path: str) -> "PreTrainedTokenizerFast":
     """The tokenizer of a local folder or, where there is no such folder, of the Hub.
 
@@ -66,7 +70,7 @@ def load(path: str) -> "PreTrainedTokenizerFast":
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    path = hub.folder(os.path.expanduser(path))
+    path = runs.folder_of(path, "tokenizer")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             path, local_files_only=hub.local_only(path), trust_remote_code=False, split_special_tokens=True
@@ -75,6 +79,8 @@ def load(path: str) -> "PreTrainedTokenizerFast":
         raise hub.explain(path, error) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(f"{path!r} is a {type(tokenizer).__name__}, which has no fast version: give a fast tokenizer")
+    if (rows := vocabulary(tokenizer)) > 4 * len(tokenizer) + GAPS:  # each of which a network would have weights for
+        raise UserError(f"{path!r} has {len(tokenizer):,} tokens, but one of them has the id {rows - 1:,}: fix its ids")
     # `transformers` makes a tokenizer without a vocabulary from a folder that only has a model in it.
     if len(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)) < 2:
         raise UserError(f"{path!r} has no tokenizer in it: give a folder with a tokenizer.json or vocabulary files")
@@ -136,6 +142,43 @@ def text_ids(tokenizer: "PreTrainedTokenizerFast") -> tuple[list[int], list[int]
     whole, text = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
     start = next(i for i in range(len(whole)) if whole[i : i + len(text)] == text)
     return whole[:start], whole[start + len(text) :]
+
+
+def unknown_id(tokenizer: "PreTrainedTokenizerFast") -> Optional[int]:
+    """The id of what is not in the vocabulary; None if every text can be written in it, as in bytes."""
+    model = tokenizer.backend_tokenizer.model
+    if (token := getattr(model, "unk_token", None)) is not None:
+        found = tokenizer.backend_tokenizer.token_to_id(token)
+    else:  # only Unigram keeps an id instead, which has no attribute
+        unigram = type(model).__name__ == "Unigram"
+        found = json.loads(tokenizer.backend_tokenizer.to_str())["model"].get("unk_id") if unigram else None
+    others = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id)
+    return None if found in others else found
+
+
+def unknown_word(tokenizer: "PreTrainedTokenizerFast", texts: Iterable[str]) -> str:
+    """The first part of some texts that is unknown to a tokenizer, empty if there is none."""
+    unknown = unknown_id(tokenizer)
+    for text in texts:
+        encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        for token, (start, end) in zip(encoding["input_ids"], encoding["offset_mapping"]):
+            if token == unknown:
+                return text[start:end].strip()
+    return ""
+
+
+def about_unknown(unknown: int, tokens: int) -> str:
+    """A part of a sentence: how many tokens are unknown, empty if none is."""
+    return f", {unknown:,} of the tokens are unknown ({unknown / tokens:.2%})" if unknown else ""
+
+
+def warn_of_unknown(what: str, unknown: int, tokens: int, example: str, remedy: str) -> None:
+    """Prints a warning if so many tokens are unknown that much of the text is lost."""
+    if unknown > MANY * tokens:
+        print(
+            f"warning: {what}: {unknown / tokens:.0%} of the tokens are unknown to the tokenizer, such as {example!r}, "
+            f"and all look the same to the network: {remedy}"
+        )
 
 
 def vocabulary(tokenizer: "PreTrainedTokenizerFast") -> int:

@@ -1,5 +1,6 @@
 """Classification: texts, or pairs of texts, to a label each, to several labels at once, or to a number."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Optional
 
@@ -22,6 +23,7 @@ from lm_lightning import results
 from lm_lightning.data.order import PADDING
 from lm_lightning.errors import UserError
 from lm_lightning.models.metrics import Agreement, Mode, mode_of
+from lm_lightning.models.mistakes import Mistakes, readable
 from lm_lightning.models.module import LanguageModule
 
 
@@ -70,6 +72,7 @@ class Classification(LanguageModule):
         new = self.pretrained is not None and data.kind == "number" and not self.head_fits()
         if self.trainer.state.fn == "fit" and new:
             self.start_at_the_mean()
+        self.mistakes = Mistakes()
         self.val_metrics = MetricCollection(self.new_metrics(), compute_groups=False)
         weigh = self.class_weights is not None and self.trainer.state.fn == "fit"  # only training is weighted
         weights = self.weights_of_labels() if weigh else None
@@ -154,11 +157,36 @@ class Classification(LanguageModule):
         if not len(targets):  # the last batch of a process may be all padding
             return
         if kind == "number":
-            self.val_metrics.update(logits.squeeze(-1), targets)
+            told = logits.squeeze(-1)
+            self.val_metrics.update(told, targets)
+            losses, wrong = (told - targets).square(), torch.ones_like(rows[rows])
         elif kind == "several":
             self.val_metrics.update(logits.sigmoid(), targets.long())
+            losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(1)
+            told = (logits.sigmoid() > 0.5).long()
+            wrong = (told != targets).any(1)
         else:
             self.val_metrics.update(logits, targets)
+            losses, told = F.cross_entropy(logits, targets, reduction="none"), logits.argmax(-1)
+            wrong = told != targets
+        numbers = [number for number in batch["id"] if number != PADDING]
+        for row in zip(numbers, losses.tolist(), targets.tolist(), told.tolist(), wrong.tolist()):
+            if row[-1]:
+                self.mistakes.add(*row[:-1])
+
+    def described(self, split: str, row: int, right: Any, told: Any) -> dict[str, str]:
+        """A row for people to read: its text, and what is right and was predicted."""
+        data = self.trainer.datamodule
+
+        def name(value: Any) -> str:
+            if data.kind == "number":
+                return f"{value:.4g}"
+            if data.kind == "several":
+                return ", ".join(label for label, on in zip(data.labels, value) if on)
+            return data.labels[value]
+
+        text = readable(data.tokenizer, data.examples[split].rows[row]["input_ids"])
+        return {"text": text, "right": name(right), "predicted": name(told)}
 
     def metric_modes(self) -> dict[str, Optional[Mode]]:
         if self.trainer.datamodule.kind == "number":
@@ -168,7 +196,8 @@ class Classification(LanguageModule):
         return {name: mode for name, mode in modes.items() if name not in ("confusion", "counts")}
 
     def metrics(self, loss: Tensor, split: str) -> dict[str, Tensor]:
-        """Adds the metrics of the task, and writes those of each label."""
+        """Adds the metrics of the task, and writes those of each label and the worst mistakes."""
+        self.mistakes.write(self.trainer, self.title(split), partial(self.described, split))
         values = self.val_metrics.compute()
         self.val_metrics.reset()
         confusion, counts = (values.pop(name, None) for name in ("confusion", "counts"))

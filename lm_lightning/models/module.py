@@ -8,7 +8,7 @@ over processes.
 import copy
 import difflib
 import fnmatch
-import os
+import hashlib
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -74,6 +74,7 @@ class LanguageModule(LightningModule):
     """
 
     auto_class: Any  # of transformers, such as AutoModelForCausalLM
+    unused: tuple[str, ...] = ()  # beginnings of the names of tensors that the model does not use
     activation_checkpointing: int
 
     def __init__(
@@ -118,6 +119,8 @@ class LanguageModule(LightningModule):
         self.freeze, self.layer_decay, self.keep_head = freeze, layer_decay, keep_head
         self.finite = FiniteSteps(on_nonfinite, skip_limit)
         self.resumed_at = 0  # the step of the checkpoint
+        # Of an evaluation; the command line sets it, since Lightning tells of it only when the network is made.
+        self.evaluated_checkpoint: Optional[str] = None
         self.ended_early = False  # whether the run that is resumed was killed before it wrote model/
         self.from_checkpoint = False  # whether a checkpoint's weights will take the place of those made here
 
@@ -150,6 +153,7 @@ class LanguageModule(LightningModule):
             self.own_tensors = self.lora.adapt(self.network, self.new_tensors)
             self.lora_description = adapters.described(self.lora, self.pretrained_folder(), self.new_tensors)
         self.freeze_parameters()
+        self.refuse_untrained()
         self.network_class = type(self.network).__name__  # sharding makes another one of it
         if self.activation_checkpointing:
             self.checkpoint_activations()
@@ -178,6 +182,20 @@ class LanguageModule(LightningModule):
                 parameter.requires_grad_(False)
             self.print(f"frozen: {len(found)} tensors with {sum(p.numel() for p in found):,} parameters ({pattern})")
 
+    def refuse_untrained(self) -> None:
+        """Refuses new tensors that stay random: those of an evaluation of `pretrained`, or that are frozen."""
+        new = [name for name in self.new_tensors if not name.startswith(self.unused)]
+        if self.trainer.state.fn == "fit":
+            parameters = dict(self.network.named_parameters())
+            frozen = [name for name in new if name in parameters and not parameters[name].requires_grad]
+            if frozen:
+                raise UserError(
+                    f"{self.pretrained} has no weights for {', '.join(frozen[:5])}, and model.freeze would leave them "
+                    "random: give patterns that do not match them"
+                )
+        elif new and self.evaluated_checkpoint is None:  # (a checkpoint brings them)
+            raise hub.untrained(str(self.pretrained), self.network, new)
+
     def head_settings(self) -> dict[str, Any]:
         """Settings of the network's config that its head needs, beside those of the user."""
         return {}
@@ -188,14 +206,22 @@ class LanguageModule(LightningModule):
         return {"id2label": dict(enumerate(labels)), "label2id": {label: n for n, label in enumerate(labels)}}
 
     def own_labels(self) -> list[str]:
-        """The labels that `pretrained` tells already, in the order of their numbers; none without a head for them."""
-        if self.pretrained is None:
+        """The labels that the evaluated checkpoint or `pretrained` predicts, in the order of their numbers.
+
+        None without a head for them.
+        """
+        if self.evaluated_checkpoint is not None:
+            saved = runs.load_checkpoint(Path(self.evaluated_checkpoint), weights=False, checked=True)["network"]
+            config = getattr(transformers, saved["class"]).config_class.from_dict(saved["config"])
+            config.architectures = [saved["class"]]
+        elif self.pretrained is not None:
+            name = self.pretrained_folder()
+            try:
+                config = transformers.AutoConfig.from_pretrained(name, local_files_only=hub.local_only(name))
+            except (OSError, ValueError) as error:
+                raise hub.explain(name, error) from error
+        else:
             return []
-        name = self.pretrained_folder()
-        try:
-            config = transformers.AutoConfig.from_pretrained(name, local_files_only=hub.local_only(name))
-        except (OSError, ValueError) as error:
-            raise hub.explain(name, error) from error
         head = self.auto_class.__name__.removeprefix("AutoModel")  # such as ForSequenceClassification
         if not any(architecture.endswith(head) for architecture in config.architectures or []):
             return []
@@ -203,8 +229,7 @@ class LanguageModule(LightningModule):
 
     def pretrained_folder(self) -> str:
         """What `pretrained` names: a folder, that of a run's model, or a download of the Hub."""
-        name = os.path.expanduser(str(self.pretrained))
-        return str(runs.model_folder(name)) if os.path.isdir(os.path.join(name, "checkpoints")) else hub.folder(name)
+        return runs.folder_of(str(self.pretrained))
 
     def checkpoint_activations(self) -> None:
         """Has every `activation_checkpointing`-th block compute its activations again."""
@@ -577,6 +602,17 @@ class LanguageModule(LightningModule):
         ]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def grouping(self) -> dict[str, Any]:
+        """How the optimizer's state belongs to the parameters, JSON-able: the options that decide it, and a hash."""
+        names = {id(parameter): name for name, parameter in self.network.named_parameters()}
+        groups = parameter_groups(self.network, self.layer_decay)
+        content = repr([[names[id(parameter)] for parameter in group["params"]] for group in groups])
+        return {
+            "model.layer_decay": self.layer_decay,
+            "model.freeze": list(self.freeze),
+            "groups": hashlib.sha256(content.encode()).hexdigest()[:16],
+        }
+
     # Evaluation
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
@@ -627,7 +663,9 @@ class LanguageModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         self.finite.check(self)
         checkpoint["network"] = self.description()
+        checkpoint["tokenizer"] = fingerprint(self.trainer.datamodule.tokenizer)
         checkpoint["optimizer"] = type(self.optimizers().optimizer).__name__
+        checkpoint["parameters"] = self.grouping()
         checkpoint["skipped_steps"] = self.finite.skipped
         if self.lora is not None:
             checkpoint["lora"], own = self.lora_description, {f"network.{name}" for name in self.own_tensors}
@@ -648,6 +686,12 @@ class LanguageModule(LightningModule):
             raise UserError(
                 f"the checkpoint's network has {', '.join(different)}: take the model.network that it was made with"
             )
+        tokenizer = fingerprint(self.trainer.datamodule.tokenizer)
+        if checkpoint.get("tokenizer", tokenizer) != tokenizer:
+            raise UserError(
+                "the checkpoint was made with another tokenizer than the data's, so that its tokens mean other texts: "
+                "give the tokenizer/ of its run folder as data.tokenizer.path"
+            )
         adapters.refuse_other(checkpoint.get("lora"), None if self.lora is None else self.lora_description)
         if self.trainer.state.fn != "fit":
             return
@@ -658,9 +702,16 @@ class LanguageModule(LightningModule):
                 f"the checkpoint's optimizer is {checkpoint['optimizer']}, this run's {optimizer}, which cannot go on "
                 "with its state: take the same, or start a new run from the weights with --model.pretrained RUN/model"
             )
-        self.ended_early = runs.ended_early(Path(self.trainer.default_root_dir), Path(self.trainer.ckpt_path))
-        if 0 < self.trainer.max_steps <= checkpoint["global_step"] and not self.ended_early:
+        own_groups, saved_groups = self.grouping(), checkpoint.get("parameters", self.grouping())
+        if saved_groups["groups"] != own_groups["groups"]:
+            changed = [
+                f"{name} {saved_groups[name]} (here {value})"
+                for name, value in own_groups.items()
+                if name != "groups" and saved_groups[name] != value
+            ]
             raise UserError(
-                f"the checkpoint is at step {checkpoint['global_step']} and this run ends at step "
-                f"{self.trainer.max_steps}: raise trainer.max_steps to train further"
+                f"the checkpoint was made with {', '.join(changed) or 'other trained parameters'}, which its optimizer "
+                "state fits alone: use the old value, or start a new run from the weights with --model.pretrained "
+                "RUN/model"
             )
+        self.ended_early = runs.ended_early(Path(self.trainer.default_root_dir), Path(self.trainer.ckpt_path))

@@ -52,6 +52,7 @@ class SentenceEncoder(LanguageModule):
     """
 
     auto_class = transformers.AutoModel
+    unused = ("pooler.",)
 
     @staticmethod
     def main_metric(data: Any) -> str:

@@ -1,5 +1,6 @@
 """Dependency parsing: on which word each word hangs, and by which relation."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
@@ -14,10 +15,12 @@ from lm_lightning.data.order import PADDING
 from lm_lightning.data.words import CUT
 from lm_lightning.errors import UserError
 from lm_lightning.models.metrics import Counts, Mode, Ratio
+from lm_lightning.models.mistakes import Mistakes, readable, words_of
 from lm_lightning.models.module import LanguageModule
 from lm_lightning.models.network import HEAD_FILE
 from lm_lightning.models.spanning_tree import spanning_tree
 
+Arc = tuple[str, tuple[int, int]]  # a relation, and the numbers of a word, from 0, and of its head, from 1
 ROOT = "root"  # the relation of Universal Dependencies that only the root has
 
 
@@ -82,6 +85,7 @@ class Parser(LanguageModule):
     """
 
     auto_class = transformers.AutoModel
+    unused = ("pooler.",)
 
     @staticmethod
     def main_metric(data: Any) -> str:
@@ -94,8 +98,13 @@ class Parser(LanguageModule):
     # Network
 
     def own_labels(self) -> list[str]:
-        has_head = self.pretrained is not None and (Path(self.pretrained_folder()) / HEAD_FILE).exists()
-        return super().own_labels() if has_head else []
+        return super().own_labels() if self.evaluated_checkpoint or self.pretrained_head else []
+
+    @property
+    def pretrained_head(self) -> Optional[Path]:
+        """The file with the head of `pretrained`, if it has one."""
+        file = None if self.pretrained is None else Path(self.pretrained_folder()) / HEAD_FILE
+        return file if file is not None and file.exists() else None
 
     def head_settings(self) -> dict[str, Any]:
         return self.label_settings()
@@ -106,8 +115,8 @@ class Parser(LanguageModule):
     def pretrained_network(self) -> transformers.PreTrainedModel:
         network = self.with_head(super().pretrained_network())
         own, labels = self.own_labels(), self.trainer.datamodule.labels
-        if own == labels or (self.keep_head and len(own) == len(labels)):
-            weights = safetensors.torch.load_file(Path(self.pretrained_folder()) / HEAD_FILE)
+        if self.pretrained_head and (own == labels or (self.keep_head and len(own) == len(labels))):
+            weights = safetensors.torch.load_file(self.pretrained_head)
             sizes = (weights["arc"].shape[1], weights["relation_head.weight"].shape[0])
             if sizes != (self.arc_size, self.relation_size):
                 raise UserError(
@@ -134,7 +143,7 @@ class Parser(LanguageModule):
         if getattr(self.network, "pooler", None) is not None:
             self.network.pooler.requires_grad_(False)  # nobody reads it
         self.counts = Counts(sorted({universal(label) for label in self.trainer.datamodule.labels}))
-        self.arcs = Ratio()
+        self.arcs, self.mistakes = Ratio(), Mistakes()
 
     # Steps
 
@@ -190,8 +199,24 @@ class Parser(LanguageModule):
         counts = batch["targets"] >= 0
         self.arcs.update(((heads == batch["targets"]) & counts).sum(), counts.sum())
         gold = (batch["targets"].tolist(), batch["relations"].tolist())
-        for right, told in zip(zip(*gold), zip(heads.tolist(), relations.tolist())):
-            self.counts.update(*(arcs(*sentence, labels) for sentence in (right, told)))
+        for number, *sentences in zip(batch["id"], zip(*gold), zip(heads.tolist(), relations.tolist())):
+            right, found = (arcs(*sentence, labels) for sentence in sentences)
+            self.counts.update(right, found)
+            if wrong := len(set(right) - set(found)):
+                self.mistakes.add(number, float(wrong), right, found)
+
+    def described(self, split: str, row: int, right: list[Arc], told: list[Arc]) -> dict[str, str]:
+        """A row for people to read: its text, and the arcs that are right and those predicted, but not what is both."""
+        data = self.trainer.datamodule
+        example = data.examples[split].rows[row]
+        words = [ROOT.upper(), *words_of(data.tokenizer, example)]
+
+        def names(arcs: list[Arc], others: list[Arc]) -> str:
+            left = [arc for arc in arcs if arc not in others]
+            return "; ".join(f"{words[word + 1]} <- {relation} - {words[head]}" for relation, (word, head) in left)
+
+        text = readable(data.tokenizer, example["input_ids"])
+        return {"text": text, "right": names(right, told), "predicted": names(told, right)}
 
     def metric_modes(self) -> dict[str, Optional[Mode]]:
         return {"loss": "min", "uas": "max", "las": "max"}
@@ -201,6 +226,7 @@ class Parser(LanguageModule):
         counts, uas = self.counts.compute(), self.arcs.compute()
         self.counts.reset()
         self.arcs.reset()
+        self.mistakes.write(self.trainer, self.title(split), partial(self.described, split))
         if self.trainer.is_global_zero and not self.trainer.sanity_checking:
             told = results.of(list(self.counts.numbers), *counts.cpu())
             results.write(told, self.title(split), Path(self.trainer.default_root_dir))
@@ -230,6 +256,6 @@ def universal(relation: str) -> str:
     return relation.partition(":")[0]
 
 
-def arcs(heads: list[int], relations: list[int], labels: list[str]) -> list[tuple[str, tuple]]:
+def arcs(heads: list[int], relations: list[int], labels: list[str]) -> list[Arc]:
     """The arcs of a sentence: universal relation, and (word, head); without words that have none."""
     return [(universal(labels[r]), (word, head)) for word, (head, r) in enumerate(zip(heads, relations)) if head >= 0]

@@ -6,6 +6,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from difflib import SequenceMatcher
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Optional
 
@@ -21,6 +22,7 @@ from lm_lightning.data.order import PADDING
 from lm_lightning.data.questions import Question, Window
 from lm_lightning.errors import UserError
 from lm_lightning.models.metrics import Mode
+from lm_lightning.models.mistakes import Mistakes
 from lm_lightning.models.module import LanguageModule
 
 PUNCTUATION = frozenset("-:_*^/\\~`+=，。：？！“”；’《》·、「」（）－～『』")  # of CMRC 2018's script
@@ -182,10 +184,13 @@ class QuestionAnswering(LanguageModule):
             margins = {n: span.no_answer - span.score for n, span in spans.items()}
             best, threshold = best_threshold(margins, always)
             values |= {"best_f1": best, "best_threshold": threshold}
+        mistakes = Mistakes()
+        for number in spans if self.trainer.is_global_zero else ():
+            if not scores[number][0]:
+                mistakes.add(number, 1 - scores[number][1], None, told[number])
+        mistakes.write(self.trainer, self.title(split), partial(described, questions))
         if self.trainer.is_global_zero and not self.trainer.sanity_checking:
-            fit, source = self.trainer.state.fn == "fit", self.trainer.ckpt_path or self.pretrained
-            title = f"{split}, " + (f"step {self.trainer.global_step:,}" if fit else Path(str(source)).name)
-            results.write(table, title, Path(self.trainer.default_root_dir))
+            results.write(table, self.title(split), Path(self.trainer.default_root_dir))
         return {"loss": loss} | {name: torch.tensor(value, device=loss.device) for name, value in values.items()}
 
     def joined(self, split: str, places: list[list[int]], scores: list[list[float]]) -> dict[int, Span]:
@@ -205,19 +210,29 @@ class QuestionAnswering(LanguageModule):
         return [{"id": row[0][0], "place": row[0], "scores": row[1]} for row in rows if row[0][0] != PADDING]
 
     def join_predictions(self, rows: list[dict]) -> list[dict]:
-        """For each question its `id` (its own, or its number), `answer`, `score`, `start`, `end` and `no_answer_score`.
+        """For each question its `id`, `row`, `answer`, `score`, `start`, `end` and `no_answer_score`.
 
+        `id` is its own one or, if there is none, its number, which is `row` in any case.
         The slice of the context from `start` to `end` is the best span, also if the answer is empty: there is none.
         """
         spans = self.joined("predict", [row["place"] for row in rows], [row["scores"] for row in rows])
         questions = self.trainer.datamodule.questions["predict"]
         return [
             {
-                **{"id": questions[number].id, "answer": self.answer(span), "score": span.score},
+                **{"id": questions[number].id, "row": number, "answer": self.answer(span), "score": span.score},
                 **{"start": span.start, "end": span.end, "no_answer_score": span.no_answer},
             }
             for number, span in sorted(spans.items())
         ]
+
+
+def described(questions: list[Question], number: int, _: None, told: str) -> dict[str, str]:
+    """A question for people to read, with the context around its first answer."""
+    question = questions[number]
+    start = question.answers[0].start if question.answers else max(question.context.find(told), 0)
+    context = question.context[max(0, start - 200) : start + 400]
+    right = " / ".join(dict.fromkeys(answer.text for answer in question.answers))
+    return {"text": f"{question.text} | {context}", "right": right or "(no answer)", "predicted": told or "(no answer)"}
 
 
 def best_spans(logits: Tensor, of_context: Tensor, longest: int) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """Tagging: the label of each word, of which spans are made where the labels mark them; semantic roles, too."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
@@ -11,9 +12,10 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 
 from lm_lightning import results
 from lm_lightning.data.order import PADDING
-from lm_lightning.data.tagging import OUTSIDE, spans_of
+from lm_lightning.data.tagging import OUTSIDE, Found, spans_of
 from lm_lightning.data.words import CUT
 from lm_lightning.models.metrics import Counts, Mode
+from lm_lightning.models.mistakes import Mistakes, readable, words_of
 from lm_lightning.models.module import LanguageModule
 from lm_lightning.models.viterbi import decode, legal
 
@@ -38,7 +40,7 @@ class Tagging(LanguageModule):
     def network_made(self) -> None:
         data = self.trainer.datamodule
         self.rules = legal(data.labels, data.scheme) if data.marks_spans else None
-        self.counts = Counts(data.kinds)
+        self.counts, self.mistakes = Counts(data.kinds), Mistakes()
         self.confusion = MulticlassConfusionMatrix(len(data.labels), ignore_index=-100)
 
     # Steps
@@ -77,11 +79,34 @@ class Tagging(LanguageModule):
         self.val_loss.update(*self.losses(logits, batch))
         told = self.told(logits, batch)
         self.confusion.update(told.clamp(min=0), targets.masked_fill(told < 0, -100))
-        for own, gold in zip(told.tolist(), targets.tolist()):
+        of_words = targets.masked_fill(batch["words"] == CUT, -100)
+        losses = F.cross_entropy(logits.transpose(1, 2), of_words, reduction="none").sum(1).tolist()
+        for number, own, gold, loss in zip(batch["id"], told.tolist(), targets.tolist(), losses):
             words = [n for n, label in enumerate(gold) if label != -100]
             gold_labels = [data.labels[gold[n]] for n in words]
             own_labels = [data.labels[own[n]] if own[n] >= 0 else "" for n in words]
-            self.counts.update(data.found(gold_labels), data.found(own_labels))
+            right, found = data.found(gold_labels), data.found(own_labels)
+            self.counts.update(right, found)
+            if set(right) != set(found):
+                self.mistakes.add(number, loss, right, found)
+
+    def described(self, split: str, row: int, right: list[Found], told: list[Found]) -> dict[str, str]:
+        """A row for people to read: its text, and what is right and was predicted, but not what is both."""
+        data = self.trainer.datamodule
+        example = data.examples[split].rows[row]
+        words = words_of(data.tokenizer, example)
+
+        def names(found: list[Found], others: list[Found]) -> str:
+            """The labels with their words; of a place of several parts, these one after the other."""
+            named = []
+            for kind, place in found:
+                if (kind, place) not in others:
+                    parts = zip(place[::2], place[1::2])
+                    named.append(f"{kind}: {' … '.join(' '.join(words[start:end]) for start, end in parts)}")
+            return "; ".join(named)
+
+        text = readable(data.tokenizer, example["input_ids"])
+        return {"text": text, "right": names(right, told), "predicted": names(told, right)}
 
     def metric_modes(self) -> dict[str, Optional[Mode]]:
         names = ("precision", "recall") if self.trainer.datamodule.marks_spans else ("accuracy",)
@@ -92,6 +117,7 @@ class Tagging(LanguageModule):
         data, counts, confusion = self.trainer.datamodule, self.counts.compute(), self.confusion.compute()
         self.counts.reset()
         self.confusion.reset()
+        self.mistakes.write(self.trainer, self.title(split), partial(self.described, split))
         if self.trainer.is_global_zero and not self.trainer.sanity_checking:
             folder, title = Path(self.trainer.default_root_dir), self.title(split)
             results.write(results.of(data.kinds, *counts.cpu()), title, folder)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import wandb
 import yaml
-from conftest import command
+from conftest import command, evaluation
 from lightning.pytorch import Callback, Trainer
 from processes import Runs
 from wandb.proto import wandb_internal_pb2 as pb  # noqa: E402
@@ -172,7 +172,7 @@ def test_samples_and_gradients_and_predictions(fit, cli, recipe: Path):
     assert sum(counts) == 32 * 320 and len(bins) == len(counts) + 1 and bins[0] < 0 < bins[-1]
 
     cli("predict", "--config", recipe, "--config", OVERLAY, "--ckpt_path", "last", "--model.network.n_layer", 1)
-    predictions = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
+    predictions = [json.loads(line) for line in (evaluation(run) / "predictions.jsonl").read_text().splitlines()]
     first, second = parts(run)
     assert second.run.run_id == first.run.run_id and "artifact" in first.of
     assert second.tables("predictions") == [list(row.values()) for row in predictions]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import command, refusal
+from conftest import command, evaluation, refusal
 
 from lm_lightning.errors import UserError
 
@@ -159,7 +159,7 @@ def test_export_that_does_not_reload_to_the_same_logits_is_refused(cli, run: Pat
 
 def test_predict_writes_a_line_a_sample(cli, run: Path, recipe: Path):
     cli("predict", "--config", recipe, "--ckpt_path", run / "checkpoints" / "last.ckpt")
-    rows = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (evaluation(run) / "predictions.jsonl").read_text().splitlines()]
     assert [row["id"] for row in rows] == list(range(len(rows))) and len(rows) > 10
     out = cli("test", "--config", recipe, "--ckpt_path", run / "checkpoints" / "last.ckpt")
     mean = sum(row["loss"] * row["tokens"] for row in rows) / sum(row["tokens"] for row in rows)

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import re
+import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
@@ -173,7 +174,7 @@ class SaveAndFail(Callback):
 
 
 def test_step_that_is_done_again_counts_once(fit):
-    flags = ("--trainer.accumulate_grad_batches", 2, "--trainer.val_check_interval", 20, "--trainer.max_steps", 4)
+    flags = ("--trainer.accumulate_grad_batches", 2, "--trainer.val_check_interval", 10, "--trainer.max_steps", 4)
     with pytest.raises(RuntimeError, match="power failure"):
         fit(*flags, "--trainer.callbacks", '["test_report.SaveAndFail"]')
     run = fit(*flags, "--ckpt_path", "last")
@@ -262,3 +263,71 @@ def test_environment_names_the_commit(tmp_path: Path, monkeypatch: pytest.Monkey
     assert git() == {"commit": head, "changed": False}
     (tmp_path / "code.py").write_text("a = 2")
     assert git() == {"commit": head, "changed": True}
+
+
+def test_steps_that_were_not_logged_count(fit):
+    run = fit("--trainer.log_every_n_steps", 4, "--trainer.limit_val_batches", 0)
+    page = Page(run / "report.html")
+    assert page.row("steps") == ["10"] and page.row("tokens") == [f"{8 * 4 * 32:,} (at step 8)"]
+
+
+def test_best_metric_is_the_one_that_decides(folder: Path, cli):
+    (folder / "config.yaml").write_text("best: {monitor: val/accuracy, mode: null}\n")
+    rows = "1,,2.0,0.5\n2,,1.0,0.75\n3,,1.5,0.75\n4,,3.0,0.25\n"
+    (folder / "metrics.csv").write_text("step,train/loss,val/loss,val/accuracy\n" + rows)
+    cli("report", folder)
+    page = Page(folder / "report.html")
+    assert page.row("lowest validation loss") == ["1.0000 at step 2"]
+    assert page.row("best validation accuracy (decides the best checkpoint)") == ["0.7500 at step 2"]
+    (folder / "config.yaml").write_text("best: {monitor: val/mae}\n")
+    (folder / "metrics.csv").write_text("step,val/mae\n1,2.0\n2,1.5\n3,1.75\n")
+    cli("report", folder)
+    assert Page(folder / "report.html").row("best validation mae (decides the best checkpoint)") == ["1.5000 at step 2"]
+
+
+def test_labels_confusion_and_mistakes_are_shown(folder: Path, cli):
+    (folder / "results.csv").write_text(
+        "label,precision,recall,f1,rows\nold,0.123456,1.0,0.5,10\n<b>new,0.0,0.0,0.0,4\n"
+    )
+    (folder / "results.md").write_text("validation, step 7\n\n| label |\n")
+    (folder / "confusion.csv").write_text("right \\ told,old,<b>new\nold,8,2\n<b>new,4,0\n")
+    mistake = {"evaluation": "validation, step 7", "row": 1234, "loss": 3.5, "right": "old", "predicted": "<b>new"}
+    lines = [json.dumps(mistake | {"text": "<i>some</i> text"}), json.dumps(mistake)]  # the second was cut
+    (folder / "mistakes.jsonl").write_text("\n".join(lines))
+    cli("report", folder)
+    page = Page(folder / "report.html")
+    assert page.text.count("validation, step 7") == 3 and not {"i", "b"} & {tag for tag, _ in page.elements}
+    assert ["old", "0.123", "1.000", "0.500", "10"] in page.rows
+    assert ["<b>new", "0.000", "0.000", "0.000", "4"] in page.rows
+    assert ["old", "8", "2"] in page.rows and ["<b>new", "4", ""] in page.rows
+    shares = [attributes["style"] for tag, attributes in page.elements if tag == "td" and "style" in attributes]
+    assert shares == ["--share:0.800", "--share:0.200", "--share:1.000", "--share:0.000"]
+    assert ["old", "<b>new", "<i>some</i> text", "3.5", "1,234"] in page.rows
+    assert "mistakes.jsonl: cut" in page.text
+
+
+def test_curves_are_smoothed_and_zoomed(folder: Path, cli, tmp_path: Path):
+    """The page's own script, run by Node.js with as much of a page as it needs."""
+    node = shutil.which("node") or pytest.skip("needs Node.js")
+    cli("report", folder)
+    text = (folder / "report.html").read_text()
+    script = text[text.index('"use strict"') : text.rindex("</script>")]
+    page = """
+const document = { getElementById: id => id === "data" ? { textContent: DATA } : null, querySelectorAll: () => [],
+  createElement: () => ({ setAttribute() {}, append() {}, addEventListener() {} }) };
+"""
+    check = """
+shown.smooth = 0.5;
+const points = [4, 2, null, 1].map((y, x) => ({ x, y, drawn: y !== null }));
+console.log(JSON.stringify(smoothed(points).map(point => point.y)));
+zoom([2, 3]); console.log(JSON.stringify([shown.zoom, whole.hidden]));
+zoom(null); console.log(JSON.stringify([shown.zoom, whole.hidden]));
+"""
+    data = json.dumps(json.dumps({"runs": ["a"], "charts": []}))
+    (tmp_path / "page.js").write_text(page.replace("DATA", data) + script.replace('"use strict";', "") + check)
+    result = subprocess.run([node, tmp_path / "page.js"], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    values, zoomed, whole = map(json.loads, result.stdout.splitlines())
+    # Of the first, the weight is 1/2; of both, 1/4 and 1/2; of all three, 1/8, 1/4 and 1/2, each divided by their sum.
+    assert values == pytest.approx([4, (1 + 1) / 0.75, None, (0.5 + 0.5 + 0.5) / 0.875])
+    assert zoomed == [[2, 3], False] and whole == [None, True]

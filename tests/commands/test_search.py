@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from conftest import command, refusal
+from conftest import command, evaluation, refusal
 
 from lm_lightning.data.tokenizer import Tokenizer, train
 from lm_lightning.errors import UserError
@@ -53,16 +53,16 @@ def test_a_query_finds_the_nearest_texts(fit, cli, recipe: Path, tmp_path: Path)
     """By a checkpoint, whose weights the index keeps, or by a model's folder; moved, and by any of two names."""
     run = fit()
     cli("predict", "--config", recipe, "--ckpt_path", run / "checkpoints" / "last.ckpt")
-    told = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
+    told = [json.loads(line) for line in (evaluation(run) / "predictions.jsonl").read_text().splitlines()]
     assert told == [{"id": i, "text": text} for i, text in enumerate(TEXTS)]
-    vectors = np.load(run / "index" / "embeddings.npy")
+    vectors = np.load(evaluation(run) / "index" / "embeddings.npy")
     assert vectors.shape == (6, 32) and vectors.dtype == np.float32
     for number, text in enumerate(TEXTS):
         found = answers(cli("search", run, text, "--top", 3))
         assert len(found) == 3 and found[0] == ["1.000", str(number), text]
         order = np.argsort(-(vectors @ vectors[number]), kind="stable")[:3]
         assert [int(id_) for _, id_, _ in found] == order.tolist()
-    shutil.move(run / "index", tmp_path / "moved")
+    shutil.move(evaluation(run) / "index", tmp_path / "moved")
     shutil.rmtree(run)
     assert answers(cli("search", tmp_path / "moved", TEXTS[4]))[0] == ["1.000", "4", TEXTS[4]]
 
@@ -89,14 +89,14 @@ def test_an_approximate_search(fit, cli, recipe: Path):
     exact = cli("search", run, TEXTS[2])
     for _ in ("made", "kept"):
         assert cli("search", run, TEXTS[2], "--approximate", "true") == exact
-    assert (run / "index" / "graph.usearch").is_file()
+    assert (evaluation(run) / "index" / "graph.usearch").is_file()
 
 
 def test_refusals(fit, cli, recipe: Path, tmp_path: Path):
-    assert "has no index/index.json" in refusal(command("search", tmp_path, "cups"))
+    assert "has no index" in refusal(command("search", tmp_path, "cups"))
     run = fit()
     cli("predict", "--config", recipe, "--model.network", "null", "--model.pretrained", run)
-    (index,) = run.parent.glob("*/index")
+    (index,) = run.glob("evaluations/*/index")
     with pytest.raises(UserError, match="the query is empty"):
         cli("search", index, " ")
     with pytest.raises(UserError, match="top is 0"):

@@ -34,7 +34,9 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 def made(data: LabelledData, own: tuple[str, ...] = ()) -> LabelledData:
     """A data module as in a run of a network with labels of its own."""
     data.trainer = SimpleNamespace(  # type: ignore[assignment]
-        lightning_module=SimpleNamespace(own_labels=lambda: list(own)), is_global_zero=True
+        lightning_module=SimpleNamespace(own_labels=lambda: list(own)),
+        state=SimpleNamespace(fn="fit"),
+        is_global_zero=True,
     )
     data.setup("fit")
     return data

@@ -91,6 +91,7 @@ def test_samples_and_collate_functions_are_pickled(make: Callable[[Path], Stream
     data = make(folder)
     data.trainer = SimpleNamespace(  # type: ignore[assignment]
         lightning_module=SimpleNamespace(own_labels=lambda: []),
+        state=SimpleNamespace(fn="fit"),
         is_global_zero=False,
         limit_val_batches=1,
         accumulate_grad_batches=1,

@@ -1,5 +1,6 @@
 """Classification: labels keep their names, scores are right, and plain transformers tells the same."""
 
+import ast
 import csv
 import json
 import random
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import command
+from conftest import command, evaluation
 from forks import python
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -102,7 +103,7 @@ def test_labels_are_learned_and_told_by_transformers_pipeline(fit, cli, recipe: 
     tell = pipeline("text-classification", str(run / "model"))
     told = tell([row["text"] for row in gold], top_k=None)
     cli("predict", "--config", recipe, "--ckpt_path", run / "checkpoints" / "best.ckpt")
-    predicted = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
+    predicted = [json.loads(line) for line in (evaluation(run) / "predictions.jsonl").read_text().splitlines()]
     assert [row["id"] for row in predicted] == list(range(45))
     for own, other in zip(predicted, told):
         scores = {entry["label"]: entry["score"] for entry in other}
@@ -111,19 +112,29 @@ def test_labels_are_learned_and_told_by_transformers_pipeline(fit, cli, recipe: 
     right = sum(own["label"] == row["label"] for own, row in zip(predicted, gold))
     assert right / 45 > 0.8 and "test/accuracy" in out
 
-    with open(run / "results.csv", newline="") as file:  # of the best state, which may be another
+    with open(evaluation(run, "test") / "results.csv", newline="") as file:  # of the best state, which may be another
         table = list(csv.DictReader(file))
     assert [row["label"] for row in table] == sorted(WORDS)
     assert sum(int(row["rows"]) for row in table) == 45
+
+
+def test_the_readme_loads_the_exported_folder(fit, capsys):
+    run = fit("--trainer.max_steps", 6)
+    code = (ROOT / "README.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    assert '"runs/sentiment/RUN/model"' in code
+    exec(code.replace('"runs/sentiment/RUN/model"', repr(str(run / "model"))), {})  # noqa: S102
+    own, pipelines = capsys.readouterr().out.splitlines()[-2:]
+    told = {entry["label"]: entry["score"] for entry in ast.literal_eval(pipelines)}
+    assert ast.literal_eval(own) == pytest.approx(told, abs=1e-5) and told.keys() == WORDS.keys()
 
 
 def test_metrics_are_those_of_the_definitions(fit, cli, recipe: Path):
     run = fit("--trainer.max_steps", 12)  # not yet perfect
     out = cli("test", "--config", recipe, "--ckpt_path", run / "checkpoints" / "best.ckpt", "--data.batch_size", 16)
     cli("predict", "--config", recipe, "--ckpt_path", run / "checkpoints" / "best.ckpt")
-    told = [json.loads(line)["label"] for line in (run / "predictions.jsonl").read_text().splitlines()]
+    told = [json.loads(line)["label"] for line in (evaluation(run) / "predictions.jsonl").read_text().splitlines()]
     gold = [row["label"] for row in rows(45, 2)]
-    with open(run / "results.csv", newline="") as file:
+    with open(evaluation(run, "test") / "results.csv", newline="") as file:
         table = {row["label"]: row for row in csv.DictReader(file)}
     f1 = []
     for label in WORDS:
@@ -132,11 +143,11 @@ def test_metrics_are_those_of_the_definitions(fit, cli, recipe: Path):
         values = {"precision": both / max(told.count(label), 1), "recall": both / gold.count(label), "f1": f1[-1]}
         assert {name: float(table[label][name]) for name in values} == pytest.approx(values)
         assert int(table[label]["rows"]) == gold.count(label)
-    with open(run / "confusion.csv", newline="") as file:
+    with open(evaluation(run, "test") / "confusion.csv", newline="") as file:
         head, *counts = csv.reader(file)
     assert counts == [[g, *(str(list(zip(gold, told)).count((g, t))) for t in head[1:])] for g in sorted(WORDS)]
-    assert (run / "results.md").read_text().startswith("test, best.ckpt\n")
-    assert Image.open(run / "confusion.png").size[0] > 300
+    assert (evaluation(run, "test") / "results.md").read_text().startswith("test, best.ckpt\n")
+    assert Image.open(evaluation(run, "test") / "confusion.png").size[0] > 300
     accuracy = sum(t == g for t, g in zip(told, gold)) / 45
     for name, value in {"accuracy": accuracy, "macro_f1": sum(f1) / 3}.items():
         shown = next(line for line in out.splitlines() if f"test/{name}" in line).split("│")[2]
@@ -147,20 +158,26 @@ def test_predictions_are_aligned_with_a_csv_file(fit, cli, recipe: Path):
     """Two processes, rows of all lengths in batches of similar ones: the table has the file's order."""
     run, content = fit("--trainer.max_steps", 60), rows(21, 4)
     file = recipe.parent / "new.csv"
+    content = [row | {"label": "unknown", "note, \n": f'a "{i}"\t,' if i % 3 else ""} for i, row in enumerate(content)]
+    columns = ["note, \n", "label", "text", "other"]
     with open(file, "w", newline="") as stream:
-        table = csv.DictWriter(stream, ["text", "other"], extrasaction="ignore")
+        table = csv.DictWriter(stream, columns, extrasaction="ignore")
         table.writeheader()
         table.writerows(content)
     flags = ("--config", recipe, "--ckpt_path", run / "checkpoints" / "best.ckpt", "--data.tables.predict", file)
     result = command("predict", *flags, "--data.batch_size", 4, "--trainer.devices", 2, "--trainer.strategy", "ddp")
     assert result.returncode == 0, result.stderr
-    with open(run / "predictions.csv", newline="") as stream:
+    with open(evaluation(run) / "predictions.csv", newline="") as stream:
         told = list(csv.DictReader(stream))
-    assert [int(row["id"]) for row in told] == list(range(21))
-    assert sum(row["label"] == right["label"] for row, right in zip(told, content)) > 0.8 * 21
+    assert list(told[0])[:6] == [*columns, "predicted.id", "predicted.label"]
+    given = [{column: row[column] for column in columns} for row in content]
+    assert [{column: row[column] for column in columns} for row in told] == given
+    assert [int(row["predicted.id"]) for row in told] == list(range(21))
+    assert sum(row["predicted.label"] == right["label"] for row, right in zip(told, rows(21, 4))) > 0.8 * 21
     for row in told:
-        scores = {label: float(row[f"scores.{label}"]) for label in WORDS}
-        assert max(scores, key=scores.__getitem__) == row["label"] and sum(scores.values()) == pytest.approx(1)
+        scores = {label: float(row[f"predicted.scores.{label}"]) for label in WORDS}
+        assert max(scores, key=scores.__getitem__) == row["predicted.label"]
+        assert sum(scores.values()) == pytest.approx(1)
 
 
 def test_evaluation_needs_little_padding():
@@ -213,7 +230,7 @@ def test_kinds(fit, cli, recipe: Path, flags: tuple, metric: str):
         values = [float(row[f"val/{metric}"]) for row in csv.DictReader(file) if row[f"val/{metric}"]]
     assert values[-1] > 0.5
     cli("predict", "--config", recipe, *flags, "--ckpt_path", run / "checkpoints" / "best.ckpt")
-    predicted = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
+    predicted = [json.loads(line) for line in (evaluation(run) / "predictions.jsonl").read_text().splitlines()]
     pair = "other" if metric == "accuracy" else None
     told = pipeline_in_a_fresh_process(run / "model", [(row["text"], row.get(pair)) for row in rows(45, 2)])
     for own, other in zip(predicted, told):
@@ -228,9 +245,11 @@ def test_results_of_several_labels_are_those_of_the_definitions(fit, cli, recipe
     run = fit(*flags, "--trainer.max_steps", 120)
     for command_ in ("test", "predict"):
         cli(command_, "--config", recipe, *flags, "--ckpt_path", run / "checkpoints" / "best.ckpt")
-    told = [set(json.loads(line)["labels"]) for line in (run / "predictions.jsonl").read_text().splitlines()]
+    told = [
+        set(json.loads(line)["labels"]) for line in (evaluation(run) / "predictions.jsonl").read_text().splitlines()
+    ]
     gold = [set(row["several"]) for row in rows(45, 2)]
-    with open(run / "results.csv", newline="") as file:
+    with open(evaluation(run, "test") / "results.csv", newline="") as file:
         table = {row["label"]: row for row in csv.DictReader(file)}
     assert table.keys() == {*WORDS, "short"}
     for label, row in table.items():
@@ -262,7 +281,7 @@ def test_a_new_head_for_numbers_starts_at_their_mean(fit, recipe: Path):
 def test_resumed_run_and_other_micro_batches_are_the_same(fit, recipe: Path):
     off = ("--model.network.hidden_dropout_prob", 0, "--model.network.attention_probs_dropout_prob", 0)
     whole = fit("--name", "whole", *off, "--trainer.max_steps", 30, "--trainer.val_check_interval", 10)
-    parts = ("--data.batch_size", 8, "--trainer.accumulate_grad_batches", 2, "--trainer.val_check_interval", 20)
+    parts = ("--data.batch_size", 8, "--trainer.accumulate_grad_batches", 2, "--trainer.val_check_interval", 10)
     part = fit("--name", "part", *off, "--trainer.max_steps", 15, *parts)
     assert fit("--name", "part", *off, "--trainer.max_steps", 30, *parts, "--ckpt_path", "last") == part
     states = [torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for run in (whole, part)]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from clauses import recipe as recipe_of
 from clauses import sentences, write
-from conftest import command
+from conftest import command, evaluation
 from forks import python
 
 from lm_lightning.errors import UserError
@@ -54,7 +54,7 @@ def logged(run: Path, *names: str) -> list[float]:
 
 
 def predictions(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (evaluation(run) / "predictions.jsonl").read_text().splitlines()]
 
 
 def test_trees_are_learned_scored_and_told_again_by_the_export(fit, cli, recipe: Path, tmp_path: Path):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import command
+from conftest import command, evaluation
 from forks import python
 
 from lm_lightning.data.questions import Answer, Question, Window
@@ -94,7 +94,9 @@ def recipe(tmp_path: Path, tokenizer: Path) -> Path:
 
 
 def predictions(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line) for line in (evaluation(run) / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 PLAIN = """
@@ -148,12 +150,14 @@ def test_answers_are_learned_and_plain_transformers_finds_the_same(fit, cli, rec
     for name, value in {"exact_match": exact, "f1": f1}.items():
         shown = next(line for line in out.splitlines() if f"test/{name} " in line).split("│")[2]
         assert float(shown) == pytest.approx(value, abs=1e-5)
-    with open(run / "results.csv", newline="") as file:
+    with open(evaluation(run, "test") / "results.csv", newline="") as file:
         table = {row["questions"]: row for row in csv.DictReader(file)}
     assert {name: int(row["rows"]) for name, row in table.items()} == {
         **{"all": 41, "with an answer": 31, "without an answer": 10}
     }
-    assert (run / "results.md").read_text().splitlines()[2] == "| questions | exact match | F1 | rows |"
+    assert (evaluation(run, "test") / "results.md").read_text().splitlines()[
+        2
+    ] == "| questions | exact match | F1 | rows |"
 
 
 def test_two_processes_join_windows_as_one_does(fit, cli, recipe: Path):
@@ -161,7 +165,7 @@ def test_two_processes_join_windows_as_one_does(fit, cli, recipe: Path):
     one = fit("--name", "one", *off)
     ddp = ("--trainer.strategy", "ddp", "--trainer.devices", 2, "--data.batch_size", 4)
     flags = ("--data.batch_size", 4, "--trainer.accumulate_grad_batches", 2)
-    result = command("fit", "--config", recipe, *off, *ddp, *flags, "--name", "two", "--trainer.val_check_interval", 40)
+    result = command("fit", "--config", recipe, *off, *ddp, *flags, "--name", "two", "--trainer.val_check_interval", 20)
     assert result.returncode == 0, result.stderr
     (two,) = (recipe.parent / "runs" / "two").iterdir()
     values = []

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from clauses import recipe as recipe_of
 from clauses import sentences, write
+from conftest import evaluation
 
 from lm_lightning.data.roles import RoleData
 from lm_lightning.errors import UserError
@@ -34,7 +35,7 @@ def test_arguments_are_those_of_the_conll_script(labels: str, found: list):
 
 
 def predictions(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (evaluation(run) / "predictions.jsonl").read_text().splitlines()]
 
 
 def test_each_predicate_has_arguments_of_its_own_which_the_pipeline_tells_too(fit, cli, recipe: Path):

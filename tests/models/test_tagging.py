@@ -11,7 +11,7 @@ import pytest
 import torch
 from clauses import recipe as recipe_of
 from clauses import sentences, write
-from conftest import command
+from conftest import command, evaluation
 from forks import python
 from seqeval import metrics as seqeval
 from seqeval.metrics.sequence_labeling import get_entities
@@ -74,7 +74,7 @@ def test_names_are_learned_scored_as_by_seqeval_and_told_by_the_pipeline(fit, cl
     out = cli("test", *flags)
     assert "words are cut off, and what they should tell counts as missed" in out
     cli("predict", *flags)
-    told = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
+    told = [json.loads(line) for line in (evaluation(run) / "predictions.jsonl").read_text().splitlines()]
     assert [len(row["labels"]) for row in told] == [len(row["words"]) for row in gold]
     own = [[label or "O" for label in row["labels"]] for row in told]
     assert any(None in row["labels"] for row in told)
@@ -90,7 +90,7 @@ def test_names_are_learned_scored_as_by_seqeval_and_told_by_the_pipeline(fit, cl
     assert float(losses[0]) == pytest.approx(float(losses[1]), abs=1e-6)
 
     cli("test", *flags)
-    with open(run / "results.csv", newline="") as file:
+    with open(evaluation(run, "test") / "results.csv", newline="") as file:
         assert {row["label"]: int(row["rows"]) for row in csv.DictReader(file)} == {
             kind: sum(label == f"B-{kind}" for row in gold for label in row["labels"]) for kind in ("LOC", "PER")
         }
@@ -103,7 +103,7 @@ print(json.dumps([[(w["entity"], float(w["score"]), w["start"]) for w in tell(te
 assert "lm_lightning" not in sys.modules
 """
     cli("predict", *flags, "--data.max_length", 60)
-    told = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
+    told = [json.loads(line) for line in (evaluation(run) / "predictions.jsonl").read_text().splitlines()]
     texts = [" ".join(row["words"]) for row in gold]
     done = subprocess.run(
         [python("transformers"), "-c", script, run / "model"], input=json.dumps(texts), capture_output=True, text=True

@@ -116,7 +116,7 @@ class Full(Callback):
 
 
 class Noted(Callback):
-    """Writes what a validation has found to a file: its metrics, and its tables in the run folder.
+    """Writes what a validation has found to a file: its metrics, and its tables and mistakes in the run folder.
 
     Args:
         file: Where.
@@ -131,6 +131,9 @@ class Noted(Callback):
             values = {name.removeprefix("val/"): value for name, value in values.items() if name.startswith("val/")}
             tables = [Path(trainer.default_root_dir) / name for name in ("results.csv", "confusion.csv")]
             found = {"values": values, "tables": [table.read_text() for table in tables if table.exists()]}
+            mistakes = Path(trainer.default_root_dir) / "mistakes.jsonl"
+            rows = map(json.loads, mistakes.read_text().splitlines() if mistakes.exists() else [])
+            found["mistakes"] = {row["row"]: [row["right"], row["predicted"]] for row in rows}
             self.file.write_text(json.dumps(found))
 
 

@@ -120,7 +120,7 @@ def test_one_device_does_what_the_cpu_does(fit, model_type: str):
 @needs_xla
 def test_micro_batches_do_what_those_of_the_cpu_do(fit, recipe: Path):
     change(recipe, "gpt2")
-    flags = ("--data.batch_size", 1, "--trainer.accumulate_grad_batches", 4, "--trainer.val_check_interval", 20)
+    flags = ("--data.batch_size", 1, "--trainer.accumulate_grad_batches", 4, "--trainer.val_check_interval", 5)
     assert_close(fit("--name", "cpu", *flags), fit("--name", "xla", *flags, *XLA))
 
 

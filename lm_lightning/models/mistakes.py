@@ -1,0 +1,86 @@
+"""Mistakes: the examples that an evaluation gets most wrong, written for people to read."""
+
+import heapq
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import Trainer
+
+from lm_lightning.data.order import PADDING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FILE = "mistakes.jsonl"
+KEPT = 50  # of an evaluation
+LONGEST = 1000  # characters of a text
+
+
+class Mistakes:
+    """Collects wrong predictions of an evaluation and keeps those with the highest losses, each row once."""
+
+    def __init__(self) -> None:
+        self.kept: list[tuple[float, int, Any, Any]] = []  # a heap of (loss, -number of the row, right, predicted)
+
+    def add(self, number: int, loss: float, right: Any, predicted: Any) -> None:
+        """Adds a row, with what `write` passes on to `describe`; one that fills up a batch is skipped."""
+        if number == PADDING or loss != loss:
+            return
+        (heapq.heappush if len(self.kept) < KEPT else heapq.heappushpop)(self.kept, (loss, -number, right, predicted))
+
+    def write(self, trainer: Trainer, title: str, describe: Callable[[int, Any, Any], dict[str, str]]) -> None:
+        """Writes `mistakes.jsonl` in the run folder and forgets the rows; all processes call it.
+
+        Its lines have `evaluation` (the title), `row` (its number in the split, from 0), `loss` (of trees the number of
+        wrong arcs, of answers 1 - F1), and what `describe` returns, the highest loss first.
+
+        Args:
+            trainer: That of the evaluation.
+            title: What was evaluated.
+            describe: Of the number of a row, what is right and what was predicted: `text`, `right` and `predicted`.
+        """
+        rows: list[dict[str, Any]] = [
+            {"evaluation": title, "row": -number, "loss": loss} | describe(-number, right, predicted)
+            for loss, number, right, predicted in self.kept
+        ]
+        self.kept = []
+        if trainer.world_size > 1 and torch.distributed.is_initialized():
+            parts: list[Any] = [None] * trainer.world_size
+            torch.distributed.all_gather_object(parts, rows)
+            rows = [row for part in parts for row in part]
+        if trainer.sanity_checking or not trainer.is_global_zero:
+            return
+        once = {row["row"]: row for row in rows}.values()  # processes of a replica have the same rows
+        worst = sorted(once, key=lambda row: (-row["loss"], row["row"]))[:KEPT]
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in worst)
+        (Path(trainer.default_root_dir) / FILE).write_text(lines, encoding="utf-8")
+
+
+def readable(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> str:
+    """A row of tokens as text, the texts of a pair with " | " between them, cut to a length that can be read."""
+    parts: list[list[int]] = [[]]
+    for token in ids:
+        if token == tokenizer.sep_token_id:
+            parts.append([])
+        else:
+            parts[-1].append(token)
+    text = " | ".join(
+        decoded for part in parts if (decoded := tokenizer.decode(part, skip_special_tokens=True).strip())
+    )
+    return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
+
+
+def words_of(tokenizer: "PreTrainedTokenizerBase", example: dict[str, Any]) -> list[str]:
+    """The words of an example with `words`, see `encode_words`, as far as they are not cut off ("…")."""
+    places = example["words"].tolist()
+    bounds = [*sorted(place for place in places if place >= 0), len(example["input_ids"])]
+    ends = dict(zip(bounds, bounds[1:]))
+    return [
+        tokenizer.decode(example["input_ids"][place : ends[place]], skip_special_tokens=True).strip()
+        if place >= 0
+        else "…"
+        for place in places
+    ]
