@@ -171,7 +171,7 @@ class Evaluation(Callback):
     def __init__(self, parser: LightningArgumentParser, config: Any, run: Optional[Path], weights: str) -> None:
         self.parser, self.config = parser, config
         about = Path(weights) / runs.TRAINING  # of a run's model/: which checkpoint it is
-        self.about = json.loads(about.read_text(encoding="utf-8")) if about.is_file() else None
+        self.about = json.loads(about.read_text(encoding="utf-8")) if weights and about.is_file() else None
         self.record: dict[str, Any] = {"run": run and str(run), "weights": weights, "model": self.about}
 
     def start(self, trainer: Trainer, pl_module: LightningModule) -> None:

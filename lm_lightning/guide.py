@@ -38,11 +38,13 @@ and those of other classes by --trainer.callbacks.help EarlyStopping, --trainer.
   --best.monitor, --best.mode       the metric that says which checkpoint is the best one
 
 All options:"""
+OF_RUN = "Settings that no option changes are those of the run."
+LAST = "the last checkpoint, or best, or a file; default: model/"
 COMMANDS = {
     "fit": ("Trains a model.", "training", "resumes the last run of that name"),
-    "validate": ("Measures a checkpoint on the validation split.", "measuring", "the last checkpoint of that name"),
-    "test": ("Measures a checkpoint on the test split.", "measuring", "the last checkpoint of that name"),
-    "predict": ("Predicts with a checkpoint.", "predicting", "the last checkpoint of that name"),
+    "validate": (f"Measures a run or a checkpoint on the validation split. {OF_RUN}", "measuring", LAST),
+    "test": (f"Measures a run or a checkpoint on the test split. {OF_RUN}", "measuring", LAST),
+    "predict": (f"Predicts with a run or a checkpoint. {OF_RUN}", "predicting", LAST),
 }
 
 
@@ -66,7 +68,8 @@ def of_commands(model: type, data: type) -> dict[str, dict[str, str]]:
             doing=doing,
             checkpoint=checkpoint,
         )
-        found[command] = {"description": guide, "usage": f"{program} --config FILE [--option VALUE ...]"}
+        of_run = "" if command == "fit" else f"{program} RUN [--option VALUE ...], or "
+        found[command] = {"description": guide, "usage": f"{of_run}{program} --config FILE [--option VALUE ...]"}
     return found
 
 

@@ -6,9 +6,9 @@ asked for an answer first, once per process: `from_pretrained(name, local_files_
 
 import contextlib
 import functools
+import logging
 import os
 import socket
-import sys
 import textwrap
 import threading
 from pathlib import Path
@@ -78,11 +78,21 @@ def untrained(name: str, network: Any, missing: list[str]) -> UserError:
 
 
 def quiet() -> None:
-    """Switches off the progress bars of `transformers` where there is no terminal to see them."""
-    if not sys.stderr.isatty():
-        from transformers.utils import logging
+    """Switches off what `transformers` prints when it loads or writes weights: progress bars and a table of tensors.
 
-        logging.disable_progress_bar()
+    What that table says (which tensors are new) is reported in one line where it matters.
+    """
+    from transformers.utils.logging import disable_progress_bar, get_logger
+
+    disable_progress_bar()
+    logger = get_logger("transformers.modeling_utils")
+    if no_load_report not in logger.filters:
+        logger.addFilter(no_load_report)
+
+
+def no_load_report(record: logging.LogRecord) -> bool:
+    """A filter of log records."""
+    return "LOAD REPORT" not in record.getMessage()
 
 
 def _is_path(name: str) -> bool:

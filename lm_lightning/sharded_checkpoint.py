@@ -4,10 +4,12 @@
 parts that it needs. All else is in `meta.pt`. Of neither file is anything run when it is read.
 """
 
+import contextlib
 import io
 import os
 import pickle
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Optional
 
@@ -107,13 +109,10 @@ def load(path: Path, weights: dict[str, Any], state: Optional[dict[str, Any]]) -
         weights: State dict of the network, which may be sharded in any way.
         state: State of the optimizer by the names of the parameters; its groups get the checkpoint's settings.
     """
-    reader = Reader(path)
-    reader.read_metadata()  # refuses here what `dcp.load` would wrap
-    try:
+    with readable(path):
+        reader = Reader(path)
+        reader.read_metadata()  # refuses here what `dcp.load` would wrap
         dcp.load(flat(weights, state), storage_reader=reader)
-    except dcp.CheckpointException as error:
-        reason = " ".join(str(next(iter(error.failures.values()))[0]).split())[:300]
-        raise UserError(f"the checkpoint {path} cannot be read ({reason}): use another one") from error
     if state is not None:
         saved = {name: group for group in meta(path)["optimizer_groups"] for name in group["params"]}
         for group in state["param_groups"]:
@@ -122,25 +121,41 @@ def load(path: Path, weights: dict[str, Any], state: Optional[dict[str, Any]]) -
 
 def gather(path: Path) -> dict[str, Any]:
     """A checkpoint as one process would have saved it, with all tensors whole in its memory."""
-    reader = Reader(path)
-    tensors = {
-        key: torch.empty(m.size, dtype=m.properties.dtype)
-        for key, m in reader.read_metadata().state_dict_metadata.items()
-        if isinstance(m, TensorStorageMetadata)
-    }
-    dcp.load(tensors, storage_reader=reader, no_dist=True)
-    checkpoint = meta(path)
-    weights: dict[str, Tensor] = {}
-    state: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        kind, name, *rest = key.split("/")
-        if kind == "weights":
-            weights[name] = tensor
-        else:
-            state.setdefault(name, {})[rest[0]] = tensor
-    groups = checkpoint.pop("optimizer_groups")
-    optimizers = [] if groups is None else [numbered({"state": state, "param_groups": groups})]
+    with readable(path):
+        reader = Reader(path)
+        tensors = {
+            key: torch.empty(m.size, dtype=m.properties.dtype)
+            for key, m in reader.read_metadata().state_dict_metadata.items()
+        }
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
+        checkpoint = meta(path)
+        weights: dict[str, Tensor] = {}
+        state: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            kind, name, *rest = key.split("/")
+            if kind == "weights":
+                weights[name] = tensor
+            else:
+                state.setdefault(name, {})[rest[0]] = tensor
+        groups = checkpoint.pop("optimizer_groups")
+        optimizers = [] if groups is None else [numbered({"state": state, "param_groups": groups})]
     return checkpoint | {"state_dict": weights, "optimizer_states": optimizers}
+
+
+@contextlib.contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """What goes wrong in the block becomes a UserError that names the checkpoint.
+
+    (`dcp.CheckpointException` is no `Exception`.)
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (Exception, dcp.CheckpointException) as error:  # damaged files make torch and pickle raise anything
+        cause = next(iter(error.failures.values()))[0] if isinstance(error, dcp.CheckpointException) else error
+        reason = " ".join(str(cause).split())[:300]
+        raise UserError(f"the checkpoint {path} is damaged or cannot be read ({reason}): use another one") from error
 
 
 def flat(weights: dict[str, Any], state: Optional[dict[str, Any]]) -> dict[str, Tensor]:
@@ -177,17 +192,9 @@ class Reader(dcp.FileSystemReader):
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         path = Path(self.path)
-        try:
-            with open(path / TABLE, "rb") as file:
-                metadata = TableUnpickler(file).load()
+        with readable(path / TABLE), open(path / TABLE, "rb") as file:
+            metadata = TableUnpickler(file).load()
             check_table(metadata, path)
-        except (UserError, OSError):
-            raise
-        except Exception as error:  # of damaged files, pickle raises anything
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(
-                f"the table of contents {path / TABLE} is damaged or not a checkpoint's ({reason})"
-            ) from error
         metadata.storage_meta = StorageMeta(load_id=self.load_id)
         return metadata
 

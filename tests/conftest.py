@@ -145,7 +145,9 @@ def fit(cli: Callable[..., str], recipe: Path) -> Callable[..., Path]:
 
 
 def evaluation(run: Path, command: str = "predict") -> Path:
-    """The folder of the newest evaluation of a run by a subcommand."""
+    """The folder of the newest evaluation of a run by a subcommand; a folder of an evaluation is itself."""
+    if (run / "evaluation.json").exists():
+        return run
     return max(run.glob(f"evaluations/*-{command}*"))
 
 

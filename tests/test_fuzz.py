@@ -66,7 +66,7 @@ def test_any_option_may_be_anything(cli: Callable[..., str], config: dict[str, A
     [
         (("--data.tokenizer.vocab_size", 10**12), "the most that can be trained"),
         (("--model.network.n_positions", "many"), "n_positions"),
-        (("--name", "a\0b"), "no name for a folder"),
+        (("--name", "a\0b"), "cannot be the name of a file"),
     ],
 )
 def test_what_fuzzing_has_found_is_refused(fit: Callable[..., Path], flags: tuple, reason: str):

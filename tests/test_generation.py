@@ -180,3 +180,20 @@ def test_special_tokens_in_what_users_write_are_plain_text():
 def test_prompt_that_is_no_text_is_refused(folders, cli):
     with pytest.raises(UserError, match="not valid Unicode at place 4"):
         cli("generate", folders["gpt2"], "--prompt", "abc\udcff")
+
+
+def test_exported_tokenizer_knows_the_special_tokens_of_its_template(tmp_path: Path):
+    from transformers import AutoTokenizer
+
+    own = metaspace()
+    own.save_pretrained(tmp_path / "base")
+    own = tokenizers.load(str(tmp_path / "base"))
+    tokenizers.save(own, tmp_path / "exported")
+    turns = [{"role": "user", "content": "Where is the lantern?"}]
+    plain = AutoTokenizer.from_pretrained(tmp_path / "exported")
+    expected = chat_ids(own, turns)
+    assert plain.apply_chat_template(turns, add_generation_prompt=True)["input_ids"] == expected
+    assert plain.convert_tokens_to_ids("<|turn|>") in expected
+    again = tokenizers.load(str(tmp_path / "exported"))
+    assert tokenizers.fingerprint(again) == tokenizers.fingerprint(own)
+    assert again("a</s>")["input_ids"] == own("a</s>")["input_ids"] != plain("a</s>")["input_ids"]

@@ -29,7 +29,7 @@ ENDS = {
     "time": ("--trainer.max_epochs", 2, "--trainer.max_time", "01:00:00:00"),
 }
 VALIDATIONS = {
-    "in the epoch": ("--trainer.val_check_interval", 2, "--trainer.check_val_every_n_epoch", 1),
+    "in the epoch": ("--trainer.val_check_interval", 1, "--trainer.check_val_every_n_epoch", 1),
     "at its end": ("--trainer.val_check_interval", 1.0, "--trainer.check_val_every_n_epoch", 1),
     "every second epoch": ("--trainer.val_check_interval", 1.0, "--trainer.check_val_every_n_epoch", 2),
     "across epochs": ("--trainer.val_check_interval", 3, "--trainer.check_val_every_n_epoch", "null"),
@@ -145,7 +145,7 @@ def test_a_run_that_was_stopped_early_says_so_and_continues_only_if_it_is_asked_
     assert said(out).endswith("(step 3)")
     run = Path(out.split("run folder: ")[1].splitlines()[0])
     before = {file: file.stat().st_mtime_ns for file in run.rglob("*") if file.is_file()}
-    with pytest.raises(UserError, match="step 3, it was stopped early by val/loss: raise the patience"):
+    with pytest.raises(UserError, match="step 3, where val/loss stopped this run early: raise the patience"):
         cli(*flags, STOPPING, "--ckpt_path", "last")
     assert {file: file.stat().st_mtime_ns for file in run.rglob("*") if file.is_file()} == before
     more = cli(*flags, STOPPING.replace('"patience": 2', '"patience": 4'), "--ckpt_path", "last")
@@ -165,11 +165,11 @@ def test_a_run_names_the_limit_that_has_ended_it(cli, recipe: Path):
     assert said(cli(*flags, "a", "--trainer.max_steps", 3)) == "finished: reached trainer.max_steps 3 (step 3)"
     epochs = ("--trainer.max_steps", -1, "--trainer.max_epochs", 2, "--trainer.limit_train_batches", 2)
     assert said(cli(*flags, "b", *epochs)) == "finished: reached trainer.max_epochs 2 (step 4)"
-    with pytest.raises(UserError, match="step 4, the end of this run by trainer.max_epochs 2: raise it"):
+    with pytest.raises(UserError, match="step 4, where trainer.max_epochs 2 ended this run: raise trainer.max_epochs"):
         cli(*flags, "b", *epochs, "--ckpt_path", "last")
     time = ("--trainer.max_steps", 10**6, "--trainer.max_time", "00:00:00:01")
     assert said(cli(*flags, "c", *time)).startswith("stopped: reached trainer.max_time 0:00:01 (step ")
-    with pytest.raises(UserError, match="the end of this run by trainer.max_time 0:00:01: raise it"):
+    with pytest.raises(UserError, match="where trainer.max_time 0:00:01 ended this run: raise trainer.max_time"):
         cli(*flags, "c", *time, "--ckpt_path", "last")
 
 

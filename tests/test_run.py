@@ -159,24 +159,26 @@ def test_another_tokenizer_is_refused_wherever_a_checkpoint_is_loaded(trained, c
 
 
 def test_weights_that_would_stay_random_are_refused(trained, cli, tmp_path: Path):
-    recipe, run, flags = trained("labels")
-    with pytest.raises(UserError, match="no weights for .* tensors of BertLMHeadModel"):
-        cli("generate", run, "--prompt", "The")
-    # a classifier, whose head is not there
-    from transformers import BertModel
+    from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, BertModel
 
-    body = tmp_path / "body"
+    recipe, run, flags = trained("bert")
+    with pytest.raises(UserError, match="is a BertForMaskedLM, which was not trained to continue texts"):
+        cli("generate", run, "--prompt", "The")
+    BertForSequenceClassification(BertConfig(vocab_size=30, **SIZES)).save_pretrained(tmp_path / "labels")
+    with pytest.raises(UserError, match="no weights for .* tensors of BertLMHeadModel"):
+        cli("generate", tmp_path / "labels", "--prompt", "The")
+
+    body = tmp_path / "body"  # without a head
     BertModel.from_pretrained(run / "model").save_pretrained(body)
-    (body / "tokenizer").mkdir()
+    AutoTokenizer.from_pretrained(run / "tokenizer").save_pretrained(body)
     fresh = ("--config", recipe, "--model.network", "null", "--model.pretrained", body, *flags)
-    fresh = (*fresh, "--data.tables.predict", tmp_path / "dev.jsonl")
+    fresh = (*fresh, "--data.tokenizer.path", body, "--data.texts", "the [MASK]")
     for name in ("validate", "predict"):
-        with pytest.raises(UserError, match=r"\(a BertModel\) has no weights for .*classifier.bias"):
+        with pytest.raises(UserError, match=r"\(a BertModel\) has no weights for .*cls.predictions"):
             cli(name, *fresh)
     with pytest.raises(UserError, match="model.freeze would leave them random"):
-        cli("fit", *fresh, "--model.freeze", "[classifier.*]")
-    runs = recipe.parent / "runs"
-    assert [path for path in runs.glob("*/*") if path != run] == []
+        cli("fit", *fresh, "--model.freeze", "[cls.*]")
+    assert [path for path in (recipe.parent / "runs").glob("*/*") if path != run] == []
 
 
 def test_a_gpt_trained_to_classify_does_not_generate(tmp_path: Path, cli):

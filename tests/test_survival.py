@@ -57,14 +57,15 @@ def logged(run: Path, metric: str) -> dict[int, float]:
 class Signals(Callback):
     """Sends signals to this process, in the n-th call of a hook."""
 
-    def __init__(self, hook: str, call: int, numbers: list[int]) -> None:
-        self.hook, self.call, self.numbers = hook, call, numbers
+    def __init__(self, hook: str, call: int, numbers: list[int], rank: int = 0) -> None:
+        self.hook, self.call, self.numbers, self.rank = hook, call, numbers, rank
 
     def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
-        self.count("train")
+        if trainer.global_rank == self.rank:
+            self.count("train")
 
     def on_validation_batch_end(self, trainer: Trainer, *_: object) -> None:
-        if not trainer.sanity_checking:
+        if not trainer.sanity_checking and trainer.global_rank == self.rank:
             self.count("validation")
 
     def count(self, hook: str) -> None:
@@ -454,12 +455,18 @@ def test_a_second_signal_ends_the_run_at_once(recipe: Path):
 
 
 @pytest.mark.parametrize(
-    ("to", "strategy"),
-    [("first", DDP), ("second", DDP), ("second", SHARDED), ("second", TENSOR_PARALLEL)],
-    ids=["first", "second", "sharded", "tp"],
+    ("to", "number", "strategy"),
+    [
+        ("first", signal.SIGTERM, DDP),
+        ("second", signal.SIGUSR1, DDP),
+        ("both", signal.SIGINT, DDP),  # as Ctrl-C in a terminal
+        ("second", signal.SIGTERM, SHARDED),
+        ("second", signal.SIGTERM, TENSOR_PARALLEL),
+    ],
+    ids=["first", "second", "both", "sharded", "tp"],
 )
 def test_a_signal_to_one_of_two_processes_ends_both_and_one_process_goes_on(
-    fit, recipe: Path, to: str, strategy: tuple
+    fit, recipe: Path, to: str, number: int, strategy: tuple
 ):
     off = [f"--model.network.{name}_pdrop=0" for name in ("resid", "embd", "attn")]
     flags = ["--config", recipe, "--name", "cut", *off, *CONSTANT]
@@ -473,12 +480,16 @@ def test_a_signal_to_one_of_two_processes_ends_both_and_one_process_goes_on(
     try:
         assert process.stdout is not None
         next(line for line in process.stdout if line.startswith("train 3/"))
-        members = ["ps", "-o", "pid=", "--forest", "-g", str(process.pid)]
+        members = ["ps", "-o", "pid=", "-g", str(process.pid)]
         numbers = list(map(int, subprocess.run(members, capture_output=True, text=True).stdout.split()))
         assert len(numbers) == 2
-        os.kill(process.pid if to == "first" else max(set(numbers) - {process.pid}), signal.SIGTERM)
+        if to == "both":
+            os.killpg(process.pid, number)
+        else:
+            os.kill(process.pid if to == "first" else max(set(numbers) - {process.pid}), number)
         out, err = process.communicate(timeout=300)
-        assert process.returncode == 143 and "stopped by SIGTERM" in out and "Traceback" not in err
+        assert process.returncode == 128 + number and "Traceback" not in err
+        assert f"stopped by {signal.Signals(number).name}" in out
         assert not subprocess.run(members, capture_output=True, text=True).stdout
     finally:
         if process.poll() is None:
@@ -491,6 +502,19 @@ def test_a_signal_to_one_of_two_processes_ends_both_and_one_process_goes_on(
     whole = fit("--name", "whole", *off, *CONSTANT, *more)
     fit("--name", "cut", *off, *CONSTANT, *more, "--ckpt_path", "last")
     assert logged(cut, "train/loss") == pytest.approx(logged(whole, "train/loss"), abs=1e-4)
+
+
+def test_a_signal_to_one_of_two_processes_in_a_validation_ends_both_and_it_is_done_again(fit, recipe: Path):
+    environment = os.environ | {"PYTHONPATH": f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}"}
+    off = [f"--model.network.{name}_pdrop=0" for name in ("resid", "embd", "attn")]
+    here = callbacks((Signals, {"hook": "validation", "call": 1, "numbers": [signal.SIGUSR1], "rank": 1}))
+    flags = (*off, "--trainer.limit_val_batches", 1.0)
+    result = command("fit", "--config", recipe, "--name", "cut", *flags, *DDP, *here, env=environment)
+    assert result.returncode == 138 and "stopped by SIGUSR1 at step 5" in result.stdout, result.stderr
+    whole = fit("--name", "whole", *flags)
+    cut = fit("--name", "cut", *flags, "--ckpt_path", "last")
+    for metric in ("train/loss", "val/loss"):
+        assert logged(cut, metric) == pytest.approx(logged(whole, metric), abs=1e-4)
 
 
 def test_a_slurm_job_that_is_queued_again_goes_on_with_its_own_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -515,6 +539,34 @@ def test_a_slurm_job_that_is_queued_again_goes_on_with_its_own_run(tmp_path: Pat
     assert runs.last_checkpoint(str(tmp_path), "tiny").parent.parent.name == "slurm-7-0-0"
     monkeypatch.delenv("SLURM_JOB_ID")
     assert runs.last_checkpoint(str(tmp_path), "tiny").parent.parent.name == "slurm-8-0-0"
+
+
+@pytest.mark.parametrize(
+    ("array", "number", "job"),
+    [(False, signal.SIGUSR1, "77"), (True, signal.SIGUSR1, "70_3"), (False, signal.SIGTERM, None)],
+)
+def test_a_slurm_job_is_queued_again_when_its_time_is_over_and_resumes(
+    fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, array: bool, number: int, job: Optional[str]
+):
+    own = {"JOB_ID": "77", "JOB_NAME": "train", "NTASKS": "1", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}
+    own |= {"ARRAY_JOB_ID": "70", "ARRAY_TASK_ID": "3"} if array else {}
+    for name, value in own.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n', encoding="utf-8")
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{scontrol.parent}:{os.environ['PATH']}")
+    flags = ("--trainer.devices", 1, "--trainer.max_steps", 4, *CONSTANT)
+    with pytest.raises(SystemExit) as ended:
+        fit(*flags, *callbacks((Signals, {"hook": "train", "call": 2, "numbers": [number]})))
+    assert ended.value.code == 128 + number
+    calls = (tmp_path / "calls").read_text(encoding="utf-8") if (tmp_path / "calls").exists() else ""
+    assert calls == (f"requeue {job}\n" if job else "")
+    assert ("the job is queued again" in capsys.readouterr().out) == (job is not None)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    run = fit(*flags, "--ckpt_path", "last")
+    assert run.name == "slurm-77-0-0" and runs.load_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == 4
 
 
 # Divergence

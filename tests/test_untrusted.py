@@ -16,10 +16,10 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from lm_lightning import sharded_checkpoint, untrusted
+from lm_lightning.commands import export
 from lm_lightning.compression.folder import copy_beside
 from lm_lightning.console import printable
 from lm_lightning.errors import UserError
-from lm_lightning.models.network import save_network
 from lm_lightning.run import load_checkpoint
 
 
@@ -75,18 +75,14 @@ def test_links_that_lead_out_of_a_run_folder_are_refused(tmp_path: Path):
         untrusted.refuse_links(run)
 
 
-def description(**changes: object) -> dict:
-    """Of a tiny network, as a checkpoint has it."""
-    config = {"model_type": "bert", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-    return {"class": "BertModel", "config": config, "generation": None, "rows": 30522} | changes
-
-
 @pytest.mark.parametrize("name", ["{tmp}/harmed", "../harmed"])
 def test_an_export_writes_no_file_that_the_checkpoint_names(name: str, tmp_path: Path):
-    folder = tmp_path / "model"
+    config = {"model_type": "bert", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     files = {name.format(tmp=tmp_path): "text"}
+    network = {"class": "BertModel", "config": config, "generation": None, "rows": 30522}
+    network |= {"files": files, "embedding": {"files": files}}
     with pytest.raises(UserError, match="cannot be exported"):
-        save_network(description(files=files, embedding={"files": files}), {}, folder)
+        export.write({"network": network, "state_dict": {}}, tmp_path, tmp_path / "model")
     assert not (tmp_path / "harmed").exists()
 
 

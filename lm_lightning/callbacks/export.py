@@ -35,8 +35,15 @@ class Export(Callback):
         """Refuses, before training, what could not be exported after it."""
         if trainer.fast_dev_run:
             return
-        with tempfile.TemporaryDirectory() as folder:
-            check_export(pl_module.description(), trainer.datamodule.tokenizer, Path(folder))
+        description, problem = pl_module.description(), ""
+        if trainer.is_global_zero:  # as at the end; in other processes, transformers does not write all files
+            with tempfile.TemporaryDirectory() as folder:
+                try:
+                    check_export(description, trainer.datamodule.tokenizer, Path(folder))
+                except UserError as error:
+                    problem = str(error)
+        if problem := trainer.strategy.broadcast(problem):
+            raise UserError(problem)
         place = Path(trainer.default_root_dir) / "model"
         reason = trainer.strategy.broadcast(unwritable(place) if trainer.is_global_zero else "")
         if reason:

@@ -1,6 +1,7 @@
-"""Progress: one bar for the whole run, with its speed and the time left."""
+"""Progress: one line for the whole run, with its speed and the time left."""
 
 import io
+import shutil
 import sys
 from typing import Any
 
@@ -8,17 +9,32 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
+FORMAT = (
+    "{desc} {n_fmt}/{total_fmt} {percentage:.0f}%, {remaining} left, {rate_fmt}{postfix}"  # (its comma is included)
+)
+# What is shown of training, the most important first; of what does not fit into the terminal, nothing.
+NUMBERS = {
+    "loss": "loss {:.4g}",
+    "tokens_per_second": "{:,.0f} tokens/s",
+    "learning_rate": "learning rate {:.3g}",
+    "gradient_norm": "gradient norm {:.3g}",
+    "tokens": "{:,.0f} tokens",
+    "mfu": "MFU {:.1%}",
+    "memory": "{:.2f} GiB",
+}
+
 
 class RunProgress(ProgressBar):
-    """A bar over the optimizer steps of the run with the latest logged metrics, and one over each evaluation.
+    """A line about the optimizer steps of the run with the latest logged metrics, and one about each evaluation.
 
-    Where the output is no terminal, the same comes as a line at each logged step.
+    A terminal has them at its bottom; other outputs, such as a file, get the first at each logged step, as a line.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.is_enabled = True  # Lightning's name, read by LightningModule.print
         self.steps = self.batches = tqdm(disable=True)
+        self.printed = -1  # the step of the last line
 
     def enable(self) -> None:
         self.is_enabled = True
@@ -33,35 +49,62 @@ class RunProgress(ProgressBar):
 
     def bar(self, **settings: Any) -> tqdm:
         terminal = sys.stdout.isatty()
-        return tqdm(
+        bar = tqdm(
             file=sys.stdout if terminal else io.StringIO(),
-            dynamic_ncols=terminal,
+            ncols=columns() if terminal else None,
+            nrows=20,  # else none is shown where the terminal does not tell how many it has
             disable=not self.is_enabled,
-            bar_format="{desc} {n_fmt}/{total_fmt} {percentage:3.0f}% [{elapsed}<{remaining}, {rate_fmt}] {postfix}",
+            bar_format=FORMAT,
             **settings,
         )
+        if terminal:
+            bar.dynamic_ncols = lambda _: (columns(), None)
+        return bar
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         total = pl_module.total_steps()
         total = int(total) if total != float("inf") else None
-        self.steps = self.bar(total=total, initial=trainer.global_step, unit="step", desc="train")
+        self.steps = self.bar(total=total, initial=trainer.global_step, unit=" steps", desc="train")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         # The metrics of a step are there only after its last hook: here, at the start of the next one.
         self.advance(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.advance(trainer)
+        self.advance(trainer, ended=True)
         self.steps.close()
 
-    def advance(self, trainer: Trainer) -> None:
-        done = trainer.global_step - self.steps.n
-        if done and self.is_enabled:
+    def advance(self, trainer: Trainer, ended: bool = False) -> None:
+        if not self.is_enabled:
+            return
+        step, done = trainer.global_step, trainer.global_step - self.steps.n
+        due = step % trainer.log_every_n_steps == 0 or step == self.steps.total or ended
+        if done or (ended and self.printed != step):
+            if due:
+                self.steps.set_postfix_str(self.numbers(trainer), refresh=False)
             self.steps.update(done)
-            if trainer.global_step % trainer.log_every_n_steps == 0:
-                self.steps.set_postfix_str(latest(trainer, "train/"))
-                if not sys.stdout.isatty():
-                    self.print(self.steps)
+            if due and not sys.stdout.isatty():
+                self.print(self.steps)
+                self.printed = step
+            elif ended or due:
+                self.steps.refresh()
+
+    def numbers(self, trainer: Trainer) -> str:
+        """The latest metrics of training, as many as the terminal has room for."""
+        metrics = {name[6:]: float(v) for name, v in trainer.callback_metrics.items() if name.startswith("train/")}
+        metrics.pop("seconds", None)  # the line has the time
+        if trainer.global_step % trainer.log_every_n_steps:  # these are of an earlier step
+            for name in ("tokens_per_second", "tokens", "mfu", "memory"):
+                metrics.pop(name, None)
+        formats = NUMBERS | {name: f"{name} {{:.4g}}" for name in metrics if name not in NUMBERS}
+        parts = [text.format(metrics[name]) for name, text in formats.items() if name in metrics]
+        if not sys.stdout.isatty():
+            return ", ".join(parts)
+        meter = self.steps.format_dict | {"n": trainer.global_step, "rate": None, "postfix": None, "ncols": None}
+        room = columns() - len(tqdm.format_meter(**meter)) - 4  # 2 for the comma, 2 for a line that grows
+        while parts and len(", ".join(parts)) > room:
+            parts.pop()
+        return ", ".join(parts)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
@@ -97,11 +140,15 @@ class RunProgress(ProgressBar):
         self.batches.close()
 
     def start(self, total: int, name: str) -> None:
-        self.batches = self.bar(total=total, unit="batch", desc=name, leave=False)
+        self.batches = self.bar(total=total, unit=" batches", desc=name, leave=False)
+
+
+def columns() -> int:
+    """Width of the terminal, 80 if it does not say."""
+    return shutil.get_terminal_size().columns
 
 
 def latest(trainer: Trainer, prefix: str) -> str:
-    """The latest metrics whose names begin with `prefix`, as text, but for the time, which a bar has already."""
+    """The latest metrics whose names begin with `prefix`, as text."""
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith(prefix)}
-    metrics.pop("train/seconds", None)
     return ", ".join(f"{name.removeprefix(prefix)} {value:.4g}" for name, value in metrics.items())

@@ -84,7 +84,21 @@ def score(saved: dict[str, Any], file: Path) -> dict[str, Any]:
     return {}
 
 
-def write(
+def write(saved: dict, *arguments: Any) -> None:
+    """Calls `write_checked`; what a damaged or forged checkpoint makes it stumble over becomes a UserError."""
+    try:
+        write_checked(saved, *arguments)
+    except UserError:
+        raise
+    except Exception as error:  # classes of transformers raise anything for settings that make no sense
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            "the checkpoint cannot be exported, as its description and weights do not fit together "
+            f"({type(error).__name__}: {reason}): it is damaged, or was changed"
+        ) from error
+
+
+def write_checked(
     saved: dict,
     tokenizer: Path,
     folder: Path,
@@ -120,7 +134,7 @@ def write(
     own = tokenizers.load(str(tokenizer))
     if saved.get("tokenizer", tokenizers.fingerprint(own)) != tokenizers.fingerprint(own):
         raise UserError(f"the checkpoint was made with another tokenizer than {tokenizer}: nothing is exported")
-    own.save_pretrained(folder)
+    tokenizers.save(own, folder)
     if tokenizers.fingerprint(tokenizers.load(str(folder))) != tokenizers.fingerprint(own):
         raise UserError("the exported tokenizer is not read as it was saved: nothing is exported")
 

@@ -32,6 +32,8 @@ def generate(
 ) -> None:
     """Continues prompts with a causal language model until it ends the text.
 
+    The model's end tokens count; other settings of its generation config, such as a temperature, are named and ignored.
+
     Args:
         model: Run folder, `from_pretrained` folder or Hub name.
         prompt: Text to continue; the answer is streamed. Default: a new document.

@@ -110,7 +110,7 @@ def read_metrics(file: Path, notes: list[str]) -> dict[str, Points]:
     bad = int(bool(rest))  # (its last number may be cut, too)
     for row in csv.DictReader(lines):
         try:
-            step = int(row.pop("step", ""))
+            step = step_of(row.pop("step", ""))
             values = {name: float(value) for name, value in row.items() if name and value}
         except (TypeError, ValueError):
             bad += 1
@@ -120,6 +120,18 @@ def read_metrics(file: Path, notes: list[str]) -> dict[str, Points]:
     if bad:
         notes.append(f"{file.name}: cut or damaged rows are left out ({bad})")
     return {name: sorted(points.items()) for name, points in metrics.items()}
+
+
+def step_of(value: Any) -> int:
+    """A number of steps.
+
+    Raises:
+        ValueError: If a run cannot have so many; also TypeError and OverflowError.
+    """
+    step = int(value)
+    if not 0 <= step < 1 << 53:
+        raise ValueError(f"{step} is no step")
+    return step
 
 
 def read_options(file: Path, notes: list[str]) -> dict[str, str]:
@@ -154,8 +166,10 @@ def read_lines(file: Path, fields: dict[str, type], notes: list[str]) -> list[di
             continue
         try:
             row = json.loads(line)
-            rows.append({name: kind(row[name]) for name, kind in fields.items()})
-        except (ValueError, TypeError, KeyError):
+            rows.append(
+                {name: step_of(row[name]) if name == "step" else kind(row[name]) for name, kind in fields.items()}
+            )
+        except (ValueError, TypeError, KeyError, OverflowError):
             bad += 1
     if bad:
         notes.append(f"{file.name}: cut or damaged lines are left out ({bad})")

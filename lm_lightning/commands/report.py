@@ -102,6 +102,7 @@ def means(points: Points) -> Points:
 
 def interpolated(column: Optional[Points], steps: Sequence[int]) -> Optional[list[float]]:
     """What a column that rises from 0 is at some steps, which it need not have; past its end, its last value."""
+    column = [(step, value) for step, value in column or [] if math.isfinite(value)]
     if not column:
         return None
     import numpy as np

@@ -17,7 +17,7 @@ from lm_lightning.compression import formats
 from lm_lightning.compression.folder import PROGRAMS, load
 from lm_lightning.compression.sparsity import semi_structured
 from lm_lightning.generation import plain_generation
-from lm_lightning.models.network import linear_layers, zeros_of
+from lm_lightning.models.network import linear_layers, positions, zeros_of
 
 WRITTEN = 32  # tokens of a GPT
 
@@ -69,14 +69,21 @@ class Bench:
 
     Args:
         base: Its folder.
-        tokens: Of each row of the timed passes.
+        tokens: Of each row of the timed passes; fewer if the network has not as many positions.
         seconds: How long each time is measured.
         device: `cpu` or `cuda`.
     """
 
     def __init__(self, base: Path, tokens: int, seconds: float, device: str = "cpu") -> None:
-        self.tokens, self.seconds, self.device = tokens, seconds, device
-        self.base = self.calls(base, self.network(base))
+        self.seconds, self.device = seconds, device
+        network = self.network(base)
+        self.limit = positions(network) or math.inf
+        self.tokens = int(min(tokens, self.limit))
+        if self.tokens < tokens:
+            print(
+                f"timed passes have {self.tokens} tokens, not {tokens}: the network has no more positions", flush=True
+            )
+        self.base = self.calls(base, network)
 
     def network(self, folder: Path) -> transformers.PreTrainedModel:
         """The network of a folder; on a GPU in bf16 and with its kernels for zeros."""
@@ -102,7 +109,7 @@ class Bench:
             ids = ids.to(self.device) if network else ids
             inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
             found[f"latency_{size}"] = torch.no_grad()(partial(running, **inputs))
-            if network and running.can_generate():
+            if network and running.can_generate() and self.limit >= 8 + WRITTEN:
                 settings = {"do_sample": False, "min_new_tokens": WRITTEN, "max_new_tokens": WRITTEN, "pad_token_id": 0}
                 prompts = {name: tensor[:, :8] for name, tensor in inputs.items()}
                 found[f"decode_{size}"] = plain_generation(running)(partial(running.generate, **prompts, **settings))

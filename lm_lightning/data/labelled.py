@@ -100,10 +100,11 @@ class Row(Mapping):
     Args:
         values: By the names of the columns.
         where: File and number of the line, for messages.
+        header: Whether the options of CSV and TSV files decide what its columns are called, for messages.
     """
 
-    def __init__(self, values: Mapping[str, Any], where: str) -> None:
-        self.values_by_column, self.where = values, where
+    def __init__(self, values: Mapping[str, Any], where: str, header: bool = False) -> None:
+        self.values_by_column, self.where, self.header = values, where, header
 
     def __getitem__(self, column: str) -> Any:
         return self.values_by_column[column]
@@ -123,8 +124,9 @@ class Row(Mapping):
         if column not in self:
             raise UserError(
                 f"{self.where}: there is no column {column!r}; the columns are {', '.join(map(str, self))}: name the "
-                "right one with --data.columns, or all of them with --data.tables.header"
-                + formats.hint(self, "--data.tables")
+                "right one with --data.columns"
+                + (", or all of them with --data.tables.header" if self.header else "")
+                + (formats.hint(self, "--data.tables") if self.header else "")
             )
         return self[column]
 
@@ -182,7 +184,7 @@ class Row(Mapping):
         """
         value = self.value(column)
         if not isinstance(value, str) or not value.strip():
-            raise UserError(f"{self.where}: column {column!r} has no text, but {value!r:.40}: mend or remove the row")
+            raise UserError(f"{self.where}: column {column!r} has no text, but {value!r:.40}: fix or remove the row")
         return value
 
 
@@ -267,7 +269,7 @@ def of(path: Path, tables: Tables) -> Iterator[Row]:
                 json.dumps(values, ensure_ascii=False).encode()
             except UnicodeEncodeError:
                 values = encodable(values, where, reading, counts)
-        yield Row(values, where)
+        yield Row(values, where, suffix in (".csv", ".tsv", ".conll"))
     if counts.replaced_bytes:
         counts.notes.append(f"{path}: {counts.replaced_bytes:,} bytes that could not be read were replaced by U+FFFD")
     for note in counts.notes:

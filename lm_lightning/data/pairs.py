@@ -162,7 +162,7 @@ class PairData(LabelledData):
             raise UserError(f"data.retrieval.{name} is missing: name its JSONL file")
         empty = 0
         places: dict[str, str] = {}  # of each _id
-        for row in of_files(path, Tables()):
+        for row in of_files(path, Tables(encoding=self.tables.encoding, encoding_errors=self.tables.encoding_errors)):
             if row.get("_id") is None or "text" not in row:
                 raise UserError(f"{row.where}: a row of data.retrieval.{name} needs _id and text")
             if row.where != (first := places.setdefault(str(row["_id"]), row.where)):
@@ -182,7 +182,7 @@ class PairData(LabelledData):
         scores: dict[str, dict[str, float]] = {row["_id"]: {} for row in queries}
         seen: dict[tuple[str, str], str] = {}
         unknown: list[str] = []
-        for row in of_files(path, Tables()):
+        for row in of_files(path, Tables(encoding=self.tables.encoding, encoding_errors=self.tables.encoding_errors)):
             try:
                 query, document, score = str(row["query-id"]), str(row["corpus-id"]), cells.number(row["score"])
             except (KeyError, ValueError):
@@ -260,7 +260,7 @@ class PairData(LabelledData):
         column = str(self.columns.negatives)
         texts = row.entries(column) or [row.text(column)]
         if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
-            raise UserError(f"{row.where}: column {column!r} has no text, or an empty one: mend or remove the row")
+            raise UserError(f"{row.where}: column {column!r} has no text, or an empty one: fix or remove the row")
         return [texts[i % len(texts)] for i in range(self.hard_negatives)]
 
     def target(self, row: Row) -> torch.Tensor:

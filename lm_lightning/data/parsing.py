@@ -87,7 +87,7 @@ class ParsingData(LabelledData):
         """
         names = self.labels_of(row, self.columns.relations)
         if len(names) != words:
-            raise UserError(f"{row.where}: there are {words} words, but {len(names)} relations: mend the row")
+            raise UserError(f"{row.where}: there are {words} words, but {len(names)} relations: fix the row")
         return [self.number(row, name, "relation") for name in names]
 
     def identity(self) -> dict:

@@ -139,7 +139,7 @@ class QuestionData(LabelledData):
                 raise UserError(
                     f"{row.where}: the answer {text!r:.60} is not at its answer_start {place!r:.20}, which counts "
                     f"characters of the context from 0: {f'it is at {first}' if first >= 0 else 'it is nowhere there'}"
-                    "; mend or remove the row"
+                    "; fix or remove the row"
                 )
             answers.append(Answer(text, start))
         return answers

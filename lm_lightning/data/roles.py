@@ -49,6 +49,7 @@ class RoleData(TaggingData):
     """
 
     columns: RoleColumns  # type: ignore[assignment]
+    has_scheme = False
 
     def __init__(self, columns: RoleColumns = RoleColumns(), mark: str = "*", **options: Any) -> None:
         super().__init__(scheme="bio", **options)
@@ -110,7 +111,7 @@ class RoleData(TaggingData):
         if self.columns.spans not in frame:
             labels = self.labels_of(frame, self.columns.labels)
             if len(labels) != len(words):
-                raise UserError(f"{frame.where}: there are {len(words)} words, but {len(labels)} labels: mend the row")
+                raise UserError(f"{frame.where}: there are {len(words)} words, but {len(labels)} labels: fix the row")
             return labels
         spans = frame.entries(self.columns.spans)
         labels = [OUTSIDE] * len(words)
@@ -125,7 +126,7 @@ class RoleData(TaggingData):
                     f"{frame.where}: {span!r:.60} is no span such as [0, 2, 'ARG0'] of the words 0 to {len(words) - 1}"
                 )
             if any(label != OUTSIDE for label in labels[start : last + 1]):
-                raise UserError(f"{frame.where}: the span {span} shares words with another one: mend the row")
+                raise UserError(f"{frame.where}: the span {span} shares words with another one: fix the row")
             labels[start : last + 1] = [f"B-{kind}"] + [f"I-{kind}"] * (last - start)
         return labels
 

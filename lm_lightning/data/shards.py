@@ -142,7 +142,8 @@ def check(folder: Path) -> None:
         info = json.loads((folder / "info.json").read_text(encoding="utf-8"))
         known = {f"{split}.{kind}" for split in SPLITS for kind in KINDS} | {"frequencies.npy"} == info["files"].keys()
         known = known and info["dtype"] in ("uint16", "uint32") and info["splits"].keys() == set(SPLITS)
-        known = known and all(kind in split for split in info["splits"].values() for kind in ("bytes", "documents"))
+        numbers = [split[name] for split in info["splits"].values() for name in ("bytes", "unigram_perplexity")]
+        known = known and all(isinstance(number, (int, float)) for number in numbers)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"the tokenized corpus has a damaged {folder / 'info.json'} ({error}): {remedy}") from error
     if not known:

@@ -80,6 +80,8 @@ class TaggingData(LabelledData):
         options: Those of all labelled data, see `LabelledData`.
     """
 
+    has_scheme = True  # whether `scheme` is an option
+
     def __init__(
         self,
         columns: Columns = Columns(),
@@ -159,12 +161,12 @@ class TaggingData(LabelledData):
         if never and not from_rows:
             raise UserError(
                 f"model.pretrained has a label I-{never[0]}, but no B-{never[0]} to begin such a span with: give "
-                "--data.tables.train and fit it, or --data.scheme plain to score each word"
+                f"--data.tables.train and fit it{', or --data.scheme plain to score each word' * self.has_scheme}"
             )
         if never and self.trainer.is_global_zero:
             print(
                 f"no label begins with B- or S- for {', '.join(never[:20])}: labels I- and E- alone mark these spans, "
-                "and neighboring ones are one; --data.scheme plain scores each word instead"
+                f"and neighboring ones are one{'; --data.scheme plain scores each word instead' * self.has_scheme}"
             )
 
     def check_scheme(self, labels: set[str], rows: list[Row]) -> None:
@@ -174,9 +176,10 @@ class TaggingData(LabelledData):
         for row in rows if wrong else []:
             for label in self.labels_in(row):
                 if label in wrong:
+                    remedy = "fix it" + ", or give another --data.scheme" * self.has_scheme
                     raise UserError(
                         f"{row.where}: the label {label!r} is none of the scheme {self.scheme} (O, "
-                        f"{', '.join(mark + '...' for mark in legal)}): fix it, or give another --data.scheme"
+                        f"{', '.join(mark + '...' for mark in legal)}): {remedy}"
                     )
 
     def targets(self, row: Row, labels: list[str]) -> torch.Tensor:
@@ -207,7 +210,7 @@ class TaggingData(LabelledData):
                 continue
             labels = self.labels_in(row)
             if len(labels) != len(words):
-                raise UserError(f"{row.where}: there are {len(words)} words, but {len(labels)} labels: mend the row")
+                raise UserError(f"{row.where}: there are {len(words)} words, but {len(labels)} labels: fix the row")
             example["targets"] = self.targets(row, labels)
         self.report_words(split, examples, sentences)
         return Examples(examples, self.seed if split == "train" else None)

@@ -2,8 +2,9 @@
 
 All are fast `transformers` tokenizers, and a saved one is a folder that `AutoTokenizer.from_pretrained` reads. The same
 options and texts give the same tokenizer, to the byte. Two things differ from what `transformers` does by itself: the
-string of a special token in a text is plain text, so that no document can end itself with a written `<|endoftext|>`,
-and a trained tokenizer has no maximum length, since the model knows its context length.
+string of a special token in a text is plain text, so that no document can end itself with a written `<|endoftext|>`
+(an exported tokenizer follows `transformers` again, see `save`), and a trained tokenizer has no maximum length, since
+the model knows its context length.
 """
 
 import hashlib
@@ -13,6 +14,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Optional
 
 from lm_lightning import hub
@@ -85,6 +87,19 @@ def load(path: str) -> "PreTrainedTokenizerFast":
     if len(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)) < 2:
         raise UserError(f"{path!r} has no tokenizer in it: give a folder with a tokenizer.json or vocabulary files")
     return tokenizer
+
+
+def save(tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:
+    """Writes a tokenizer beside an exported network, for programs that expect what `transformers` does by itself.
+
+    To them, the string of a special token in a text is that token: a chat template and a text with `[MASK]` need it.
+    """
+    own = tokenizer.init_kwargs.get("split_special_tokens", False), tokenizer.split_special_tokens
+    tokenizer.init_kwargs["split_special_tokens"] = tokenizer.split_special_tokens = False
+    try:
+        tokenizer.save_pretrained(folder)
+    finally:
+        tokenizer.init_kwargs["split_special_tokens"], tokenizer.split_special_tokens = own
 
 
 def train(options: Tokenizer, texts: Iterator[str], special: SpecialTokens) -> "PreTrainedTokenizerFast":

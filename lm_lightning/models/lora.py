@@ -4,6 +4,7 @@ A checkpoint holds these matrices and what is new, the base comes from where it 
 of both, a network like any other, or a folder of peft's.
 """
 
+import json
 import os
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
@@ -213,7 +214,8 @@ def save_adapter(
     """
     network_class = untrusted.network_class(saved["class"])
     with torch.device("meta"):
-        known = network_class(network_class.config_class.from_dict(saved["config"])).state_dict().keys()
+        skeleton = network_class(network_class.config_class.from_dict(saved["config"]))
+    known = skeleton.state_dict().keys()
     modules: list[str] = []  # of those within each other, the outer one
     for module in sorted({name.rpartition(".")[0] for name in saved["new"] if name in known}):
         modules += [] if f"{module}.".startswith(tuple(f"{outer}." for outer in modules)) else [module]
@@ -232,6 +234,53 @@ def save_adapter(
     head = {name.partition(".")[2]: weights[name] for name in saved["new"] if name not in known}
     if head:  # of ours, of which peft knows nothing
         safetensors.torch.save_file(head, folder / HEAD_FILE)
+    (folder / "README.md").write_text(model_card(saved, skeleton), encoding="utf-8")
+
+
+def model_card(saved: dict[str, Any], skeleton: transformers.PreTrainedModel) -> str:
+    """The README.md of an adapter: which base it belongs to, and the code that loads both.
+
+    Args:
+        saved: As in `save_adapter`.
+        skeleton: A network of the same class and sizes, whose weights are not needed.
+    """
+    lora, name = settings_of(saved), type(skeleton).__name__
+    options, imports, hint = ["dtype=torch.float32"], [name], ""
+    if name.endswith("Classification"):
+        options.append(f"num_labels={skeleton.config.num_labels}")
+    if lora.base != "whole":
+        settings = lora.quantization(skeleton, torch.device("cpu"))["quantization_config"].to_diff_dict()
+        settings = {
+            key: value for key, value in settings.items() if key not in ("quant_method", "bnb_4bit_compute_dtype")
+        }
+        arguments = ", ".join(f"{key}={value!r}" for key, value in settings.items() if value is not None)
+        options.append(f"quantization_config=BitsAndBytesConfig({arguments})")
+        imports.append("BitsAndBytesConfig")
+        hint = (
+            f"\nThe base was quantized by bitsandbytes ({lora.base}) in training. Load the adapter on the base "
+            "quantized in the same way, as here: on the whole base, or on one quantized in another way, its outputs "
+            "differ from those that were trained and measured.\n"
+        )
+    base = json.dumps(saved["pretrained"])
+    arguments = ",\n    ".join([base, *options])
+    return f"""---
+library_name: peft
+base_model: {base}
+---
+
+LoRA adapters (rank {lora.rank}, alpha {lora.alpha:g}) of a {name}, for the base {base}.
+{hint}
+```python
+import torch
+from peft import PeftModel
+from transformers import {", ".join(imports)}
+
+base = {name}.from_pretrained(
+    {arguments},
+)
+model = PeftModel.from_pretrained(base, "THIS_FOLDER")
+```
+"""
 
 
 # Checkpoints

@@ -26,6 +26,7 @@ from lm_lightning import hub
 from lm_lightning import run as runs
 from lm_lightning.data.order import PADDING
 from lm_lightning.data.tokenizer import document_ids, fingerprint, load, vocabulary
+from lm_lightning.data.tokenizer import save as save_tokenizer
 from lm_lightning.errors import UserError
 from lm_lightning.models import lora as adapters
 from lm_lightning.models.finite import FiniteSteps, Step
@@ -458,7 +459,7 @@ class LanguageModule(LightningModule):
             if self.lora is not None:
                 weights = adapters.merged(self.network, weights, self.lora.alpha / self.lora.rank)
             save_network(self.description(), weights, folder)
-            self.trainer.datamodule.tokenizer.save_pretrained(folder)
+            save_tokenizer(self.trainer.datamodule.tokenizer, folder)
 
     def export_adapter(self, folder: Path, saved: Optional[dict[str, Any]] = None) -> None:
         """Writes what LoRA has trained, now or in a checkpoint, as a folder of peft's; all processes call it."""

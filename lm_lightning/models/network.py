@@ -17,7 +17,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from lm_lightning import embedding, untrusted
+from lm_lightning.console import printable
 from lm_lightning.data.tokenizer import fingerprint, load
+from lm_lightning.data.tokenizer import save as save_tokenizer
 from lm_lightning.errors import UserError
 
 HEAD_FILE = "head.safetensors"  # in an exported folder: weights of a head that `transformers` has not
@@ -184,7 +186,7 @@ def check_export(description: dict[str, Any], tokenizer: transformers.PreTrained
             "network of transformers, or switch the export off with --trainer.enable_checkpointing false"
         )
     save_network(description, None, folder)
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
     transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     if fingerprint(load(str(folder))) != fingerprint(tokenizer):
         raise UserError(
@@ -210,32 +212,22 @@ def save_network(
     Raises:
         UserError: If `max_shard_size` is no size.
     """
-    network_class = untrusted.network_class(description.get("class"))
-    try:
-        with torch.device("meta"):  # the tensors come from `weights`
-            network = network_class(network_class.config_class.from_dict(description["config"]))
-        if description["generation"] is not None:
-            network.generation_config, removed = generation_config(description["generation"])
-            if removed:
-                print(
-                    f"generation_config.json is written without {', '.join(removed)}: not valid with its other settings"
-                )
-        head: dict[str, Any] = {}
-        if weights is not None:
-            shapes = {key: tensor.shape for key, tensor in network.state_dict().items()}
-            head = {key.partition(".")[2]: weights.pop(key) for key in list(weights) if key not in shapes}
-            weights = {key: w if w.shape == shapes[key] else w[: shapes[key][0]].clone() for key, w in weights.items()}
-            network.load_state_dict(weights, assign=True)
-            network.tie_weights()
-        files = embedding.files(**description["embedding"]) if "embedding" in description else {}
-    except UserError:
-        raise
-    except Exception as error:  # classes of transformers raise anything for settings that make no sense
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"the checkpoint's network ({network_class.__name__}) cannot be exported, as its description and "
-            f"weights do not fit together ({type(error).__name__}: {reason}): the file is damaged or was changed"
-        ) from error
+    network_class = untrusted.network_class(description["class"])
+    with torch.device("meta"):  # the tensors come from `weights`
+        network = network_class(network_class.config_class.from_dict(description["config"]))
+    if description["generation"] is not None:
+        network.generation_config, removed = generation_config(description["generation"])
+        if removed:
+            names = printable(", ".join(removed))
+            print(f"generation_config.json is written without {names}: not valid with its other settings")
+    head: dict[str, Any] = {}
+    if weights is not None:
+        shapes = {key: tensor.shape for key, tensor in network.state_dict().items()}
+        head = {key.partition(".")[2]: weights.pop(key) for key in list(weights) if key not in shapes}
+        weights = {key: w if w.shape == shapes[key] else w[: shapes[key][0]].clone() for key, w in weights.items()}
+        network.load_state_dict(weights, assign=True)
+        network.tie_weights()
+    files = embedding.files(**description["embedding"]) if "embedding" in description else {}
     try:
         options: dict[str, Any] = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
         network.save_pretrained(folder, **options | ({"state_dict": {}} if weights is None else {}))

@@ -314,7 +314,8 @@ def ranking(seen: Seen, judged: Judged, most: int = 100) -> dict[str, Tensor]:
         for row, (_, _, own) in enumerate(part):
             if own >= 0:
                 cosines[row, own] = -torch.inf
-        best = cosines.topk(min(most, len(documents))).indices.tolist()
+        # Equal texts have equal cosines, which padding changes in the last digits: their order is not to depend on it.
+        best = cosines.round(decimals=6).topk(min(most, len(documents))).indices.tolist()
         for (_, relevant, own), ranks in zip(part, best):
             gains = torch.tensor([0.0 if i == own else relevant.get(documents[i], 0.0) for i in ranks])
             ideal = torch.tensor(sorted(relevant.values(), reverse=True)[:10])

@@ -272,7 +272,8 @@ def test_the_sweep_is_one_that_an_agent_can_run(cli, recipe: Path, monkeypatch: 
     out = cli("fit", "--config", recipe, "--config", OVERLAY, *flags, "--trainer.max_steps", 11)
     (part,) = parts(Path(out.split("run folder: ")[1].splitlines()[0]))
     assert part.run.run_id == "abc123" and part.run.sweep_id == "sweep1"
-    assert part.config["model"]["init_args"]["schedule"] == {"shape": "wsd", "warmup_steps": 10} | {
+    assert part.config["model"]["init_args"]["schedule"] == {"shape": "wsd", "warmup_ratio": 0.02} | {
+        "warmup_steps": 2,  # of the recipe
         "final": 0.1,
         "decay_fraction": 0.2,
     }

@@ -549,3 +549,16 @@ def test_interrupted_compress_keeps_its_rows_and_does_what_is_missing(folders, c
         cli(*args, "--tokens", 16)
     monkeypatch.setattr(measures.Bench, "measure", real)
     assert "sparse=0.5: measured" in cli(*args, "--tokens", 8)  # with other options, so does an interrupted one
+
+
+def test_timed_passes_have_no_more_tokens_than_positions(tmp_path: Path, capsys: pytest.CaptureFixture):
+    from transformers import RobertaConfig, RobertaForSequenceClassification
+
+    from lm_lightning.compression.measures import Bench
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = RobertaConfig(vocab_size=30, max_position_embeddings=20, pad_token_id=1, **sizes)
+    RobertaForSequenceClassification(config).save_pretrained(tmp_path)
+    bench = Bench(tmp_path, 64, 0.01)
+    assert bench.tokens == 18 and bench.measure("none", tmp_path, 1.0).latency_1 > 0
+    assert "timed passes have 18 tokens, not 64" in capsys.readouterr().out

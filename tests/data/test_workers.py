@@ -95,6 +95,7 @@ def test_samples_and_collate_functions_are_pickled(make: Callable[[Path], Stream
         is_global_zero=False,
         limit_val_batches=1,
         accumulate_grad_batches=1,
+        overfit_batches=0,
         strategy=None,
     )
     data.setup("fit")

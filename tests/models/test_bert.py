@@ -188,7 +188,7 @@ def test_export_loads_as_both_classes_in_a_fresh_process_and_predict_fills_masks
     script = (
         "import json, sys, torch, transformers\n"
         "tokenizer = transformers.AutoTokenizer.from_pretrained(sys.argv[1])\n"
-        "ids = tokenizer('the old [MASK] watched the river', return_tensors='pt', split_special_tokens=False)\n"
+        "ids = tokenizer('the old [MASK] watched the river', return_tensors='pt')\n"
         "pretraining = transformers.BertForPreTraining.from_pretrained(sys.argv[1]).eval()(**ids)\n"
         "masked = transformers.AutoModelForMaskedLM.from_pretrained(sys.argv[1]).eval()(**ids)\n"
         "assert torch.allclose(pretraining.prediction_logits, masked.logits, atol=1e-6)\n"

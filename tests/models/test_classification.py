@@ -590,3 +590,33 @@ def test_the_head_of_another_task_is_replaced(cli, recipe: Path, tmp_path: Path,
     assert load_file(folder / "model" / "model.safetensors")[HEAD[0]].abs().max() < 1
     with pytest.raises(UserError, match="has no head for the labels bad, good, mixed: fit it first"):
         cli("test", *flags)
+
+
+@pytest.mark.parametrize(("kind", "metric"), [("single", "accuracy"), ("several", "macro_f1"), ("number", "spearman")])
+def test_the_recipe_chooses_the_best_checkpoint_for_each_kind(cli, recipe: Path, kind: str, metric: str):
+    """As the README has it: the kind is all that is given."""
+    own = yaml.safe_load(recipe.read_text())
+    network, options = own["model"]["init_args"]["network"], own["data"]["init_args"]
+    flags = ("--model.network", json.dumps(network), "--data.tables", json.dumps(options["tables"]))
+    flags = (*flags, "--data.tokenizer.path", options["tokenizer"]["path"], "--data.max_length", 32)
+    column = {"single": "label", "several": "several", "number": "number"}[kind]
+    flags = (*flags, "--data.kind", kind, "--data.columns.label", column, "--model.schedule.warmup_steps", 1)
+    flags = (*flags, "--trainer.max_steps", 4, "--trainer.accelerator", "cpu", "--runs_dir", own["runs_dir"])
+    out = cli("fit", "--config", ROOT / "configs" / "sentiment.yaml", *flags)
+    run = Path(out.split("run folder: ")[1].splitlines()[0])
+    assert yaml.safe_load((run / "config.yaml").read_text())["best"]["monitor"] == f"val/{metric}"
+    assert (run / "checkpoints" / "best.ckpt").exists() and (run / "model" / "config.json").exists()
+
+
+def test_positions_after_the_row_of_padding_are_counted(fit, recipe: Path):
+    """RoBERTa's first row is that of padding, whose number is 0 here."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    network = json.dumps({"model_type": "roberta", "max_position_embeddings": 32, **sizes})
+    content = rows(300, 0)
+    content[0]["text"] = "the " * 100  # as long as can be
+    write(recipe.parent / "train.jsonl", content)
+    with pytest.raises(UserError, match="data.max_length is 32, but this network has positions for 31 tokens"):
+        fit("--model.network", network)
+    run = fit("--model.network", network, "--data.max_length", 31, "--trainer.max_steps", 25)
+    with pytest.raises(UserError, match="data.max_length is 32, but this network has positions for 31 tokens"):
+        fit("--model.network", "null", "--model.pretrained", run)

@@ -110,7 +110,7 @@ def test_export_and_adapter_give_what_was_trained(fit, cli, recipe: Path, bases,
         assert len(changed) == 2 * len(ADAPTED[kind]) and all(".h." in key or ".layer" in key for key in changed)
     script = """
 import json, sys, torch
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 found, tokens = {}, torch.arange(5, 29).view(2, 12)
 for name, run in json.loads(sys.argv[1]).items():
     auto = AutoModelForMaskedLM if name.startswith("bert") else AutoModelForCausalLM
@@ -118,15 +118,11 @@ for name, run in json.loads(sys.argv[1]).items():
         plain = auto.from_pretrained(f"{run}/model").eval()
         assert plain.dtype == torch.float32 and not hasattr(plain.config, "quantization_config")
         found[name] = [plain(tokens)[0]]
-        import peft
-        settings = json.load(open(f"{run}/adapter/adapter_config.json"))
-        bits = {"nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
-            "int8": {"load_in_8bit": True, "llm_int8_threshold": 0.0}}.get(name.partition("-")[2])
-        more = {"quantization_config": BitsAndBytesConfig(**bits)} if bits else {}
-        base = auto.from_pretrained(settings["base_model_name_or_path"], dtype=torch.float32, **more)
+        code = open(f"{run}/adapter/README.md").read().split("```python")[1].split("```")[0]
+        exec(code.replace("THIS_FOLDER", f"{run}/adapter"))
         for module in base.modules():  # else it computes in bf16 on such CPUs
             module.support_avx512bf16_for_cpu = False
-        found[name].append(peft.PeftModel.from_pretrained(base, f"{run}/adapter").eval()(tokens)[0])
+        found[name].append(model.eval()(tokens)[0])
 torch.save(found, sys.argv[2])
 assert "lm_lightning" not in sys.modules
 """

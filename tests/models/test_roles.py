@@ -9,7 +9,8 @@ from clauses import recipe as recipe_of
 from clauses import sentences, write
 from conftest import evaluation
 
-from lm_lightning.data.roles import RoleData
+from lm_lightning.data.labelled import Row
+from lm_lightning.data.roles import RoleColumns, RoleData
 from lm_lightning.errors import UserError
 
 
@@ -107,3 +108,11 @@ def test_bad_frames_are_named(fit, recipe: Path, frame: dict | str, message: str
     write(recipe.parent / "validation.jsonl", [{"words": ["anna", "sees"], "frames": frames}])
     with pytest.raises(UserError, match=message):
         fit()
+
+
+def test_a_label_of_another_scheme_has_a_remedy_that_roles_have(tmp_path: Path):
+    data = RoleData()
+    data.columns = RoleColumns()
+    rows = [Row({"words": ["He", "ran"], "frames": [{"predicate": 1, "labels": ["E-ARG0", "B-V"]}]}, "rows.jsonl:1")]
+    with pytest.raises(UserError, match="rows.jsonl:1.*'E-ARG0' is none of the scheme bio.*: fix it$"):
+        data.check_scheme({"E-ARG0", "B-V"}, rows)

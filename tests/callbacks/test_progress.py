@@ -1,0 +1,78 @@
+"""Progress: what a terminal of any width and a log file show of a run."""
+
+import fcntl
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+import pytest
+from conftest import command
+
+LINE = re.compile(r"train (\d+)/10 \d+%, \d\d:\d\d left, +[\d.]+(?: steps/s|s/ steps)")
+
+
+def in_a_terminal(columns: int, *args: object) -> str:
+    """What a command prints into a terminal of that width."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24 if columns else 0, columns, 0, 0))
+    environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lm_lightning", *map(str, args)],
+        stdin=subprocess.DEVNULL,
+        stdout=theirs,
+        stderr=theirs,
+        env=environment | {"TERM": "xterm"},
+    )
+    os.close(theirs)
+    output = b""
+    try:
+        while part := os.read(ours, 65536):
+            output += part
+    except OSError:  # the process has ended
+        pass
+    os.close(ours)
+    assert process.wait(60) == 0, output.decode()
+    return output.decode()
+
+
+@pytest.mark.parametrize("columns", [80, 40, 0])
+def test_a_terminal_shows_speed_and_time_left(recipe: Path, columns: int):
+    flags = ("--trainer.callbacks+=lm_lightning.callbacks.samples.Samples", "--trainer.profiler", "Profile")
+    output = in_a_terminal(columns, "fit", "--config", recipe, *flags)
+    updates = [part.strip("\n") for part in re.split(r"\r\n|\r", output) if part.strip("\n").startswith("train ")]
+    assert all(len(line.rstrip()) <= (columns or 80) for line in updates if line.startswith("train "))
+    shown = [line for line in updates if not line.startswith("train: ")]
+    steps = [int(match[1]) for line in shown if (match := LINE.match(line))]
+    assert steps or columns == 40
+    assert "train 10/10 100%, " in output and "train 0/10 0%, " in output
+    if columns != 40:
+        assert any(re.search(r"steps/s, loss \d\.\d+, [\d,]+ tokens/s", line) for line in shown)
+    assert "] ," not in output and "e+0" not in "".join(shown)
+    assert output.rindex("train 10/10") < output.index("model: ") < output.index("report: ")
+    assert not re.search(r"LOAD REPORT|Writing model shards|Loading weights|CPUAllocator|USDT|profiler_start", output)
+
+
+def test_a_log_file_has_lines_without_escape_codes(recipe: Path, fit):
+    base = fit("--trainer.max_steps", 3, "--model.network.n_layer", 2) / "model"
+    (base / "model.safetensors").rename(base / "whole.safetensors")
+    import safetensors.torch
+
+    tensors = safetensors.torch.load_file(base / "whole.safetensors")
+    del tensors["transformer.h.1.mlp.c_fc.weight"]
+    safetensors.torch.save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    (base / "whole.safetensors").unlink()
+    flags = ("--model.network", "null", "--model.pretrained", base, "--data.tokenizer.path", base)
+    result = command("fit", "--config", recipe, *flags, "--trainer.log_every_n_steps", 4)
+    assert result.returncode == 0, result.stderr
+    assert "\x1b" not in result.stdout + result.stderr and "\r" not in result.stdout + result.stderr
+    assert "LOAD REPORT" not in result.stderr and "has no weights for 1 tensors" in result.stdout
+    lines = [line for line in result.stdout.splitlines() if line.startswith("train ")]
+    assert [int(LINE.match(line)[1]) for line in lines] == [4, 8, 10]
+    assert ", 512 tokens, " in lines[0] and ", 1,024 tokens, " in lines[1] and "tokens" not in lines[2]
+    order = [line.split()[0] for line in result.stdout.splitlines()]
+    assert order[-5:] == ["train", "validation", "finished:", "model:", "report:"]
