@@ -356,6 +356,7 @@ def test_sharded_network_generates_predicts_and_is_exported(runs, recipe, cli):
         copy = shutil.copytree(runs.folder / "split_gpt2", runs.folder / f"{name}_copy")
         flags = recipe("gpt2", *FLAGS[name], "--trainer.devices", 1 if name == "one" else 2)[1:]
         runs({f"{name}_predict": ("predict", *flags, "--ckpt_path", copy / "checkpoints" / "last.ckpt")})
+        assert not runs.error(f"{name}_predict")
         (file,) = [*copy.rglob("predictions.jsonl"), *(runs.folder / f"{name}_predict").rglob("predictions.jsonl")]
         predictions[name] = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     one = predictions["one"]
