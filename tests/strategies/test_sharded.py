@@ -354,7 +354,8 @@ def test_sharded_network_generates_predicts_and_is_exported(runs, recipe, cli):
     predictions = {}
     for name in names:  # each on a copy of the run, since they are written beside the checkpoint
         copy = shutil.copytree(runs.folder / "split_gpt2", runs.folder / f"{name}_copy")
-        flags = recipe("gpt2", *FLAGS[name], "--trainer.devices", 1 if name == "one" else 2)[1:]
+        own = FLAGS[name] or ("--trainer.strategy", "auto")  # else the run's
+        flags = recipe("gpt2", *own, "--trainer.devices", 1 if name == "one" else 2)[1:]
         runs({f"{name}_predict": ("predict", *flags, "--ckpt_path", copy / "checkpoints" / "last.ckpt")})
         assert not runs.error(f"{name}_predict")
         (file,) = [*copy.rglob("predictions.jsonl"), *(runs.folder / f"{name}_predict").rglob("predictions.jsonl")]
@@ -365,7 +366,8 @@ def test_sharded_network_generates_predicts_and_is_exported(runs, recipe, cli):
         assert [(row["id"], row["tokens"]) for row in rows] == [(row["id"], row["tokens"]) for row in one]
         assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in one], abs=1e-4)
 
-    validated = cli("validate", *recipe("gpt2")[1:], "--ckpt_path", checkpoint, "--trainer.devices", 1)
+    one_process = ("--trainer.strategy", "auto", "--trainer.devices", 1)
+    validated = cli("validate", *recipe("gpt2")[1:], "--ckpt_path", checkpoint, *one_process)
     (last,) = runs.log("split_gpt2", "step", "val/loss")[-1:]
     shown = float(next(line for line in validated.splitlines() if "val/loss" in line).split("│")[2])
     assert shown == pytest.approx(last[1], abs=1e-4)
@@ -375,6 +377,7 @@ def test_sharded_network_generates_predicts_and_is_exported(runs, recipe, cli):
     assert len(parts) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("network", "states", "others"),
     [
