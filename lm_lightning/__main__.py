@@ -13,6 +13,7 @@ import sys
 from lm_lightning import console
 from lm_lightning.errors import UserError, first_process
 from lm_lightning.explain import of_command_line, program
+from lm_lightning.hub import TRUST
 from lm_lightning.processes import end_with_parent
 from lm_lightning.redaction import scrub
 
@@ -50,6 +51,7 @@ def main() -> None:
         print(f"usage: {program()} COMMAND [OPTIONS]\n\ncommands (each has its --help):")
         for name, (_, summary) in COMMANDS.items():
             print(f"  {name:10}{summary}")
+        print("\n--trust_remote_code true: run the Python code that a model folder or Hub model has; default: false")
         return
     try:
         if command not in COMMANDS:
@@ -66,6 +68,7 @@ def main() -> None:
         # of kernels for GPUs that are not here, at each import, and of casts, at each layer
         for library in ("torchao", "torch.utils._pytree", "bitsandbytes"):
             logging.getLogger(library).setLevel(logging.ERROR)
+        trust_remote_code()
         importlib.import_module(COMMANDS[command][0])
         console.raise_on_interrupt()
         run(command)
@@ -78,6 +81,18 @@ def main() -> None:
         raise
     finally:
         console.exit_on_interrupt()
+
+
+def trust_remote_code() -> None:
+    """Takes `--trust_remote_code true` off the command line: an option of all commands, which no config can give."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--trust_remote_code", choices=["true", "false"])
+    try:
+        given, sys.argv[1:] = parser.parse_known_args(sys.argv[1:])
+    except argparse.ArgumentError:
+        raise UserError("--trust_remote_code must be true or false") from None
+    if given.trust_remote_code is not None:
+        os.environ[TRUST] = str(int(given.trust_remote_code == "true"))
 
 
 def explain(error: BaseException) -> None:

@@ -205,7 +205,7 @@ class Evaluation(Callback):
     def weights(self) -> str:
         """Where the weights are from, for the screen."""
         where = self.record["weights"]
-        return f"{where} ({self.about['checkpoint']} checkpoint, {runs.described(self.about)})" if self.about else where
+        return f"{where} ({self.about['checkpoint']} checkpoint, step {self.about['step']:,})" if self.about else where
 
     def write(self, trainer: Trainer) -> None:
         """Writes the record, which is whole whenever the process is killed."""

@@ -12,13 +12,22 @@ import socket
 import textwrap
 import threading
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from lm_lightning.errors import UserError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
 TIMEOUT = 3.0  # seconds the Hub has to answer
+TRUST = "LM_LIGHTNING_TRUST_REMOTE_CODE"  # environment variable, which all processes of a run inherit
+
+
+def trust_remote_code() -> bool:
+    """Whether Python code in model folders may be run: only if the command line has `--trust_remote_code true`."""
+    return os.environ.get(TRUST) == "1"
 
 
 def local_only(name: str) -> bool:
@@ -41,7 +50,28 @@ def explain(name: str, error: Exception) -> UserError:
             f"{name!r} is neither a folder here nor in the local Hub cache, and {why}: "
             "give a local folder or try again with a network"
         )
+    if "trust_remote_code" in str(error):
+        return UserError(
+            f"{name!r} is a model or tokenizer with Python code of its own, which is not run: read that code, and if "
+            "you trust it, add --trust_remote_code true to the command"
+        )
     return UserError(f"{name!r} cannot be loaded: {textwrap.shorten(str(error), 300) or type(error).__name__}")
+
+
+def config(name: str) -> "PreTrainedConfig":
+    """The config of a model folder or Hub name.
+
+    Raises:
+        UserError: If there is none, it is damaged, or it needs code that is not trusted.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(
+            name, local_files_only=local_only(name), trust_remote_code=trust_remote_code()
+        )
+    except Exception as error:  # of damaged files, transformers raises anything
+        raise explain(name, error) from error
 
 
 def load(auto_class: Any, name: str, unused: tuple[str, ...] = (), **settings: Any) -> Any:
@@ -56,11 +86,17 @@ def load(auto_class: Any, name: str, unused: tuple[str, ...] = (), **settings: A
     Raises:
         UserError: If something is missing, or cannot be loaded.
     """
+    from transformers.utils import logging as messages
+
     settings |= {"local_files_only": local_only(name), "output_loading_info": True, "ignore_mismatched_sizes": True}
+    verbosity = messages.get_verbosity()
+    messages.set_verbosity_error()  # what is missing is reported below
     try:
-        network, info = auto_class.from_pretrained(name, **settings)
-    except (OSError, ValueError) as error:
+        network, info = auto_class.from_pretrained(name, trust_remote_code=trust_remote_code(), **settings)
+    except Exception as error:  # of damaged files, transformers raises anything
         raise explain(name, error) from error
+    finally:
+        messages.set_verbosity(verbosity)
     missing = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
     if missing := {key for key in missing if not key.startswith(unused)}:
         raise untrained(name, network, sorted(missing))

@@ -126,6 +126,7 @@ def gather(path: Path) -> dict[str, Any]:
         tensors = {
             key: torch.empty(m.size, dtype=m.properties.dtype)
             for key, m in reader.read_metadata().state_dict_metadata.items()
+            if isinstance(m, TensorStorageMetadata)  # (as all are)
         }
         dcp.load(tensors, storage_reader=reader, no_dist=True)
         checkpoint = meta(path)

@@ -18,7 +18,7 @@ PROGRAMS = (".onnx", ".pt2")  # not for `transformers`
 
 def load(folder: Path, **settings: Any) -> transformers.PreTrainedModel:
     """The network of a folder, of the class that it was saved from, in evaluation mode."""
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = hub.config(str(folder))
     network_class = untrusted.network_class((config.architectures or ["none"])[0])
     return hub.load(network_class, str(folder), **settings).eval()
 

@@ -13,6 +13,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from lm_lightning import hub
 from lm_lightning.compression import formats
 from lm_lightning.compression.folder import PROGRAMS, load
 from lm_lightning.compression.sparsity import semi_structured
@@ -89,7 +90,7 @@ class Bench:
         """The network of a folder; on a GPU in bf16 and with its kernels for zeros."""
         if self.device == "cpu":
             return load(folder)
-        quantized = "quantization_config" in transformers.AutoConfig.from_pretrained(folder).to_dict()
+        quantized = "quantization_config" in hub.config(str(folder)).to_dict()
         network = load(folder, device_map=self.device, **({} if quantized else {"dtype": torch.bfloat16}))
         semi_structured(network)
         return network
@@ -101,7 +102,7 @@ class Bench:
             folder: Of the model.
             running: Its network, or what runs its program.
         """
-        vocabulary = transformers.AutoConfig.from_pretrained(folder, local_files_only=True).vocab_size
+        vocabulary = hub.config(str(folder)).vocab_size
         found: dict[str, Callable[[], Any]] = {}
         network = isinstance(running, torch.nn.Module)
         for size in (1, 8):

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional, Protocol
 
-import transformers
-
+from lm_lightning import hub
 from lm_lightning.compression.calibration import Calibration
 from lm_lightning.compression.folder import copy_beside
 from lm_lightning.compression.formats import Onnx, Program
@@ -129,7 +128,7 @@ def compress(
     Raises:
         UserError: If the recipe does not fit the network, or needs a package or data that is missing.
     """
-    if "quantization_config" in transformers.AutoConfig.from_pretrained(source, local_files_only=True).to_dict():
+    if "quantization_config" in hub.config(str(source)).to_dict():
         raise UserError(f"{source} is quantized already: take the model that it was made of")
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f"{target.name}.") as scratch:  # beside, for a rename
         for number, (step, value) in enumerate(steps_of(recipe)):

@@ -65,7 +65,7 @@ GAPS = 100_000  # ids of a vocabulary that may be unused
 def load(path: str) -> "PreTrainedTokenizerFast":
     """The tokenizer of a local folder or, where there is no such folder, of the Hub.
 
-    Code that comes with a tokenizer is never run.
+    Code that comes with a tokenizer is not run, unless the command line has `--trust_remote_code true`.
 
     Raises:
         UserError: There is none, it cannot be read, or it has no fast implementation.
@@ -75,7 +75,10 @@ def load(path: str) -> "PreTrainedTokenizerFast":
     path = runs.folder_of(path, "tokenizer")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            path, local_files_only=hub.local_only(path), trust_remote_code=False, split_special_tokens=True
+            path,
+            local_files_only=hub.local_only(path),
+            trust_remote_code=hub.trust_remote_code(),
+            split_special_tokens=True,
         )
     except Exception as error:  # a damaged file is a bare `Exception` of the `tokenizers` library
         raise hub.explain(path, error) from error

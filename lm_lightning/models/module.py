@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 
-from lm_lightning import hub
+from lm_lightning import hub, untrusted
 from lm_lightning import run as runs
 from lm_lightning.data.order import PADDING
 from lm_lightning.data.tokenizer import document_ids, fingerprint, load, vocabulary
@@ -213,14 +213,10 @@ class LanguageModule(LightningModule):
         """
         if self.evaluated_checkpoint is not None:
             saved = runs.load_checkpoint(Path(self.evaluated_checkpoint), weights=False, checked=True)["network"]
-            config = getattr(transformers, saved["class"]).config_class.from_dict(saved["config"])
+            config = untrusted.network_class(saved["class"]).config_class.from_dict(saved["config"])
             config.architectures = [saved["class"]]
         elif self.pretrained is not None:
-            name = self.pretrained_folder()
-            try:
-                config = transformers.AutoConfig.from_pretrained(name, local_files_only=hub.local_only(name))
-            except (OSError, ValueError) as error:
-                raise hub.explain(name, error) from error
+            config = hub.config(self.pretrained_folder())
         else:
             return []
         head = self.auto_class.__name__.removeprefix("AutoModel")  # such as ForSequenceClassification
@@ -316,19 +312,20 @@ class LanguageModule(LightningModule):
         tokenizer, name = self.trainer.datamodule.tokenizer, self.pretrained_folder()
         self.refuse_other_tokenizer(name)
         try:
-            config = transformers.AutoConfig.from_pretrained(name, local_files_only=hub.local_only(name))
+            config = hub.config(name)
             self.check_config(config)
             if self.trainer.state.fn == "fit" and getattr(config, "quantization_config", None) is not None:
                 raise UserError(f"{name} is quantized, and can be measured, but not trained: train what it was made of")
             quantization: dict[str, Any] = {}
             if self.lora is not None:
                 with torch.device("meta"):
-                    skeleton = self.auto_class.from_config(config)
+                    skeleton = self.auto_class.from_config(config, trust_remote_code=hub.trust_remote_code())
                 device, precision = self.trainer.strategy.root_device, self.trainer.precision
                 quantization = self.lora.quantization(skeleton, device, precision)
             network, info = self.auto_class.from_pretrained(
                 name,
                 local_files_only=hub.local_only(name),
+                trust_remote_code=hub.trust_remote_code(),
                 attn_implementation=self.attention,
                 dtype=torch.float32,
                 output_loading_info=True,
@@ -389,7 +386,7 @@ class LanguageModule(LightningModule):
             config = copy.deepcopy(network.config)
             config.num_labels = number
             with torch.device("meta"):
-                skeleton = self.auto_class.from_config(config)
+                skeleton = self.auto_class.from_config(config, trust_remote_code=hub.trust_remote_code())
             sizes.append({key: parameter.shape for key, parameter in skeleton.named_parameters()})
         loaded = [key for key, size in sizes[0].items() if size != sizes[1][key] and key not in self.new_tensors]
         if not loaded:

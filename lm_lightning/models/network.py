@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
-from lm_lightning import embedding, untrusted
+from lm_lightning import embedding, hub, untrusted
 from lm_lightning.console import printable
 from lm_lightning.data.tokenizer import fingerprint, load
 from lm_lightning.data.tokenizer import save as save_tokenizer
@@ -187,7 +187,7 @@ def check_export(description: dict[str, Any], tokenizer: transformers.PreTrained
         )
     save_network(description, None, folder)
     save_tokenizer(tokenizer, folder)
-    transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    hub.config(str(folder))
     if fingerprint(load(str(folder))) != fingerprint(tokenizer):
         raise UserError(
             "the tokenizer, saved beside this network, would be read as another one: give the network's own tokenizer "
