@@ -84,7 +84,6 @@ def test_two_processes_write_the_rows_in_their_order(fit, cli, recipe: Path, tmp
 
 
 def test_an_approximate_search(fit, cli, recipe: Path):
-    pytest.importorskip("usearch")
     run = fit()
     cli("predict", "--config", recipe, "--ckpt_path", run / "checkpoints" / "last.ckpt")
     exact = cli("search", run, TEXTS[2])

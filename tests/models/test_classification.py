@@ -423,7 +423,8 @@ def test_a_network_of_other_labels_gets_a_new_head(fit, cli, recipe: Path):
 
 
 def test_a_data_set_of_the_hub_has_the_names_of_its_labels(fit, cli, recipe: Path, monkeypatch):
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     features = {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["mixed", "good", "bad"])}
 
     def load_dataset(name, config, split, revision, streaming):
@@ -557,8 +558,6 @@ def test_an_equally_large_head_of_other_labels_is_replaced_and_trained(fit, cli,
         write(recipe.parent / f"{split}.jsonl", [row | {"label": names[row["label"]]} for row in rows(number, 0)])
     flags = ("--model.network", "null", "--model.pretrained", run, "--trainer.max_steps", 1, *lora)
     flags = (*flags, "--model.schedule.warmup_steps", 0, "--model.optimizer.lr", 1e-4)
-    if lora:
-        pytest.importorskip("peft")
     out = cli("fit", "--config", recipe, *flags)
     assert "has a head for the labels bad, good, mixed, not for the data's art, news, sport: it is replaced" in out
     folder = Path(out.split("run folder: ")[1].splitlines()[0])
