@@ -108,6 +108,7 @@ EXPECTED_WARNINGS = (
     "It is recommended to use `self.log",  # what is logged is the same on all ranks
     "Metric `SpearmanCorrcoef` will save all",  # as many numbers as there are rows
     "LightningCLI's args parameter is intended",  # by `compress`
+    "The number of training batches .* is smaller than the logging interval",  # steps are logged across epochs
     "You are using a custom batch sampler",  # SequentialBatches leaves nothing out
 )
 

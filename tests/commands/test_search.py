@@ -100,7 +100,6 @@ def test_the_model_of_a_run_is_found_also_if_the_run_was_moved(fit, cli, recipe:
 
 def test_an_approximate_search(fit, cli, recipe: Path, tmp_path: Path):
     """Its graph is kept in the cache, made again with other embeddings, and never read from the index."""
-    pytest.importorskip("usearch")
     run, cache = fit(), tmp_path / "cache"
     cli("predict", "--config", recipe, "--ckpt_path", run / "checkpoints" / "last.ckpt")
     index, exact = evaluation(run) / "index", cli("search", run, TEXTS[2])

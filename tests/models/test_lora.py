@@ -32,9 +32,6 @@ from lm_lightning.models.lora import LoRA
 from lm_lightning.run import load_checkpoint
 from lm_lightning.strategies import FSDP2, TensorParallel
 
-pytest.importorskip("peft")
-pytest.importorskip("bitsandbytes")
-
 SIZES = {
     "gpt2": {"n_layer": 2, "n_embd": 64, "n_head": 2, "n_positions": 64},
     "llama": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2},
