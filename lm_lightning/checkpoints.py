@@ -234,8 +234,15 @@ class Checkpoints(ModelCheckpoint):
 
 
 def moved(state: dict[str, Any], folder: str) -> None:
-    """Makes the state of a ModelCheckpoint that of `folder`, if all that it names has been moved there."""
+    """Makes the state of a ModelCheckpoint that of `folder`, if all that it names has been moved there.
+
+    Files elsewhere are forgotten: ModelCheckpoint removes those that are no longer among the best.
+    """
     if state["dirpath"] == folder:
+        best = state["best_k_models"]
+        state["best_k_models"] = {path: best[path] for path in best if os.path.dirname(path) == folder}
+        for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
+            state[key] = state[key] if os.path.dirname(state[key]) == folder else ""
         return
     here = {path: os.path.join(folder, os.path.basename(path)) for path in state["best_k_models"]}
     if not all(map(os.path.isfile, here.values())):

@@ -16,6 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lm_lightning import run as runs
 from lm_lightning import saving, settings
 from lm_lightning.commands.export import default_checkpoint
+from lm_lightning.console import printable
 from lm_lightning.errors import UserError
 from lm_lightning.files import write_text
 from lm_lightning.redaction import redact
@@ -210,7 +211,9 @@ class Evaluation(Callback):
         """Where the weights are from, for the screen."""
         where = self.record["weights"]
         return (
-            f"{where} ({self.about.get('checkpoint')} checkpoint, step {self.about['step']:,})" if self.about else where
+            f"{where} ({printable(str(self.about.get('checkpoint')))} checkpoint, step {self.about['step']:,})"
+            if self.about
+            else where
         )
 
     def write(self, trainer: Trainer) -> None:

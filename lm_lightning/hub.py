@@ -86,11 +86,17 @@ def load(auto_class: Any, name: str, unused: tuple[str, ...] = (), **settings: A
     Raises:
         UserError: If something is missing, or cannot be loaded.
     """
+    from transformers.utils import logging as messages
+
     settings |= {"local_files_only": local_only(name), "output_loading_info": True, "ignore_mismatched_sizes": True}
+    verbosity = messages.get_verbosity()
+    messages.set_verbosity_error()  # what is missing is reported below
     try:
         network, info = auto_class.from_pretrained(name, trust_remote_code=trust_remote_code(), **settings)
     except Exception as error:  # of damaged files, transformers raises anything
         raise explain(name, error) from error
+    finally:
+        messages.set_verbosity(verbosity)
     missing = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
     if missing := {key for key in missing if not key.startswith(unused)}:
         raise untrained(name, network, sorted(missing))

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from conftest import command
 from jsonargparse import ArgumentParser
 
 from lm_lightning import cli as fit_command
@@ -129,14 +130,22 @@ def test_each_message_names_options_of_its_own_classes():
     assert not wrong and checked > 80, wrong
 
 
+def flags_in(text: str) -> set[str]:
+    """The flags that a help names, without the dashes."""
+    return set(re.findall(r"--([a-z][\w.]*[\w])", text))
+
+
 @pytest.fixture
 def flags_of_commands(cli: Callable[..., str], capsys: pytest.CaptureFixture) -> dict[str, set[str]]:
-    """The flags in the help of each command, without the dashes."""
+    """The flags in the help of each command, without the dashes; those in the help of all commands are in each."""
     found = {}
+    lines = [line for line in command("--help").stdout.splitlines() if line.startswith("--")]
+    everywhere = flags_in("\n".join(lines))
+    assert everywhere == {"trust_remote_code"}
     for name in COMMANDS:
         with pytest.raises(SystemExit):
             cli(name, "--help")
-        found[name] = set(re.findall(r"--([a-z][\w.]*[\w])", capsys.readouterr().out))
+        found[name] = flags_in(capsys.readouterr().out) | everywhere
     return found
 
 

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Optional
 
-from lm_lightning import hub
+from lm_lightning import hub, imports
 from lm_lightning import run as runs
 from lm_lightning.errors import UserError
 from lm_lightning.files import write_picture, write_text
@@ -78,6 +78,8 @@ def compress(
     settings = Path(config) if config else own if own.is_file() else None
     if settings and not settings.is_file():
         raise UserError(f"there is no config {settings}: give that of a run, or one of configs/")
+    if settings and not config:
+        imports.restrict(settings)
     folder = Path(output) if output else default_folder(Path(model), source)
     refuse_links(Path(model) if folder.parent == Path(model) else folder)
     targets = {one: folder / one.replace(":", "of").replace("=", "-") for one in chosen}
@@ -101,6 +103,7 @@ def compress(
     skipped = []
 
     def failed(one: str, error: Exception) -> None:
+        imports.check()
         reason = " ".join(str(error).split())[:500]
         if isinstance(error, UserError) and not recipe and one in targets:
             print(f"{one}: left out, since {reason}", flush=True)

@@ -1,6 +1,7 @@
 """Sentence embeddings: pairs of texts in, embeddings out that are near where texts belong together or are alike."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
@@ -250,8 +251,12 @@ class SentenceEncoder(LanguageModule):
             np.save(file, seen.first.float().cpu().numpy())
         lines = (json.dumps(data.answered[row], ensure_ascii=False) + "\n" for row in seen.rows.tolist())
         files.write_text(folder / "rows.jsonl", "".join(lines))
-        named = self.pretrained_folder() if not of_checkpoint else "model"
-        model = str(Path(named).absolute()) if not of_checkpoint and Path(named).is_dir() else named
+        model = "model" if of_checkpoint else self.pretrained_folder()
+        if not of_checkpoint and Path(model).is_dir():
+            model, own = str(Path(model).resolve()), folder.resolve()
+            evaluations = own.parents[1]
+            if evaluations.name == "evaluations" and Path(model).is_relative_to(evaluations.parent):
+                model = Path(os.path.relpath(model, own)).as_posix()  # of the same run, which may be moved
         about = {"model": model, "pooling": self.pooling, "max_length": data.block_size}
         files.write_text(folder / "index.json", json.dumps(about, indent=2))
         print(f"index: {folder}, {len(seen.rows):,} rows")
