@@ -214,10 +214,11 @@ class Pruning(Callback):
         run = Path(trainer.default_root_dir)
         if not self.table or not trainer.is_global_zero or trainer.fast_dev_run or not (run / "model").exists():
             return
+        flags = ["--config", str(run / "config.yaml")]  # named, so that classes of the user's are imported again
         if pl_module.pretrained is None:
-            in_own_process(run, "--recipe", "none")
+            in_own_process(run, "--recipe", "none", *flags)
         else:
-            flags = ["--config", str(run / "config.yaml"), "--output", str(run / "compressed")]
+            flags += ["--output", str(run / "compressed")]
             in_own_process(Path(pl_module.pretrained_folder()), "--recipe", "none", "--beside", f"[{run}]", *flags)
 
     # Checkpoints

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Optional
 
-from lm_lightning import hub
+from lm_lightning import hub, imports
 from lm_lightning import run as runs
 from lm_lightning.errors import UserError
 from lm_lightning.run import model_folder
@@ -76,6 +76,8 @@ def compress(
     settings = Path(config) if config else own if own.is_file() else None
     if settings and not settings.is_file():
         raise UserError(f"there is no config {settings}: give that of a run, or one of configs/")
+    if settings and not config:
+        imports.restrict(settings)
     folder = Path(output) if output else default_folder(Path(model), source)
     targets = {one: folder / one.replace(":", "of").replace("=", "-") for one in chosen}
     made_of = {
@@ -98,6 +100,7 @@ def compress(
     skipped = []
 
     def failed(one: str, error: Exception) -> None:
+        imports.check()
         reason = " ".join(str(error).split())[:500]
         if isinstance(error, UserError) and not recipe and one in targets:
             print(f"{one}: left out, since {reason}", flush=True)
@@ -286,6 +289,7 @@ def write(rows: list[Row], folder: Path) -> None:
         folder: Is there.
     """
     from lm_lightning.compression.measures import Measures, pareto
+    from lm_lightning.data.cells import without_formula
 
     measured = {row.recipe: Measures(**row.measures) for row in rows if row.measures}
     best, whole = pareto(list(measured.values())), measured[rows[0].recipe]
@@ -296,7 +300,8 @@ def write(rows: list[Row], folder: Path) -> None:
     table.writerow([*Measures._fields, *names, "pareto", "error"])
     for row in rows:
         values = measured.get(row.recipe, [row.recipe] + [""] * (len(Measures._fields) - 1))
-        table.writerow([*values, *(row.metrics.get(name, "") for name in names), row.recipe in best, row.error])
+        error = without_formula(row.error)  # which may repeat what a file says
+        table.writerow([*values, *(row.metrics.get(name, "") for name in names), row.recipe in best, error])
     replace(folder / "compression.csv", text.getvalue())
     head = [
         "recipe",

@@ -1,6 +1,7 @@
 """Sentence embeddings: pairs of texts in, embeddings out that are near where texts belong together or are alike."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
@@ -249,8 +250,12 @@ class SentenceEncoder(LanguageModule):
         np.save(folder / "embeddings.npy", seen.first.float().cpu().numpy())
         lines = (json.dumps(data.answered[row], ensure_ascii=False) + "\n" for row in seen.rows.tolist())
         (folder / "rows.jsonl").write_text("".join(lines), encoding="utf-8")
-        named = self.pretrained_folder() if not of_checkpoint else "model"
-        model = str(Path(named).absolute()) if not of_checkpoint and Path(named).is_dir() else named
+        model = "model" if of_checkpoint else self.pretrained_folder()
+        if not of_checkpoint and Path(model).is_dir():
+            model, own = str(Path(model).resolve()), folder.resolve()
+            evaluations = own.parents[1]
+            if evaluations.name == "evaluations" and Path(model).is_relative_to(evaluations.parent):
+                model = Path(os.path.relpath(model, own)).as_posix()  # of the same run, which may be moved
         about = {"model": model, "pooling": self.pooling, "max_length": data.block_size}
         (folder / "index.json").write_text(json.dumps(about, indent=2), encoding="utf-8")
         print(f"index: {folder}, {len(seen.rows):,} rows")

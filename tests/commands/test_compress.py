@@ -393,11 +393,8 @@ def test_tasks_keep_their_metrics(cli, tmp_path: Path, data: str, model: str, mo
 
 
 @traced
-def test_masked_language_models_have_the_same_loss_in_onnx(fit, cli, recipe: Path, tmp_path: Path):
-    network = json.dumps({"model_type": "bert", "max_position_embeddings": 64} | SIZES["bert"])
-    flags = ("--model.class_path", "MaskedLM", "--model.network", network, "--data.class_path", "MaskedData")
-    wordpiece = ("--data.tokenizer.algorithm", "wordpiece", "--data.next_sentence", "false")
-    run = fit(*flags, *wordpiece)
+def test_masked_language_models_have_the_same_loss_in_onnx(fit, cli, masked: tuple):
+    run = fit(*masked)
     cli("compress", run, "--recipe", "onnx", "--seconds", 0.05, "--tokens", 16)
     with open(run / "compressed" / "compression.csv", newline="") as file:
         none, onnx = csv.DictReader(file)
