@@ -181,6 +181,7 @@ class CLI(LightningCLI):
         parser.add_lightning_class_args(Checkpoints, "last")
         parser.set_defaults({f"last.{k}": v for k, v in CHECKPOINTS.items()})
         parser.set_defaults({"last.filename": "last"})
+        parser.add_lightning_class_args(Predictions, "predictions")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses config files first, in their order, and then all flags; of an evaluation of a run, its config first.
@@ -351,7 +352,7 @@ class CLI(LightningCLI):
         config = self.config_init[self.subcommand].trainer
         callbacks, plugins = as_list(config.callbacks), as_list(config.plugins)
         check_after_validation(callbacks)
-        extra = [Monitors(), Resuming(), Ending(), Preemption(), Throughput(), Predictions(), Report()]
+        extra = [Monitors(), Resuming(), Ending(), Preemption(), Throughput(), Report()]
         if self.subcommand != "fit":
             extra.append(self.record)
         if config.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
@@ -420,7 +421,14 @@ def chosen_class(section: str, options: dict[str, Any], flags: list[str]) -> Any
 
 def check(config: Any) -> None:
     """Refuses settings of the trainer that Lightning takes, or fails at, without a word."""
-    targets = {"trainer": Trainer, "best": Checkpoints, "last": Checkpoints, "model": None, "data": None}
+    targets = {
+        "trainer": Trainer,
+        "best": Checkpoints,
+        "last": Checkpoints,
+        "predictions": Predictions,
+        "model": None,
+        "data": None,
+    }
     for name, target in targets.items():
         if not hasattr(config[name], "items"):
             raise UserError(f"{name} is {config[name]!r}, but must have options by name")

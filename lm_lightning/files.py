@@ -5,7 +5,6 @@ process or host uses.
 """
 
 import contextlib
-import csv
 import glob
 import io
 import os
@@ -14,7 +13,7 @@ import secrets
 import shutil
 import socket
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Optional
 
@@ -109,12 +108,6 @@ def write_text(path: Path, text: str) -> None:
     """Replaces a file by a text in UTF-8; what UTF-8 cannot express is escaped."""
     with replacing(path, errors="backslashreplace") as file:
         file.write(text)
-
-
-def write_csv(path: Path, rows: Iterable[Sequence[Any]]) -> None:
-    """Replaces a file by a table in CSV."""
-    with replacing(path, newline="") as file:
-        csv.writer(file).writerows(rows)
 
 
 def write_picture(path: Path, figure: "Figure", **settings: Any) -> None:

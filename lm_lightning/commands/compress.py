@@ -285,6 +285,7 @@ def write(rows: list[Row], folder: Path) -> None:
         folder: Is there.
     """
     from lm_lightning.compression.measures import Measures, pareto
+    from lm_lightning.data.cells import without_formula
 
     measured = {row.recipe: Measures(**row.measures) for row in rows if row.measures}
     best, whole = pareto(list(measured.values())), measured[rows[0].recipe]
@@ -295,7 +296,8 @@ def write(rows: list[Row], folder: Path) -> None:
     table.writerow([*Measures._fields, *names, "pareto", "error"])
     for row in rows:
         values = measured.get(row.recipe, [row.recipe] + [""] * (len(Measures._fields) - 1))
-        table.writerow([*values, *(row.metrics.get(name, "") for name in names), row.recipe in best, row.error])
+        error = without_formula(row.error)  # which may repeat what a file says
+        table.writerow([*values, *(row.metrics.get(name, "") for name in names), row.recipe in best, error])
     write_text(folder / "compression.csv", text.getvalue())
     head = [
         "recipe",

@@ -180,6 +180,33 @@ def test_predictions_are_aligned_with_a_csv_file(fit, cli, recipe: Path):
         assert sum(scores.values()) == pytest.approx(1)
 
 
+def test_no_cell_is_a_formula_of_a_spreadsheet_program_if_asked_for(fit, cli, recipe: Path):
+    for split in ("train", "validation", "test"):
+        file = recipe.parent / f"{split}.jsonl"
+        file.write_text(file.read_text().replace('"label": "good"', '"label": "=1+2"'))
+    file = recipe.parent / "new.csv"
+    cells = ["=HYPERLINK(1)", "+a", "-1.5", "-a", "@a", "\ta", "\ra", "\uff1da", "a=b", "1e-3", "", " =a"]
+    with open(file, "w", newline="") as stream:
+        csv.writer(stream).writerows([["text", "=note"], *(["a film", cell] for cell in cells)])
+    run = fit("--trainer.max_steps", 3, "--trainer.val_check_interval", 3, "--predictions.escape_formulas", "true")
+
+    def table(name: str, *flags: str) -> list[list[str]]:
+        if flags:
+            cli("predict", run, "--data.tables.predict", file, *flags)
+        with open((evaluation(run) if flags else run) / name, newline="", encoding="utf-8") as stream:
+            return list(csv.reader(stream))
+
+    assert {row[0] for row in table("results.csv")[1:]} == {"'=1+2", "bad", "mixed"}
+    assert table("confusion.csv")[0][1:] == ["'=1+2", "bad", "mixed"]
+    plain = table("predictions.csv", "--predictions.escape_formulas", "false")
+    assert plain[0][1] == "=note" and [row[1] for row in plain[1:]] == cells
+    escaped = table("predictions.csv", "--data.batch_size", "8")  # as the run has been asked
+    dangerous = [cell for cell in cells if cell not in ("-1.5", "a=b", "1e-3", "", " =a")]
+    assert escaped[0][1] == "'=note"
+    assert [row[1] for row in escaped[1:]] == [f"'{cell}" if cell in dangerous else cell for cell in cells]
+    assert {row[3] for row in escaped[1:]} <= {"'=1+2", "bad", "mixed"}
+
+
 def test_evaluation_needs_little_padding():
     lengths = np.random.default_rng(0).integers(5, 100, size=500)
     examples = Examples(
