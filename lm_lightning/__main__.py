@@ -10,12 +10,13 @@ import re
 import signal
 import sys
 
-from lm_lightning import console
+from lm_lightning import console, redaction
 from lm_lightning.errors import UserError, first_process
 from lm_lightning.explain import of_command_line, program
 from lm_lightning.hub import TRUST
 from lm_lightning.processes import end_with_parent
 from lm_lightning.redaction import scrub
+from lm_lightning.untrusted import TRUST_PACKAGES
 
 # command -> module with a main() that reads sys.argv, and what it does
 COMMANDS = {
@@ -46,12 +47,14 @@ def main() -> None:
     console.prepare()
     console.exit_on_interrupt()
     end_with_parent()
+    redaction.install()
     command = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if command in ("-h", "--help"):
         print(f"usage: {program()} COMMAND [OPTIONS]\n\ncommands (each has its --help):")
         for name, (_, summary) in COMMANDS.items():
             print(f"  {name:10}{summary}")
         print("\n--trust_remote_code true: run the Python code that a model folder or Hub model has; default: false")
+        print("--trust_package NAME: import classes of this package for a run's own config; may be repeated")
         return
     try:
         if command not in COMMANDS:
@@ -68,7 +71,7 @@ def main() -> None:
         # of kernels for GPUs that are not here, at each import, and of casts, at each layer
         for library in ("torchao", "torch.utils._pytree", "bitsandbytes"):
             logging.getLogger(library).setLevel(logging.ERROR)
-        trust_remote_code()
+        take_trust()
         importlib.import_module(COMMANDS[command][0])
         console.raise_on_interrupt()
         run(command)
@@ -83,16 +86,26 @@ def main() -> None:
         console.exit_on_interrupt()
 
 
-def trust_remote_code() -> None:
-    """Takes `--trust_remote_code true` off the command line: an option of all commands, which no config can give."""
+def take_trust() -> None:
+    """Takes `--trust_remote_code true` and `--trust_package NAME` off the command line.
+
+    They are options of all commands, which no config can give. Environment variables pass them on to all processes.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--trust_remote_code", choices=["true", "false"])
+    parser.add_argument("--trust_package", action="append", default=[])
     try:
         given, sys.argv[1:] = parser.parse_known_args(sys.argv[1:])
-    except argparse.ArgumentError:
-        raise UserError("--trust_remote_code must be true or false") from None
+    except argparse.ArgumentError as error:
+        needs = "true or false" if "trust_remote_code" in str(error) else "the name of a package"
+        option = "--trust_remote_code" if "trust_remote_code" in str(error) else "--trust_package"
+        raise UserError(f"{option} must be {needs}") from None
     if given.trust_remote_code is not None:
         os.environ[TRUST] = str(int(given.trust_remote_code == "true"))
+    if packages := [name for names in given.trust_package for name in re.split(r"[\s,\[\]]+", names) if name]:
+        if wrong := next((name for name in packages if not all(map(str.isidentifier, name.split(".")))), None):
+            raise UserError(f"--trust_package is {wrong}, but must be the name of a package, such as my_package")
+        os.environ[TRUST_PACKAGES] = ",".join(packages)
 
 
 def explain(error: BaseException) -> None:
@@ -118,8 +131,11 @@ def run(command: str) -> None:
     Raises:
         UserError: Whatever the user can mend.
     """
+    from lm_lightning import imports
+
     try:
-        importlib.import_module(COMMANDS[command][0]).main()
+        with imports.scope():
+            importlib.import_module(COMMANDS[command][0]).main()
     except argparse.ArgumentError as error:
         raise of_command_line(error, sys.argv[1:]) from error
 

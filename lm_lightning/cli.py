@@ -8,8 +8,6 @@ import json
 import linecache
 import logging
 import os
-import pydoc
-import shutil
 import sys
 import traceback
 import typing
@@ -21,7 +19,6 @@ from typing import Any, Optional
 
 import lightning
 import torch
-import yaml
 from jsonargparse import Namespace
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.plugins.environments import SLURMEnvironment
@@ -31,7 +28,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lm_lightning import evaluation, explain, guide, hub, saving, settings, strategies
+from lm_lightning import evaluation, explain, files, guide, hub, imports, saving, settings, strategies, untrusted
 from lm_lightning import run as runs
 from lm_lightning.callbacks.distillation import Distillation  # noqa: F401 (imported, so that its short name works)
 from lm_lightning.callbacks.ending import Ending, check_after_validation
@@ -70,6 +67,7 @@ from lm_lightning.models.parsing import Parser  # noqa: F401
 from lm_lightning.models.questions import QuestionAnswering  # noqa: F401
 from lm_lightning.models.tagging import Tagging  # noqa: F401
 from lm_lightning.profile import Profile  # noqa: F401
+from lm_lightning.redaction import REDACTED, find_redacted, redact
 from lm_lightning.strategies import xla
 
 CHECKPOINTS = {
@@ -183,6 +181,7 @@ class CLI(LightningCLI):
         parser.add_lightning_class_args(Checkpoints, "last")
         parser.set_defaults({f"last.{k}": v for k, v in CHECKPOINTS.items()})
         parser.set_defaults({"last.filename": "last"})
+        parser.add_lightning_class_args(Predictions, "predictions")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses config files first, in their order, and then all flags; of an evaluation of a run, its config first.
@@ -195,13 +194,13 @@ class CLI(LightningCLI):
             return super().parse_arguments(parser, args)
         self.arguments = list(sys.argv[1:] if args is None else args)
         self.evaluated, arguments = evaluation.of_arguments(self.arguments)
-        config = self.parse(parser, arguments)
+        config = self.parse(parser, arguments, self.evaluated)
         if self.config.subcommand not in evaluation.COMMANDS or self.evaluated is not None:
             return
         self.evaluated = evaluation.of_config(config, name_of(config))
         if self.evaluated is None or evaluation.record_of(config.config):
             return
-        own = self.parse(parser, evaluation.with_config_of(self.evaluated, self.arguments))
+        own = self.parse(parser, evaluation.with_config_of(self.evaluated, self.arguments), self.evaluated)
         if different := [
             *evaluation.differences(config.model, own.model, "model"),
             *evaluation.differences(config.data, own.data, "data"),
@@ -209,22 +208,29 @@ class CLI(LightningCLI):
             given = ", ".join(config.config or [])
             print(f"settings: those of {self.evaluated}/config.yaml, not of {given}: {', '.join(sorted(different))}")
 
-    def parse(self, parser: LightningArgumentParser, arguments: list[str]) -> Any:
-        """Sets `config`, and returns that of the subcommand."""
-        options, files, flags = settings.layered(arguments[1:])
+    def parse(self, parser: LightningArgumentParser, arguments: list[str], run: Optional[Path]) -> Any:
+        """Sets `config`, and returns that of the subcommand; `run` is the one whose config is among the arguments."""
+        options, sources, flags = settings.layered(arguments[1:])
+        if run is not None:
+            own = run / "config.yaml"
+            given = [Path(file).expanduser().read_text(encoding="utf-8") for file in sources if Path(file) != own]
+            imports.restrict(own, [*flags, *given])
         try:
             self.config = parser.parse_args([*arguments[:1], *settings.as_argument(options), *flags])
+            imports.check()
         except ValueError as error:  # not even a name of a file, which an option's value may be
+            imports.check()
             raise UserError(f"an option's value cannot be read: {error}") from error
         except ArgumentError as error:
+            imports.check()
             names = explain.flags_of(self._parser(arguments[0]))
             for section in ("model", "data"):
                 names += explain.options_of(chosen_class(section, options, flags), section)
             raise explain.of_command_line(error, arguments, names) from error
-        own = self.config[self.config.subcommand]
-        settings.report_replaced(options, own)
-        own.config = files  # the first one names the run
-        return own
+        config = self.config[self.config.subcommand]
+        settings.report_replaced(options, config)
+        config.config = sources  # the first one names the run
+        return config
 
     def _parse_ckpt_path(self) -> None:
         """Checks the settings; Lightning would put those of a checkpoint over the command line's here."""
@@ -234,7 +240,7 @@ class CLI(LightningCLI):
         config = self.config[self.subcommand]
         config.name = name = name_of(config)
         if config.best.monitor is None:
-            model_class: Any = pydoc.locate(str(config.model.class_path))
+            model_class: Any = imports.locate(str(config.model.class_path))
             config.best.monitor = f"val/{model_class.main_metric(config.data.init_args)}"
         if config.trainer.logger is True:
             config.trainer.logger = self._parser(self.subcommand).get_defaults().trainer.logger
@@ -253,6 +259,10 @@ class CLI(LightningCLI):
             same = config.ckpt_path == "last" or checkpoint.name == "last.ckpt"
             run = runs.run_of(checkpoint) if same else None
             run = None if run is not None and self.elsewhere(run) else run
+            if run is not None:
+                untrusted.refuse_links(run)
+                for folder in (run, run / "checkpoints"):
+                    files.remove_stale(folder)
             config.ckpt_path = str(checkpoint.absolute())
         pretrained, options = config.model.init_args.get("pretrained"), config.data.init_args
         trains_none = "tables" in options or self.subcommand != "fit"
@@ -262,6 +272,11 @@ class CLI(LightningCLI):
         xla.choose_accelerator(config.trainer)
         if config.trainer.precision is None:
             config.trainer.precision = best_precision(config.trainer.accelerator)
+        if missing := sorted(set(find_redacted(config.as_dict()))):
+            raise UserError(
+                f"the config has {REDACTED} in the place of {', '.join(missing)}, as secrets are not saved: give "
+                "these options again, as flags or in a second --config"
+            )
         self.checkpoint = config.ckpt_path
         self.reusable_config = config.clone()  # with `<run>` in it, it can be run again
         if self.subcommand == "fit":
@@ -271,6 +286,7 @@ class CLI(LightningCLI):
         else:
             parent, logs = runs.runs_of(config.runs_dir, name), None
             if run is not None and not self.elsewhere(run):
+                untrusted.refuse_links(run)
                 parent, logs = run / "evaluations", run
             self.run_folder = runs.new_run(parent, f"-{self.subcommand}")
             config.trainer.logger = fill_in(config.trainer.logger, str(logs or self.run_folder))
@@ -323,7 +339,9 @@ class CLI(LightningCLI):
         """What classes do not accept is the user's to mend."""
         try:
             super().instantiate_classes()
+            imports.check()
         except (ValueError, TypeError, ImportError, RuntimeError, MisconfigurationException) as error:
+            imports.check()
             cause: Optional[BaseException] = error  # jsonargparse wraps what is raised
             while cause is not None and not isinstance(cause, UserError):
                 cause = cause.__cause__ or cause.__context__
@@ -334,7 +352,7 @@ class CLI(LightningCLI):
         config = self.config_init[self.subcommand].trainer
         callbacks, plugins = as_list(config.callbacks), as_list(config.plugins)
         check_after_validation(callbacks)
-        extra = [Monitors(), Resuming(), Ending(), Preemption(), Throughput(), Predictions(), Report()]
+        extra = [Monitors(), Resuming(), Ending(), Preemption(), Throughput(), Report()]
         if self.subcommand != "fit":
             extra.append(self.record)
         if config.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
@@ -371,17 +389,17 @@ class RunFolder(SaveConfigCallback):
             return
         run = Path(trainer.default_root_dir)
         config = run / "config.yaml"
-        partial = run / "config.yaml.partial"  # a run is known by its config, whenever it is killed
-        self.parser.save(self.config, partial, skip_unset=False, overwrite=True)
         if config.exists():  # resumed: the old one stays under another name, too
-            shutil.copy(config, next(p for n in range(1, 10**6) if not (p := run / f"config.{n}.yaml").exists()))
-        partial.replace(config)
+            free = next(p for n in range(1, 10**6) if not os.path.lexists(p := run / f"config.{n}.yaml"))
+            files.write_text(free, config.read_text(encoding="utf-8"))
+        saving.write(self.parser, self.config, config)
         for logger in trainer.loggers:
             if not isinstance(logger, (CSVLogger, TensorBoardLogger)):  # whose files lie beside it
-                logger.log_hyperparams(yaml.safe_load(config.read_text(encoding="utf-8")))
-        (run / "environment.json").write_text(json.dumps(environment(), indent=2), encoding="utf-8")
-        (run / "data.json").write_text(json.dumps(trainer.datamodule.info, indent=2), encoding="utf-8")
-        trainer.datamodule.tokenizer.save_pretrained(run / "tokenizer")
+                logger.log_hyperparams(settings.load(config.read_text(encoding="utf-8")))
+        files.write_text(run / "environment.json", json.dumps(environment(), indent=2))
+        files.write_text(run / "data.json", json.dumps(redact(trainer.datamodule.info), indent=2))
+        with files.replacing_folder(run / "tokenizer") as folder:
+            trainer.datamodule.tokenizer.save_pretrained(folder)
 
 
 def name_of(config: Any) -> str:
@@ -403,12 +421,19 @@ def chosen_class(section: str, options: dict[str, Any], flags: list[str]) -> Any
 
 def check(config: Any) -> None:
     """Refuses settings of the trainer that Lightning takes, or fails at, without a word."""
-    targets = {"trainer": Trainer, "best": Checkpoints, "last": Checkpoints, "model": None, "data": None}
+    targets = {
+        "trainer": Trainer,
+        "best": Checkpoints,
+        "last": Checkpoints,
+        "predictions": Predictions,
+        "model": None,
+        "data": None,
+    }
     for name, target in targets.items():
         if not hasattr(config[name], "items"):
             raise UserError(f"{name} is {config[name]!r}, but must have options by name")
         refuse_null(config[name], name, target)
-    if pydoc.locate(str(config.data.get("class_path"))) in (None, LightningDataModule):
+    if imports.locate(str(config.data.get("class_path"))) in (None, LightningDataModule):
         raise UserError("data has no class_path: give one, such as PretrainingData or MaskedData")
     trainer = config.trainer
     check_location(config)
@@ -451,12 +476,12 @@ def check_slurm() -> None:
 def check_location(config: Any) -> None:
     """Refuses options that would put a part of a run somewhere else than into its run folder."""
     loggers = as_list(config.trainer.logger)
-    files = [own for own in loggers if str(getattr(own, "class_path", "")).endswith("MetricsFile")]
+    own_files = [own for own in loggers if str(getattr(own, "class_path", "")).endswith("MetricsFile")]
     for name, value, default in [
         ("trainer.default_root_dir", config.trainer.default_root_dir, TRAINER_DEFAULTS["default_root_dir"]),
         ("best.dirpath", config.best.dirpath, CHECKPOINTS["dirpath"]),
         ("last.dirpath", config.last.dirpath, CHECKPOINTS["dirpath"]),
-        *(("save_dir of MetricsFile", logger.init_args.save_dir, runs.PLACEHOLDER) for logger in files),
+        *(("save_dir of MetricsFile", logger.init_args.save_dir, runs.PLACEHOLDER) for logger in own_files),
     ]:
         if str(value) != default:
             raise UserError(
@@ -474,7 +499,7 @@ def refuse_null(value: Any, name: str, target: Any) -> None:
         target: The class that takes them, None if they name it.
     """
     if "class_path" in value:
-        target, value = pydoc.locate(value["class_path"]), value.get("init_args") or {}
+        target, value = imports.locate(value["class_path"]), value.get("init_args") or {}
     hints: dict[str, Any] = {}
     for base in reversed(inspect.getmro(target)) if inspect.isclass(target) else ():  # `**options` are those of a base
         with contextlib.suppress(NameError):  # of types that are imported for type checkers only

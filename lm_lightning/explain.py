@@ -237,7 +237,9 @@ def options_of(kind: Any, prefix: str) -> list[str]:
     """
     from jsonargparse import ArgumentParser
 
-    kind = pydoc.locate(kind) if isinstance(kind, str) else kind
+    from lm_lightning import imports
+
+    kind = imports.locate(kind) if isinstance(kind, str) else kind
     if not inspect.isclass(kind):
         return []
     parser = ArgumentParser(exit_on_error=False)

@@ -1,11 +1,14 @@
 """Results: how often labels were right in; tables and a picture in the run folder out, written at each evaluation."""
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lightning.pytorch import Trainer
 from torch import Tensor
+
+from lm_lightning import files
+from lm_lightning.callbacks.predictions import escapes_formulas, rows_writer
 
 DRAWN = 60  # labels; a picture of more could not be read
 
@@ -43,39 +46,42 @@ def of(labels: list[str], right: Tensor, gold: Tensor, told: Tensor) -> list[Res
     ]
 
 
-def write(results: Sequence[Any], title: str, folder: Path) -> None:
+def write(results: Sequence[Any], title: str, trainer: Trainer) -> None:
     """Writes `results.csv`, and `results.md` with the title over it.
 
     Args:
         results: Named tuples of one kind, such as `Result`, that begin with a name and end with a number of rows.
         title: What they are of.
-        folder: Is there.
+        trainer: Of the evaluation; its folder is there.
     """
-    with open(folder / "results.csv", "w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file)
-        table.writerow(results[0]._fields)
-        table.writerows(results)
+    folder = Path(trainer.default_root_dir)
+    with files.replacing(folder / "results.csv", newline="") as file:
+        write_row = rows_writer(file, escapes_formulas(trainer))
+        for row in (results[0]._fields, *results):
+            write_row(row)
     names = [name.replace("f1", "F1").replace("_", " ") for name in results[0]._fields]
     lines = [f"{title}\n", f"| {' | '.join(names)} |", "|---|" + "--:|" * (len(names) - 1)]
     for name, *shares, rows in results:
         label = " ".join(name.replace("|", "\\|").split())
         lines.append(f"| {' | '.join([label, *(f'{share:.3f}' for share in shares), f'{rows:,}'])} |")
-    (folder / "results.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    files.write_text(folder / "results.md", "\n".join(lines) + "\n")
 
 
-def write_confusion(confusion: Tensor, labels: list[str], title: str, folder: Path) -> None:
+def write_confusion(confusion: Tensor, labels: list[str], title: str, trainer: Trainer) -> None:
     """Writes `confusion.csv`, how often each label was taken for which, and draws `confusion.png` of up to 60 labels.
 
     Args:
         confusion: (labels, labels) int64, right ones by rows.
         labels: Their names.
         title: Over the picture, which is drawn where matplotlib is installed.
-        folder: Is there.
+        trainer: Of the evaluation; its folder is there.
     """
-    with open(folder / "confusion.csv", "w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file)
-        table.writerow(["right \\ told", *labels])
-        table.writerows([label, *row] for label, row in zip(labels, confusion.tolist()))
+    folder = Path(trainer.default_root_dir)
+    with files.replacing(folder / "confusion.csv", newline="") as file:
+        write_row = rows_writer(file, escapes_formulas(trainer))
+        write_row(["right \\ told", *labels])
+        for label, row in zip(labels, confusion.tolist()):
+            write_row([label, *row])
     if len(labels) > DRAWN:
         return
     try:
@@ -97,4 +103,4 @@ def write_confusion(confusion: Tensor, labels: list[str], title: str, folder: Pa
         for j, count in enumerate(row):
             colour = "white" if shares[i, j] > 0.5 else "black"
             axes.text(j, i, f"{count:,}", ha="center", va="center", color=colour)
-    figure.savefig(folder / "confusion.png", dpi=120)
+    files.write_picture(folder / "confusion.png", figure)

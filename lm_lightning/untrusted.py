@@ -4,6 +4,7 @@ A checkpoint, model folder, index or run folder is data: opening one must neithe
 folder. SECURITY.md has the whole trust model.
 """
 
+import json
 import os
 import re
 import zipfile
@@ -16,6 +17,7 @@ from lm_lightning.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+TRUST_PACKAGES = "LM_LIGHTNING_TRUST_PACKAGES"  # environment variable, which all processes of a run inherit
 # C0 and C1 control characters, line and paragraph separators, direction overrides, lone surrogates
 _UNPRINTABLE = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _WINDOWS_DEVICES = {"con", "prn", "aux", "nul"} | {f"{device}{n}" for device in ("com", "lpt") for n in range(1, 10)}
@@ -82,6 +84,22 @@ def refuse_links(run: Path) -> None:
                     f"{printable(str(path))} is a link to {printable(os.readlink(path))}, outside of the run folder, "
                     "and would be written through: remove the link, or copy what it leads to"
                 )
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        UserError: If it is none, or cannot be read.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{printable(str(file))} cannot be read: it is damaged, remove it ({reason})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{printable(str(file))} cannot be read: it is damaged, remove it (no JSON object)")
+    return content
 
 
 def network_class(name: Any) -> "type[PreTrainedModel]":

@@ -84,6 +84,20 @@ def recipe(tmp_path: Path, corpus_file: Path, cache_dir: Path) -> Path:
     return file
 
 
+@pytest.fixture
+def masked(recipe: Path) -> tuple[str, Path]:
+    """Flags that make the tiny recipe one of a BERT, with the same optimizer and data."""
+    content = yaml.safe_load(recipe.read_text())
+    model, data = content["model"], content["data"]
+    model["class_path"], data["class_path"] = "MaskedLM", "MaskedData"
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model["init_args"]["network"] = {"model_type": "bert", "max_position_embeddings": 64, **sizes}
+    data["init_args"] |= {"tokenizer": {"algorithm": "wordpiece", "vocab_size": 300}, "next_sentence": False}
+    file = recipe.with_name("masked.yaml")
+    file.write_text(yaml.safe_dump({"model": model, "data": data}))
+    return "--config", file
+
+
 def command(*args: object, **settings: object) -> subprocess.CompletedProcess:
     """Runs `python -m lm_lightning ...` in a process of its own, which is forked where it can be."""
     return subprocess.run(

@@ -1,12 +1,16 @@
 """Every recipe under configs/ is run, with its own classes and options, but less data, few steps, a small network."""
 
+import csv
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 import yaml
 from conftest import paragraphs
+from transformers import AutoConfig, AutoTokenizer
 
 from lm_lightning.data.tokenizer import Tokenizer, train
 
@@ -25,6 +29,19 @@ PRETRAINING = ("PretrainingData", "MaskedData")
 LABELLED = [file for file, recipe in RECIPES.items() if recipe["data"]["class_path"] not in PRETRAINING]
 
 
+def check(run: Path, steps: int) -> None:
+    """Each step's loss is finite, and plain transformers loads all weights of the export, whose outputs are finite."""
+    with open(run / "metrics.csv", newline="", encoding="utf-8") as file:
+        losses = {int(row["step"]): float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]}
+    assert max(losses) == steps and all(math.isfinite(loss) and loss > 0 for loss in losses.values())
+    config = AutoConfig.from_pretrained(run / "model")
+    kind = getattr(transformers, config.architectures[0])
+    network, info = kind.from_pretrained(run / "model", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    tokenizer = AutoTokenizer.from_pretrained(run / "model")
+    assert network.eval()(**tokenizer("The old captain", return_tensors="pt"))[0].isfinite().all()
+
+
 @pytest.mark.parametrize("file", [f for f in RECIPES if f not in LABELLED], ids=lambda file: file.stem)
 def test_recipe_trains_and_exports(file: Path, cli, tmp_path: Path, cache_dir: Path, corpus_file: Path):
     recipe = RECIPES[file]
@@ -40,11 +57,12 @@ def test_recipe_trains_and_exports(file: Path, cli, tmp_path: Path, cache_dir: P
         *("--data.tokenizer", tokenizer, "--data.batch_size", 2, "--trainer.max_steps", 4),
         *("--model.schedule.warmup_steps", 1, "--trainer.val_check_interval", 2, "--trainer.limit_val_batches", 1),
         *("--trainer.accumulate_grad_batches", 2, "--model.compile", "false", "--trainer.accelerator", "cpu"),
+        *("--trainer.log_every_n_steps", 1),
     )
     run = Path(out.split("run folder: ")[1].splitlines()[0])
     assert run.parent.name == file.stem
     assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 4
-    assert (run / "model" / "model.safetensors").is_file()
+    check(run, 4)
 
 
 @pytest.mark.parametrize("file", LABELLED, ids=lambda file: file.stem)
@@ -68,6 +86,8 @@ def test_recipe_of_labelled_data_trains_and_exports(file: Path, cli, tmp_path: P
         *("--data.tables.train", tmp_path / "rows.jsonl", "--data.tables.validation_fraction", 0.3),
         *("--runs_dir", tmp_path, "--trainer.max_epochs", -1, "--trainer.max_steps", 3, "--data.batch_size", 4),
         *("--model.schedule.warmup_steps", 1, "--trainer.val_check_interval", 2, "--trainer.accelerator", "cpu"),
+        *("--trainer.log_every_n_steps", 1),
     )
     run = Path(out.split("run folder: ")[1].splitlines()[0])
-    assert (run / "model" / "model.safetensors").is_file() and (run / "checkpoints" / "best.ckpt").is_file()
+    assert (run / "checkpoints" / "best.ckpt").is_file()
+    check(run, 3)

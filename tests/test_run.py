@@ -60,7 +60,7 @@ def trained(cli: Callable[..., str], recipe: Path, tmp_path: Path) -> Callable[.
             train_tokenizer(options, iter(paragraphs(100)), "bert").save_pretrained(tmp_path / "words")
             content["model"] = {"class_path": "Classification", "init_args": {"network": BERT}}
             content["data"] = {"class_path": "ClassificationData", "init_args": {"max_length": 64}}
-            content["best"] = {"monitor": "val/loss", "mode": "min"}
+            content["best"] = {"monitor": "val/loss"}
             flags = (
                 *("--data.tables.train", write_rows(tmp_path / "train.jsonl", labelled_rows(60))),
                 *("--data.tables.validation", write_rows(tmp_path / "dev.jsonl", labelled_rows(30, 60))),

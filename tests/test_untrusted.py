@@ -97,6 +97,20 @@ def test_a_model_folder_whose_modules_lead_elsewhere_is_not_copied(tmp_path: Pat
     assert not (target.parent / "payload" / "payload").exists() and not list(target.glob("**/file"))
 
 
+def test_a_resumed_run_removes_no_files_that_its_checkpoint_names_elsewhere(fit, tmp_path: Path):
+    run = fit("--best.save_top_k", 2)
+    victim, last = tmp_path / "victim.ckpt", run / "checkpoints" / "last.ckpt"
+    victim.touch()
+    checkpoint = torch.load(last, weights_only=True)
+    for state in checkpoint["callbacks"].values():
+        if "best_k_models" in state:
+            state["best_k_models"][str(victim)] = torch.tensor(1e9)
+            state |= dict.fromkeys(("best_model_path", "kth_best_model_path", "last_model_path"), str(victim))
+    torch.save(checkpoint, last)
+    assert fit("--best.save_top_k", 2, "--trainer.max_steps", 20, "--ckpt_path", "last") == run
+    assert victim.exists()
+
+
 # Sharded checkpoints
 
 

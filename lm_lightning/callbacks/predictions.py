@@ -2,12 +2,15 @@
 
 import csv
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
+
+from lm_lightning.data.cells import without_formula
+from lm_lightning.files import remove, replacing
 
 TABLE_ROWS = 10_000  # which W&B shows of a table
 
@@ -19,14 +22,24 @@ class Predictions(Callback):
     same samples), and the module may join what belongs to one (`join_predictions`). If the samples came from CSV or TSV
     files (`predict_table` of the data), there is `predictions.csv`, too: their columns as they are in the files, in the
     order of the files, and beside them what was predicted, in columns such as `predicted.label`.
+
+    Args:
+        escape_formulas: Whether texts and names in `predictions.csv`, `results.csv` and `confusion.csv` that a
+            spreadsheet program would run as a formula, as they begin with = + - @ or a tab, get a ' before them.
+            Numbers such as -1.5 stay as they are.
     """
+
+    def __init__(self, escape_formulas: bool = False) -> None:
+        self.escape_formulas = escape_formulas
 
     def part(self, trainer: Trainer, rank: int) -> Path:
         """The file of a process."""
         return Path(trainer.default_root_dir) / f"predictions.{rank}.jsonl"
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.file = open(self.part(trainer, trainer.global_rank), "w", encoding="utf-8")  # noqa: SIM115 (see the end)
+        part = self.part(trainer, trainer.global_rank)
+        remove(part)
+        self.file = open(part, "x", encoding="utf-8")  # noqa: SIM115 (see the end)
 
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: list[dict], *_: Any, **__: Any
@@ -47,14 +60,15 @@ class Predictions(Callback):
         }
         rows = pl_module.join_predictions([json.loads(lines[sample]) for sample in sorted(lines)])
         file = Path(trainer.default_root_dir) / "predictions.jsonl"
-        file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        with replacing(file) as stream:
+            stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         for part in parts:
             part.unlink()
         print(f"predictions: {file}")
         table = cells(rows)
         if getattr(trainer.datamodule, "predict_table", False):
             inputs = [trainer.datamodule.inputs[row.get("row", row["id"])] for row in rows]
-            write_table(beside(inputs, table), file.with_suffix(".csv"))
+            write_table(beside(inputs, table), file.with_suffix(".csv"), self.escape_formulas)
             print(f"predictions: {file.with_suffix('.csv')}")
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger) and table:
@@ -87,9 +101,33 @@ def beside(inputs: Sequence[Mapping[str, Any]], table: list[dict[str, Any]]) -> 
     return [{**given, **{prefix + name: value for name, value in row.items()}} for given, row in zip(inputs, table)]
 
 
-def write_table(table: list[dict[str, Any]], file: Path) -> None:
-    """Writes rows as CSV; columns that a row lacks are empty in it."""
-    with open(file, "w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, list(dict.fromkeys(column for row in table for column in row)))
-        writer.writeheader()
-        writer.writerows(table)
+def write_table(table: list[dict[str, Any]], file: Path, escape: bool = False) -> None:
+    """Writes rows as CSV; columns that a row lacks are empty in it.
+
+    Args:
+        table: The rows.
+        file: Is replaced.
+        escape: Whether cells are escaped that would be formulas.
+    """
+    names = list(dict.fromkeys(column for row in table for column in row))
+    with replacing(file, newline="") as stream:
+        writer = rows_writer(stream, escape)
+        writer(names)
+        for row in table:
+            writer([row.get(name, "") for name in names])
+
+
+def rows_writer(stream: TextIO, escape: bool) -> Callable[[Iterable[Any]], Any]:
+    """What writes a row of cells to a CSV file.
+
+    Args:
+        stream: The file, opened with `newline=""`.
+        escape: Whether cells are escaped that would be formulas.
+    """
+    write = csv.writer(stream).writerow
+    return (lambda row: write(map(without_formula, row))) if escape else write
+
+
+def escapes_formulas(trainer: Trainer) -> bool:
+    """Whether the tables of a run are to have no formulas, see `Predictions`."""
+    return any(callback.escape_formulas for callback in trainer.callbacks if isinstance(callback, Predictions))

@@ -214,10 +214,11 @@ class Pruning(Callback):
         run = Path(trainer.default_root_dir)
         if not self.table or not trainer.is_global_zero or trainer.fast_dev_run or not (run / "model").exists():
             return
+        flags = ["--config", str(run / "config.yaml")]  # named, so that classes of the user's are imported again
         if pl_module.pretrained is None:
-            in_own_process(run, "--recipe", "none")
+            in_own_process(run, "--recipe", "none", *flags)
         else:
-            flags = ["--config", str(run / "config.yaml"), "--output", str(run / "compressed")]
+            flags += ["--output", str(run / "compressed")]
             in_own_process(Path(pl_module.pretrained_folder()), "--recipe", "none", "--beside", f"[{run}]", *flags)
 
     # Checkpoints
@@ -226,7 +227,17 @@ class Pruning(Callback):
         importance = self.importance
         if self.method == "wanda" and self.processes > 1:  # so that each may go on with an equal part of it
             importance = {name: squares / self.processes for name, squares in self.of_all_processes().items()}
-        return {"masks": self.masks, "importance": importance}
+        return {"masks": self.masks, "importance": importance, "made_with": self.made_with()}
+
+    def made_with(self) -> dict[str, Any]:
+        """The options that the masks and importances fit alone; the others may change on a resume."""
+        return {"method": self.method, "pattern": self.pattern, "scope": self.scope, "modules": list(self.patterns)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, value in self.made_with().items():
+            if (saved := state["made_with"].get(name)) != value:
+                raise UserError(
+                    f"the checkpoint was made with {type(self).__name__}.{name} {saved} (here {value}), and fits only "
+                    "that: use the old value, or start a new run from the weights with --model.pretrained RUN/model"
+                )
         self.masks, self.importance = dict(state["masks"]), dict(state["importance"])

@@ -96,7 +96,8 @@ class Quantization(Callback):
         run = Path(trainer.default_root_dir)
         if not trainer.is_global_zero or trainer.fast_dev_run or not (run / "model").exists():
             return
-        flags = ["--recipe", self.recipe, "--modules", ",".join(self.modules)]
+        config = str(run / "config.yaml")  # named, so that classes of the user's are imported again
+        flags = ["--recipe", self.recipe, "--modules", ",".join(self.modules), "--config", config]
         in_own_process(run, *flags, *(() if self.table else ("--measure", "false")))
 
 

@@ -137,6 +137,9 @@ class StructuredPruning(Pruning):
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"kind": self.kind, "kept": self.kept}
 
+    def made_with(self) -> dict[str, Any]:
+        return {"kind": self.kind, "method": self.method}
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self.kept = state["kept"]

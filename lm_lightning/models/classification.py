@@ -1,7 +1,6 @@
 """Classification: texts, or pairs of texts, to a label each, to several labels at once, or to a number."""
 
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, Optional
 
 import torch
@@ -202,16 +201,16 @@ class Classification(LanguageModule):
         self.val_metrics.reset()
         confusion, counts = (values.pop(name, None) for name in ("confusion", "counts"))
         if self.trainer.is_global_zero and not self.trainer.sanity_checking:
-            labels, folder = self.trainer.datamodule.labels, Path(self.trainer.default_root_dir)
+            labels = self.trainer.datamodule.labels
             title = self.title(split)
             if confusion is not None:
                 confusion = confusion.cpu()
                 told = results.of(labels, confusion.diag(), confusion.sum(1), confusion.sum(0))
-                results.write(told, title, folder)
-                results.write_confusion(confusion, labels, title, folder)
+                results.write(told, title, self.trainer)
+                results.write_confusion(confusion, labels, title, self.trainer)
             elif counts is not None:
                 right, wrong, _, missed, _ = counts.cpu().unbind(1)
-                results.write(results.of(labels, right, right + missed, right + wrong), title, folder)
+                results.write(results.of(labels, right, right + missed, right + wrong), title, self.trainer)
         return {"loss": loss} | values
 
     def predict_step(self, batch: dict, batch_idx: int) -> list[dict]:

@@ -712,4 +712,6 @@ class LanguageModule(LightningModule):
                 "state fits alone: use the old value, or start a new run from the weights with --model.pretrained "
                 "RUN/model"
             )
+        if self.pretrained is not None and self.lora is None:
+            self.print(f"weights: those of the checkpoint, not of model.pretrained ({self.pretrained})")
         self.ended_early = runs.ended_early(Path(self.trainer.default_root_dir), Path(self.trainer.ckpt_path))

@@ -229,7 +229,7 @@ class Parser(LanguageModule):
         self.mistakes.write(self.trainer, self.title(split), partial(self.described, split))
         if self.trainer.is_global_zero and not self.trainer.sanity_checking:
             told = results.of(list(self.counts.numbers), *counts.cpu())
-            results.write(told, self.title(split), Path(self.trainer.default_root_dir))
+            results.write(told, self.title(split), self.trainer)
         return {"loss": loss, "uas": uas, "las": counts[0].sum() / counts[1].sum().clamp(min=1)}
 
     def predict_step(self, batch: dict, batch_idx: int) -> list[dict]:

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable
 from difflib import SequenceMatcher
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, Optional
 
 import torch
@@ -190,7 +189,7 @@ class QuestionAnswering(LanguageModule):
                 mistakes.add(number, 1 - scores[number][1], None, told[number])
         mistakes.write(self.trainer, self.title(split), partial(described, questions))
         if self.trainer.is_global_zero and not self.trainer.sanity_checking:
-            results.write(table, self.title(split), Path(self.trainer.default_root_dir))
+            results.write(table, self.title(split), self.trainer)
         return {"loss": loss} | {name: torch.tensor(value, device=loss.device) for name, value in values.items()}
 
     def joined(self, split: str, places: list[list[int]], scores: list[list[float]]) -> dict[int, Span]:

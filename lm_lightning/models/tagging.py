@@ -1,7 +1,6 @@
 """Tagging: the label of each word, of which spans are made where the labels mark them; semantic roles, too."""
 
 from functools import partial
-from pathlib import Path
 from typing import Any, Optional
 
 import torch
@@ -119,9 +118,9 @@ class Tagging(LanguageModule):
         self.confusion.reset()
         self.mistakes.write(self.trainer, self.title(split), partial(self.described, split))
         if self.trainer.is_global_zero and not self.trainer.sanity_checking:
-            folder, title = Path(self.trainer.default_root_dir), self.title(split)
-            results.write(results.of(data.kinds, *counts.cpu()), title, folder)
-            results.write_confusion(confusion.cpu(), data.labels, title, folder)
+            title = self.title(split)
+            results.write(results.of(data.kinds, *counts.cpu()), title, self.trainer)
+            results.write_confusion(confusion.cpu(), data.labels, title, self.trainer)
         each = 2 * counts[0] / (counts[1] + counts[2])  # NaN of what is nowhere
         right, gold, told = counts.sum(1)
         values = {"loss": loss, "f1": 2 * right / (gold + told).clamp(min=1), "macro_f1": each.nanmean()}

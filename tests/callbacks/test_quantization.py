@@ -56,7 +56,6 @@ def made(kind: str, folder: Path) -> torch.nn.Module:
     [("llama", "int8"), ("llama", "int8-weights"), ("gpt2", "bnb-int8"), ("gpt2", "nf4"), ("llama", "fp4")],
 )
 def test_rounded_layer_computes_what_the_quantized_one_does(kind: str, way: str, tmp_path: Path):
-    pytest.importorskip("torchao" if way.startswith("int8") else "bitsandbytes")
     network = made(kind, tmp_path / "whole")
     recipes.compress(tmp_path / "whole", way, tmp_path / "quantized")
     quantized = linear_layers(load(tmp_path / "quantized"))
@@ -71,7 +70,6 @@ def test_rounded_layer_computes_what_the_quantized_one_does(kind: str, way: str,
 
 @pytest.mark.skipif(torch.__version__ < (2, 10), reason="torch 2.9 cannot trace networks of transformers")
 def test_rounded_network_computes_what_onnxruntime_does(tmp_path: Path):
-    pytest.importorskip("onnxruntime")
     network = made("gpt2", tmp_path / "whole")
     recipes.compress(tmp_path / "whole", "onnx-int8", tmp_path / "quantized")
     run, tokens = formats.runner(tmp_path / "quantized"), torch.arange(5, 29).view(2, 12)
@@ -85,7 +83,6 @@ def test_rounded_network_computes_what_onnxruntime_does(tmp_path: Path):
 
 def test_run_ends_with_a_quantized_model_and_its_measures(fit):
     """The last validation is of the network as it was trained, which is what the table finds."""
-    pytest.importorskip("bitsandbytes")
     run = fit(*options(recipe="nf4", start=4, table="true"))
     with open(run / "compressed" / "compression.csv", newline="") as file:
         none, quantized = csv.DictReader(file)
@@ -100,7 +97,6 @@ def test_run_ends_with_a_quantized_model_and_its_measures(fit):
 
 
 def test_training_rounds_from_the_start_on(fit):
-    pytest.importorskip("bitsandbytes")
     plain = fit("--model.network", json.dumps(NETWORKS["gpt2"]))
     own = fit(*options(recipe="fp4", start=4))
     same = [a == b for a, b in zip(losses(plain, "train/loss"), losses(own, "train/loss"), strict=True)]
@@ -110,7 +106,6 @@ def test_training_rounds_from_the_start_on(fit):
 
 
 def test_resumed_run_goes_on_exactly_and_is_quantized_once(fit, recipe: Path):
-    pytest.importorskip("bitsandbytes")
     flags = options(recipe="nf4", start=3)
     whole = fit(*flags, "--name", "whole")
     with pytest.raises(RuntimeError, match="power failure"):
@@ -127,7 +122,6 @@ def test_resumed_run_goes_on_exactly_and_is_quantized_once(fit, recipe: Path):
 
 
 def test_only_the_named_layers_are_quantized(fit):
-    pytest.importorskip("bitsandbytes")
     run = fit(*options(recipe="nf4", modules='["*.mlp.*"]'))
     weights = load_file(run / "compressed" / "nf4" / "model.safetensors")
     assert all((w.dtype == torch.uint8) == (".mlp." in n) for n, w in weights.items() if n.endswith("c_proj.weight"))
@@ -135,7 +129,6 @@ def test_only_the_named_layers_are_quantized(fit):
 
 def test_strategies_round_alike(fit, recipe: Path, tmp_path: Path):
     """Two processes as one, also where each has a part of each weight."""
-    pytest.importorskip("bitsandbytes")
     runs = Runs(tmp_path / "processes")
     runs.folder.mkdir()
     network = NETWORKS["gpt2"] | {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}
@@ -170,6 +163,5 @@ def test_strategies_round_alike(fit, recipe: Path, tmp_path: Path):
     ],
 )
 def test_impossible_quantizations_are_refused_before_any_step(fit, kind, values, flags, message: str):
-    pytest.importorskip("torchao")
     with pytest.raises(UserError, match=message):
         fit(*options(kind, **values), *flags, "--trainer.callbacks+=test_fit.Stop", "--trainer.callbacks.step", 1)

@@ -10,12 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import wandb
 import yaml
 from conftest import command, evaluation
 from lightning.pytorch import Callback, Trainer
 from processes import Runs
-
-wandb = pytest.importorskip("wandb")
 from wandb.proto import wandb_internal_pb2 as pb  # noqa: E402
 
 from lm_lightning.errors import UserError  # noqa: E402

@@ -63,7 +63,6 @@ def outputs(folder: Path) -> torch.Tensor:
 @pytest.mark.parametrize("kind", SIZES)
 @pytest.mark.parametrize("recipe", ["int8", "int8-weights", "float8-weights", "bnb-int8", "nf4", "fp4"])
 def test_quantized_model_is_small_and_loads_in_plain_transformers(folders, kind: str, recipe: str, tmp_path: Path):
-    pytest.importorskip("bitsandbytes" if recipe in ("bnb-int8", "nf4", "fp4") else "torchao")
     target = tmp_path / "target"
     if kind == "gpt2" and recipe.startswith(("int8", "float8")):  # torchao passes by Conv1D without a word
         with pytest.raises(UserError, match="leaves 16 of 16 linear layers of GPT2LMHeadModel .*Conv1D"):
@@ -99,7 +98,6 @@ assert "lm_lightning" not in sys.modules
 
 
 def test_quantized_model_is_not_trained(fit, folders, tmp_path: Path):
-    pytest.importorskip("torchao")
     recipes.compress(folders["llama"], "int8", tmp_path / "target")
     weights = ("--model.network", "null", "--model.pretrained", tmp_path / "target")
     with pytest.raises(UserError, match="is quantized, and can be measured, but not trained"):
@@ -204,7 +202,6 @@ assert "transformers" not in sys.modules
 
 @traced
 def test_onnx_runs_with_onnxruntime_alone(folders, tmp_path: Path):
-    pytest.importorskip("onnxruntime")
     code = """
 import sys, numpy, onnxruntime
 tokens = numpy.arange(3, 30).reshape(3, 9)
@@ -230,7 +227,6 @@ assert "torch" not in sys.modules
 @pytest.mark.parametrize("kind", ["gpt2", "bert"])
 @pytest.mark.parametrize(("recipe", "share"), [("onnx-int8-blocks", 0.3), ("onnx-int4", 0.16)])
 def test_blocks_of_onnx_are_of_all_layers(folders, kind: str, recipe: str, share: float, tmp_path: Path):
-    pytest.importorskip("onnxruntime")
     recipes.compress(folders[kind], recipe, tmp_path / "target")
     layers = structure.linear_layers(load(folders[kind])).values()
     sizes = formats.quantized(tmp_path / "target" / "model.onnx")
@@ -245,7 +241,8 @@ def test_blocks_of_onnx_are_of_all_layers(folders, kind: str, recipe: str, share
 @traced
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "bert"])
 def test_int8_of_onnx_is_of_the_blocks_and_not_of_the_head(folders, kind: str, tmp_path: Path):
-    onnx = pytest.importorskip("onnx")
+    import onnx
+
     recipes.compress(folders[kind], "onnx-int8", tmp_path / "target")
     weights = onnx.load(tmp_path / "target" / "model.onnx").graph.initializer
     done = [tuple(own.dims) for own in weights if own.name.endswith("_quantized")]
@@ -329,15 +326,12 @@ def test_only_the_named_layers_are_compressed(folders, tmp_path: Path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU can compute them")
 @pytest.mark.parametrize("recipe", ["float8", "int4-weights"])
 def test_recipes_of_gpus_are_refused_elsewhere(folders, recipe: str, tmp_path: Path):
-    pytest.importorskip("torchao")
     with pytest.raises(UserError, match="needs a GPU with CUDA: take int8 or nf4 here"):
         recipes.compress(folders["llama"], recipe, tmp_path / "target")
 
 
 @traced
 def test_onnx_gives_the_outputs_of_the_network(folders, tmp_path: Path):
-    pytest.importorskip("onnxscript")
-    pytest.importorskip("onnxruntime")
     for recipe, tolerance in (("onnx", 1e-4), ("width=0.5+onnx-int8", 0.3)):
         folder = tmp_path / recipe.replace("=", "-")
         recipes.compress(folders["bert"], recipe, folder)
@@ -386,7 +380,6 @@ def test_tasks_keep_their_metrics(cli, tmp_path: Path, data: str, model: str, mo
     """Fewer bits, or another runtime, but the same network: also with a head that transformers has not."""
     from clauses import recipe as recipe_of
 
-    pytest.importorskip("onnxruntime")
     recipe = recipe_of(tmp_path, model, data, monitor)
     out = cli("fit", "--config", recipe, "--trainer.max_steps", 60, "--trainer.val_check_interval", 60)
     run = Path(next(line for line in out.splitlines() if line.startswith("run folder: ")).split(": ", 1)[1])
@@ -400,15 +393,8 @@ def test_tasks_keep_their_metrics(cli, tmp_path: Path, data: str, model: str, mo
 
 
 @traced
-def test_masked_language_models_have_the_same_loss_in_onnx(fit, cli, recipe: Path, tmp_path: Path):
-    pytest.importorskip("onnxruntime")
-    content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-    content["model"]["class_path"], content["data"]["class_path"] = "MaskedLM", "MaskedData"
-    content["model"]["init_args"]["network"] = {"model_type": "bert", "max_position_embeddings": 64} | SIZES["bert"]
-    content["data"]["init_args"]["tokenizer"]["algorithm"] = "wordpiece"
-    content["data"]["init_args"]["next_sentence"] = False
-    recipe.write_text(yaml.safe_dump(content), encoding="utf-8")
-    run = fit()
+def test_masked_language_models_have_the_same_loss_in_onnx(fit, cli, masked: tuple):
+    run = fit(*masked)
     cli("compress", run, "--recipe", "onnx", "--seconds", 0.05, "--tokens", 16)
     with open(run / "compressed" / "compression.csv", newline="") as file:
         none, onnx = csv.DictReader(file)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -80,17 +81,93 @@ def test_two_processes_write_the_rows_in_their_order(fit, cli, recipe: Path, tmp
     assert np.allclose(*(np.load(folder / "index" / "embeddings.npy") for folder in (one, two)), atol=1e-6)
     assert (two / "index" / "rows.jsonl").read_text() == (one / "index" / "rows.jsonl").read_text()
     assert (two / "predictions.jsonl").read_text() == (one / "predictions.jsonl").read_text()
-    assert answers(cli("search", two, "cups", "--top", 1)) == [["1.000", "t6", "cups"]]
+    with pytest.raises(UserError, match=f"of the model {run / 'model'}.* --model"):
+        cli("search", two, "cups")
+    assert answers(cli("search", two, "cups", "--top", 1, "--model", run)) == [["1.000", "t6", "cups"]]
 
 
-def test_an_approximate_search(fit, cli, recipe: Path):
-    pytest.importorskip("usearch")
+def test_the_model_of_a_run_is_found_also_if_the_run_was_moved(fit, cli, recipe: Path, tmp_path: Path):
+    run = fit()
+    cli("predict", run, "--data.tables.predict", tmp_path / "train.csv")
+    found = cli("search", run, TEXTS[1])
+    shutil.move(run, tmp_path / "moved")
+    assert cli("search", tmp_path / "moved", TEXTS[1]) == found
+    shutil.move(evaluation(tmp_path / "moved") / "index", tmp_path / "alone")
+    with pytest.raises(UserError, match="--model"):
+        cli("search", tmp_path / "alone", TEXTS[1])
+    assert cli("search", tmp_path / "alone", TEXTS[1], "--model", tmp_path / "moved") == found
+
+
+def test_an_approximate_search(fit, cli, recipe: Path, tmp_path: Path):
+    """Its graph is kept in the cache, made again with other embeddings, and never read from the index."""
+    run, cache = fit(), tmp_path / "cache"
+    cli("predict", "--config", recipe, "--ckpt_path", run / "checkpoints" / "last.ckpt")
+    index, exact = evaluation(run) / "index", cli("search", run, TEXTS[2])
+    before = sorted(index.rglob("*"))
+    (index / "graph.usearch").write_bytes(b"not a graph")
+
+    def approximate() -> str:
+        return cli("search", run, TEXTS[2], "--approximate", "true", "--cache_dir", cache)
+
+    for _ in ("made", "kept"):
+        assert approximate() == exact
+    (kept,) = cache.rglob("*.usearch")
+    kept.write_bytes(b"damaged")
+    assert approximate() == exact
+    np.save(index / "embeddings.npy", np.load(index / "embeddings.npy")[:, ::-1].copy())
+    approximate()
+    (other,) = cache.rglob("*.usearch")
+    assert other != kept and sorted(index.rglob("*")) == sorted([*before, index / "graph.usearch"])
+
+
+def test_damaged_indexes_are_refused(fit, cli, recipe: Path, tmp_path: Path):
     run = fit()
     cli("predict", "--config", recipe, "--ckpt_path", run / "checkpoints" / "last.ckpt")
-    exact = cli("search", run, TEXTS[2])
-    for _ in ("made", "kept"):
-        assert cli("search", run, TEXTS[2], "--approximate", "true") == exact
-    assert (evaluation(run) / "index" / "graph.usearch").is_file()
+    index = evaluation(run) / "index"
+    about, vectors = json.loads((index / "index.json").read_text()), np.load(index / "embeddings.npy")
+
+    def refused(pattern: str) -> None:
+        with pytest.raises(UserError, match=pattern):
+            cli("search", index, "cups")
+
+    for change, pattern in (
+        ({"model": "../../../../elsewhere"}, "--model"),
+        ({"model": str(tmp_path)}, "--model"),
+        ({"model": "owner/name"}, "of the model owner/name.* --model"),
+        ({"model": "\x1b[2J"}, "must be a name"),
+        ({"pooling": "max"}, "must be mean or cls"),
+        ({"max_length": 65}, "for 3 to 64"),
+        ({"max_length": True}, "must be a number of tokens"),
+    ):
+        (index / "index.json").write_text(json.dumps(about | change))
+        refused(pattern)
+    (index / "index.json").write_text(json.dumps(about))
+    np.save(index / "embeddings.npy", np.array([Harm(tmp_path)], object), allow_pickle=True)
+    refused("embeddings.npy is damaged")
+    assert not (tmp_path / "harmed").exists()
+    for other in (vectors.astype("float64"), vectors[0], vectors[:0]):
+        np.save(index / "embeddings.npy", other)
+        refused("must have float32 ones")
+    np.save(index / "embeddings.npy", vectors / np.float32(0))
+    refused("not finite")
+    np.save(index / "embeddings.npy", vectors[:5])
+    refused("5 embeddings of 6 texts")
+    np.save(index / "embeddings.npy", vectors)
+    lines = (index / "rows.jsonl").read_text().splitlines()
+    (index / "rows.jsonl").write_text("\n".join([*lines[:3], '{"id": 3}', *lines[4:]]))
+    refused("rows.jsonl:4: this row has no id and text")
+    (index / "rows.jsonl").write_text("\n".join([*lines[:3], '{"id": "a\\nb", "text": "\\u001b[2J"}', *lines[4:]]))
+    assert "\ta b\t\\u001b[2J\n" in cli("search", index, "cups")
+
+
+class Harm:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (str(self.folder / "harmed"),)
 
 
 def test_refusals(fit, cli, recipe: Path, tmp_path: Path):
@@ -102,6 +179,5 @@ def test_refusals(fit, cli, recipe: Path, tmp_path: Path):
         cli("search", index, " ")
     with pytest.raises(UserError, match="top is 0"):
         cli("search", index, "cups", "--top", 0)
-    shutil.rmtree(run / "model")
     with pytest.raises(UserError, match="does not exist"):
-        cli("search", index, "cups")
+        cli("search", index, "cups", "--model", run / "none")

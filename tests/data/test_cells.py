@@ -221,9 +221,10 @@ def test_nothing_in_a_cell_is_run():
 
 
 def test_lists_of_named_labels_of_the_hub(monkeypatch):
+    import datasets
+
     from lm_lightning.data import formats
 
-    datasets = pytest.importorskip("datasets")
     tags = datasets.Sequence(datasets.ClassLabel(names=["O", "B-X"]))
     features = datasets.Features({"words": datasets.Sequence(datasets.Value("string")), "tags": tags})
     content = datasets.Dataset.from_list([{"words": ["a", "b"], "tags": [1, 0]}], features=features)

@@ -10,6 +10,7 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -62,7 +63,9 @@ def write_rows(path, rows):
     """Write rows in the format of the path's suffixes."""
     form, _, compression = path.name.partition(".")[2].partition(".")
     if form == "parquet":
-        pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        import pyarrow
+        from pyarrow import parquet
+
         plain = path.with_suffix(".plain")
         parquet.write_table(pyarrow.Table.from_pylist(rows), plain)
         data = plain.read_bytes()
@@ -81,7 +84,7 @@ def write_rows(path, rows):
 def compress(data, compression):
     if compression == "gz":
         return gzip.compress(data)
-    return pytest.importorskip("zstandard").ZstdCompressor().compress(data) if compression else data
+    return zstandard.ZstdCompressor().compress(data) if compression else data
 
 
 def error_of(*paths, **options):
@@ -139,8 +142,6 @@ def test_any_bytes_are_documents_or_a_user_error(folder, data, mode, errors):
 @given(data=st.binary(max_size=60))
 @settings(deadline=None, max_examples=30)
 def test_any_bytes_in_any_format_are_documents_or_a_user_error(folder, name, data):
-    if "parquet" in name or "zst" in name:
-        pytest.importorskip("pyarrow")
     path = write(folder / name, data)
     try:
         documents(path)
@@ -457,7 +458,8 @@ def test_total_bytes_is_known_for_uncompressed_files(tmp_path):
 
 
 def test_a_data_set_of_the_hub(tmp_path, monkeypatch):
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     calls = []
 
     def load_dataset(*args, **kwargs):
@@ -474,7 +476,6 @@ def test_a_data_set_of_the_hub(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("streaming", [True, False])
 def test_without_the_hub_there_is_an_error_at_once(tmp_path, streaming):
-    pytest.importorskip("datasets")
     code = f"""
 from pathlib import Path
 from lm_lightning.data.corpus import *

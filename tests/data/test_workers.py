@@ -89,8 +89,6 @@ def equal(one: object, other: object) -> bool:
 )
 def test_samples_and_collate_functions_are_pickled(make: Callable[[Path], StreamData], folder: Path):
     data = make(folder)
-    if getattr(data, "next_sentence", False):
-        pytest.importorskip("sentencex")
     data.trainer = SimpleNamespace(  # type: ignore[assignment]
         lightning_module=SimpleNamespace(own_labels=lambda: []),
         state=SimpleNamespace(fn="fit"),

@@ -96,7 +96,7 @@ def recipe(folder: Path, model: str, data: str, monitor: str) -> Path:
             "class_path": data,
             "init_args": {"tables": tables, "tokenizer": {"path": str(folder / "tok")}, "max_length": 60},
         },
-        "best": {"monitor": monitor, "mode": "max"},
+        "best": {"monitor": monitor},
         "trainer": {
             **{"max_steps": 60, "val_check_interval": 30, "check_val_every_n_epoch": None, "log_every_n_steps": 1},
             **{"accelerator": "cpu", "precision": "32-true"},

@@ -82,7 +82,7 @@ def recipe(tmp_path: Path, tokenizer: Path) -> Path:
             "class_path": "ClassificationData",
             "init_args": {"tables": files, "tokenizer": {"path": str(tokenizer)}, "max_length": 32, "batch_size": 16},
         },
-        "best": {"monitor": "val/accuracy", "mode": "max"},
+        "best": {"monitor": "val/accuracy"},
         "trainer": {
             **{"max_steps": 40, "val_check_interval": 20, "check_val_every_n_epoch": None, "log_every_n_steps": 1},
             **{"accelerator": "cpu", "precision": "32-true"},
@@ -180,6 +180,33 @@ def test_predictions_are_aligned_with_a_csv_file(fit, cli, recipe: Path):
         assert sum(scores.values()) == pytest.approx(1)
 
 
+def test_no_cell_is_a_formula_of_a_spreadsheet_program_if_asked_for(fit, cli, recipe: Path):
+    for split in ("train", "validation", "test"):
+        file = recipe.parent / f"{split}.jsonl"
+        file.write_text(file.read_text().replace('"label": "good"', '"label": "=1+2"'))
+    file = recipe.parent / "new.csv"
+    cells = ["=HYPERLINK(1)", "+a", "-1.5", "-a", "@a", "\ta", "\ra", "\uff1da", "a=b", "1e-3", "", " =a"]
+    with open(file, "w", newline="") as stream:
+        csv.writer(stream).writerows([["text", "=note"], *(["a film", cell] for cell in cells)])
+    run = fit("--trainer.max_steps", 3, "--trainer.val_check_interval", 3, "--predictions.escape_formulas", "true")
+
+    def table(name: str, *flags: str) -> list[list[str]]:
+        if flags:
+            cli("predict", run, "--data.tables.predict", file, *flags)
+        with open((evaluation(run) if flags else run) / name, newline="", encoding="utf-8") as stream:
+            return list(csv.reader(stream))
+
+    assert {row[0] for row in table("results.csv")[1:]} == {"'=1+2", "bad", "mixed"}
+    assert table("confusion.csv")[0][1:] == ["'=1+2", "bad", "mixed"]
+    plain = table("predictions.csv", "--predictions.escape_formulas", "false")
+    assert plain[0][1] == "=note" and [row[1] for row in plain[1:]] == cells
+    escaped = table("predictions.csv", "--data.batch_size", "8")  # as the run has been asked
+    dangerous = [cell for cell in cells if cell not in ("-1.5", "a=b", "1e-3", "", " =a")]
+    assert escaped[0][1] == "'=note"
+    assert [row[1] for row in escaped[1:]] == [f"'{cell}" if cell in dangerous else cell for cell in cells]
+    assert {row[3] for row in escaped[1:]} <= {"'=1+2", "bad", "mixed"}
+
+
 def test_evaluation_needs_little_padding():
     lengths = np.random.default_rng(0).integers(5, 100, size=500)
     examples = Examples(
@@ -225,7 +252,7 @@ assert "lm_lightning" not in sys.modules
     ids=["number", "several", "pair"],
 )
 def test_kinds(fit, cli, recipe: Path, flags: tuple, metric: str):
-    run = fit(*flags, "--best.monitor", "val/loss", "--best.mode", "min", "--trainer.max_steps", 240)
+    run = fit(*flags, "--best.monitor", "val/loss", "--trainer.max_steps", 240)
     with open(run / "metrics.csv", newline="") as file:
         values = [float(row[f"val/{metric}"]) for row in csv.DictReader(file) if row[f"val/{metric}"]]
     assert values[-1] > 0.5
@@ -241,7 +268,7 @@ def test_kinds(fit, cli, recipe: Path, flags: tuple, metric: str):
 
 def test_results_of_several_labels_are_those_of_the_definitions(fit, cli, recipe: Path):
     flags = ("--data.kind", "several", "--data.columns.label", "several", "--best.monitor", "val/loss")
-    flags = (*flags, "--best.mode", "min", "--model.schedule.warmup_steps", 2)
+    flags = (*flags, "--model.schedule.warmup_steps", 2)
     run = fit(*flags, "--trainer.max_steps", 120)
     for command_ in ("test", "predict"):
         cli(command_, "--config", recipe, *flags, "--ckpt_path", run / "checkpoints" / "best.ckpt")
@@ -268,7 +295,7 @@ def test_training_stops_early(fit):
 
 def test_a_new_head_for_numbers_starts_at_their_mean(fit, recipe: Path):
     numbers = ("--data.kind", "number", "--data.columns.label", "number", "--best.monitor", "val/loss")
-    flags = ("--best.mode", "min", "--trainer.max_steps", 3, "--model.optimizer.lr", 1e-6)
+    flags = ("--trainer.max_steps", 3, "--model.optimizer.lr", 1e-6)
     base = fit("--trainer.max_steps", 3)  # of labels, whose head is not taken
     run = fit(*numbers, *flags, "--model.network", "null", "--model.pretrained", base)
     bias = load_file(run / "model" / "model.safetensors")["classifier.bias"]
@@ -310,7 +337,7 @@ def test_two_processes_score_numbers_as_one_does(fit, recipe: Path, held: int):
     write(recipe.parent / "validation.jsonl", rows(held, 1))
     off = ("--model.network.hidden_dropout_prob", 0, "--model.network.attention_probs_dropout_prob", 0)
     flags = ("--data.kind", "number", "--data.columns.label", "number", "--best.monitor", "val/loss", *off)
-    flags = (*flags, "--best.mode", "min", "--trainer.max_steps", 20)
+    flags = (*flags, "--trainer.max_steps", 20)
     one = fit("--name", "one", *flags)
     ddp = ("--trainer.strategy", "ddp", "--trainer.devices", 2, "--data.batch_size", 8, "--name", "two")
     result = command("fit", "--config", recipe, *flags, *ddp)
@@ -423,7 +450,8 @@ def test_a_network_of_other_labels_gets_a_new_head(fit, cli, recipe: Path):
 
 
 def test_a_data_set_of_the_hub_has_the_names_of_its_labels(fit, cli, recipe: Path, monkeypatch):
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     features = {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["mixed", "good", "bad"])}
 
     def load_dataset(name, config, split, revision, streaming):
@@ -557,8 +585,6 @@ def test_an_equally_large_head_of_other_labels_is_replaced_and_trained(fit, cli,
         write(recipe.parent / f"{split}.jsonl", [row | {"label": names[row["label"]]} for row in rows(number, 0)])
     flags = ("--model.network", "null", "--model.pretrained", run, "--trainer.max_steps", 1, *lora)
     flags = (*flags, "--model.schedule.warmup_steps", 0, "--model.optimizer.lr", 1e-4)
-    if lora:
-        pytest.importorskip("peft")
     out = cli("fit", "--config", recipe, *flags)
     assert "has a head for the labels bad, good, mixed, not for the data's art, news, sport: it is replaced" in out
     folder = Path(out.split("run folder: ")[1].splitlines()[0])

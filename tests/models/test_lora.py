@@ -32,9 +32,6 @@ from lm_lightning.models.lora import LoRA
 from lm_lightning.run import load_checkpoint
 from lm_lightning.strategies import FSDP2, TensorParallel
 
-pytest.importorskip("peft")
-pytest.importorskip("bitsandbytes")
-
 SIZES = {
     "gpt2": {"n_layer": 2, "n_embd": 64, "n_head": 2, "n_positions": 64},
     "llama": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2},
@@ -45,7 +42,6 @@ ADAPTED = {  # inputs and outputs of the linear layers of a block
     "llama": [(64, 64)] * 4 + [(64, 128)] * 2 + [(128, 64)],
     "bert": [(64, 64)] * 4 + [(64, 128), (128, 64)],
 }
-MASKED = ("--model.class_path", "MaskedLM", "--data.class_path", "MaskedData", "--data.next_sentence", "false")
 TOKENS = torch.arange(5, 29).view(2, 12)
 LOGITS = "--trainer.callbacks+=test_lora.Logits"
 
@@ -94,12 +90,12 @@ def state(run: Path) -> dict:
     return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
 
 
-def test_export_and_adapter_give_what_was_trained(fit, cli, recipe: Path, bases, tmp_path: Path):
+def test_export_and_adapter_give_what_was_trained(fit, cli, masked: tuple, bases, tmp_path: Path):
     """In a process that has not this project; and the command makes the same of the checkpoint."""
     runs = {}
     for kind, base in [("gpt2", "whole"), ("gpt2", "nf4"), ("llama", "nf4"), ("llama", "int8"), ("bert", "whole")]:
         name = f"{kind}-{base}"
-        runs[name] = fit("--name", name, *(MASKED if kind == "bert" else ()), *flags(bases[kind], base=base), LOGITS)
+        runs[name] = fit("--name", name, *(masked if kind == "bert" else ()), *flags(bases[kind], base=base), LOGITS)
         files = [runs[name] / file for file in ("model/model.safetensors", "adapter/adapter_model.safetensors")]
         before, adapter = map(load_file, files)
         files[1].unlink()
@@ -150,9 +146,9 @@ assert "lm_lightning" not in sys.modules
     ("kind", "base"),
     [("gpt2", "whole"), ("gpt2", "int8"), ("gpt2", "fp4"), ("llama", "nf4"), ("bert", "int8"), ("bert", "nf4")],
 )
-def test_adapters_alone_are_trained_and_saved(cli, recipe: Path, bases, kind: str, base: str):
-    masked = MASKED if kind == "bert" else ()
-    out = cli("fit", "--config", recipe, *masked, *flags(bases[kind], base=base), LOGITS, "--trainer.max_steps", 3)
+def test_adapters_alone_are_trained_and_saved(cli, recipe: Path, masked: tuple, bases, kind: str, base: str):
+    bert = masked if kind == "bert" else ()
+    out = cli("fit", "--config", recipe, *bert, *flags(bases[kind], base=base), LOGITS, "--trainer.max_steps", 3)
     run = Path(out.split("run folder: ")[1].splitlines()[0])
     told = torch.load(run / "logits.pt")
     assert told["same"] and told["frozen"] > 15
@@ -284,7 +280,7 @@ def test_a_new_head_over_texts_goes_into_both_exports(cli, bases, tmp_path: Path
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(config))
     settings = flags(bases["bert"])[2:4] + flags(bases["bert"])[6:]
-    out = cli("fit", "--config", tmp_path / "recipe.yaml", *settings, LOGITS)
+    out = cli("fit", "--config", tmp_path / "recipe.yaml", *settings, LOGITS, "--export", "last")
     run = Path(out.split("run folder: ")[1].splitlines()[0])
     plain, merged = (
         AutoModelForSequenceClassification.from_pretrained(folder) for folder in (bases["bert"], run / "model")

@@ -77,7 +77,7 @@ def recipe(tmp_path: Path, tokenizer: Path) -> Path:
             "class_path": "PairData",
             "init_args": {"tables": files, "tokenizer": {"path": str(tokenizer)}, "max_length": 32, "batch_size": 16},
         },
-        "best": {"monitor": "val/loss", "mode": "min"},
+        "best": {"monitor": "val/loss"},
         "trainer": {
             **{"max_steps": 6, "val_check_interval": 6, "check_val_every_n_epoch": None, "log_every_n_steps": 1},
             **{"accelerator": "cpu", "precision": "32-true"},
@@ -343,7 +343,7 @@ def judge(queries: Path, corpus: Path, qrels: Path, **options) -> tuple[Judged, 
 def test_loaders_start_fresh_processes(fit, cli, recipe: Path, beir: Path):
     """As on macOS and Windows, where everything that a loader needs is pickled."""
     search = ("--data.retrieval.validation", beir / "qrels.tsv", *files(beir), "--best.monitor", "val/ndcg_10")
-    flags = (*search, "--best.mode", "max", "--trainer.num_sanity_val_steps", 0)
+    flags = (*search, "--trainer.num_sanity_val_steps", 0)
     runs = [fit("--name", "none", *flags)]
     method = multiprocessing.get_start_method()
     multiprocessing.set_start_method("spawn", force=True)

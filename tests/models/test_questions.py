@@ -81,7 +81,7 @@ def recipe(tmp_path: Path, tokenizer: Path) -> Path:
                 **{"max_length": 32, "overlap": 8, "max_question": 8},
             },
         },
-        "best": {"monitor": "val/f1", "mode": "max"},
+        "best": {"monitor": "val/f1"},
         "trainer": {
             **{"max_steps": 20, "val_check_interval": 20, "check_val_every_n_epoch": None, "log_every_n_steps": 1},
             **{"accelerator": "cpu", "precision": "32-true"},

@@ -13,6 +13,8 @@ from clauses import recipe as recipe_of
 from clauses import sentences, write
 from conftest import command, evaluation
 from forks import python
+from seqeval import metrics as seqeval
+from seqeval.metrics.sequence_labeling import get_entities
 
 from lm_lightning.data.tagging import TaggingData, encoded, spans_of
 from lm_lightning.errors import UserError
@@ -58,11 +60,10 @@ def test_decoded_labels_are_the_best_of_all_legal_ones(labels: list[str], scheme
 
 @pytest.mark.parametrize("labels", [BIO, BIOES])
 def test_spans_are_those_of_seqeval(labels: list[str]):
-    entities = pytest.importorskip("seqeval.metrics.sequence_labeling").get_entities
     draw = random.Random(0)
     for _ in range(500):
         row = draw.choices(labels, k=draw.randint(1, 8))  # legal or not
-        assert [(kind, start, end - 1) for kind, (start, end) in spans_of(row)] == entities(row)
+        assert [(kind, start, end - 1) for kind, (start, end) in spans_of(row)] == get_entities(row)
 
 
 def test_names_are_learned_scored_as_by_seqeval_and_told_by_the_pipeline(fit, cli, recipe: Path, tmp_path: Path):
@@ -77,7 +78,6 @@ def test_names_are_learned_scored_as_by_seqeval_and_told_by_the_pipeline(fit, cl
     assert [len(row["labels"]) for row in told] == [len(row["words"]) for row in gold]
     own = [[label or "O" for label in row["labels"]] for row in told]
     assert any(None in row["labels"] for row in told)
-    seqeval = pytest.importorskip("seqeval.metrics")
     f1 = seqeval.f1_score([row["labels"] for row in gold], own)
     assert 0.2 < f1 < 1
     (line,) = [line for line in out.splitlines() if "test/f1" in line]
