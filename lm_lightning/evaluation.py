@@ -158,6 +158,22 @@ def files_of(config: Any) -> dict[str, Any]:
     }
 
 
+def read_training(file: Path) -> dict[str, Any]:
+    """Which checkpoint a model is of.
+
+    Raises:
+        UserError: If the file is damaged.
+    """
+    try:
+        about = json.loads(file.read_text(encoding="utf-8"))
+        right = isinstance(about["checkpoint"], str) and type(about["step"]) is int
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        right = False
+    if not right:
+        raise UserError(f"{file} is damaged, as it names no checkpoint and step: remove it, or export the model again")
+    return about
+
+
 class Evaluation(Callback):
     """Writes what an evaluation is of into its folder: `config.yaml`, and `evaluation.json` with the metrics.
 
@@ -171,7 +187,7 @@ class Evaluation(Callback):
     def __init__(self, parser: LightningArgumentParser, config: Any, run: Optional[Path], weights: str) -> None:
         self.parser, self.config = parser, config
         about = Path(weights) / runs.TRAINING  # of a run's model/: which checkpoint it is
-        self.about = json.loads(about.read_text(encoding="utf-8")) if weights and about.is_file() else None
+        self.about = read_training(about) if weights and about.is_file() else None
         self.record: dict[str, Any] = {"run": run and str(run), "weights": weights, "model": self.about}
 
     def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
