@@ -10,7 +10,7 @@ import re
 import signal
 import sys
 
-from lm_lightning import console
+from lm_lightning import console, redaction
 from lm_lightning.errors import UserError, first_process
 from lm_lightning.explain import of_command_line, program
 from lm_lightning.hub import TRUST
@@ -47,6 +47,7 @@ def main() -> None:
     console.prepare()
     console.exit_on_interrupt()
     end_with_parent()
+    redaction.install()
     command = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if command in ("-h", "--help"):
         print(f"usage: {program()} COMMAND [OPTIONS]\n\ncommands (each has its --help):")

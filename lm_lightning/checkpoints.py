@@ -19,7 +19,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from lm_lightning.errors import UserError
-from lm_lightning.files import PARTIAL, remove, sync
+from lm_lightning.files import PARTIAL, remove, replacing
 from lm_lightning.run import OLD, load_checkpoint
 
 
@@ -40,22 +40,17 @@ class CheckpointFiles(TorchCheckpointIO):
         path.parent.mkdir(parents=True, exist_ok=True)
         for stale in path.parent.glob(f"*{PARTIAL}"):  # a killed process has left it
             remove(stale)
-        partial = path.with_name(path.name + PARTIAL)
-        try:
-            with open(partial, "xb", buffering=0) as file:
-                writer = Writer(file)
-                torch.save(checkpoint, writer)  # type: ignore[arg-type] # it needs no more of a file
-                try:
-                    if writer.error is not None:
-                        raise writer.error
-                    os.fsync(file.fileno())
-                except OSError as error:
-                    file.truncate(0)  # its own part counts as free
-                    raise unwritten(path, error, f"{writer.size:,}") from error
-            check_loads(partial, path)
-            replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with replacing(path, "wb", path.with_name(path.name + OLD), buffering=0) as file:
+            writer = Writer(file)  # type: ignore[arg-type] # without a buffer
+            torch.save(checkpoint, writer)  # type: ignore[arg-type] # it needs no more of a file
+            try:
+                if writer.error is not None:
+                    raise writer.error
+                os.fsync(file.fileno())
+            except OSError as error:
+                file.truncate(0)  # its own part counts as free
+                raise unwritten(path, error, f"{writer.size:,}") from error
+            check_loads(Path(file.name), path)
 
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Loads a checkpoint; where it lies now is where those lie that it names as the best."""
@@ -278,14 +273,3 @@ def check_loads(written: Path, path: Path) -> None:
             f"{'a ' + kind[1] if kind else 'something'}, but only tensors, numbers, strings, lists and dicts "
             "are safe to load: change its state_dict"
         ) from error
-
-
-def replace(new: Path, path: Path) -> None:
-    """Gives a finished file or folder its name for good; what had that name before goes only then."""
-    old = path.with_name(path.name + OLD)
-    if path.exists() and (path.is_dir() or new.is_dir()):  # neither of which can be moved over the other
-        remove(old)
-        path.rename(old)
-    os.replace(new, path)
-    sync(path.parent)
-    remove(old)

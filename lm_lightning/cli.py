@@ -8,7 +8,6 @@ import json
 import linecache
 import logging
 import os
-import shutil
 import sys
 import traceback
 import typing
@@ -20,7 +19,6 @@ from typing import Any, Optional
 
 import lightning
 import torch
-import yaml
 from jsonargparse import Namespace
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.plugins.environments import SLURMEnvironment
@@ -30,7 +28,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lm_lightning import evaluation, explain, guide, hub, imports, saving, settings, strategies
+from lm_lightning import evaluation, explain, files, guide, hub, imports, saving, settings, strategies, untrusted
 from lm_lightning import run as runs
 from lm_lightning.callbacks.distillation import Distillation  # noqa: F401 (imported, so that its short name works)
 from lm_lightning.callbacks.ending import Ending, check_after_validation
@@ -70,6 +68,7 @@ from lm_lightning.models.parsing import Parser  # noqa: F401
 from lm_lightning.models.questions import QuestionAnswering  # noqa: F401
 from lm_lightning.models.tagging import Tagging  # noqa: F401
 from lm_lightning.profile import Profile  # noqa: F401
+from lm_lightning.redaction import REDACTED, find_redacted, redact
 from lm_lightning.strategies import xla
 
 CHECKPOINTS = {
@@ -213,10 +212,10 @@ class CLI(LightningCLI):
 
     def parse(self, parser: LightningArgumentParser, arguments: list[str], run: Optional[Path]) -> Any:
         """Sets `config`, and returns that of the subcommand; `run` is the one whose config is among the arguments."""
-        options, files, flags = settings.layered(arguments[1:])
+        options, sources, flags = settings.layered(arguments[1:])
         if run is not None:
             own = run / "config.yaml"
-            given = [Path(file).expanduser().read_text(encoding="utf-8") for file in files if Path(file) != own]
+            given = [Path(file).expanduser().read_text(encoding="utf-8") for file in sources if Path(file) != own]
             imports.restrict(own, [*flags, *given])
         try:
             self.config = parser.parse_args([*arguments[:1], *settings.as_argument(options), *flags])
@@ -232,7 +231,7 @@ class CLI(LightningCLI):
             raise explain.of_command_line(error, arguments, names) from error
         config = self.config[self.config.subcommand]
         settings.report_replaced(options, config)
-        config.config = files  # the first one names the run
+        config.config = sources  # the first one names the run
         return config
 
     def _parse_ckpt_path(self) -> None:
@@ -262,6 +261,10 @@ class CLI(LightningCLI):
             same = config.ckpt_path == "last" or checkpoint.name == "last.ckpt"
             run = runs.run_of(checkpoint) if same else None
             run = None if run is not None and self.elsewhere(run) else run
+            if run is not None:
+                untrusted.refuse_links(run)
+                for folder in (run, run / "checkpoints"):
+                    files.remove_stale(folder)
             config.ckpt_path = str(checkpoint.absolute())
         pretrained, options = config.model.init_args.get("pretrained"), config.data.init_args
         trains_none = "tables" in options or self.subcommand != "fit"
@@ -271,6 +274,11 @@ class CLI(LightningCLI):
         xla.choose_accelerator(config.trainer)
         if config.trainer.precision is None:
             config.trainer.precision = best_precision(config.trainer.accelerator)
+        if missing := sorted(set(find_redacted(config.as_dict()))):
+            raise UserError(
+                f"the config has {REDACTED} in the place of {', '.join(missing)}, as secrets are not saved: give "
+                "these options again, as flags or in a second --config"
+            )
         self.checkpoint = config.ckpt_path
         self.reusable_config = config.clone()  # with `<run>` in it, it can be run again
         if self.subcommand == "fit":
@@ -280,6 +288,7 @@ class CLI(LightningCLI):
         else:
             parent, logs = runs.runs_of(config.runs_dir, name), None
             if run is not None and not self.elsewhere(run):
+                untrusted.refuse_links(run)
                 parent, logs = run / "evaluations", run
             self.run_folder = runs.new_run(parent, f"-{self.subcommand}")
             config.trainer.logger = fill_in(config.trainer.logger, str(logs or self.run_folder))
@@ -382,17 +391,17 @@ class RunFolder(SaveConfigCallback):
             return
         run = Path(trainer.default_root_dir)
         config = run / "config.yaml"
-        partial = run / "config.yaml.partial"  # a run is known by its config, whenever it is killed
-        self.parser.save(self.config, partial, skip_unset=False, overwrite=True)
         if config.exists():  # resumed: the old one stays under another name, too
-            shutil.copy(config, next(p for n in range(1, 10**6) if not (p := run / f"config.{n}.yaml").exists()))
-        partial.replace(config)
+            free = next(p for n in range(1, 10**6) if not os.path.lexists(p := run / f"config.{n}.yaml"))
+            files.write_text(free, config.read_text(encoding="utf-8"))
+        saving.write(self.parser, self.config, config)
         for logger in trainer.loggers:
             if not isinstance(logger, (CSVLogger, TensorBoardLogger)):  # whose files lie beside it
-                logger.log_hyperparams(yaml.safe_load(config.read_text(encoding="utf-8")))
-        (run / "environment.json").write_text(json.dumps(environment(), indent=2), encoding="utf-8")
-        (run / "data.json").write_text(json.dumps(trainer.datamodule.info, indent=2), encoding="utf-8")
-        trainer.datamodule.tokenizer.save_pretrained(run / "tokenizer")
+                logger.log_hyperparams(settings.load(config.read_text(encoding="utf-8")))
+        files.write_text(run / "environment.json", json.dumps(environment(), indent=2))
+        files.write_text(run / "data.json", json.dumps(redact(trainer.datamodule.info), indent=2))
+        with files.replacing_folder(run / "tokenizer") as folder:
+            trainer.datamodule.tokenizer.save_pretrained(folder)
 
 
 def name_of(config: Any) -> str:
@@ -469,12 +478,12 @@ def check_slurm() -> None:
 def check_location(config: Any) -> None:
     """Refuses options that would put a part of a run somewhere else than into its run folder."""
     loggers = as_list(config.trainer.logger)
-    files = [own for own in loggers if str(getattr(own, "class_path", "")).endswith("MetricsFile")]
+    own_files = [own for own in loggers if str(getattr(own, "class_path", "")).endswith("MetricsFile")]
     for name, value, default in [
         ("trainer.default_root_dir", config.trainer.default_root_dir, TRAINER_DEFAULTS["default_root_dir"]),
         ("best.dirpath", config.best.dirpath, CHECKPOINTS["dirpath"]),
         ("last.dirpath", config.last.dirpath, CHECKPOINTS["dirpath"]),
-        *(("save_dir of MetricsFile", logger.init_args.save_dir, runs.PLACEHOLDER) for logger in files),
+        *(("save_dir of MetricsFile", logger.init_args.save_dir, runs.PLACEHOLDER) for logger in own_files),
     ]:
         if str(value) != default:
             raise UserError(

@@ -10,14 +10,17 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Optional
 
-import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lm_lightning import run as runs
-from lm_lightning import settings
+from lm_lightning import saving, settings
 from lm_lightning.commands.export import default_checkpoint
+from lm_lightning.console import printable
 from lm_lightning.errors import UserError
+from lm_lightning.files import write_text
+from lm_lightning.redaction import redact
+from lm_lightning.untrusted import read_json
 
 COMMANDS = ("validate", "test", "predict")
 RECORD = "evaluation.json"
@@ -56,8 +59,8 @@ def of_config(config: Any, name: str) -> Optional[Path]:
         UserError: If there is no such checkpoint.
     """
     if record := record_of(config.config):
-        run = json.loads(record.read_text(encoding="utf-8"))["run"]
-        return run and Path(run)
+        run = read_json(record).get("run")
+        return Path(run) if isinstance(run, str) and run else None
     if config.ckpt_path is not None:
         return runs.run_of(checkpoint_of(config.ckpt_path, None, config.runs_dir, name))
     pretrained = options_of(config, "model").get("pretrained")
@@ -118,7 +121,7 @@ def configure(config: Any, run: Path) -> str:
     Raises:
         UserError: If there are none.
     """
-    saved = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    saved = settings.read(str(run / "config.yaml"))
     saved_model, saved_data = (saved[part].get("init_args") or {} for part in ("model", "data"))
     data, model = options_of(config, "data"), options_of(config, "model")
     tokenizer = data.get("tokenizer")
@@ -158,22 +161,6 @@ def files_of(config: Any) -> dict[str, Any]:
     }
 
 
-def read_training(file: Path) -> dict[str, Any]:
-    """Which checkpoint a model is of.
-
-    Raises:
-        UserError: If the file is damaged.
-    """
-    try:
-        about = json.loads(file.read_text(encoding="utf-8"))
-        right = isinstance(about["checkpoint"], str) and type(about["step"]) is int
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        right = False
-    if not right:
-        raise UserError(f"{file} is damaged, as it names no checkpoint and step: remove it, or export the model again")
-    return about
-
-
 class Evaluation(Callback):
     """Writes what an evaluation is of into its folder: `config.yaml`, and `evaluation.json` with the metrics.
 
@@ -187,7 +174,11 @@ class Evaluation(Callback):
     def __init__(self, parser: LightningArgumentParser, config: Any, run: Optional[Path], weights: str) -> None:
         self.parser, self.config = parser, config
         about = Path(weights) / runs.TRAINING  # of a run's model/: which checkpoint it is
-        self.about = read_training(about) if weights and about.is_file() else None
+        self.about = read_json(about) if weights and about.is_file() else None
+        if self.about is not None and not (
+            type(self.about.get("step")) is int and isinstance(self.about.get("checkpoint"), str)
+        ):
+            raise UserError(f"{about} is damaged, as it names no checkpoint and step: remove it")
         self.record: dict[str, Any] = {"run": run and str(run), "weights": weights, "model": self.about}
 
     def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -195,7 +186,7 @@ class Evaluation(Callback):
         if not trainer.is_global_zero or trainer.fast_dev_run:
             return
         folder, command = Path(trainer.default_root_dir), trainer.state.fn.value if trainer.state.fn else ""
-        self.parser.save(self.config, folder / "config.yaml", skip_unset=False, overwrite=True)
+        saving.write(self.parser, self.config, folder / "config.yaml")
         self.record = {
             "command": command,
             **self.record,
@@ -221,11 +212,13 @@ class Evaluation(Callback):
     def weights(self) -> str:
         """Where the weights are from, for the screen."""
         where = self.record["weights"]
-        return f"{where} ({self.about['checkpoint']} checkpoint, step {self.about['step']:,})" if self.about else where
+        return (
+            f"{where} ({printable(str(self.about.get('checkpoint')))} checkpoint, step {self.about['step']:,})"
+            if self.about
+            else where
+        )
 
     def write(self, trainer: Trainer) -> None:
         """Writes the record, which is whole whenever the process is killed."""
         file = Path(trainer.default_root_dir) / RECORD
-        partial = file.with_name(file.name + ".partial")
-        partial.write_text(json.dumps(self.record, indent=2, ensure_ascii=False), encoding="utf-8")
-        partial.replace(file)
+        write_text(file, json.dumps(redact(self.record), indent=2, ensure_ascii=False))

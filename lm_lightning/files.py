@@ -6,33 +6,73 @@ process or host uses.
 
 import contextlib
 import glob
+import io
 import os
+import re
 import secrets
 import shutil
 import socket
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any, Optional
+
+from lm_lightning.console import printable
+from lm_lightning.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PARTIAL = ".partial"  # ends the name of a file or folder that is being written
 
 
 def temporary(path: Path) -> Path:
     """A name beside `path` that no other process uses."""
-    host = "".join(c if c.isalnum() else "-" for c in socket.gethostname())
-    return path.with_name(f"{path.name}.{host}-{os.getpid()}-{secrets.token_hex(4)}{PARTIAL}")
+    return path.with_name(f"{path.name}.{host()}-{os.getpid()}-{secrets.token_hex(4)}{PARTIAL}")
+
+
+def host() -> str:
+    """The name of this machine, as it is in names of temporary files."""
+    return "".join(c if c.isalnum() else "-" for c in socket.gethostname())
+
+
+def remove_stale(folder: Path, name: str = "*") -> None:
+    """Removes what processes of this machine that have ended, such as killed ones, have left half written.
+
+    Args:
+        folder: Whose files are looked at, not those in folders within.
+        name: Pattern of the names that were to be written.
+    """
+    pattern = re.compile(rf"\.{re.escape(host())}-(\d+)-[0-9a-f]{{8}}{re.escape(PARTIAL)}$")
+    for path in folder.glob(f"{name}.*{PARTIAL}"):
+        if (found := pattern.search(path.name)) and not running(int(found[1])):
+            remove(path)
+
+
+def running(process: int) -> bool:
+    """Whether a process of this machine is running; where that cannot be known, it is."""
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # of another user
+        return True
+    return True
 
 
 @contextlib.contextmanager
-def replacing(path: Path, mode: str = "w", **settings: Any) -> Iterator[IO]:
+def replacing(path: Path, mode: str = "w", old: Optional[Path] = None, **settings: Any) -> Iterator[IO]:
     """Opens a new file that takes the place of `path` when the block ends without an error.
 
     Args:
         path: File to replace or to make; if it is a link, the link is replaced, not what it leads to.
         mode: `w` for UTF-8 text, `wb` for bytes.
+        old: See `put`.
         settings: Others of `open`.
     """
+    remove_stale(path.parent, glob.escape(path.name))
     partial = temporary(path)
     encoding = {} if "b" in mode else {"encoding": "utf-8"}
     try:
@@ -40,16 +80,75 @@ def replacing(path: Path, mode: str = "w", **settings: Any) -> Iterator[IO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
+        put(partial, path, old)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def put(new: Path, path: Path, old: Optional[Path] = None) -> None:
+    """Gives a finished file or folder its name for good; what had that name before is removed only then.
+
+    Args:
+        new: What is finished, beside `path`.
+        path: Its name.
+        old: Where a folder of that name is while its name changes hands, to be found there if the process is killed.
+            What is there is removed. Default: a temporary name.
+    """
+    before = old or temporary(path)
+    folder = path.is_dir() and not path.is_symlink()
+    if folder or (new.is_dir() and os.path.lexists(path)):  # neither of which can be moved over the other
+        remove(before)
+        path.rename(before)
+    os.replace(new, path)
     sync(path.parent)
+    remove(before)
 
 
 def write_text(path: Path, text: str) -> None:
     """Replaces a file by a text in UTF-8; what UTF-8 cannot express is escaped."""
     with replacing(path, errors="backslashreplace") as file:
         file.write(text)
+
+
+def write_picture(path: Path, figure: "Figure", **settings: Any) -> None:
+    """Replaces a file by a figure of matplotlib, a PNG.
+
+    Args:
+        path: The file.
+        figure: What to draw.
+        settings: Others of `savefig`.
+    """
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120, **settings)
+    with replacing(path, "wb") as file:
+        file.write(picture.getbuffer())
+
+
+def append(path: Path, text: str) -> None:
+    """Adds text in UTF-8 to the end of a file, which is made if it is not there.
+
+    Raises:
+        UserError: If it is a link.
+    """
+    if path.is_symlink():
+        raise UserError(f"{printable(str(path))} is a link, which would be written through: remove it")
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+    with open(os.open(path, flags, 0o666), "a", encoding="utf-8", errors="backslashreplace") as file:
+        file.write(text)
+
+
+@contextlib.contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """Gives a folder to write into, which takes the place of `folder` when the block ends without an error."""
+    remove_stale(folder.parent, glob.escape(folder.name))
+    partial = temporary(folder)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        sync_tree(partial)
+        put(partial, folder)
+    finally:
+        remove(partial)
 
 
 @contextlib.contextmanager
@@ -69,11 +168,7 @@ def new_folder(folder: Path, locked: bool) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
-        for path in partial.rglob("*"):
-            if path.is_file():
-                with open(path, "rb") as file:
-                    os.fsync(file.fileno())
-        sync(partial)
+        sync_tree(partial)
         try:
             partial.rename(folder)
         except OSError:
@@ -90,6 +185,15 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def sync_tree(folder: Path) -> None:
+    """Makes sure that a folder with all of its files is on the disk."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+    sync(folder)
 
 
 def sync(folder: Path) -> None:

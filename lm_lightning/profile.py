@@ -10,6 +10,7 @@ import torch.distributed as dist
 from lightning.pytorch.profilers import Profiler
 
 from lm_lightning.errors import UserError
+from lm_lightning.files import write_text
 
 PARTS = {  # part of the step -> ends of the names of Lightning's actions
     "data": ("train_dataloader_next",),
@@ -145,5 +146,5 @@ class Profile(Profiler):
         if not dist.is_initialized() or dist.get_rank() == 0:
             print(self.summary())
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "parts.txt").write_text(self.summary() + "\n", encoding="utf-8")
+            write_text(self.folder / "parts.txt", self.summary() + "\n")
             print(f"profile: {self.folder}")

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from lightning.pytorch import Trainer
 from torch import Tensor
 
+from lm_lightning import files
 from lm_lightning.callbacks.predictions import escapes_formulas, rows_writer
 
 DRAWN = 60  # labels; a picture of more could not be read
@@ -54,7 +55,7 @@ def write(results: Sequence[Any], title: str, trainer: Trainer) -> None:
         trainer: Of the evaluation; its folder is there.
     """
     folder = Path(trainer.default_root_dir)
-    with open(folder / "results.csv", "w", newline="", encoding="utf-8") as file:
+    with files.replacing(folder / "results.csv", newline="") as file:
         write_row = rows_writer(file, escapes_formulas(trainer))
         for row in (results[0]._fields, *results):
             write_row(row)
@@ -63,7 +64,7 @@ def write(results: Sequence[Any], title: str, trainer: Trainer) -> None:
     for name, *shares, rows in results:
         label = " ".join(name.replace("|", "\\|").split())
         lines.append(f"| {' | '.join([label, *(f'{share:.3f}' for share in shares), f'{rows:,}'])} |")
-    (folder / "results.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    files.write_text(folder / "results.md", "\n".join(lines) + "\n")
 
 
 def write_confusion(confusion: Tensor, labels: list[str], title: str, trainer: Trainer) -> None:
@@ -76,7 +77,7 @@ def write_confusion(confusion: Tensor, labels: list[str], title: str, trainer: T
         trainer: Of the evaluation; its folder is there.
     """
     folder = Path(trainer.default_root_dir)
-    with open(folder / "confusion.csv", "w", newline="", encoding="utf-8") as file:
+    with files.replacing(folder / "confusion.csv", newline="") as file:
         write_row = rows_writer(file, escapes_formulas(trainer))
         write_row(["right \\ told", *labels])
         for label, row in zip(labels, confusion.tolist()):
@@ -102,4 +103,4 @@ def write_confusion(confusion: Tensor, labels: list[str], title: str, trainer: T
         for j, count in enumerate(row):
             colour = "white" if shares[i, j] > 0.5 else "black"
             axes.text(j, i, f"{count:,}", ha="center", va="center", color=colour)
-    figure.savefig(folder / "confusion.png", dpi=120)
+    files.write_picture(folder / "confusion.png", figure)

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
@@ -9,6 +10,8 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from lm_lightning import settings
 from lm_lightning.errors import UserError
+from lm_lightning.files import write_text
+from lm_lightning.redaction import redact
 
 UNSAVEABLE = "Unable to serialize instance"  # what jsonargparse writes in the place of such a value
 
@@ -41,6 +44,17 @@ def checked(parser: LightningArgumentParser, config: Any) -> Any:
     if changed := different(config, again):
         raise refusal(changed, "would be another value when it is read again")
     return saved
+
+
+def write(parser: LightningArgumentParser, config: Any, file: Path) -> None:
+    """Writes a config as YAML, without its secrets."""
+    text = dumped(parser, config)
+    content = settings.load(text)
+    redacted = redact(content)
+    if redacted != content:
+        head = "".join(line for line in text.splitlines(keepends=True) if line.startswith("#"))
+        text = head + settings.dump(redacted)
+    write_text(file, text)
 
 
 def refusal(names: list[tuple], reason: str) -> UserError:

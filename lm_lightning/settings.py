@@ -5,7 +5,7 @@ import difflib
 import re
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Optional
 
 import yaml
 from jsonargparse import ArgumentParser, _typehints, set_dumper, set_loader
@@ -13,10 +13,13 @@ from jsonargparse import ArgumentParser, _typehints, set_dumper, set_loader
 from lm_lightning.console import printable
 from lm_lightning.errors import UserError, first_process
 from lm_lightning.explain import flags_of
+from lm_lightning.redaction import remember
 
 SECTIONS = ("model", "data", "trainer", "best", "last")
 KINDS = ("class_path", "model_type")  # what else a mapping has belongs to the value of these
 SPEC = {"class_path", "init_args", "dict_kwargs"}
+LARGEST = 10_000_000  # characters of a file, its aliases written out, where each value counts 10 more
+DEEPEST = 100  # levels
 
 
 class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
@@ -53,15 +56,18 @@ def load(text: str) -> Any:
     """The value that a YAML text says.
 
     Raises:
-        yaml.YAMLError: If it is no YAML, or has a key twice.
+        yaml.YAMLError: If it is no YAML, has a key twice, is nested too deeply, or expands to much more than it is.
     """
     loader = Loader(text)
     try:
         node = loader.get_single_node()
         if node is None:
             return None
+        refuse_expanding(node)
         refuse_duplicates(node)
         return loader.construct_document(node)
+    except ValueError as error:  # such as a number of thousands of digits
+        raise yaml.YAMLError(str(error)) from error
     finally:
         loader.dispose()
 
@@ -98,6 +104,39 @@ class Parser(ArgumentParser):
         except argparse.ArgumentError as error:
             error.names = flags_of(self)  # type: ignore[attr-defined]
             raise
+
+
+def refuse_expanding(root: yaml.Node) -> None:
+    """Refuses aliases that refer to what they are in, or that together say much more than the text, and deep nesting.
+
+    A few lines can otherwise be a list of billions, or one without an end.
+    """
+    # Of each node its size, written out, and its depth; None while its parts are counted.
+    known: dict[int, Optional[tuple[int, int]]] = {}
+    waiting = [(root, False)]
+    while waiting:
+        node, counted = waiting.pop()
+        parts = [] if isinstance(node, yaml.ScalarNode) else node.value
+        parts = [part for pair in parts for part in pair] if isinstance(node, yaml.MappingNode) else parts
+        if counted:
+            of_parts = [known[id(part)] or (1, 1) for part in parts]
+            length = len(node.value) if isinstance(node, yaml.ScalarNode) else 0
+            size = 10 + length + sum(size for size, _ in of_parts)
+            depth = 1 + max([0, *(depth for _, depth in of_parts)])
+            if depth > DEEPEST:
+                problem = f"it is nested more than {DEEPEST} levels deep"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+            if size > LARGEST:
+                problem = f"with its aliases (*) written out, it has more than {LARGEST:,} characters"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+            known[id(node)] = size, depth
+        elif id(node) not in known:
+            known[id(node)] = None
+            waiting.append((node, True))
+            waiting += [(part, False) for part in parts]
+        elif known[id(node)] is None:
+            problem = "an alias (*) refers to the value that it is in"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
 
 
 def refuse_duplicates(node: yaml.Node) -> None:
@@ -156,7 +195,10 @@ def read(file: str) -> dict[str, Any]:
             + (f": did you mean {path.parent / close[0]}?" if close else f"; there are {names(near)}" if near else "")
         )
     try:
+        if path.stat().st_size > LARGEST:
+            raise UserError(f"the config {file} has more than {LARGEST:,} bytes: is it a config?")
         content = load(path.read_text(encoding="utf-8-sig"))
+        remember(content)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"the config {file} cannot be read: it is no text in UTF-8 ({error})") from error
     except yaml.YAMLError as error:

@@ -20,10 +20,11 @@ from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
 
-from lm_lightning.checkpoints import check_loads, replace, unwritten
+from lm_lightning.checkpoints import check_loads, unwritten
 from lm_lightning.console import printable
 from lm_lightning.errors import UserError
-from lm_lightning.files import PARTIAL, checksum, remove, sync
+from lm_lightning.files import PARTIAL, checksum, put, remove, sync
+from lm_lightning.run import OLD
 from lm_lightning.untrusted import plain_name, refuse_expanding_zip
 
 META = "meta.pt"  # Lightning's name, by which it knows such a folder
@@ -66,7 +67,7 @@ def save(checkpoint: dict[str, Any], path: Path) -> None:
                 os.fsync(file.fileno())
             check_loads(partial / META, path)
             sync(partial)
-            replace(partial, path)
+            put(partial, path, path.with_name(path.name + OLD))
     except (dcp.CheckpointException, OSError) as error:
         # (Of the first kind all processes know, whichever of them has met it.)
         failures = error.failures.values() if isinstance(error, dcp.CheckpointException) else [(error, None)]

@@ -4,6 +4,7 @@ A checkpoint, model folder, index or run folder is data: opening one must neithe
 folder. SECURITY.md has the whole trust model.
 """
 
+import json
 import os
 import re
 import zipfile
@@ -83,6 +84,22 @@ def refuse_links(run: Path) -> None:
                     f"{printable(str(path))} is a link to {printable(os.readlink(path))}, outside of the run folder, "
                     "and would be written through: remove the link, or copy what it leads to"
                 )
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        UserError: If it is none, or cannot be read.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{printable(str(file))} cannot be read: it is damaged, remove it ({reason})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{printable(str(file))} cannot be read: it is damaged, remove it (no JSON object)")
+    return content
 
 
 def network_class(name: Any) -> "type[PreTrainedModel]":

@@ -181,10 +181,18 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "config.yaml").write_text(
         "model: {class_path: CausalLM, init_args: {network: {n_layer: 1}}}\na: [1, b]\n"
     )
-    (folder / "metrics.csv").write_text("step,train/loss,val/loss\n" + "".join(f"{i},{9 / i},\n" for i in range(1, 9)))
+    columns = ["train/loss", "val/loss", "train/seconds", "train/tokens", "train/tokens_per_second", "train/memory"]
+    rows = [f"step,{','.join(columns)}", *(f"{i},{9 / i},,{i}.5,{i * 100},{i * 9},0.5" for i in range(1, 9))]
+    (folder / "metrics.csv").write_text("".join(row + "\n" for row in rows))
     samples = [{"step": i, "prompt": "a", "text": "b\n"} for i in range(3)]
     (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples))
     (folder / "spikes.jsonl").write_text(json.dumps({"step": 1, "loss": 2.5, "samples": [1, 2]}) + "\n")
+    (folder / "config.1.yaml").write_text("a: &x [1, b]\nb: {c: *x, <<: {d: 1e-3}}\n")
+    (folder / "results.csv").write_text("label,precision,f1,rows\na,0.5,0.25,3\nb,1.0,0.5,4\n")
+    (folder / "results.md").write_text("validation, step 8\n\n| label |\n")
+    (folder / "confusion.csv").write_text("right,a,b\na,2,1\nb,0,4\n")
+    mistake = {"evaluation": "validation", "row": 3, "loss": 1.5, "text": "t", "right": "a", "predicted": "b"}
+    (folder / "mistakes.jsonl").write_text((json.dumps(mistake) + "\n") * 2)
     (folder / "data.json").write_text(json.dumps({"splits": {"train": {"tokens": 5}}, "files": ["a", "b"]}))
     (folder / "environment.json").write_text(json.dumps({"command": ["fit"], "git": {"commit": "a"}, "cores": 2}))
     return folder

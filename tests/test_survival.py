@@ -15,11 +15,11 @@ import pytest
 import torch
 from conftest import command
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from test_fit import metrics, same, weights
 
 from lm_lightning import run as runs
+from lm_lightning import saving
 from lm_lightning.checkpoints import BackgroundCheckpoints, CheckpointFiles
 from lm_lightning.errors import UserError
 from lm_lightning.models.gpt import CausalLM
@@ -328,7 +328,7 @@ def test_a_run_that_is_killed_as_it_goes_on_stays_the_one_that_it_was(fit, monke
         raise RuntimeError("power failure")
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power failure"):
-        patch.setattr(LightningArgumentParser, "save", killed)
+        patch.setattr(saving, "write", killed)
         fit("--ckpt_path", "last", *CONSTANT)
     assert fit("--ckpt_path", "last", *CONSTANT) == run
     assert (

@@ -1,7 +1,6 @@
 """Export: leaves a folder that plain `transformers` loads, and a checkpoint of the very end."""
 
 import json
-import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, Literal, Optional
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 
+from lm_lightning import files
 from lm_lightning.checkpoints import Checkpoints
 from lm_lightning.errors import UserError
 from lm_lightning.models.network import check_export
@@ -119,7 +119,7 @@ def export(
     def write(partial: Path) -> None:
         pl_module.export(partial, saved)
         if pl_module.trainer.is_global_zero:
-            (partial / TRAINING).write_text(json.dumps(about, indent=2), encoding="utf-8")
+            files.write_text(partial / TRAINING, json.dumps(about, indent=2))
             for callback in pl_module.trainer.callbacks:
                 if hasattr(callback, "on_export"):
                     callback.on_export(partial)
@@ -134,12 +134,13 @@ def export(
 def unwritable(folder: Path) -> str:
     """Why a folder can not be written or replaced, empty if it can."""
     try:
-        shutil.rmtree(partial := folder.with_suffix(".partial"), ignore_errors=True)
-        partial.mkdir(parents=True)
-        partial.rmdir()
+        new = files.temporary(folder)
+        new.mkdir(parents=True)
+        new.rmdir()
         if folder.exists():
-            (folder / "config.json.partial").touch()
-            (folder / "config.json.partial").unlink()
+            new = files.temporary(folder / "config.json")
+            new.touch(exist_ok=False)
+            new.unlink()
     except OSError as error:
         return str(error.strerror)
     return ""
@@ -147,10 +148,15 @@ def unwritable(folder: Path) -> str:
 
 def replace(pl_module: LightningModule, folder: Path, write: Callable[[Path], None]) -> None:
     """Gives a folder its name when it is written."""
-    partial = folder.with_suffix(".partial")
-    if pl_module.trainer.is_global_zero:
-        shutil.rmtree(partial, ignore_errors=True)
-    write(partial)
-    if pl_module.trainer.is_global_zero:
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+    first = pl_module.trainer.is_global_zero
+    if first:
+        files.remove_stale(folder.parent, folder.name)
+    partial = Path(pl_module.trainer.strategy.broadcast(str(files.temporary(folder))))
+    try:
+        write(partial)
+        if first:
+            files.sync_tree(partial)
+            files.put(partial, folder)
+    finally:
+        if first:
+            files.remove(partial)

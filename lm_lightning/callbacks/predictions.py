@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 
 from lm_lightning.data.cells import without_formula
+from lm_lightning.files import remove, replacing
 
 TABLE_ROWS = 10_000  # which W&B shows of a table
 
@@ -36,7 +37,9 @@ class Predictions(Callback):
         return Path(trainer.default_root_dir) / f"predictions.{rank}.jsonl"
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.file = open(self.part(trainer, trainer.global_rank), "w", encoding="utf-8")  # noqa: SIM115 (see the end)
+        part = self.part(trainer, trainer.global_rank)
+        remove(part)
+        self.file = open(part, "x", encoding="utf-8")  # noqa: SIM115 (see the end)
 
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: list[dict], *_: Any, **__: Any
@@ -57,7 +60,8 @@ class Predictions(Callback):
         }
         rows = pl_module.join_predictions([json.loads(lines[sample]) for sample in sorted(lines)])
         file = Path(trainer.default_root_dir) / "predictions.jsonl"
-        file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        with replacing(file) as stream:
+            stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         for part in parts:
             part.unlink()
         print(f"predictions: {file}")
@@ -106,7 +110,7 @@ def write_table(table: list[dict[str, Any]], file: Path, escape: bool = False) -
         escape: Whether cells are escaped that would be formulas.
     """
     names = list(dict.fromkeys(column for row in table for column in row))
-    with open(file, "w", newline="", encoding="utf-8") as stream:
+    with replacing(file, newline="") as stream:
         writer = rows_writer(stream, escape)
         writer(names)
         for row in table:

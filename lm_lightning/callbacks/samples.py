@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
 from lm_lightning.console import printable
+from lm_lightning.files import append
 from lm_lightning.generation import Sampling, check, generate, inherited, prompt_ids
 
 
@@ -48,11 +49,11 @@ class Samples(Callback):
         )  # by all processes, since the network may be sharded over them
         if not trainer.is_global_zero:
             return
-        with open(Path(trainer.default_root_dir) / "samples.jsonl", "a", encoding="utf-8") as file:
-            for prompt, text in zip(self.prompts, texts):
-                row = {"step": trainer.global_step, "prompt": prompt, "text": text}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                pl_module.print(f"sample: {printable(prompt)}|{printable(text)}")
+        file = Path(trainer.default_root_dir) / "samples.jsonl"
+        for prompt, text in zip(self.prompts, texts):
+            row = {"step": trainer.global_step, "prompt": prompt, "text": text}
+            append(file, json.dumps(row, ensure_ascii=False) + "\n")
+            pl_module.print(f"sample: {printable(prompt)}|{printable(text)}")
         text = "\n\n".join(f"**{prompt}**{text}" for prompt, text in zip(self.prompts, texts))
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):

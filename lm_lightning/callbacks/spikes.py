@@ -8,6 +8,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lm_lightning.errors import UserError
+from lm_lightning.files import append, write_text
 from lm_lightning.models.finite import Step, listed
 
 
@@ -33,7 +35,11 @@ class Spikes(Callback):
         if trainer.is_global_zero and file.exists():  # of steps that the resumed run does again
             rows = file.read_text(encoding="utf-8").splitlines(keepends=True)
             whole = [row for row in rows if row.endswith("\n")]  # a killed run may cut the last
-            file.write_text("".join(row for row in whole if json.loads(row)["step"] <= trainer.global_step), "utf-8")
+            try:
+                kept = [row for row in whole if json.loads(row)["step"] <= trainer.global_step]
+            except (ValueError, TypeError, KeyError, RecursionError) as error:
+                raise UserError(f"{file} cannot be continued, as it is damaged: move it away") from error
+            write_text(file, "".join(kept))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         steps, pl_module.finite.known = pl_module.finite.known, []
@@ -48,8 +54,7 @@ class Spikes(Callback):
         samples = pl_module.all_samples(step.samples)
         row = {"step": step.number, "loss": step.loss, "mean_before": before, "samples": samples}
         if trainer.is_global_zero:
-            with open(self.file(trainer), "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            append(self.file(trainer), json.dumps(row) + "\n")
         pl_module.print(
             f"spike: the loss is {step.loss:.4g} at step {step.number}, and was {before:.4g} before, on the training "
             f"samples {listed(samples)}"

@@ -3,11 +3,15 @@
 import csv
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Optional
 
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
+
+from lm_lightning.errors import UserError
+from lm_lightning.files import replacing
 
 
 class MetricsFile(CSVLogger):
@@ -40,8 +44,14 @@ class Rows(ExperimentWriter):
         if os.path.exists(self.metrics_file_path):
             with open(self.metrics_file_path, newline="", encoding="utf-8") as file:
                 rows = csv.DictReader(file)
-                self.earlier = [row for row in rows if (row.get("step") or "").isdigit()]  # a kill may cut the last
+                try:  # a kill may cut the last
+                    self.earlier = [row for row in rows if (row.get("step") or "").isdecimal()]
+                except (csv.Error, ValueError) as error:
+                    raise UserError(f"{self.metrics_file_path} cannot be continued ({error}): move it away") from error
                 self.metrics_keys = list(rows.fieldnames or []) if self.earlier else []
+
+        if not self.earlier and os.path.islink(self.metrics_file_path):  # which would be written through
+            os.remove(self.metrics_file_path)
 
     def _check_log_dir_exists(self) -> None:
         """Lightning removes the file here, though the resume may yet be refused, or the run be killed."""
@@ -67,12 +77,10 @@ class Rows(ExperimentWriter):
 
     def rewrite(self, rows: list[dict[str, Any]]) -> None:
         """Replaces the file by one of these rows."""
-        partial = f"{self.metrics_file_path}.partial"
-        with open(partial, "w", newline="", encoding="utf-8") as file:
+        with replacing(Path(self.metrics_file_path), newline="") as file:
             writer = csv.DictWriter(file, self.metrics_keys)
             writer.writeheader()
             writer.writerows(rows)
-        os.replace(partial, self.metrics_file_path)
 
 
 def is_validation(row: Mapping[str, Any]) -> bool:

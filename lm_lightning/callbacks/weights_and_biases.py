@@ -3,7 +3,6 @@
 `Samples` and `Predictions` log their tables here, `RunFolder` its config. W&B itself watches the machine.
 """
 
-import json
 import os
 import secrets
 import shutil
@@ -19,8 +18,10 @@ from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
 from lm_lightning.errors import UserError
+from lm_lightning.files import write_text
 from lm_lightning.redaction import redacted_command_line
 from lm_lightning.run import PLACEHOLDER, TRAINING, load_checkpoint
+from lm_lightning.untrusted import read_json
 
 
 class WandbRun(WandbLogger):
@@ -114,7 +115,7 @@ class WandbRun(WandbLogger):
         file = self.folder / "id"
         if "WANDB_RUN_ID" in os.environ or not file.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
-            file.write_text(os.environ.get("WANDB_RUN_ID") or secrets.token_hex(5), encoding="utf-8")
+            write_text(file, os.environ.get("WANDB_RUN_ID") or secrets.token_hex(5))
         return file.read_text(encoding="utf-8")
 
     def mode(self) -> str:
@@ -170,7 +171,7 @@ class WandbRun(WandbLogger):
         for path, time in self.products().items() if status == "success" and self.log_artifacts else ():
             model = path.name == "model"
             if model and (path / TRAINING).exists():
-                step = json.loads((path / TRAINING).read_text(encoding="utf-8"))["step"]
+                step = read_json(path / TRAINING)["step"]
             elif not model:
                 step = load_checkpoint(path, weights=False, checked=True)["global_step"]
             if self.before.get(path) != time:

@@ -23,7 +23,9 @@ from lm_lightning import hub, imports
 from lm_lightning import run as runs
 from lm_lightning.console import printable
 from lm_lightning.errors import UserError
+from lm_lightning.files import write_picture, write_text
 from lm_lightning.run import model_folder
+from lm_lightning.untrusted import refuse_links
 
 
 def compress(
@@ -80,6 +82,7 @@ def compress(
     if settings and not config:
         imports.restrict(settings)
     folder = Path(output) if output else default_folder(Path(model), source)
+    refuse_links(Path(model) if folder.parent == Path(model) else folder)
     targets = {one: folder / one.replace(":", "of").replace("=", "-") for one in chosen}
     made_of = {
         "model": files(source),
@@ -183,7 +186,7 @@ class Table:
     def __init__(self, folder: Path, made_of: dict[str, Any]) -> None:
         self.path, self.made_of = folder / "compression.json", json.loads(json.dumps(made_of))
         self.rows: dict[str, Row] = {}
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             saved = json.loads(self.path.read_text(encoding="utf-8"))
             if saved["made_of"] == self.made_of and not saved["complete"]:
                 self.rows = {row["recipe"]: Row(**(row | {"error": ""})) for row in saved["rows"]}
@@ -213,20 +216,13 @@ class Table:
     def save(self, complete: bool) -> None:
         """Writes the file."""
         content = {"made_of": self.made_of, "complete": complete, "rows": [asdict(row) for row in self.rows.values()]}
-        replace(self.path, json.dumps(content, indent=2))
+        write_text(self.path, json.dumps(content, indent=2))
 
 
 def files(folder: Path) -> list:
     """Names, sizes and times of a folder's files, which change with them; empty if it is not there."""
     found = sorted(path for path in folder.glob("*") if path.is_file())
     return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in found]
-
-
-def replace(path: Path, text: str) -> None:
-    """Writes a file, which is never there in part."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def names(given: Sequence[str]) -> list[str]:
@@ -303,7 +299,7 @@ def write(rows: list[Row], folder: Path) -> None:
         values = measured.get(row.recipe, [row.recipe] + [""] * (len(Measures._fields) - 1))
         error = without_formula(row.error)  # which may repeat what a file says
         table.writerow([*values, *(row.metrics.get(name, "") for name in names), row.recipe in best, error])
-    replace(folder / "compression.csv", text.getvalue())
+    write_text(folder / "compression.csv", text.getvalue())
     head = [
         "recipe",
         "parameters",
@@ -341,7 +337,7 @@ def write(rows: list[Row], folder: Path) -> None:
         "",
         "In brackets: as a part of the first row's, in turn with it. Bold: no other is smaller, faster and better.",
     ]
-    replace(folder / "compression.md", "\n".join(lines) + "\n")
+    write_text(folder / "compression.md", "\n".join(lines) + "\n")
 
 
 MARKERS = "oDs^vP"  # of the picture's points, when ten colors are used up
@@ -382,7 +378,7 @@ def draw(table: list[Row], folder: Path) -> None:
         fontsize=8,
         title="black edge: Pareto-optimal",
     )
-    figure.savefig(folder / "compression.png", dpi=120)
+    write_picture(folder / "compression.png", figure)
 
 
 def main() -> None:

@@ -1,12 +1,11 @@
 """`export`: a checkpoint in, a folder that plain `transformers` loads out, checked."""
 
 import json
-import shutil
 import sys
 from pathlib import Path
 from typing import Any, Optional
 
-from lm_lightning import hub, untrusted
+from lm_lightning import files, hub, untrusted
 from lm_lightning import run as runs
 from lm_lightning.errors import UserError
 from lm_lightning.run import load_checkpoint, run_folder
@@ -30,6 +29,8 @@ def export(
             `transformers`.
     """
     run = str(run_folder(run))
+    if output is None:
+        untrusted.refuse_links(Path(run))
     checkpoints = Path(run) / "checkpoints"
     file = default_checkpoint(checkpoints) if checkpoint is None else Path(checkpoint)
     if checkpoint is not None and not (file.is_file() or (file / "meta.pt").is_file()):
@@ -38,25 +39,24 @@ def export(
     about = {"checkpoint": file.stem, "step": saved["global_step"]} | score(saved, file)
     if output is not None and Path(output).exists():
         raise UserError(f"the output folder {output} exists already: remove it or name another one")
-    folder = Path(output or Path(run) / "model")
-    partial, adapter = folder.with_name(folder.name + ".partial"), Path(run) / "adapter.partial"
-    for unfinished in (partial, adapter):
-        shutil.rmtree(unfinished, ignore_errors=True)
+    folder, adapter = Path(output or Path(run) / "model"), files.temporary(Path(run) / "adapter")
     try:
-        partial.mkdir(parents=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        place = files.temporary(folder)
+        place.mkdir()
+        place.rmdir()
     except OSError as error:
         raise UserError(f"the folder {folder} cannot be made ({error.strerror}): name another --output") from error
+    files.remove_stale(Path(run), "adapter")
     try:
-        write(saved, Path(run) / "tokenizer", partial, max_shard_size, None if output else adapter)
-        (partial / runs.TRAINING).write_text(json.dumps(about, indent=2), encoding="utf-8")
-    except BaseException:
-        for unfinished in (partial, adapter):
-            shutil.rmtree(unfinished, ignore_errors=True)
-        raise
-    for written, place in ((partial, folder), (adapter, Path(run) / "adapter")):
-        if written.exists():
-            shutil.rmtree(place, ignore_errors=True)
-            written.rename(place)
+        with files.replacing_folder(folder) as partial:
+            write(saved, Path(run) / "tokenizer", partial, max_shard_size, None if output else adapter)
+            files.write_text(partial / runs.TRAINING, json.dumps(about, indent=2))
+        if adapter.exists():
+            files.sync_tree(adapter)
+            files.put(adapter, Path(run) / "adapter")
+    finally:
+        files.remove(adapter)
     print(f"checkpoint: {file}, {runs.described(about)}")
     print(folder)
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Optional
 
+from lm_lightning import settings
 from lm_lightning.errors import UserError
 from lm_lightning.processes import kill_with_parent
 
@@ -28,12 +29,10 @@ def read_settings(fit_flags: list[str], folder: Path, timeout: float = 600) -> d
     Raises:
         UserError: If `fit` refuses them.
     """
-    import yaml
-
     out, reason = fit([*fit_flags, "--print_config"], folder, timeout)
     if reason:
         raise UserError(reason)
-    return yaml.safe_load(out)
+    return settings.load(out)
 
 
 def shorten(settings: dict, steps: int, callbacks: list[dict]) -> None:

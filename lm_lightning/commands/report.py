@@ -4,6 +4,7 @@ The tables are written here; `report.html`, the template, draws the curves from 
 """
 
 import html
+import itertools
 import json
 import math
 import re
@@ -15,13 +16,21 @@ from pathlib import Path
 from typing import Any, Literal, Optional
 
 from lm_lightning.commands.history import Points, Run, read
+from lm_lightning.console import printable
 from lm_lightning.errors import UserError
+from lm_lightning.files import write_text
 from lm_lightning.run import run_folder
+from lm_lightning.untrusted import refuse_links
 
 POINTS = 1000  # of a curve, at most
 MEANS = 100  # of a curve that needs them to be read, which are those in NOISY
 NOISY = ("train/loss", "train/gradient_norm", "train/tokens_per_second", "train/mfu")
 SAMPLES = 10  # of a prompt, at most
+PROMPTS = 50
+SPIKES = 500
+NUMBERS = 100  # of samples of a spike
+MISTAKES = 100
+LABELS = 1000  # in the table of results
 CONFUSED = 60  # labels of a confusion matrix that is shown, at most
 # In the page's order; metrics of the validation that are not named here come after the loss, others at the end.
 CHARTS = {
@@ -96,7 +105,7 @@ def means(points: Points) -> Points:
     result = []
     for stretch in range(MEANS):
         part = points[stretch * len(points) // MEANS : (stretch + 1) * len(points) // MEANS]
-        result.append((part[len(part) // 2][0], statistics.fmean(value for _, value in part)))
+        result.append((part[len(part) // 2][0], sum(value for _, value in part) / len(part)))  # (which may overflow)
     return result
 
 
@@ -108,7 +117,9 @@ def interpolated(column: Optional[Points], steps: Sequence[int]) -> Optional[lis
     import numpy as np
 
     known = [(0, 0.0), *column]
-    return np.interp(steps, [step for step, _ in known], [value for _, value in known]).tolist()
+    with np.errstate(all="ignore"):
+        found = np.interp(steps, [step for step, _ in known], [value for _, value in known])
+    return found.tolist() if np.isfinite(found).all() else None
 
 
 # Page
@@ -129,7 +140,7 @@ def page(runs: Sequence[Run]) -> str:
     parts.append(section("Environment", table([run.name for run in runs], [run.environment for run in runs], "marked")))
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
     # "<" would end the script element in "</script>"
-    data = json.dumps({"runs": [run.name for run in runs], "charts": drawn}, ensure_ascii=True).replace("<", "\\u003c")
+    data = json.dumps({"runs": [run.name for run in runs], "charts": drawn}, allow_nan=False).replace("<", "\\u003c")
     content = {
         "TITLE": escape(title),
         "MADE": escape(f"made {datetime.now():%Y-%m-%d %H:%M}"),
@@ -254,6 +265,8 @@ def at(run: Run, metric: str, text: str) -> str:
 
 def duration(seconds: float) -> str:
     """A time as people say it."""
+    if not math.isfinite(seconds):
+        return "unknown"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
@@ -267,9 +280,10 @@ def results(run: Run) -> str:
     head = "".join(f"<th scope=col>{escape(name.replace('f1', 'F1').replace('_', ' '))}</th>" for name in names)
     body = "".join(
         f"<tr><th scope=row>{escape(label)}</th>{''.join(f'<td>{escape(short(cell))}</td>' for cell in cells)}</tr>"
-        for label, *cells in rows
+        for label, *cells in rows[:LABELS]
     )
-    return f"""<p class="faint">{escape(run.evaluated)}</p>
+    left = f"<p>{len(rows) - LABELS:,} more in results.csv.</p>" if len(rows) > LABELS else ""
+    return f"""<p class="faint">{escape(run.evaluated)}</p>{left}
 <div class="scroll"><table class="numbers"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"""
 
 
@@ -286,11 +300,11 @@ def confusion(run: Run) -> str:
     if len(run.confusion) < 2:
         return ""
     names, rows = run.confusion[0][1:], run.confusion[1:]
-    if len(names) > CONFUSED:
-        return f"<p>{len(names)} labels are too many to show: see confusion.csv.</p>"
+    if max(len(names), len(rows)) > CONFUSED:
+        return f"<p>{max(len(names), len(rows))} labels are too many to show: see confusion.csv.</p>"
     body = ""
     for label, *cells in rows:
-        counts = [int(cell) if cell.isdigit() else 0 for cell in cells]
+        counts = [int(cell) if cell.isdecimal() and len(cell) < 16 else 0 for cell in cells]
         total = max(1, sum(counts))
         body += f"<tr><th scope=row>{escape(label)}</th>"
         for name, count in zip(names, counts):
@@ -312,11 +326,12 @@ def mistakes(run: Run) -> str:
     if not run.mistakes:
         return ""
     rows = ""
-    for row in run.mistakes:
+    for row in run.mistakes[:MISTAKES]:
         cells = "".join(f'<td dir="auto">{escape(row[name])}</td>' for name in ("right", "predicted", "text"))
         rows += f"<tr>{cells}<td>{row['loss']:.3g}</td><td>{row['row']:,}</td></tr>"
     head = "".join(f"<th scope=col>{name}</th>" for name in ("right", "predicted", "text", "loss", "row"))
-    title = f"{run.mistakes[0]['evaluation']}: the {len(run.mistakes)} with the highest loss; rows are counted from 0"
+    shown = len(run.mistakes[:MISTAKES])
+    title = f"{run.mistakes[0]['evaluation']}: the {shown} with the highest loss; rows are counted from 0"
     table = f'<table class="mistakes"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
     return f'<p class="faint">{escape(title)}</p><div class="scroll tall">{table}</div>'
 
@@ -324,11 +339,13 @@ def mistakes(run: Run) -> str:
 def spikes(run: Run) -> str:
     """Steps whose loss was far above those before, and their training samples."""
     rows = ""
-    for row in run.spikes:
-        numbers = escape(", ".join(map(str, row["samples"])))
+    for row in run.spikes[-SPIKES:]:
+        more = f" and {len(row['samples']) - NUMBERS:,} more" if len(row["samples"]) > NUMBERS else ""
+        numbers = escape(", ".join(map(str, row["samples"][:NUMBERS])) + more)
         rows += f"<tr><td>{row['step']:,}</td><td>{row['loss']:.4g}</td><td>{numbers}</td></tr>"
     head = "<thead><tr><th>step</th><th>loss</th><th>training samples</th></tr></thead>"
-    return rows and f'<div class="scroll"><table>{head}<tbody>{rows}</tbody></table></div>'
+    left = f"<p>{len(run.spikes) - SPIKES:,} earlier ones in spikes.jsonl.</p>" if len(run.spikes) > SPIKES else ""
+    return rows and f'{left}<div class="scroll"><table>{head}<tbody>{rows}</tbody></table></div>'
 
 
 def samples(run: Run) -> str:
@@ -337,7 +354,7 @@ def samples(run: Run) -> str:
     for row in run.samples:  # a step that was done again has another line
         prompts.setdefault(row["prompt"], {})[row["step"]] = row["text"]
     blocks = []
-    for prompt, texts in prompts.items():
+    for prompt, texts in itertools.islice(prompts.items(), PROMPTS):
         steps = sorted(texts)
         last = max(1, min(SAMPLES, len(steps)) - 1)
         shown = dict.fromkeys(steps[i * (len(steps) - 1) // last] for i in range(last + 1))
@@ -348,6 +365,8 @@ def samples(run: Run) -> str:
         left = f"<p>{len(steps) - len(shown)} more in samples.jsonl.</p>" if len(shown) < len(steps) else ""
         heading = f"after “{escape(prompt)}”" if prompt else "a new document"
         blocks.append(f"<h3>{heading}</h3><dl>{rows}</dl>{left}")
+    if len(prompts) > PROMPTS:
+        blocks.append(f"<p>{len(prompts) - PROMPTS:,} more prompts in samples.jsonl.</p>")
     return "".join(blocks)
 
 
@@ -376,10 +395,8 @@ def write(folders: Sequence[Path], output: Path) -> None:
         UserError: If one is no run folder, or the file cannot be written.
     """
     content = page([read(folder) for folder in folders])
-    partial = output.with_name(output.name + ".partial")
     try:
-        partial.write_text(content, encoding="utf-8")
-        partial.replace(output)
+        write_text(output, content)
     except OSError as error:
         raise UserError(f"the report {output} cannot be written ({error.strerror}): name another --output") from error
 
@@ -402,6 +419,8 @@ def main() -> None:
     )
     given = parser.parse_args(sys.argv[2:])
     folders = [run_folder(run) for run in given.runs]
+    for folder in folders:
+        refuse_links(folder)
     output = Path(given.output or (folders[0] if len(folders) == 1 else Path()) / "report.html")
     write(folders, output)
-    print(output)
+    print(printable(str(output)))

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Optional, Union
 
+from lm_lightning import settings
 from lm_lightning.errors import UserError
 from lm_lightning.explain import of_command_line
 
@@ -107,7 +108,7 @@ def read_search(file: str, trials: Optional[int] = None) -> Search:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Search)
     try:
-        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        content = settings.load(Path(file).read_text(encoding="utf-8"))
         flags = content.get("flags") if isinstance(content, dict) else None
         if not isinstance(flags, dict) or not all(isinstance(values, dict) for values in flags.values()):
             raise UserError(

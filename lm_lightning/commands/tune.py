@@ -28,12 +28,13 @@ from typing import TYPE_CHECKING, Any, Optional
 
 from filelock import FileLock, Timeout
 
+from lm_lightning import files, settings, untrusted
 from lm_lightning.commands import find
 from lm_lightning.commands.fits import fit, logged, read_settings, run_folder
 from lm_lightning.commands.search_space import Search, read_search
 from lm_lightning.errors import UserError
 from lm_lightning.explain import program
-from lm_lightning.untrusted import plain_name
+from lm_lightning.redaction import redact
 
 if TYPE_CHECKING:
     import optuna
@@ -59,13 +60,13 @@ class Study:
             raise UserError("tune has no use for --ckpt_path: to start from weights, give --model.pretrained")
         self.search = search
         self.settings["name"] = self.settings["name"] or config_name(fit_flags)
-        name = plain_name(f"{self.settings['name']}-study" if name is None else name, "--study")
+        name = untrusted.plain_name(f"{self.settings['name']}-study" if name is None else name, "--study")
         self.folder = Path(self.settings["runs_dir"]).absolute() / name
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"the folder {self.folder} cannot be made ({error.strerror})") from error
-        self.config = self.folder / "config.yaml"
+        untrusted.refuse_links(self.folder)
 
     def open(self) -> "optuna.Study":
         """The study in Optuna's terms, new or with the trials that it has.
@@ -89,8 +90,9 @@ class Study:
             }[search.pruner],
         )
         space = {"metric": search.metric, "flags": {flag: asdict(values) for flag, values in search.flags.items()}}
-        made_of = json.loads(json.dumps({"direction": search.direction} | space | self.settings, default=str))
-        earlier = study.user_attrs.get("made_of")
+        made_of = {"direction": search.direction} | space | redact(self.settings)
+        made_of = json.loads(json.dumps(made_of, default=str))
+        earlier = redact(study.user_attrs.get("made_of"))
         if earlier is None:
             study.set_user_attr("made_of", made_of)
         elif different := [key for key in made_of if made_of[key] != earlier.get(key)]:
@@ -119,12 +121,12 @@ class Study:
         Raises:
             UserError: If another process is at it, the folder has another study, or no trial gives a value.
         """
-        import yaml
-
         try:
-            with FileLock(self.folder / "study.lock").acquire(timeout=0):
+            with FileLock(self.folder / "study.lock").acquire(timeout=0), tempfile.TemporaryDirectory() as private:
                 self.trials = self.open()
-                self.config.write_text(yaml.safe_dump(self.settings), encoding="utf-8")
+                files.write_text(self.folder / "config.yaml", settings.dump(redact(self.settings)))
+                self.config = Path(private) / "config.yaml"
+                files.write_text(self.config, settings.dump(self.settings))
                 self.run_trials()
                 self.report()
         except Timeout:
@@ -211,18 +213,16 @@ class Study:
 
     def report(self) -> None:
         """Writes `best.yaml` and `parallel.png`, and prints what was found."""
-        import yaml
-
         best = self.best()
         assert best is not None, "`run` ends with one"
         run = run_folder(self.folder, self.runs(best.number))
         assert run is not None
-        settings = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+        found = settings.read(str(run / "config.yaml"))
         own = {key: self.settings[key] for key in ("name", "runs_dir")}
-        own["trainer"] = settings["trainer"] | {
+        own["trainer"] = found["trainer"] | {
             "enable_progress_bar": self.settings["trainer"]["enable_progress_bar"],
         }
-        (self.folder / "best.yaml").write_text(yaml.safe_dump(settings | own, sort_keys=False), encoding="utf-8")
+        files.write_text(self.folder / "best.yaml", settings.dump(found | own))
         states = collections.Counter(trial.state.name for trial in self.ended())
         kinds = [f"{states[name]} {word}" for name, word in KINDS.items() if states[name]]
         print(f"{sum(states.values())} trials: {', '.join(kinds)}")
@@ -250,7 +250,7 @@ class Study:
             lines.set_cmap("viridis_r")  # Optuna's own fades to white
         figure: Any = axes.figure
         figure.set_size_inches(3 + 2 * len(self.search.flags), 5)
-        figure.savefig(self.folder / "parallel.png", dpi=120, bbox_inches="tight")
+        files.write_picture(self.folder / "parallel.png", figure, bbox_inches="tight")
         return True
 
 

@@ -20,6 +20,8 @@ from typing import NamedTuple, Optional
 from lm_lightning.commands.fits import fit, read_settings, shorten
 from lm_lightning.errors import UserError
 from lm_lightning.explain import program
+from lm_lightning.files import write_text
+from lm_lightning.redaction import redact_arguments
 
 
 class Differences(NamedTuple):
@@ -164,9 +166,9 @@ def verify(
     text, good = report(outcomes, steps)
     print(text)
     if output is not None:
-        command = shlex.join(["python", "-m", "lm_lightning", "verify", *fit_flags])
+        command = shlex.join(["python", "-m", "lm_lightning", "verify", *redact_arguments(fit_flags)])
         try:
-            Path(output).write_text(f"{machine(outcomes)}: `{command}`\n\n{text}\n", encoding="utf-8")
+            write_text(Path(output), f"{machine(outcomes)}: `{command}`\n\n{text}\n")
         except OSError as error:
             raise UserError(f"the file {output} cannot be written ({error.strerror})") from error
     return good

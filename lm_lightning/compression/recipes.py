@@ -1,7 +1,6 @@
 """Recipes: names of steps with their shares in, such as `width=0.5+int8`; a folder of a compressed model out."""
 
 import math
-import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from lm_lightning.compression.quantization import BitsAndBytes, TorchAO
 from lm_lightning.compression.sparsity import Sparsity
 from lm_lightning.compression.structure import Structure
 from lm_lightning.errors import UserError
+from lm_lightning.files import put
 
 
 class Way(Protocol):
@@ -137,5 +137,4 @@ def compress(
             copy_beside(source, made)
             step.way(source, made, value, calibration, modules)
             source = made
-        shutil.rmtree(target, ignore_errors=True)
-        source.rename(target)
+        put(source, target)

@@ -1,6 +1,5 @@
 """Structure: units between feed-forward layers, attention heads and whole blocks that are left out of a network."""
 
-import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from lm_lightning.compression.calibration import Calibration
 from lm_lightning.compression.folder import copy_beside, load, save_as
 from lm_lightning.errors import UserError
+from lm_lightning.files import put
 from lm_lightning.models.network import blocks, by_rows, linear_layers
 
 Kind = Literal["width", "heads", "layers"]
@@ -222,8 +222,7 @@ def shrink(folder: Path, kind: Kind, kept: list[Tensor]) -> None:
             keep_blocks(network, kept[0].tolist(), made)
         else:
             keep_units(network, kind, kept, made)
-        shutil.rmtree(folder)
-        made.rename(folder)
+        put(made, folder)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Trainer
 
 from lm_lightning.data.order import PADDING
+from lm_lightning.files import write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,7 +57,7 @@ class Mistakes:
         once = {row["row"]: row for row in rows}.values()  # processes of a replica have the same rows
         worst = sorted(once, key=lambda row: (-row["loss"], row["row"]))[:KEPT]
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in worst)
-        (Path(trainer.default_root_dir) / FILE).write_text(lines, encoding="utf-8")
+        write_text(Path(trainer.default_root_dir) / FILE, lines)
 
 
 def readable(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> str:

@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lm_lightning import embedding
+from lm_lightning import embedding, files
 from lm_lightning.data.order import PADDING
 from lm_lightning.data.pairs import Judged
 from lm_lightning.data.pairs import split as split_texts
@@ -247,9 +247,10 @@ class SentenceEncoder(LanguageModule):
         if not self.trainer.is_global_zero:
             return
         data = self.trainer.datamodule
-        np.save(folder / "embeddings.npy", seen.first.float().cpu().numpy())
+        with files.replacing(folder / "embeddings.npy", "wb") as file:
+            np.save(file, seen.first.float().cpu().numpy())
         lines = (json.dumps(data.answered[row], ensure_ascii=False) + "\n" for row in seen.rows.tolist())
-        (folder / "rows.jsonl").write_text("".join(lines), encoding="utf-8")
+        files.write_text(folder / "rows.jsonl", "".join(lines))
         model = "model" if of_checkpoint else self.pretrained_folder()
         if not of_checkpoint and Path(model).is_dir():
             model, own = str(Path(model).resolve()), folder.resolve()
@@ -257,7 +258,7 @@ class SentenceEncoder(LanguageModule):
             if evaluations.name == "evaluations" and Path(model).is_relative_to(evaluations.parent):
                 model = Path(os.path.relpath(model, own)).as_posix()  # of the same run, which may be moved
         about = {"model": model, "pooling": self.pooling, "max_length": data.block_size}
-        (folder / "index.json").write_text(json.dumps(about, indent=2), encoding="utf-8")
+        files.write_text(folder / "index.json", json.dumps(about, indent=2))
         print(f"index: {folder}, {len(seen.rows):,} rows")
 
 

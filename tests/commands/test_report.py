@@ -204,6 +204,7 @@ def test_cut_and_missing_files_are_told_and_the_rest_is_shown(folder: Path, cli)
         if file.name != "config.yaml":
             file.unlink()
     (folder / "config.yaml").write_text("a: [1")
+    (folder / "metrics.csv").touch()
     cli("report", folder)
     page = Page(folder / "report.html")
     assert page.curves["charts"] == [] and "Nothing was logged." in page.text and "config.yaml is cut" in page.text
