@@ -79,6 +79,8 @@ def refuse_links(run: Path) -> None:
     for folder, folders, files in os.walk(root):
         for name in [*folders, *files]:
             path = Path(folder, name)
+            if path.match("wandb/*run-*/logs/*.log"):  # to W&B's own cache; each part of a run has a folder of its own
+                continue
             if path.is_symlink() and not path.resolve().is_relative_to(root):
                 raise UserError(
                     f"{printable(str(path))} is a link to {printable(os.readlink(path))}, outside of the run folder, "
