@@ -241,6 +241,7 @@ class CLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         config.name = name = name_of(config)
+        imports.check_folders(config.trainer, self.arguments)
         if config.best.monitor is None:
             model_class: Any = imports.locate(str(config.model.class_path))
             config.best.monitor = f"val/{model_class.main_metric(config.data.init_args)}"

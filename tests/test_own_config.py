@@ -122,6 +122,13 @@ def test_the_config_of_a_run_imports_no_other_classes(fit, cli, payload: Path, m
             assert name in UNUSED or "asks to import" in str(error) and "--trust_package" in str(error), (name, error)
         assert not payload.exists() and "payload" not in sys.modules, name
 
+    for folder in (payload.parent / "harmed", "../harmed"):
+        profiler = {"class_path": "AdvancedProfiler", "init_args": {"dirpath": str(folder), "filename": "x"}}
+        change(of_trainer("profiler", profiler))
+        with pytest.raises(UserError, match="has files written to .*harmed"):
+            cli("validate", run)
+        assert not payload.exists()
+
     change(HOSTILE["a callback"])
     checkpoint = run / "checkpoints" / "last.ckpt"
     ways = [["predict", run], ["test", run], ["validate", checkpoint], ["compress", run, "--recipe", "none"]]
