@@ -12,7 +12,7 @@ class Help(DefaultHelpFormatter, RawDescriptionHelpFormatter):
     """Help with the lines of a description as they are."""
 
 
-GUIDE = """{what}
+TRAINING = """Trains a model.
 
   {program} --config configs/gpt.yaml
   {program} --config configs/gpt.yaml --data.corpus.paths my_text.txt --trainer.max_steps 1000
@@ -24,10 +24,10 @@ GUIDE = """{what}
   {program} --data.help {data}
 
 and those of other classes by --trainer.callbacks.help EarlyStopping, --trainer.logger.help CSVLogger, ...
---print_config prints all settings instead of {doing}. The options that are needed most:
+--print_config prints all settings instead of training. The options that are needed most:
 
   --name, --runs_dir                where the run folder is: <runs_dir>/<name>/<time>
-  --ckpt_path last                  {checkpoint}
+  --ckpt_path last                  resumes the last run of that name
   --trainer.max_steps, max_epochs   how long it trains
   --trainer.devices, strategy       what it runs on
   --data.batch_size                 samples in a micro-batch of one process
@@ -38,13 +38,30 @@ and those of other classes by --trainer.callbacks.help EarlyStopping, --trainer.
   --best.monitor, --best.mode       the metric that says which checkpoint is the best one
 
 All options:"""
-OF_RUN = "Settings that no option changes are those of the run."
-LAST = "the last checkpoint, or best, or a file; default: model/"
+EVALUATION = """{what} Settings that no option changes are those of the run.
+
+  {program} runs/gpt/2026-11-25_10-30-00
+  {program} runs/gpt/2026-11-25_10-30-00 --ckpt_path last --data.corpus.paths other_text.txt
+  {program} --config configs/gpt.yaml --ckpt_path last
+
+The options that are needed most:
+
+  --ckpt_path last              the last checkpoint, or best, or a file; default: model/
+  --data.batch_size             samples in a batch of one process
+  --trainer.devices, strategy   what it runs on; default: as the training
+  --data.tables, data.corpus    other files than those of the run
+  --trainer.limit_{split}_batches
+                                evaluates so many batches only
+
+Options of the model and the data are explained by --model.help {models}
+and --data.help {data}.
+
+All options:"""
 COMMANDS = {
-    "fit": ("Trains a model.", "training", "resumes the last run of that name"),
-    "validate": (f"Measures a run or a checkpoint on the validation split. {OF_RUN}", "measuring", LAST),
-    "test": (f"Measures a run or a checkpoint on the test split. {OF_RUN}", "measuring", LAST),
-    "predict": (f"Predicts with a run or a checkpoint. {OF_RUN}", "predicting", LAST),
+    "fit": (TRAINING, "", ""),
+    "validate": (EVALUATION, "Measures a run or a checkpoint on the validation split.", "val"),
+    "test": (EVALUATION, "Measures a run or a checkpoint on the test split.", "test"),
+    "predict": (EVALUATION, "Predicts with a run or a checkpoint.", "predict"),
 }
 
 
@@ -57,19 +74,18 @@ def of_commands(model: type, data: type) -> dict[str, dict[str, str]]:
     """
     recipes = ", ".join(file.stem for file in sorted(Path("configs").glob("*.yaml")))
     found = {}
-    for command, (what, doing, checkpoint) in COMMANDS.items():
+    for command, (guide, what, split) in COMMANDS.items():
         program = explain.program(command)
-        guide = GUIDE.format(
+        description = guide.format(
             what=what,
             program=program,
             recipes=f"Recipes in configs/: {recipes}.\n" if recipes else "",
             models=one_line(model, "CausalLM"),
             data=one_line(data, "PretrainingData"),
-            doing=doing,
-            checkpoint=checkpoint,
+            split=split,
         )
         of_run = "" if command == "fit" else f"{program} RUN [--option VALUE ...], or "
-        found[command] = {"description": guide, "usage": f"{of_run}{program} --config FILE [--option VALUE ...]"}
+        found[command] = {"description": description, "usage": f"{of_run}{program} --config FILE [--option VALUE ...]"}
     return found
 
 

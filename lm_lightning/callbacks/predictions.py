@@ -4,7 +4,7 @@ import csv
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
@@ -117,7 +117,7 @@ def write_table(table: list[dict[str, Any]], file: Path, escape: bool = False) -
             writer([row.get(name, "") for name in names])
 
 
-def rows_writer(stream: TextIO, escape: bool) -> Callable[[Iterable[Any]], Any]:
+def rows_writer(stream: IO[str], escape: bool) -> Callable[[Iterable[Any]], Any]:
     """What writes a row of cells to a CSV file.
 
     Args:
