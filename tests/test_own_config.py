@@ -143,6 +143,17 @@ def test_the_config_of_a_run_imports_no_other_classes(fit, cli, payload: Path, m
         assert "the callback is called" in cli("validate", run)
 
 
+def test_what_the_files_of_a_run_say_does_not_control_the_terminal(fit, cli):
+    run = fit()
+    about = run / "model" / "training.json"
+    about.write_text(about.read_text().replace('"checkpoint": "', '"checkpoint": "\\u001b[2J'))
+    out = cli("validate", run)
+    assert "\x1b" not in out and "(\\u001b[2J" in out
+    about.write_text('{"step": "1"}')
+    with pytest.raises(UserError, match="training.json is damaged"):
+        cli("validate", run)
+
+
 def test_the_option_reaches_the_run(fit, payload: Path):
     run = fit()
     config = yaml.safe_load((run / "config.yaml").read_text())

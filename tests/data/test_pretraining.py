@@ -47,6 +47,7 @@ def data(tmp_path, text="one two three\n" * 20, **options):
         is_global_zero=True,
         strategy=SimpleNamespace(distributed_sampler_kwargs={"rank": 0, "num_replicas": 1}),
         accumulate_grad_batches=3,
+        overfit_batches=0.0,
     )
     return result
 
