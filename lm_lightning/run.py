@@ -1,6 +1,7 @@
 """Run folder: `runs/<name>/<time>/`, which holds all that a run is.
 
-config.yaml        complete; `fit --config` of it runs the run again, and `validate RUN` and the like evaluate with it
+config.yaml        complete but for secrets; `fit --config` of it runs the run again, and `validate RUN` and the like
+                   evaluate with it
 data.json          where the tokens came from and how many there are
 environment.json   versions, machine and git commit
 tokenizer/         from_pretrained folder
