@@ -47,6 +47,7 @@ from lm_lightning.callbacks.structured_pruning import StructuredPruning  # noqa:
 from lm_lightning.callbacks.throughput import Throughput
 from lm_lightning.callbacks.weights_and_biases import WandbRun
 from lm_lightning.checkpoints import BackgroundCheckpoints, CheckpointFiles, Checkpoints  # noqa: F401
+from lm_lightning.console import printable
 from lm_lightning.data.classification import ClassificationData  # noqa: F401
 from lm_lightning.data.masked import MaskedData  # noqa: F401 (imported, so that its short name works as class_path)
 from lm_lightning.data.pairs import PairData  # noqa: F401
@@ -206,7 +207,8 @@ class CLI(LightningCLI):
             *evaluation.differences(config.data, own.data, "data"),
         ]:
             given = ", ".join(config.config or [])
-            print(f"settings: those of {self.evaluated}/config.yaml, not of {given}: {', '.join(sorted(different))}")
+            names = printable(", ".join(sorted(different)))
+            print(f"settings: those of {self.evaluated}/config.yaml, not of {given}: {names}")
 
     def parse(self, parser: LightningArgumentParser, arguments: list[str], run: Optional[Path]) -> Any:
         """Sets `config`, and returns that of the subcommand; `run` is the one whose config is among the arguments."""
@@ -239,6 +241,7 @@ class CLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         config.name = name = name_of(config)
+        imports.check_folders(config.trainer, self.arguments)
         if config.best.monitor is None:
             model_class: Any = imports.locate(str(config.model.class_path))
             config.best.monitor = f"val/{model_class.main_metric(config.data.init_args)}"
@@ -331,7 +334,7 @@ class CLI(LightningCLI):
             print(f"{'run' if self.subcommand == 'fit' else 'evaluation'} folder: {self.run_folder}")
             print(f"device: {trainer.strategy.root_device} x {trainer.world_size}, precision: {trainer.precision}")
             if self.subcommand != "fit":
-                print(f"weights: {self.record.weights()}")
+                print(f"weights: {printable(self.record.weights())}")
             elif self.checkpoint:
                 print(f"checkpoint: {self.checkpoint}")
 

@@ -100,6 +100,7 @@ def embed(
         padding=True,
         padding_side="right",
         return_token_type_ids=False,
+        return_attention_mask=True,
         return_tensors="pt",
     ).to(network.device)
     return pool(network(**encoded)[0], encoded["attention_mask"], pooling)

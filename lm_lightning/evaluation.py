@@ -175,8 +175,10 @@ class Evaluation(Callback):
         self.parser, self.config = parser, config
         about = Path(weights) / runs.TRAINING  # of a run's model/: which checkpoint it is
         self.about = read_json(about) if weights and about.is_file() else None
-        if self.about is not None and not isinstance(self.about.get("step"), int):
-            raise UserError(f"{about} names no step: it is damaged, remove it")
+        if self.about is not None and not (
+            type(self.about.get("step")) is int and isinstance(self.about.get("checkpoint"), str)
+        ):
+            raise UserError(f"{about} is damaged, as it names no checkpoint and step: remove it")
         self.record: dict[str, Any] = {"run": run and str(run), "weights": weights, "model": self.about}
 
     def start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -149,8 +149,9 @@ def end_ids(network: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast") ->
     """
     own = getattr(network.generation_config, "eos_token_id", None)
     known = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
-    more = [own] if isinstance(own, int) else own or []
-    return list(dict.fromkeys([document_ids(tokenizer)[1][-1], *(token for token in more if token in known)]))
+    more = own if isinstance(own, list) else [own]
+    named = [token for token in more if type(token) is int and token in known]
+    return list(dict.fromkeys([document_ids(tokenizer)[1][-1], *named]))
 
 
 def inherited(network: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast") -> str:

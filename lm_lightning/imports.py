@@ -22,6 +22,7 @@ from lm_lightning.errors import UserError
 from lm_lightning.untrusted import TRUST_PACKAGES
 
 PACKAGES = ("lm_lightning", "lightning", "torch", "torchmetrics", "transformers", "bitsandbytes")
+FOLDERS = ("dirpath", "save_dir", "folder", "filename")  # options of what Lightning and this package write
 PATH = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)+")  # an import path
 
 
@@ -79,6 +80,31 @@ def check() -> None:
             f"callback, optimizer or the like of {', '.join(PACKAGES)}): read it, and if you trust it, add "
             f"--trust_package {printable(name.partition('.')[0])[:100]} to the command"
         )
+
+
+def check_folders(options: Any, arguments: Iterable[str]) -> None:
+    """Refuses a run's own config that would have a profiler, callback or the like write into any folder.
+
+    Args:
+        options: Of the trainer, or within those.
+        arguments: Flags of the user's, which may name such options.
+
+    Raises:
+        UserError: Names the option.
+    """
+    if state.config is None:
+        return
+    for name, value in options.items() if hasattr(options, "items") else enumerate(options):
+        name = str(name).rpartition(".")[2]
+        if name in FOLDERS and isinstance(value, str) and not any(f".{name}" in argument for argument in arguments):
+            path = Path(value).expanduser()
+            if path.is_absolute() or ".." in path.parts:
+                raise UserError(
+                    f"{state.config} has files written to {printable(value)[:200]}: give that folder with a flag that "
+                    f"ends with .{name}, or remove it from the config"
+                )
+        elif isinstance(value, list) or hasattr(value, "items"):
+            check_folders(value, arguments)
 
 
 def trusted(name: str) -> bool:

@@ -1,6 +1,7 @@
 """Run folder: `runs/<name>/<time>/`, which holds all that a run is.
 
-config.yaml        complete; `fit --config` of it runs the run again, and `validate RUN` and the like evaluate with it
+config.yaml        complete but for secrets; `fit --config` of it runs the run again, and `validate RUN` and the like
+                   evaluate with it
 data.json          where the tokens came from and how many there are
 environment.json   versions, machine and git commit
 tokenizer/         from_pretrained folder
@@ -36,6 +37,7 @@ from pathlib import Path
 from typing import Any, Literal, Optional
 
 from lm_lightning import untrusted
+from lm_lightning.console import printable
 from lm_lightning.errors import UserError
 
 PLACEHOLDER = "<run>"  # in the value of an option: the run folder
@@ -285,14 +287,15 @@ def load_checkpoint(path: Path, weights: bool = True, checked: bool = False) -> 
         size = f" ({path.stat().st_size:,} bytes)" if path.is_file() else ""
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"the checkpoint {path}{size} is cut short, damaged or none ({reason}): {remedy}") from error
-    if not isinstance(checkpoint, dict) or not {"network", "state_dict", "global_step"} <= checkpoint.keys():
+    complete = isinstance(checkpoint, dict) and {"network", "state_dict", "global_step"} <= checkpoint.keys()
+    if not complete or type(checkpoint["global_step"]) is not int:
         raise UserError(f"{path} is no checkpoint of lm_lightning: {remedy}")
     return checkpoint
 
 
 def described(about: dict[str, Any]) -> str:
     """The step that the weights of a model are from, and its score if it was monitored, for the screen."""
-    score = f", {about['metric']} {about['score']:.4g}" if "metric" in about else ""
+    score = f", {printable(about['metric'])} {about['score']:.4g}" if "metric" in about else ""
     return f"step {about['step']:,}{score}"
 
 

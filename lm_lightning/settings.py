@@ -10,6 +10,7 @@ from typing import Any, NoReturn, Optional
 import yaml
 from jsonargparse import ArgumentParser, _typehints, set_dumper, set_loader
 
+from lm_lightning.console import printable
 from lm_lightning.errors import UserError, first_process
 from lm_lightning.explain import flags_of
 from lm_lightning.redaction import remember
@@ -294,7 +295,7 @@ def report(name: str, change: str, before: dict[str, Any], later: Any) -> None:
     dropped = [key for key in own if key not in new and key not in KINDS]
     if dropped and first_process():
         print(
-            f"{name.replace('.init_args', '')}: {change}, so these no longer apply: {', '.join(dropped)}",
+            f"{name.replace('.init_args', '')}: {change}, so these no longer apply: {printable(', '.join(dropped))}",
             file=sys.stderr,
         )
 

@@ -72,6 +72,8 @@ def inside(folder: Path, name: Any, what: str) -> Path:
 def refuse_links(run: Path) -> None:
     """Refuses to write into a run folder with symbolic links to elsewhere: a write would follow them.
 
+    A link that W&B makes of its own log is accepted, since neither W&B nor we ever open it to write.
+
     Raises:
         UserError: Names the first such link and where it leads.
     """
@@ -79,7 +81,7 @@ def refuse_links(run: Path) -> None:
     for folder, folders, files in os.walk(root):
         for name in [*folders, *files]:
             path = Path(folder, name)
-            if path.match("wandb/*run-*/logs/*.log"):  # to W&B's own cache; each part of a run has a folder of its own
+            if path.relative_to(root).match("wandb/*run-*/logs/debug-core.log"):
                 continue
             if path.is_symlink() and not path.resolve().is_relative_to(root):
                 raise UserError(

@@ -5,6 +5,7 @@ seeded; a failure names its number, and `mutate(..., number)` makes the same fil
 """
 
 import contextlib
+import io
 import json
 import random
 import shutil
@@ -14,16 +15,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
 from lm_lightning import sharded_checkpoint
-from lm_lightning.commands import export, history, report
+from lm_lightning.commands import export, generate, history, report, search
+from lm_lightning.compression import folder as compressed
 from lm_lightning.data import shards, tokenizer
 from lm_lightning.data.corpus import Corpus
 from lm_lightning.data.tokenizer import Tokenizer
 from lm_lightning.errors import UserError
+from lm_lightning.generation import Sampling, prompt_ids
 from lm_lightning.run import load_checkpoint
 
 HOSTILE: list[Any] = [None, True, -1, 0, 2**31 - 1, 2**63, 1e308, float("inf"), float("nan"), "", "x" * 100_000]
@@ -269,3 +273,44 @@ def test_damaged_sharded_checkpoints(guard: Guard, tmp_path: Path):
         dist.destroy_process_group()
     attack(tmp_path / "original" / "last.ckpt", load_checkpoint, 1000, guard, tmp_path)
     attack(tmp_path / "original" / "last.ckpt", sharded_checkpoint.gather, 500, guard, tmp_path)
+
+
+@pytest.mark.slow
+def test_damaged_indexes(guard: Guard, tmp_path: Path):
+    original = tmp_path / "index"
+    (original / "model").mkdir(parents=True)
+    np.save(original / "embeddings.npy", np.eye(5, 4, dtype=np.float32))
+    rows = [{"id": number, "text": f"text {number}"} for number in range(5)]
+    (original / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (original / "index.json").write_text(json.dumps({"model": "model", "pooling": "mean", "max_length": 16}))
+
+    def read(folder: Path) -> None:
+        about = search.read_about(search.index_folder(str(folder)))
+        assert Path(search.model_of(folder, about, None)) == folder.resolve() / "model"
+        embeddings = search.read_embeddings(folder)
+        found = search.read_rows(folder, {0, 3}, len(embeddings))
+        assert all(isinstance(row["text"], str) for row in found.values())
+
+    attack(original, read, 1000, guard, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def model(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder as a run has it."""
+    folder = tmp_path_factory.mktemp("models") / "model"
+    folder.mkdir()
+    export.write(load_checkpoint(run / "checkpoints" / "last.ckpt"), run / "tokenizer", folder)
+    return folder
+
+
+@pytest.mark.slow
+def test_damaged_models(model: Path, guard: Guard, tmp_path: Path):
+    def read(folder: Path) -> None:
+        network, own = generate.load(str(folder), "cpu")
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            ids = prompt_ids(own, "a b")
+            generate.stream(network, own, ids, 2, Sampling(greedy=True))
+
+    attack(model, read, 200, guard, tmp_path)
+    attack(model, compressed.load, 200, guard, tmp_path)
+    attack(model, lambda folder: search.embedded("a", str(folder), search.About("", "mean", 8)), 100, guard, tmp_path)

@@ -122,6 +122,13 @@ def test_the_config_of_a_run_imports_no_other_classes(fit, cli, payload: Path, m
             assert name in UNUSED or "asks to import" in str(error) and "--trust_package" in str(error), (name, error)
         assert not payload.exists() and "payload" not in sys.modules, name
 
+    for folder in (payload.parent / "harmed", "../harmed"):
+        profiler = {"class_path": "AdvancedProfiler", "init_args": {"dirpath": str(folder), "filename": "x"}}
+        change(of_trainer("profiler", profiler))
+        with pytest.raises(UserError, match="has files written to .*harmed"):
+            cli("validate", run)
+        assert not payload.exists()
+
     change(HOSTILE["a callback"])
     checkpoint = run / "checkpoints" / "last.ckpt"
     ways = [["predict", run], ["test", run], ["validate", checkpoint], ["compress", run, "--recipe", "none"]]
@@ -141,6 +148,17 @@ def test_the_config_of_a_run_imports_no_other_classes(fit, cli, payload: Path, m
     with monkeypatch.context() as patch:
         patch.setenv(TRUST_PACKAGES, "other,payload")
         assert "the callback is called" in cli("validate", run)
+
+
+def test_what_the_files_of_a_run_say_does_not_control_the_terminal(fit, cli):
+    run = fit()
+    about = run / "model" / "training.json"
+    about.write_text(about.read_text().replace('"checkpoint": "', '"checkpoint": "\\u001b[2J'))
+    out = cli("validate", run)
+    assert "\x1b" not in out and "(\\u001b[2J" in out
+    about.write_text('{"step": "1"}')
+    with pytest.raises(UserError, match="training.json is damaged"):
+        cli("validate", run)
 
 
 def test_the_option_reaches_the_run(fit, payload: Path):

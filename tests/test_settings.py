@@ -270,4 +270,4 @@ def test_one_item_is_as_good_as_a_list(fit, cli, recipe: Path, tmp_path: Path, t
         assert ("lightning_logs" in names) == ("CSVLogger" in str(options))
     (checkpoint := tmp_path / "some.ckpt").write_bytes(trained[0])
     for command in ("validate", "test", "predict"):
-        assert "run folder" in cli(command, "--config", recipe, *flags, "--ckpt_path", checkpoint)
+        assert "evaluation folder" in cli(command, "--config", recipe, *flags, "--ckpt_path", checkpoint)

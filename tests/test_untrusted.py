@@ -69,9 +69,14 @@ def test_links_that_lead_out_of_a_run_folder_are_refused(tmp_path: Path):
     run, target = tmp_path / "run", tmp_path / "target"
     (run / "wandb").mkdir(parents=True)
     (run / "wandb" / "latest").symlink_to(run / "wandb")  # W&B makes such links
-    (run / "wandb" / "offline-run-1-a" / "logs").mkdir(parents=True)
-    (run / "wandb" / "offline-run-1-a" / "logs" / "debug-core.log").symlink_to(target)
+    logs = run / "wandb" / "offline-run-20261127_052451-dc116c1792" / "logs"
+    logs.mkdir(parents=True)
+    (logs / "debug-core.log").symlink_to(tmp_path / "cache")  # as well
     untrusted.refuse_links(run)
+    (logs / "debug.log").symlink_to(target)
+    with pytest.raises(UserError, match="debug.log is a link to .*target"):
+        untrusted.refuse_links(run)
+    (logs / "debug.log").unlink()
     (run / "metrics.csv").symlink_to(target)
     with pytest.raises(UserError, match="metrics.csv is a link to .*target"):
         untrusted.refuse_links(run)

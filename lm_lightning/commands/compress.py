@@ -21,6 +21,7 @@ from typing import Any, Literal, Optional
 
 from lm_lightning import hub, imports
 from lm_lightning import run as runs
+from lm_lightning.console import printable
 from lm_lightning.errors import UserError
 from lm_lightning.files import write_picture, write_text
 from lm_lightning.run import model_folder
@@ -106,11 +107,11 @@ def compress(
         imports.check()
         reason = " ".join(str(error).split())[:500]
         if isinstance(error, UserError) and not recipe and one in targets:
-            print(f"{one}: left out, since {reason}", flush=True)
+            print(printable(f"{one}: left out, since {reason}"), flush=True)
             skipped.append(one)
             return
         reason = reason if isinstance(error, UserError) else f"{type(error).__name__}: {reason}"
-        print(f"{one}: failed: {reason}", flush=True)
+        print(printable(f"{one}: failed: {reason}"), flush=True)
         table.add(Row(one, files({**targets, **others}[one]), error=reason))
 
     for one, target in targets.items():
@@ -144,7 +145,7 @@ def compress(
         rows = [table.rows[name] for name in models if name in table.rows]
         write(rows, folder)
         draw(rows, folder)
-        print((folder / "compression.md").read_text(encoding="utf-8"))
+        print(printable((folder / "compression.md").read_text(encoding="utf-8")))
         print(f"table: {folder / 'compression.md'}")
     if errors := table.errors():
         raise UserError(

@@ -78,9 +78,11 @@ def default_checkpoint(folder: Path) -> Path:
 def score(saved: dict[str, Any], file: Path) -> dict[str, Any]:
     """Metric and score of a checkpoint that was the best when it was saved."""
     for state in saved.get("callbacks", {}).values():
-        scored = isinstance(state, dict) and state.get("monitor") and state.get("best_model_score") is not None
-        if scored and Path(state["best_model_path"]).name == file.name:
-            return {"metric": state["monitor"], "score": float(state["best_model_score"])}
+        if not isinstance(state, dict) or state.get("best_model_score") is None:
+            continue
+        monitor, path = state.get("monitor"), state.get("best_model_path")
+        if isinstance(monitor, str) and isinstance(path, str) and Path(path).name == file.name:
+            return {"metric": monitor, "score": float(state["best_model_score"])}
     return {}
 
 

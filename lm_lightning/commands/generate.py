@@ -3,7 +3,7 @@
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 from lm_lightning import hub
 from lm_lightning.console import printable
@@ -100,8 +100,11 @@ def load(model: str, device: str) -> "tuple[PreTrainedModel, PreTrainedTokenizer
 
     hub.quiet()
     network = hub.load(transformers.AutoModelForCausalLM, folder)
-    trained_as = getattr(transformers, (network.config.architectures or [""])[0], None)
-    if trained_as is not None and not trained_as.can_generate():  # whose head may be tied, so that nothing is missing
+    named = network.config.architectures
+    name = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else ""
+    trained_as: Any = getattr(transformers, name, None)  # a class of the model's own code is none of transformers
+    is_network = isinstance(trained_as, type) and issubclass(trained_as, transformers.PreTrainedModel)
+    if is_network and not trained_as.can_generate():  # whose head may be tied, so that nothing is missing
         raise UserError(f"{model} is a {trained_as.__name__}, which was not trained to continue texts: give a GPT")
     if device == "auto":
         import torch

@@ -245,7 +245,7 @@ def embedded(query: str, model: str, about: About) -> "np.ndarray":
         )
     try:
         return embed(network, tokenizer, [query], about.pooling, about.max_length)[0].numpy()
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:  # of a config that does not fit its weights
+    except Exception as error:  # of a config that does not fit its weights or tokenizer
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{model} cannot embed a text ({printable(reason)}): {AGAIN}") from error
 

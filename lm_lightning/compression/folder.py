@@ -19,7 +19,8 @@ PROGRAMS = (".onnx", ".pt2")  # not for `transformers`
 def load(folder: Path, **settings: Any) -> transformers.PreTrainedModel:
     """The network of a folder, of the class that it was saved from, in evaluation mode."""
     config = hub.config(str(folder))
-    network_class = untrusted.network_class((config.architectures or ["none"])[0])
+    named = config.architectures
+    network_class = untrusted.network_class(named[0] if isinstance(named, list) and named else None)
     return hub.load(network_class, str(folder), **settings).eval()
 
 

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Optional
 
+from lm_lightning.console import printable
 from lm_lightning.data import builtin, formats
 from lm_lightning.data.formats import PIECE, Counts, Line, Reading, Rows, encodable, suffixes
 from lm_lightning.errors import UserError
@@ -154,7 +155,7 @@ def read(corpus: Corpus, cache_dir: Path) -> Iterator[Piece]:
     if empty:
         raise UserError("The corpus holds no text at all; check --data.corpus.paths.")
     for note in counts.notes:
-        print(note, file=sys.stderr)
+        print(printable(note), file=sys.stderr)
     if counts.replaced_bytes:
         print(f"corpus: {counts.replaced_bytes} bytes that could not be read were replaced by U+FFFD", file=sys.stderr)
     if counts.empty_rows:

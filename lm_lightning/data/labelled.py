@@ -380,6 +380,7 @@ class LabelledData(StreamData):
         self.batch_size, self.num_workers = batch_size, num_workers
         self.block_size = max_length
         self.labels: list[str] = []  # their names, in the order of their numbers
+        self.labels_known = False  # whether they are those of the network that is evaluated
         self.numbers: dict[str, int] = {}  # of each label
         self.examples: dict[str, Examples] = {}
         self.inputs: list[Row] = []  # of which `predict` predicts
@@ -418,8 +419,8 @@ class LabelledData(StreamData):
         # An evaluation needs the training rows only if nothing else says which labels there are.
         module = self.trainer.lightning_module
         named = stage != "fit" and (module.evaluated_checkpoint is not None or not module.keep_head)
-        labels_known = named and bool(module.own_labels())
-        needs_train = stage == "fit" or (self.tables.train and not labels_known)
+        self.labels_known = named and bool(module.own_labels())
+        needs_train = stage == "fit" or (self.tables.train and not self.labels_known)
         train = read(self.tables, "train", self.key) if needs_train else []
         self.find_labels(train)
         self.numbers = {label: number for number, label in enumerate(self.labels)}
@@ -503,10 +504,12 @@ class LabelledData(StreamData):
             self.respelled += 1
             return number
         if label not in self.numbers:
-            whose = "the training split" if self.tables.train else "model.pretrained"
+            whose, advice = "the training split", "give training rows that have it"
+            if self.labels_known or not self.tables.train:
+                whose, advice = "the evaluated network", "evaluate a network that was trained with it"
             raise UserError(
                 f"{row.where}: the {what} {label!r} is none of {whose} ({', '.join(self.labels[:20])}): "
-                "fix the row, or give training rows that have it"
+                f"fix the row, or {advice}"
             )
         return self.numbers[label]
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 import torch
 
+from lm_lightning.console import printable
 from lm_lightning.data import cells
 from lm_lightning.data.labelled import Examples, LabelledData, Row, Tables, of_files
 from lm_lightning.errors import UserError
@@ -207,11 +208,13 @@ class PairData(LabelledData):
         if self.trainer.is_global_zero:
             itself = sum(own is not None for own in excluded)
             lost = sum(own in answers for own, answers in zip(excluded, relevant))
+            first = ", ".join(unknown[:1])
             print(
                 f"{split}: {len(asked):,} queries to {len(documents):,} documents"
                 + counted(len(queries) - len(asked), "queries without a right answer")
                 + counted(
-                    len(unknown), f"answers to unknown queries, which are ignored (first: {', '.join(unknown[:1])})"
+                    len(unknown),
+                    f"answers to unknown queries, which are ignored (first: {printable(first)})",
                 )
                 + counted(
                     len(missing),

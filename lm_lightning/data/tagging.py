@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 
+from lm_lightning.console import printable
 from lm_lightning.data.labelled import Examples, LabelledData, Row
 from lm_lightning.data.words import encode_words
 from lm_lightning.errors import UserError
@@ -164,8 +165,9 @@ class TaggingData(LabelledData):
                 f"--data.tables.train and fit it{', or --data.scheme plain to score each word' * self.has_scheme}"
             )
         if never and self.trainer.is_global_zero:
+            names = printable(", ".join(never[:20]))
             print(
-                f"no label begins with B- or S- for {', '.join(never[:20])}: labels I- and E- alone mark these spans, "
+                f"no label begins with B- or S- for {names}: labels I- and E- alone mark these spans, "
                 f"and neighboring ones are one{'; --data.scheme plain scores each word instead' * self.has_scheme}"
             )
 

@@ -80,6 +80,7 @@ def load(path: str) -> "PreTrainedTokenizerFast":
             trust_remote_code=hub.trust_remote_code(),
             split_special_tokens=True,
         )
+        tokenizer("a")  # which shows settings of other types
     except Exception as error:  # a damaged file is a bare `Exception` of the `tokenizers` library
         raise hub.explain(path, error) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):

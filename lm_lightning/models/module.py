@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 
 from lm_lightning import hub, untrusted
 from lm_lightning import run as runs
+from lm_lightning.console import printable
 from lm_lightning.data.order import PADDING
 from lm_lightning.data.tokenizer import document_ids, fingerprint, load, vocabulary
 from lm_lightning.data.tokenizer import save as save_tokenizer
@@ -137,6 +138,10 @@ class LanguageModule(LightningModule):
     def loss(self, batch: dict) -> tuple[Tensor, Tensor]:
         """The loss of a batch: its sum over target tokens, () float32, and their number, () int64."""
         raise NotImplementedError
+
+    def print(self, *values: Any, **settings: Any) -> None:
+        """Prints in the first process; control characters of names and texts from files are escaped."""
+        super().print(*(printable(value) if isinstance(value, str) else value for value in values), **settings)
 
     # Network
 

@@ -135,7 +135,8 @@ def test_checkpoints_and_model_are_artifacts_that_stay_as_they_were(fit):
     run = fit("--config", OVERLAY)
     files = [run / "checkpoints" / "last.ckpt", *(run / "model").iterdir()]
     before = {file.name: file.read_bytes() for file in files}
-    fit("--config", OVERLAY, "--ckpt_path", "last", "--trainer.max_steps", 12)
+    worse = ("--model.optimizer.lr", 1.0)  # so that the best checkpoint stays that of step 10
+    fit("--config", OVERLAY, "--ckpt_path", "last", "--trainer.max_steps", 12, *worse, "--export", "last")
     first, second = map(artifacts, parts(run))
     assert [set(artifact.aliases) for artifact in first["checkpoint"]] == [
         {"step-10", "best", "latest"},
