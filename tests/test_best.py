@@ -91,7 +91,7 @@ def test_the_best_of_several_checkpoints_is_found_after_a_resume_and_a_move(
         shutil.rmtree(run), shutil.copytree(tmp_path / "copy", run)
     for path in ("best", run / "checkpoints" / "best.ckpt"):
         out = cli("validate", "--config", recipe, "--runs_dir", moved, "--ckpt_path", path)
-        assert f"checkpoint: {best}" in out
+        assert f"weights: {best}" in out
 
 
 def test_model_holds_the_last_step_if_asked_and_every_checkpoint_is_kept_if_asked(fit, cli):
