@@ -237,7 +237,10 @@ class TableUnpickler(pickle.Unpickler):
     """Knows the classes of which a table of contents consists."""
 
     def find_class(self, module: str, name: str) -> Any:
-        found = super().find_class(module, name) if "." not in name else None
+        # a module is not even imported unless a table needs it: an import runs code
+        modules = (METADATA, "torch", "torch.serialization", "torch.distributed.checkpoint.filesystem")
+        known = module in (*modules, "pathlib", "collections") and "." not in name
+        found = super().find_class(module, name) if known else None
         allowed = (
             (module == METADATA and isinstance(found, type) and found.__module__ == METADATA)
             or (module, name) == ("torch.distributed.checkpoint.filesystem", "_StorageInfo")

@@ -34,7 +34,7 @@ from typing import Optional
 RUNTIME = ("SLURM_", "WANDB_", "MASTER_", "NODE_RANK", "LOCAL_", "RANK", "WORLD_SIZE", "GROUP_RANK", "PL_")
 RUNTIME += ("LM_LIGHTNING_", "PYTEST_", "PYTHONPATH", "OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM")
 RUNTIME += ("PWD", "OLDPWD", "SHLVL", "COLUMNS", "LINES", "_")
-RUNTIME += ("PYTHONIOENCODING",)
+RUNTIME += ("PYTHONIOENCODING", "OPENBLAS_NUM_THREADS")
 # Imported by a `fit` anyway, after the command line is read
 MODULES = {
     "transformers": ["torch", "transformers", "transformers.models.gpt2.modeling_gpt2"]
@@ -72,7 +72,13 @@ def start() -> Optional[Path]:
         return None
     folder = Path(tempfile.mkdtemp(prefix="forks-"))
     with open(folder / "log", "w") as log:
-        server = subprocess.Popen([sys.executable, __file__, folder], stdin=subprocess.PIPE, stdout=log, stderr=log)
+        server = subprocess.Popen(
+            [sys.executable, __file__, folder],
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},  # else numpy starts threads, which are not forked
+        )
     atexit.register(server.communicate)
     while not all((folder / f"{name}.socket").exists() for name in MODULES):
         assert server.poll() is None, (folder / "log").read_text()

@@ -16,6 +16,7 @@ from test_survival import CONSTANT, DDP, SHARDED, logged, names, only
 from lm_lightning import run as runs
 from lm_lightning.errors import UserError
 from lm_lightning.models.network import generation_config
+from lm_lightning.untrusted import TRUST_PACKAGES
 
 
 class Spoil(Callback):
@@ -58,8 +59,9 @@ def lowest(run: Path) -> int:
 
 @pytest.mark.parametrize("plugins", [(), ("--trainer.plugins", "BackgroundCheckpoints")])
 def test_the_best_of_several_checkpoints_is_found_after_a_resume_and_a_move(
-    fit, cli, recipe: Path, tmp_path: Path, plugins: tuple
+    fit, cli, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plugins: tuple
 ):
+    monkeypatch.setenv(TRUST_PACKAGES, "test_best")  # so that the run's own config may import Spoil
     flags = (*SPOILED, "--best.save_top_k", 3, *plugins)
     run = fit(*flags, "--trainer.max_steps", 9)
     moved = tmp_path / "moved"
@@ -89,7 +91,7 @@ def test_the_best_of_several_checkpoints_is_found_after_a_resume_and_a_move(
         shutil.rmtree(run), shutil.copytree(tmp_path / "copy", run)
     for path in ("best", run / "checkpoints" / "best.ckpt"):
         out = cli("validate", "--config", recipe, "--runs_dir", moved, "--ckpt_path", path)
-        assert f"checkpoint: {best}" in out
+        assert f"weights: {best}" in out
 
 
 def test_model_holds_the_last_step_if_asked_and_every_checkpoint_is_kept_if_asked(fit, cli):
@@ -115,7 +117,7 @@ def test_without_a_best_checkpoint_the_last_step_is_exported(fit):
 
 def test_the_last_step_is_validated_unless_validation_is_off(fit):
     """Also if it is amid an epoch, amid an interval, or if the time or patience was over."""
-    run = fit("--trainer.max_steps", 7, "--trainer.accumulate_grad_batches", 2, "--trainer.val_check_interval", 10)
+    run = fit("--trainer.max_steps", 7, "--trainer.accumulate_grad_batches", 2, "--trainer.val_check_interval", 5)
     assert sorted(logged(run, "val/loss")) == [5, 7] and about(run)["step"] in (5, 7)
     assert runs.load_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == 7
     epochs = ("--trainer.max_steps", -1, "--trainer.max_epochs", 3, "--trainer.limit_train_batches", 2)
