@@ -40,7 +40,13 @@ def made(model: MaskedLM, tokenizer, next_sentence: bool = False) -> MaskedLM:
     data = SimpleNamespace(
         tokenizer=tokenizer, block_size=16, tokens_per_batch=1, next_sentence=next_sentence, prepared=prepared
     )
-    model._trainer = SimpleNamespace(strategy=None, datamodule=data, is_global_zero=True, progress_bar_callback=None)
+    model._trainer = SimpleNamespace(
+        strategy=None,
+        datamodule=data,
+        is_global_zero=True,
+        progress_bar_callback=None,
+        state=SimpleNamespace(fn="fit"),
+    )
     torch.manual_seed(0)
     model.configure_model()
     return model.eval()
