@@ -155,7 +155,7 @@ def test_killed_at_any_moment_a_run_goes_on_as_if_it_had_not_been(recipe: Path, 
         [sys.executable, script, "--kills", str(kills), "--config", recipe, *flags],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert result.returncode == 0, result.stdout + result.stderr
     assert f"{kills} kills" in result.stdout
@@ -487,7 +487,7 @@ def test_a_signal_to_one_of_two_processes_ends_both_and_one_process_goes_on(
             os.killpg(process.pid, number)
         else:
             os.kill(process.pid if to == "first" else max(set(numbers) - {process.pid}), number)
-        out, err = process.communicate(timeout=300)
+        out, err = process.communicate(timeout=900)
         assert process.returncode == 128 + number and "Traceback" not in err
         assert f"stopped by {signal.Signals(number).name}" in out
         assert not subprocess.run(members, capture_output=True, text=True).stdout

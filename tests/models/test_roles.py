@@ -42,7 +42,7 @@ def predictions(run: Path) -> list[dict]:
 def test_each_predicate_has_arguments_of_its_own_which_the_pipeline_tells_too(fit, cli, recipe: Path):
     from transformers import pipeline
 
-    run = fit("--trainer.max_steps", 150, "--trainer.val_check_interval", 50)
+    run = fit("--trainer.max_steps", 200, "--trainer.val_check_interval", 50)
     gold = sentences(45, 2)
     cli("predict", "--config", recipe, "--ckpt_path", run / "checkpoints" / "best.ckpt")
     told = predictions(run)
