@@ -52,13 +52,19 @@ def test_each_predicate_has_arguments_of_its_own_which_the_pipeline_tells_too(fi
     assert right > 0.8 * len(frames) > 45  # some sentences have two
 
     tell = pipeline("token-classification", str(run / "model"), ignore_labels=[])
-    for row in told[:10]:
+    compared = 0
+    for row in told[:20]:
         words, predicate = gold[row["row"]]["words"], row["predicate"]
         marked = [*words[:predicate], "*", words[predicate], "*", *words[predicate + 1 :]]
         first = {word["start"]: word["entity"] for word in tell(" ".join(marked))}
         starts = [sum(len(word) + 1 for word in marked[:number]) for number in range(len(marked))]
         labels = [first[start] for start in starts]
-        assert [*labels[:predicate], labels[predicate + 1], *labels[predicate + 3 :]] == row["labels"]
+        labels = [*labels[:predicate], labels[predicate + 1], *labels[predicate + 3 :]]
+        # The pipeline takes the best label of each word, which may not be a legal sequence.
+        if all(not own.startswith("I-") or own[2:] == before[2:] for before, own in zip(["O", *labels], labels)):
+            assert labels == row["labels"]
+            compared += 1
+    assert compared >= 10
 
 
 def test_rows_may_be_frames_with_labels(fit, cli, recipe: Path, tmp_path: Path):
