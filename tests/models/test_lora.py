@@ -31,6 +31,7 @@ from lm_lightning.errors import UserError
 from lm_lightning.models.lora import LoRA
 from lm_lightning.run import load_checkpoint
 from lm_lightning.strategies import FSDP2, TensorParallel
+from lm_lightning.untrusted import TRUST_PACKAGES
 
 SIZES = {
     "gpt2": {"n_layer": 2, "n_embd": 64, "n_head": 2, "n_positions": 64},
@@ -226,7 +227,10 @@ def test_a_checkpoint_is_refused_where_it_does_not_belong(fit, cli, recipe: Path
     ("data", "model", "monitor", "base"),
     [("TaggingData", "Tagging", "val/f1", "whole"), ("ParsingData", "Parser", "val/las", "nf4")],
 )
-def test_new_heads_are_trained_saved_and_exported(cli, tmp_path: Path, data: str, model: str, monitor: str, base: str):
+def test_new_heads_are_trained_saved_and_exported(
+    cli, tmp_path: Path, monkeypatch, data: str, model: str, monitor: str, base: str
+):
+    monkeypatch.setenv(TRUST_PACKAGES, "test_lora")  # so that the run's own config may import Logits
     file, folder = recipe_of(tmp_path, model, data, monitor), tmp_path / "base"
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tok")
     torch.manual_seed(0)
