@@ -141,7 +141,7 @@ def flags_of_commands(cli: Callable[..., str], capsys: pytest.CaptureFixture) ->
     found = {}
     lines = [line for line in command("--help").stdout.splitlines() if line.startswith("--")]
     everywhere = flags_in("\n".join(lines))
-    assert everywhere == {"trust_remote_code"}
+    assert everywhere == {"trust_remote_code", "trust_package"}
     for name in COMMANDS:
         with pytest.raises(SystemExit):
             cli(name, "--help")
