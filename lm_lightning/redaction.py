@@ -213,10 +213,13 @@ def find_redacted(config: Any, name: str = "") -> Iterator[str]:
 
 @contextlib.contextmanager
 def redacted_command_line() -> Iterator[None]:
-    """Shows libraries that record `sys.argv` a command line without secrets."""
-    arguments = sys.argv
+    """Shows libraries that record `sys.argv` a command line without secrets.
+
+    A library such as W&B may also print tracebacks itself, unscrubbed; the hook for these is restored.
+    """
+    arguments, hook = sys.argv, sys.excepthook
     sys.argv = redact_arguments(arguments)
     try:
         yield
     finally:
-        sys.argv = arguments
+        sys.argv, sys.excepthook = arguments, hook
