@@ -104,6 +104,7 @@ CALLBACKS = {
     "Gradients": {"anew": "every_n_steps bins"},
     "Spikes": {"anew": "deviations steps"},
     "Export": {"anew": "weights"},
+    "Predictions": {"anew": "escape_formulas"},
 }
 
 

@@ -62,5 +62,6 @@ def test_a_task_resumes_exactly_with_dropout(task: str, cli, tmp_path: Path, mon
         whole = Path(cli(*flags).split("run folder: ")[1].splitlines()[0])
     steps = {runs.load_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"]: run for run in kept}
     for step in (2, 3):  # the latter is the end of an epoch, whose validation is finished
-        cli(*flags, "--ckpt_path", steps[step] / "checkpoints" / "last.ckpt")
+        copy = steps[step]  # (another --runs_dir than that of the copy would start a new run)
+        cli(*flags, "--runs_dir", copy.parent.parent, "--ckpt_path", copy / "checkpoints" / "last.ckpt")
         assert same(weights(steps[step]), weights(whole)) and metrics(steps[step]) == metrics(whole), step
