@@ -133,7 +133,17 @@ class Poisoned(CausalLM):
 
 
 def poison(**options: object) -> list[object]:
-    flags: list[object] = ["--model", "test_survival.Poisoned"]
+    # (a class that is chosen has none of the recipe's settings)
+    network = {"model_type": "gpt2", "n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 64}
+    flags: list[object] = ["--model", "test_survival.Poisoned", "--model.network", json.dumps(network)]
+    flags += [
+        "--model.optimizer",
+        "torch.optim.AdamW",
+        "--model.optimizer.lr",
+        1e-2,
+        "--model.schedule.warmup_steps",
+        2,
+    ]
     for name, value in options.items():
         flags += [f"--model.{name}", value]
     return flags
@@ -318,7 +328,7 @@ def test_a_run_that_is_killed_just_after_it_went_on_has_still_logged_what_came_b
         patch.setattr(ExperimentWriter, "save", lambda self: None)  # nothing that is logged reaches the disk
         fit(*flags, *callbacks((Stop, {"batches": 3})))
     run = fit(*flags)
-    assert list(logged(run, "train/loss")) == list(range(1, 11)) and list(logged(run, "val/loss")) == [5]
+    assert list(logged(run, "train/loss")) == list(range(1, 11)) and list(logged(run, "val/loss")) == [5, 10]
 
 
 def test_a_run_that_is_killed_as_it_goes_on_stays_the_one_that_it_was(fit, monkeypatch: pytest.MonkeyPatch):
