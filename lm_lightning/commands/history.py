@@ -132,6 +132,7 @@ def read_table(file: Path, notes: list[str]) -> list[list[str]]:
 
 def rows_of(lines: Sequence[str]) -> Iterator[Optional[list[str]]]:
     """The rows of CSV, None for one that cannot be read, such as one with a cell of more than 128 KiB."""
+    csv.field_size_limit(1 << 17)  # of the whole process, which may have read tables of long texts
     reader = csv.reader(line.replace("\0", "") for line in lines)
     while True:
         try:
