@@ -154,7 +154,7 @@ def test_interrupt_at_any_time_ends_a_command_and_its_processes(args: list[str],
     flags += [] if args[0] == "prepare" else ["--trainer.max_steps", "100000"]
     for seconds in (1, 2, 4, 6, 8, 10, 13, 16):
         status, errors, age = interrupt([*args, *flags], lambda _, age, limit=seconds: age > limit)
-        if math.isinf(age):
+        if math.isinf(age) or status == 0:  # it had finished, perhaps while the signal was on its way
             assert status == 0, errors
             break
         assert ended_by_interrupt(status, errors), (seconds, status, errors)
