@@ -310,7 +310,7 @@ class CLI(LightningCLI):
             weights = pretrained
         else:
             raise UserError(
-                f"{self.subcommand} of new weights says nothing: give a run, as in `{self.subcommand} RUN`, "
+                f"{self.subcommand} needs trained weights: give a run, as in `{self.subcommand} RUN`, "
                 "--ckpt_path last or a checkpoint, or --model.pretrained"
             )
         if config.ckpt_path is not None:
