@@ -4,7 +4,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -30,6 +30,15 @@ def paragraphs(number: int, seed: int = 0) -> list[str]:
         return " ".join(draw.choice(words) for words in WORDS.values()).capitalize() + "."
 
     return [f"{i} " + " ".join(sentence() for _ in range(draw.randint(1, 4))) for i in range(number)]
+
+
+@pytest.fixture(autouse=True)
+def own_imports() -> Iterator[None]:
+    """Restrictions of imports that a run's config brings along end with the test."""
+    from lm_lightning import imports
+
+    with imports.scope():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -27,17 +27,16 @@ OVERLAY = ROOT / "configs" / "callbacks" / "wandb.yaml"
 def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """No key, no settings and no network."""
 
-    def clear() -> None:
-        for name in [name for name in os.environ if name.startswith("WANDB_")]:
-            monkeypatch.delenv(name)
-        wandb.teardown()  # so that they are read anew
-
-    clear()
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    wandb.teardown()  # so that they are read anew
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("WANDB_MODE", "offline")
     yield
-    clear()
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        os.environ.pop(name)  # not with monkeypatch, which would restore the address of a service that has ended
+    wandb.teardown()
 
 
 class Kill(Callback):
