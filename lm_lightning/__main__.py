@@ -10,28 +10,29 @@ import re
 import signal
 import sys
 
-from lm_lightning import console, redaction
+from lm_lightning import console
+from lm_lightning.cli.explain import of_command_line, program
 from lm_lightning.errors import UserError, first_process
-from lm_lightning.explain import of_command_line, program
 from lm_lightning.hub import TRUST
 from lm_lightning.processes import end_with_parent
-from lm_lightning.redaction import scrub
-from lm_lightning.untrusted import TRUST_PACKAGES
+from lm_lightning.security import redaction
+from lm_lightning.security.redaction import scrub
+from lm_lightning.security.untrusted import TRUST_PACKAGES
 
 # command -> module with a main() that reads sys.argv, and what it does
 COMMANDS = {
-    "fit": ("lm_lightning.cli", "train a model, resume with --ckpt_path last"),
-    "validate": ("lm_lightning.cli", "metrics on the validation split"),
-    "test": ("lm_lightning.cli", "metrics on the test split"),
-    "predict": ("lm_lightning.cli", "predictions on the test split"),
+    "fit": ("lm_lightning.cli.app", "train a model, resume with --ckpt_path last"),
+    "validate": ("lm_lightning.cli.app", "metrics on the validation split"),
+    "test": ("lm_lightning.cli.app", "metrics on the test split"),
+    "predict": ("lm_lightning.cli.app", "predictions on the test split"),
     "prepare": ("lm_lightning.commands.prepare", "tokenize a corpus, show what is in it"),
-    "generate": ("lm_lightning.commands.generate", "continue prompts with a trained model, or chat"),
-    "search": ("lm_lightning.commands.search", "find the texts of an index that are nearest to a query"),
-    "tune": ("lm_lightning.commands.tune", "search good values of flags, a learning rate, the largest micro-batch"),
-    "verify": ("lm_lightning.commands.verify", "compare ways to run a config on this machine with a plain run"),
-    "compress": ("lm_lightning.commands.compress", "quantize, prune or export a model, and measure what came of it"),
+    "generate": ("lm_lightning.tasks.causal_lm.generate", "continue prompts with a trained model, or chat"),
+    "search": ("lm_lightning.tasks.embedding.search", "find the texts of an index that are nearest to a query"),
+    "tune": ("lm_lightning.tuning.tune", "search good values of flags, a learning rate, the largest micro-batch"),
+    "verify": ("lm_lightning.tuning.verify", "compare ways to run a config on this machine with a plain run"),
+    "compress": ("lm_lightning.compression.compress", "quantize, prune or export a model, and measure what came of it"),
     "export": ("lm_lightning.commands.export", "make a from_pretrained folder of a checkpoint"),
-    "report": ("lm_lightning.commands.report", "make one HTML page of runs: curves, samples, differences"),
+    "report": ("lm_lightning.reports.report", "make one HTML page of runs: curves, samples, differences"),
 }
 
 
@@ -131,7 +132,7 @@ def run(command: str) -> None:
     Raises:
         UserError: Whatever the user can mend.
     """
-    from lm_lightning import imports
+    from lm_lightning.security import imports
 
     try:
         with imports.scope():

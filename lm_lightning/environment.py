@@ -12,7 +12,7 @@ import torch
 import transformers
 
 import lm_lightning
-from lm_lightning.redaction import redact_arguments
+from lm_lightning.security.redaction import redact_arguments
 
 
 def environment() -> dict[str, Any]:

@@ -36,9 +36,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, Optional
 
-from lm_lightning import untrusted
 from lm_lightning.console import printable
 from lm_lightning.errors import UserError
+from lm_lightning.security import untrusted
 
 PLACEHOLDER = "<run>"  # in the value of an option: the run folder
 TRAINING = "training.json"  # in model/: which step the weights are from, and its score
@@ -261,7 +261,7 @@ def load_checkpoint(path: Path, weights: bool = True, checked: bool = False) -> 
     """
     import torch
 
-    from lm_lightning import sharded_checkpoint
+    from lm_lightning.checkpoints import sharded as sharded_checkpoint
 
     others = [other for kind in ("*.ckpt", f"*.ckpt{OLD}") for other in path.parent.glob(kind) if other != path]
     remedy = f"use another one of {path.parent}" if others else f"{path.parent} has no other one, so start a new run"

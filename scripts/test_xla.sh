@@ -7,4 +7,4 @@ environment=${1:-.venv-xla}
 [ -d "$environment" ] || python3 -m venv "$environment"
 . "$environment/bin/activate"
 pip install -q -e ".[tpu,test]"
-PJRT_DEVICE=CPU pytest tests/strategies/test_xla.py tests/models/test_finite.py
+PJRT_DEVICE=CPU pytest tests/xla tests/models/test_nonfinite.py

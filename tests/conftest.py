@@ -11,6 +11,7 @@ import pytest
 import yaml
 from forks import python
 
+ROOT = Path(__file__).parent.parent  # of the repository
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "true"
 
@@ -35,7 +36,7 @@ def paragraphs(number: int, seed: int = 0) -> list[str]:
 @pytest.fixture(autouse=True)
 def own_imports() -> Iterator[None]:
     """Restrictions of imports that a run's config brings along end with the test."""
-    from lm_lightning import imports
+    from lm_lightning.security import imports
 
     with imports.scope():
         yield

@@ -9,12 +9,11 @@ import pytest
 import torch
 import transformers
 import yaml
-from conftest import paragraphs
+from conftest import ROOT, paragraphs
 from transformers import AutoConfig, AutoTokenizer
 
 from lm_lightning.data.tokenizer import Tokenizer, train
 
-ROOT = Path(__file__).parent.parent
 SMALL = {
     "gpt2": {"n_layer": 2, "n_embd": 48, "n_head": 2},
     "llama": {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 3}

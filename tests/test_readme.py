@@ -18,13 +18,12 @@ import pytest
 import torch
 import yaml
 from clauses import sentences
-from conftest import command, paragraphs
+from conftest import ROOT, command, paragraphs
 from test_configs import SMALL
 from transformers import AutoConfig, AutoModelForMaskedLM
 
 from lm_lightning.data.tokenizer import Tokenizer, train
 
-ROOT = Path(__file__).parents[1]
 NOT_RUN = {  # what a command begins with, and why it is not run
     "pip install": "the packages are installed",
     "pytest": "that is what runs this",

@@ -11,10 +11,10 @@ import pytest
 from test_fit import same, weights
 
 from lm_lightning import run as runs
-from lm_lightning.checkpoints import CheckpointFiles
+from lm_lightning.checkpoints.files import CheckpointFiles
 from lm_lightning.errors import UserError
 
-LOGGER = {"class_path": "lm_lightning.callbacks.tracking.MetricsFile", "init_args": {"save_dir": "<run>"}}
+LOGGER = {"class_path": "lm_lightning.callbacks.metrics_file.MetricsFile", "init_args": {"save_dir": "<run>"}}
 TINY = (
     *("--trainer.logger", json.dumps([LOGGER]), "--trainer.num_sanity_val_steps", 0, "--trainer.limit_val_batches", 1),
     *("--data.batch_size", 2, "--data.block_size", 8, "--model.network.n_layer=1", "--model.network.n_embd=8"),

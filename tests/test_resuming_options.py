@@ -10,9 +10,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 from test_resuming import TINY
 
-from lm_lightning import cli as command_line
 from lm_lightning import run as runs
-from lm_lightning.checkpoints import Checkpoints
+from lm_lightning.checkpoints.files import Checkpoints
+from lm_lightning.cli import app as command_line
 from lm_lightning.errors import UserError
 from lm_lightning.optim import Schedule
 

@@ -268,7 +268,7 @@ def test_the_saved_config_is_the_same_configuration(fit, cli):
 
 def test_a_config_that_cannot_be_saved_is_refused_before_training(recipe: Path):
     from lm_lightning import run as runs
-    from lm_lightning.cli import CLI
+    from lm_lightning.cli.app import CLI
 
     options = {"function": lambda number: number + 5}
     settings = yaml.safe_load(recipe.read_text())

@@ -13,16 +13,16 @@ from typing import Any, Optional
 
 import pytest
 import torch
-from conftest import command
+from conftest import ROOT, command
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from test_fit import metrics, same, weights
 
 from lm_lightning import run as runs
-from lm_lightning import saving
-from lm_lightning.checkpoints import BackgroundCheckpoints, CheckpointFiles
+from lm_lightning.checkpoints.files import BackgroundCheckpoints, CheckpointFiles
+from lm_lightning.cli import saving
 from lm_lightning.errors import UserError
-from lm_lightning.models.gpt import CausalLM
+from lm_lightning.tasks.causal_lm.model import CausalLM
 
 CONSTANT = ("--model.schedule.shape", "constant")  # so that a run of more steps begins like one of fewer
 DDP = ("--trainer.strategy", "ddp", "--trainer.devices", 2, "--data.batch_size", 2)
@@ -159,7 +159,7 @@ def poison(**options: object) -> list[object]:
     ids=["one", "sharded"],
 )
 def test_killed_at_any_moment_a_run_goes_on_as_if_it_had_not_been(recipe: Path, kills: int, own: tuple):
-    script = Path(__file__).parents[1] / "scripts" / "kill.py"
+    script = ROOT / "scripts" / "kill.py"
     flags = ["--trainer.max_steps", "60", "--last.every_n_train_steps", "1", *map(str, own)]
     result = subprocess.run(
         [sys.executable, script, "--kills", str(kills), "--config", recipe, *flags],
@@ -535,7 +535,7 @@ def test_a_slurm_job_that_is_queued_again_goes_on_with_its_own_run(tmp_path: Pat
     srun = tmp_path / "srun"
     srun.write_text('#!/bin/sh\necho "$@"')
     srun.chmod(0o755)
-    script = Path(__file__).parents[1] / "scripts" / "slurm" / "fit.sbatch"
+    script = ROOT / "scripts" / "slurm" / "fit.sbatch"
     for job, goes_on in ((7, True), (9, False)):
         own = {"SLURM_JOB_ID": str(job), "SLURM_NNODES": "2", "SLURM_NTASKS_PER_NODE": "8"}
         environment = os.environ | own | {"RUNS_DIR": str(tmp_path), "PATH": f"{tmp_path}:{os.environ['PATH']}"}

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 
 from lm_lightning import files
-from lm_lightning.checkpoints import Checkpoints
+from lm_lightning.checkpoints.files import Checkpoints
 from lm_lightning.errors import UserError
 from lm_lightning.models.network import check_export
 from lm_lightning.run import TRAINING, described, load_checkpoint

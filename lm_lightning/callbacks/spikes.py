@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lm_lightning.errors import UserError
 from lm_lightning.files import append, write_text
-from lm_lightning.models.finite import Step, listed
+from lm_lightning.models.nonfinite import Step, listed
 
 
 class Spikes(Callback):

@@ -8,7 +8,7 @@ import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lm_lightning.strategies.xla import compilations
+from lm_lightning.xla.strategy import compilations
 
 
 class Throughput(Callback):

@@ -5,10 +5,11 @@ import sys
 from pathlib import Path
 from typing import Any, Optional
 
-from lm_lightning import files, hub, untrusted
+from lm_lightning import files, hub
 from lm_lightning import run as runs
 from lm_lightning.errors import UserError
 from lm_lightning.run import load_checkpoint, run_folder
+from lm_lightning.security import untrusted
 
 
 def export(
@@ -123,7 +124,7 @@ def write_checked(
     config = network_class.config_class.from_dict(description["config"])
     weights = {k.removeprefix("network."): w for k, w in saved["state_dict"].items() if k.startswith("network.")}
     if "lora" in saved:
-        from lm_lightning.models import lora
+        from lm_lightning.lora import lora
 
         network, weights = lora.network_of(saved)
         if adapter is not None:
@@ -159,7 +160,7 @@ def main() -> None:
     """Reads the command line."""
     from jsonargparse import auto_cli
 
-    from lm_lightning.explain import program
-    from lm_lightning.settings import Parser
+    from lm_lightning.cli.explain import program
+    from lm_lightning.cli.settings import Parser
 
     auto_cli(export, args=sys.argv[2:], prog=program("export"), parser_class=Parser)

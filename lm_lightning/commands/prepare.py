@@ -9,8 +9,8 @@ from lm_lightning.data.tokenizer import Tokenizer
 from lm_lightning.errors import UserError
 
 if TYPE_CHECKING:
-    from lm_lightning.data.masked import MaskedData
     from lm_lightning.data.shards import Prepared
+    from lm_lightning.tasks.masked_lm.data import MaskedData
 
 
 def prepare(
@@ -102,8 +102,8 @@ def count(prepared: "Prepared", size: int, left_out: int, full: tuple[str, ...] 
 
 def main() -> None:
     """Reads the command line: `--config` as `fit` takes it, of which the options of the data count, and flags."""
-    from lm_lightning import settings
-    from lm_lightning.explain import program
+    from lm_lightning.cli import settings
+    from lm_lightning.cli.explain import program
 
     recipe, files, rest = settings.layered(sys.argv[2:])
 
@@ -113,7 +113,7 @@ def main() -> None:
     kind, section = data_section(recipe, " and ".join(files))
     masked = kind == "MaskedData"
     if masked:
-        from lm_lightning.data.masked import MaskedData  # not before it is needed: it takes seconds
+        from lm_lightning.tasks.masked_lm.data import MaskedData  # not before it is needed: it takes seconds
 
         added = parser.add_class_arguments(MaskedData, "data")
     else:

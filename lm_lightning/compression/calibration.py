@@ -93,7 +93,7 @@ def run(settings: Path, pretrained: Path, callbacks: list[Callback], *flags: str
     Returns:
         The `Trainer`.
     """
-    from lm_lightning.cli import CLI
+    from lm_lightning.cli.app import CLI
 
     with tempfile.TemporaryDirectory() as runs, contextlib.redirect_stdout(io.StringIO()):
         own = ["--config", str(settings), "--runs_dir", runs, "--name", "compressed", "--ckpt_path", "null"]

@@ -9,9 +9,10 @@ from typing import Any
 import transformers
 from torch import Tensor
 
-from lm_lightning import errors, hub, untrusted
+from lm_lightning import errors, hub
 from lm_lightning.errors import UserError
 from lm_lightning.models.network import HEAD_FILE
+from lm_lightning.security import untrusted
 
 PROGRAMS = (".onnx", ".pt2")  # not for `transformers`
 

@@ -22,19 +22,20 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 
-from lm_lightning import hub, untrusted
+from lm_lightning import hub
 from lm_lightning import run as runs
 from lm_lightning.console import printable
 from lm_lightning.data.order import PADDING
 from lm_lightning.data.tokenizer import document_ids, fingerprint, load, vocabulary
 from lm_lightning.data.tokenizer import save as save_tokenizer
 from lm_lightning.errors import UserError
-from lm_lightning.models import lora as adapters
-from lm_lightning.models.finite import FiniteSteps, Step
-from lm_lightning.models.lora import LoRA
+from lm_lightning.lora import lora as adapters
+from lm_lightning.lora.lora import LoRA
 from lm_lightning.models.metrics import Mode, Ratio
 from lm_lightning.models.network import blocks, gradient_norm, positions, save_network
+from lm_lightning.models.nonfinite import FiniteSteps, Step
 from lm_lightning.optim import OptimizerFactory, Schedule, parameter_groups
+from lm_lightning.security import untrusted
 
 # Settings of a network that training may change on resuming: they decide no weight and no output in evaluation.
 HARMLESS_KEYS = ("drop", "use_cache", "transformers_version", "dtype", "_name_or_path", "token_id", "architectures")

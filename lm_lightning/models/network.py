@@ -16,11 +16,13 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
-from lm_lightning import embedding, hub, untrusted
+from lm_lightning import hub
 from lm_lightning.console import printable
 from lm_lightning.data.tokenizer import fingerprint, load
 from lm_lightning.data.tokenizer import save as save_tokenizer
 from lm_lightning.errors import UserError
+from lm_lightning.security import untrusted
+from lm_lightning.tasks.embedding import modules as embedding
 
 HEAD_FILE = "head.safetensors"  # in an exported folder: weights of a head that `transformers` has not
 # Names that `transformers` has for tables with a row for each absolute position.

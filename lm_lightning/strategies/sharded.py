@@ -25,7 +25,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from lm_lightning import run, sharded_checkpoint
+from lm_lightning import run
+from lm_lightning.checkpoints import sharded as sharded_checkpoint
 from lm_lightning.errors import UserError
 from lm_lightning.models.network import blocks
 from lm_lightning.strategies import tensor_parallel

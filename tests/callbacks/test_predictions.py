@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from lm_lightning.callbacks.predictions import Predictions
-from lm_lightning.data.labelled import Tables, of_files
+from lm_lightning.finetuning.data import Tables, of_files
 
 
 def table(folder: Path, inputs: list, predicted: list[dict]) -> list[list[str]]:

@@ -11,16 +11,16 @@ import torch
 from lm_lightning.callbacks.predictions import cells as cells_of_predictions
 from lm_lightning.callbacks.predictions import write_table
 from lm_lightning.data import cells
-from lm_lightning.data.classification import ClassificationData, Columns
-from lm_lightning.data.labelled import LabelledData, Row, Tables
-from lm_lightning.data.pairs import Columns as PairColumns
-from lm_lightning.data.pairs import PairData
-from lm_lightning.data.parsing import ParsingData
-from lm_lightning.data.questions import Answer, QuestionData
-from lm_lightning.data.roles import RoleData
-from lm_lightning.data.tagging import TaggingData
 from lm_lightning.data.tokenizer import Tokenizer, train
 from lm_lightning.errors import UserError
+from lm_lightning.finetuning.data import LabelledData, Row, Tables
+from lm_lightning.tasks.classification.data import ClassificationData, Columns
+from lm_lightning.tasks.embedding.data import Columns as PairColumns
+from lm_lightning.tasks.embedding.data import PairData
+from lm_lightning.tasks.parsing.data import ParsingData
+from lm_lightning.tasks.questions.data import Answer, QuestionData
+from lm_lightning.tasks.tagging.data import TaggingData
+from lm_lightning.tasks.tagging.roles import RoleData
 
 
 @pytest.fixture(scope="module")

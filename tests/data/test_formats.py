@@ -7,8 +7,8 @@ import pytest
 
 from lm_lightning.data.corpus import Corpus
 from lm_lightning.data.corpus import read as read_corpus
-from lm_lightning.data.labelled import Tables, of_files
 from lm_lightning.errors import UserError
+from lm_lightning.finetuning.data import Tables, of_files
 
 
 def write(path: Path, data: str | bytes) -> Path:

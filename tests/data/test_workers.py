@@ -12,18 +12,18 @@ import torch
 from clauses import sentences
 from conftest import paragraphs
 
-from lm_lightning.data.classification import ClassificationData
 from lm_lightning.data.corpus import Corpus
-from lm_lightning.data.labelled import Tables
-from lm_lightning.data.masked import MaskedData, Texts
-from lm_lightning.data.pairs import PairData
-from lm_lightning.data.parsing import ParsingData
 from lm_lightning.data.pretraining import PretrainingData
-from lm_lightning.data.questions import QuestionData
-from lm_lightning.data.roles import RoleData
 from lm_lightning.data.stream import StreamData
-from lm_lightning.data.tagging import TaggingData
 from lm_lightning.data.tokenizer import Tokenizer, train
+from lm_lightning.finetuning.data import Tables
+from lm_lightning.tasks.classification.data import ClassificationData
+from lm_lightning.tasks.embedding.data import PairData
+from lm_lightning.tasks.masked_lm.data import MaskedData, Texts
+from lm_lightning.tasks.parsing.data import ParsingData
+from lm_lightning.tasks.questions.data import QuestionData
+from lm_lightning.tasks.tagging.data import TaggingData
+from lm_lightning.tasks.tagging.roles import RoleData
 
 
 @pytest.fixture(scope="module")

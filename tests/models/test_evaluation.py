@@ -13,8 +13,8 @@ from processes import Runs
 from scipy.stats import pearsonr, spearmanr
 
 from lm_lightning.data.order import PADDING
+from lm_lightning.finetuning.mistakes import KEPT, Mistakes
 from lm_lightning.models.metrics import Ratio
-from lm_lightning.models.mistakes import KEPT, Mistakes
 
 pytestmark = pytest.mark.slow  # the first test evaluates all tasks
 

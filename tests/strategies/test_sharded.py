@@ -10,9 +10,10 @@ import pytest
 import safetensors.torch
 import torch
 import yaml
+from conftest import ROOT
 from processes import Runs
 
-from lm_lightning import sharded_checkpoint
+from lm_lightning.checkpoints import sharded as sharded_checkpoint
 from lm_lightning.data.tokenizer import Tokenizer, train
 from lm_lightning.errors import UserError
 from lm_lightning.run import load_checkpoint
@@ -275,7 +276,7 @@ def test_folders_are_not_written_in_the_background(runs, recipe):
 
 
 def test_overlays_of_configs_train(runs, recipe):
-    overlays = sorted((Path(__file__).parents[2] / "configs" / "strategy").glob("*.yaml"))
+    overlays = sorted((ROOT / "configs" / "strategy").glob("*.yaml"))
     runs({f.stem: recipe("gpt2", "--config", f, "--trainer.devices", 2, "--trainer.max_steps", 4) for f in overlays})
     for file in overlays:
         assert len(runs.log(file.stem, "step", "train/loss")) == 4
@@ -350,7 +351,9 @@ def test_options_do_under_sharding_what_they_do_without(runs, recipe):
 
 
 def test_sharded_network_generates_predicts_and_is_exported(runs, recipe, cli):
-    callback = '[{"class_path": "lm_lightning.callbacks.samples.Samples", "init_args": {"prompts": ["", "The old"]}}]'
+    callback = (
+        '[{"class_path": "lm_lightning.tasks.causal_lm.samples.Samples", "init_args": {"prompts": ["", "The old"]}}]'
+    )
     names = ["one", "fsdp2", "split"]
     runs(commands(recipe, "gpt2", names, "--trainer.callbacks", callback))
     samples = [(runs.folder / f"{name}_gpt2" / "samples.jsonl").read_text() for name in names]

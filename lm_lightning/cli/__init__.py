@@ -1,0 +1,1 @@
+"""The command line: options, config files, messages, help."""

@@ -1,0 +1,224 @@
+"""Evaluations: which run `validate`, `test` and `predict` are of, whose settings they have, and what they leave.
+
+The settings are those of the run's config.yaml, overridden by the flags of the command line; the weights are those of
+its `model/`, unless a checkpoint is named; the tokenizer is the one that the run has saved.
+"""
+
+import json
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Optional
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser
+
+from lm_lightning import run as runs
+from lm_lightning.cli import saving, settings
+from lm_lightning.commands.export import default_checkpoint
+from lm_lightning.console import printable
+from lm_lightning.errors import UserError
+from lm_lightning.files import write_text
+from lm_lightning.security.redaction import redact
+from lm_lightning.security.untrusted import read_json
+
+COMMANDS = ("validate", "test", "predict")
+RECORD = "evaluation.json"
+SPLITS = {"validate": "validation", "test": "test", "predict": "predict"}
+
+
+def of_arguments(arguments: list[str]) -> tuple[Optional[Path], list[str]]:
+    """Replaces the run in `validate RUN ...` by its config.
+
+    Args:
+        arguments: The subcommand and what follows.
+
+    Returns:
+        The run folder, None if there is no such argument, and the arguments that the parser knows.
+
+    Raises:
+        UserError: If the argument is no run.
+    """
+    if arguments[:1] == [] or arguments[0] not in COMMANDS or len(arguments) < 2 or arguments[1].startswith("-"):
+        return None, arguments
+    command, name, *rest = arguments
+    run = runs.run_folder(name)
+    if name.rstrip("/").endswith(".ckpt"):
+        rest = ["--ckpt_path", str(Path(name).expanduser()), *rest]
+    return run, [command, "--config", str(run / "config.yaml"), *rest]
+
+
+def of_config(config: Any, name: str) -> Optional[Path]:
+    """The run that `ckpt_path` or `model.pretrained` names, None if what they name belongs to no run.
+
+    Args:
+        config: Of the subcommand.
+        name: Of the experiment.
+
+    Raises:
+        UserError: If there is no such checkpoint.
+    """
+    if record := record_of(config.config):
+        run = read_json(record).get("run")
+        return Path(run) if isinstance(run, str) and run else None
+    if config.ckpt_path is not None:
+        return runs.run_of(checkpoint_of(config.ckpt_path, None, config.runs_dir, name))
+    pretrained = options_of(config, "model").get("pretrained")
+    if pretrained is not None and runs.is_run(folder := Path(pretrained).expanduser()):
+        return folder.absolute()
+    return None
+
+
+def checkpoint_of(ckpt_path: str, run: Optional[Path], runs_dir: str, name: str) -> Path:
+    """The checkpoint that is meant by `last`, `best` or a path: of a run, or of the newest run of a name."""
+    if ckpt_path in ("last", "best"):
+        if run is None:
+            return runs.last_checkpoint(runs_dir, name, ckpt_path)
+        folder = run / "checkpoints"
+        return runs.usable_checkpoint(folder) if ckpt_path == "last" else runs.best_checkpoint(folder)
+    checkpoint = Path(ckpt_path).expanduser()
+    if checkpoint.name == "best.ckpt" and not checkpoint.exists():  # of several best ones, which have other names
+        return runs.best_checkpoint(checkpoint.parent)
+    return checkpoint
+
+
+def options_of(config: Any, part: str) -> Any:
+    """The options of the model or the data."""
+    return config[part].get("init_args") or {}
+
+
+def with_config_of(run: Path, arguments: list[str]) -> list[str]:
+    """Arguments of an evaluation with the config of a run in the place of other configs."""
+    return [arguments[0], "--config", str(run / "config.yaml"), *settings.layered(arguments[1:])[2]]
+
+
+def record_of(configs: Any) -> Optional[Path]:
+    """The record of the evaluation whose own, complete config is among those that are given, None if there is none."""
+    files = [Path(str(config)).parent / RECORD for config in configs or []]
+    return next((file for file in files if file.is_file()), None)
+
+
+def differences(ours: Any, other: Any, name: str) -> Iterator[str]:
+    """The names of options that two configs have, but with other values."""
+    if hasattr(ours, "items") and hasattr(other, "items"):
+        mine, others = dict(ours.items()), dict(other.items())
+        for key in mine.keys() & others.keys():
+            yield from differences(mine[key], others[key], f"{name}.{key}".replace(".init_args", ""))
+    elif ours != other:
+        yield name
+
+
+def configure(config: Any, run: Path) -> str:
+    """Gives an evaluation of a run its weights and its tokenizer, where the user has not given others.
+
+    Args:
+        config: Of the subcommand; is changed.
+        run: Run folder.
+
+    Returns:
+        What the weights are.
+
+    Raises:
+        UserError: If there are none.
+    """
+    saved = settings.read(str(run / "config.yaml"))
+    saved_model, saved_data = (saved[part].get("init_args") or {} for part in ("model", "data"))
+    data, model = options_of(config, "data"), options_of(config, "model")
+    tokenizer = data.get("tokenizer")
+    if hasattr(tokenizer, "path") and tokenizer.as_dict() == (saved_data.get("tokenizer") or {}):
+        tokenizer.path = str(run / "tokenizer")
+    if config.ckpt_path is not None:
+        checkpoint = checkpoint_of(config.ckpt_path, run, "", "")
+    else:
+        pretrained = model.get("pretrained")
+        if pretrained is not None and Path(pretrained).expanduser().absolute() == run:  # by which it was found
+            pretrained = model["pretrained"] = saved_model.get("pretrained")
+        if pretrained is not None and pretrained != saved_model.get("pretrained"):  # the run's settings, other weights
+            if "network" in model and model["network"] == saved_model.get("network"):
+                model["network"] = None
+            return str(pretrained)
+        if "pretrained" in model and (run / "model" / "config.json").is_file():
+            model["pretrained"] = str(run / "model")
+            for key, value in {"network": None, "lora": None, "keep_head": False}.items():
+                if key in model:
+                    model[key] = value
+            return str(run / "model")
+        if not (run / "checkpoints").is_dir():
+            raise UserError(f"{run} has neither a model/ nor checkpoints/, so there is nothing to evaluate")
+        checkpoint = default_checkpoint(run / "checkpoints")
+    config.ckpt_path = str(checkpoint.absolute())
+    return config.ckpt_path
+
+
+def files_of(config: Any) -> dict[str, Any]:
+    """The options that say where the data comes from, without those that are not given."""
+    options = options_of(config, "data")
+    found = {key: options[key] for key in ("corpus", "tables", "retrieval", "texts") if options.get(key)}
+    plain = {key: value.as_dict() if hasattr(value, "as_dict") else value for key, value in found.items()}
+    return {
+        key: {name: item for name, item in value.items() if item} if isinstance(value, dict) else value
+        for key, value in plain.items()
+    }
+
+
+class Evaluation(Callback):
+    """Writes what an evaluation is of into its folder: `config.yaml`, and `evaluation.json` with the metrics.
+
+    Args:
+        parser: Which writes the config.
+        config: The settings of the evaluation.
+        run: Run folder, None for weights of no run.
+        weights: Where they are from.
+    """
+
+    def __init__(self, parser: LightningArgumentParser, config: Any, run: Optional[Path], weights: str) -> None:
+        self.parser, self.config = parser, config
+        about = Path(weights) / runs.TRAINING  # of a run's model/: which checkpoint it is
+        self.about = read_json(about) if weights and about.is_file() else None
+        if self.about is not None and not (
+            type(self.about.get("step")) is int and isinstance(self.about.get("checkpoint"), str)
+        ):
+            raise UserError(f"{about} is damaged, as it names no checkpoint and step: remove it")
+        self.record: dict[str, Any] = {"run": run and str(run), "weights": weights, "model": self.about}
+
+    def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes both files, without metrics, when nothing is left to refuse."""
+        if not trainer.is_global_zero or trainer.fast_dev_run:
+            return
+        folder, command = Path(trainer.default_root_dir), trainer.state.fn.value if trainer.state.fn else ""
+        saving.write(self.parser, self.config, folder / "config.yaml")
+        self.record = {
+            "command": command,
+            **self.record,
+            "split": SPLITS[command],
+            "started": datetime.now().isoformat(timespec="seconds"),
+            "files": files_of(self.config),
+            "data": getattr(trainer.datamodule, "info", None),
+            "metrics": None,
+        }
+        self.write(trainer)
+
+    def end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Adds the metrics."""
+        if not trainer.is_global_zero or trainer.fast_dev_run:
+            return
+        self.record["metrics"] = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        self.write(trainer)
+        print(f"evaluation: {Path(trainer.default_root_dir) / RECORD}")
+
+    on_validation_start = on_test_start = on_predict_start = start
+    on_validation_end = on_test_end = on_predict_end = end
+
+    def weights(self) -> str:
+        """Where the weights are from, for the screen."""
+        where = self.record["weights"]
+        return (
+            f"{where} ({printable(str(self.about.get('checkpoint')))} checkpoint, step {self.about['step']:,})"
+            if self.about
+            else where
+        )
+
+    def write(self, trainer: Trainer) -> None:
+        """Writes the record, which is whole whenever the process is killed."""
+        file = Path(trainer.default_root_dir) / RECORD
+        write_text(file, json.dumps(redact(self.record), indent=2, ensure_ascii=False))

@@ -1,0 +1,118 @@
+"""Saving of a config: makes sure that what is written as YAML is the same configuration when it is read."""
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningArgumentParser
+
+from lm_lightning.cli import settings
+from lm_lightning.errors import UserError
+from lm_lightning.files import write_text
+from lm_lightning.security.redaction import redact
+
+UNSAVEABLE = "Unable to serialize instance"  # what jsonargparse writes in the place of such a value
+
+
+def checked(parser: LightningArgumentParser, config: Any) -> Any:
+    """A config that is the same when it is saved and parsed again.
+
+    Values that YAML cannot hold, such as functions, objects and open files, are omitted where they are the defaults of
+    a class, which come back by themselves.
+
+    Args:
+        parser: Of the config.
+        config: Is not changed.
+
+    Raises:
+        UserError: If there are others; names the option.
+    """
+    saved = config.clone()
+    lost = [name for name, value in leaves(settings.load(dumped(parser, saved))) if str(value).startswith(UNSAVEABLE)]
+    for name in lost:
+        remove(saved, name)
+    try:
+        again = parser.parse_string(dumped(parser, saved))
+        if changed := different(config, again):
+            for name in changed:
+                remove(saved, name)
+            again = parser.parse_string(dumped(parser, saved))
+    except Exception as error:  # of any class that checks its own options
+        raise refusal(lost, f"cannot be read again: {' '.join(str(error).split())[:200]}") from error
+    if changed := different(config, again):
+        raise refusal(changed, "would be another value when it is read again")
+    return saved
+
+
+def write(parser: LightningArgumentParser, config: Any, file: Path) -> None:
+    """Writes a config as YAML, without its secrets."""
+    text = dumped(parser, config)
+    content = settings.load(text)
+    redacted = redact(content)
+    if redacted != content:
+        head = "".join(line for line in text.splitlines(keepends=True) if line.startswith("#"))
+        text = head + settings.dump(redacted)
+    write_text(file, text)
+
+
+def refusal(names: list[tuple], reason: str) -> UserError:
+    """Why a config cannot be saved."""
+    options = ", ".join(".".join(map(str, name)) for name in names) or "an option"
+    return UserError(
+        f"{options} cannot be saved in config.yaml, so that the run could not be repeated ({reason}): use a number, "
+        "text, list or dict, a class by `class_path`, or a function by its import path"
+    )
+
+
+def dumped(parser: LightningArgumentParser, config: Any) -> str:
+    """The config as YAML, as it is saved."""
+    with warnings.catch_warnings():  # of what is checked here
+        warnings.simplefilter("ignore")
+        return parser.dump(config, skip_unset=False)
+
+
+def leaves(value: Any, name: tuple = ()) -> Iterator[tuple[tuple, Any]]:
+    """The names and values of all options; items of lists have numbers as their names."""
+    if isinstance(value, (dict, Namespace)):
+        children: Any = as_dict(value).items()
+    elif isinstance(value, list):
+        children = enumerate(value)
+    else:
+        yield name, value
+        return
+    for key, item in children:
+        yield from leaves(item, (*name, key))
+
+
+def as_dict(value: Any) -> dict:
+    """The options of a namespace or dict, without changing those within them."""
+    return value if isinstance(value, dict) else vars(value)
+
+
+def different(config: Any, again: Any) -> list[tuple]:
+    """The names of options that are not the same in `again`."""
+    found = dict(leaves(again))
+    return [name for name, value in leaves(config) if name[0] != "config" and not same(value, found.get(name, found))]
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two values are equal, both are not a number, or they are copies of an object."""
+    try:
+        if type(one) is type(other) and not callable(one) and hasattr(one, "__dict__") and vars(one) == vars(other):
+            return True
+        return one is other or bool(one == other) or bool(one != one and other != other)
+    except Exception:  # of any class
+        return False
+
+
+def remove(config: Any, name: tuple) -> None:
+    """Removes the option of a class that a value belongs to, if it is one of a class."""
+    holder = config
+    for position, part in enumerate(name):
+        here: Any = holder if isinstance(holder, list) else as_dict(holder)
+        if position and name[position - 1] == "init_args":
+            here.pop(part, None)
+            return
+        holder = here[part]

@@ -1,0 +1,176 @@
+"""Structured pruning: units, heads or blocks that a network learns to do without, and that its export has not."""
+
+from pathlib import Path
+from typing import Any, Literal, Optional
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+
+from lm_lightning.compression import structure
+from lm_lightning.compression.callbacks.pruning import Pruning
+from lm_lightning.errors import UserError
+from lm_lightning.models.network import blocks, by_rows, linear_layers, smallest
+
+
+class StructuredPruning(Pruning):
+    """Takes units, heads or blocks out of a network, little by little, while training makes up for them.
+
+    In training, what comes out of them is made zero, along the schedule of `Pruning`; they do not come back. The
+    exported model really is smaller, as by the recipes of `compress` of the same names, and gives the same outputs. A
+    network is exported as far as it is pruned.
+
+    Args:
+        kind: `width` of the feed-forward layers; attention `heads`, with all that share their keys and values, in
+            networks whose heads have a size of their own (Llama, Qwen); `layers`, which is whole blocks, in networks
+            that add what a block makes to what it is given, with the norms before (GPT, Llama).
+        keep: Share of them that is kept.
+        method: What tells the importance of units and heads: their weights' `magnitude`, or with `wanda`, what their
+            values weigh in the next layer. Blocks go by how far they turn what they are given (Men et al., 2024,
+            arXiv:2403.03853).
+        start: Optimizer steps before the first go.
+        end: Optimizer step from which only the share is left. Default: half of the run.
+        frequency: Steps from one choice to the next.
+        table: See `Pruning`.
+    """
+
+    def __init__(
+        self,
+        kind: structure.Kind = "width",
+        keep: float = 0.5,
+        method: Literal["magnitude", "wanda"] = "wanda",
+        start: int = 0,
+        end: Optional[int] = None,
+        frequency: int = 50,
+        table: bool = True,
+    ) -> None:
+        if not 0 < keep < 1:
+            raise UserError(f"the pruning keeps a share of {keep}, but that must be between 0 and 1, without both")
+        method = "wanda" if kind == "layers" else method  # which are always measured
+        super().__init__(1 - keep, method, start=start, end=end, frequency=frequency, table=table)
+        self.kind: structure.Kind = kind
+        self.keep = keep
+        self.kept: list[Tensor] = []  # of each block the numbers of its units or heads; of `layers`, one of blocks
+
+    def layers_of(self, network: Any) -> dict[str, nn.Linear]:
+        """The layers whose inputs are the units; of `layers`, those whose outputs are added to a block's inputs."""
+        if self.kind == "layers":
+            self.ends = [last_layers(network, block) for block in blocks(network)]
+            return {name: layer for block in self.ends for name, layer in block.items()}
+        self.units = structure.units(network, self.kind)
+        return {block.out: block.layer for block in self.units}
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        network = pl_module.network
+        structure.Structure(self.kind).check(network, self.keep, ())
+        super().on_fit_start(trainer, pl_module)
+        self.number = self.units[0].number if self.kind != "layers" else len(self.ends)
+        self.sparsity = 1 - structure.kept_number(network, self.kind, self.keep) / self.number
+        if self.kind == "layers" and not passes_through(network, blocks(network)[0], self.ends[0]):
+            raise UserError(
+                f"the blocks of {type(network).__name__} cannot be made to do nothing, since norms follow their sums: "
+                "make a shallow model by compress --recipe layers=..., and train that"
+            )
+
+    def watch(self, network: Any) -> list[Any]:
+        """Hooks that measure units and heads by what goes into the next layer, blocks by what they change."""
+        if self.kind != "layers":
+            return super().watch(network)
+        return [
+            block.register_forward_hook(self.measure_block(f"block {number}"))
+            for number, block in enumerate(blocks(network))
+        ]
+
+    def measure_block(self, name: str) -> Any:
+        """A hook that adds up how far a block turns what it is given."""
+
+        @torch.no_grad()
+        def hook(block: nn.Module, inputs: tuple, output: Any) -> None:
+            if block.training:
+                given, made = inputs[0], output[0] if isinstance(output, tuple) else output
+                change = (1 - torch.cosine_similarity(given.float(), made.float(), dim=-1)).sum()
+                self.importance[name] = self.importance[name] + change if name in self.importance else change
+
+        return hook
+
+    @torch.no_grad()
+    def choose(self, pl_module: LightningModule) -> None:
+        """Chooses which units, heads or blocks are gone from now on."""
+        share, sums = self.share(self.step), self.of_all_processes()
+        if self.kind == "layers":
+            changes = torch.stack([sums[f"block {number}"] for number in range(self.number)])
+            if self.kept:
+                changes[[n for n in range(self.number) if n not in self.kept[0].tolist()]] = 0
+            gone = smallest(changes, share)
+            self.kept = [(~gone).nonzero().flatten().cpu()]
+            self.masks = {name: ~gone[number] for number, block in enumerate(self.ends) for name in block}
+        else:
+            norms = {name: square.sqrt() for name, square in sums.items()} if self.method == "wanda" else None
+            self.kept, self.masks = [], {}
+            for block in self.units:
+                gone = smallest(block.importance(norms), share)
+                self.kept.append((~gone).nonzero().flatten().cpu())
+                inputs = by_rows(block.layer, block.layer.weight).shape[1] // block.number  # of each
+                self.masks[block.out] = by_rows(block.layer, (~gone).repeat_interleave(inputs).unsqueeze(0))
+        pl_module.log("train/sparsity", share)
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Makes what comes out of them zero."""
+        super().apply()
+        if self.kind == "layers" and self.kept:
+            for number, block in enumerate(self.ends):
+                for layer in block.values():
+                    if number not in self.kept[0].tolist() and layer.bias is not None:
+                        layer.bias.zero_()
+
+    def report(self, pl_module: LightningModule) -> None:
+        """Tells how many are left."""
+        kept = len(self.kept[0]) if self.kept else self.number
+        what = {"width": "units of each block", "heads": "heads of each block", "layers": "blocks"}[self.kind]
+        pl_module.print(f"pruned: {kept} of {self.number} {what} are left ({kept / self.number:.1%})")
+
+    def on_export(self, folder: Path) -> None:
+        """Makes an exported model smaller."""
+        structure.shrink(folder, self.kind, self.kept)
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"kind": self.kind, "kept": self.kept}
+
+    def made_with(self) -> dict[str, Any]:
+        return {"kind": self.kind, "method": self.method}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.kept = state["kept"]
+
+
+def last_layers(network: Any, block: nn.Module) -> dict[str, nn.Linear]:
+    """The linear layers that end a block's attention and its feed-forward part, by their names."""
+    names = {id(module): name for name, module in network.named_modules()}
+    linear = {n: layer for n, layer in linear_layers(network).items() if n.startswith(f"{names[id(block)]}.")}
+    (out,) = (own for own in structure.units(network, "width") if own.out in linear)
+    attention = [name for name in linear if "attn" in name or "attention" in name]
+    if not attention:
+        raise UserError(f"the attention of {type(network).__name__} is not known here: leave layers out")
+    return {attention[-1]: linear[attention[-1]], out.out: out.layer}
+
+
+@torch.no_grad()
+def passes_through(network: Any, block: nn.Module, ends: dict[str, nn.Linear]) -> bool:
+    """Whether a block gives out what it is given, where the last layers of its two parts give zeros; tried."""
+    same: list[bool] = []
+
+    def compare(module: nn.Module, inputs: tuple, output: Any) -> None:
+        same.append(torch.allclose(inputs[0], output[0] if isinstance(output, tuple) else output, atol=1e-6))
+
+    hooks = [layer.register_forward_hook(lambda module, inputs, output: output * 0) for layer in ends.values()]
+    hooks.append(block.register_forward_hook(compare))
+    # What a new norm has made already, another new norm would leave as it is.
+    hooks.append(block.register_forward_pre_hook(lambda module, inputs: (3 * inputs[0] + 1, *inputs[1:])))
+    training = network.training
+    network.eval()(torch.arange(8, device=network.device).unsqueeze(0))
+    network.train(training)
+    for hook in hooks:
+        hook.remove()
+    return all(same)

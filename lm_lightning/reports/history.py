@@ -1,0 +1,290 @@
+"""History: a run folder in; its curves, options, samples and spikes out, as far as they can be read."""
+
+import csv
+import itertools
+import json
+import os
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional
+
+from lm_lightning.errors import UserError
+from lm_lightning.security.redaction import redact, redact_arguments
+
+Points = list[tuple[int, float]]  # (step, value), by rising steps
+
+# A run may be of somebody else, or damaged: what is read and shown of it is bounded.
+YAML_BYTES = 1 << 20  # of a config
+WHOLE_BYTES = 4 << 20  # of another file that is read as a whole
+LAST_BYTES = 32 << 20  # of a file of lines, of which the last ones are read
+ROWS = 500_000  # of metrics.csv
+LINES = 20_000  # of a JSONL file
+COLUMNS = 200  # of a table
+NAME = 200  # characters of the name of a column or option
+CELL = 1000  # characters of a cell of another table
+TEXT = 10_000  # characters of any other text
+OPTIONS = 5000  # of a file
+CONFIGS = 20  # that a run was resumed with
+
+
+@dataclass
+class Run:
+    """What a run folder says.
+
+    Attributes:
+        folder: Its path.
+        metrics: Of each column of metrics.csv, the steps that have a value.
+        configs: File name to options by dotted names; config.yaml is the last.
+        environment: environment.json, by dotted names.
+        data: data.json, by dotted names.
+        samples: Lines of samples.jsonl.
+        spikes: Lines of spikes.jsonl.
+        results: results.csv, the results of each label in the last evaluation, the names of the columns first.
+        confusion: confusion.csv, how often each label was predicted as which, the names of the columns first.
+        evaluated: What these are of, such as "validation, step 60".
+        mistakes: Lines of mistakes.jsonl.
+        steps: Optimizer steps that were done.
+        notes: What could not be read.
+    """
+
+    folder: Path
+    metrics: dict[str, Points] = field(default_factory=dict)
+    configs: dict[str, dict[str, str]] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+    data: dict[str, str] = field(default_factory=dict)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    spikes: list[dict[str, Any]] = field(default_factory=list)
+    results: list[list[str]] = field(default_factory=list)
+    confusion: list[list[str]] = field(default_factory=list)
+    evaluated: str = ""
+    mistakes: list[dict[str, Any]] = field(default_factory=list)
+    steps: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return "/".join(self.folder.parts[-2:])
+
+
+def read(folder: Path) -> Run:
+    """Reads a run folder; files that are not there, or cut since the run was killed, are read as far as they go.
+
+    Raises:
+        UserError: If it is no run folder.
+    """
+    if not (folder / "config.yaml").is_file():
+        raise UserError(
+            f"{folder} is no run folder: it has no config.yaml; name a folder such as runs/gpt/2026-11-25_10-30-00"
+        )
+    run = Run(folder.resolve())
+    run.metrics = read_metrics(folder / "metrics.csv", run.notes)
+    numbered = sorted(folder.glob("config.*.yaml"), key=lambda file: (len(file.name), file.name))
+    if len(numbered) > CONFIGS:
+        run.notes.append(f"{len(numbered) - CONFIGS} of {len(numbered)} earlier configs are left out")
+        numbered = numbered[-CONFIGS:]
+    run.configs = {file.name: read_options(file, run.notes) for file in [*numbered, folder / "config.yaml"]}
+    run.environment = read_options(folder / "environment.json", run.notes)
+    data = read_options(folder / "data.json", run.notes)
+    run.data = {name: text for name, text in data.items() if text != "null"}  # options that were not given
+    run.samples = read_lines(folder / "samples.jsonl", {"step": int, "prompt": str, "text": str}, run.notes)
+    run.spikes = read_lines(folder / "spikes.jsonl", {"step": int, "loss": float, "samples": whole_numbers}, run.notes)
+    run.results = read_table(folder / "results.csv", run.notes)
+    run.confusion = read_table(folder / "confusion.csv", run.notes)
+    run.evaluated = cut(text_of(folder / "results.md", run.notes).partition("\n")[0], CELL)
+    fields: dict[str, Callable[[Any], Any]] = {
+        "evaluation": str,
+        "row": int,
+        "loss": float,
+        "text": str,
+        "right": str,
+        "predicted": str,
+    }
+    run.mistakes = read_lines(folder / "mistakes.jsonl", fields, run.notes)
+    run.steps = read_steps(run)
+    return run
+
+
+def read_steps(run: Run) -> int:
+    """The steps of a run: not all are logged, so its last checkpoint counts, too."""
+    steps = max((points[-1][0] for points in run.metrics.values()), default=0)
+    checkpoint = run.folder / "checkpoints" / "last.ckpt"
+    if not checkpoint.exists():
+        return steps
+    from lm_lightning.run import load_checkpoint
+
+    try:
+        return max(steps, step_of(load_checkpoint(checkpoint, weights=False, checked=True)["global_step"]))
+    except (UserError, ValueError, TypeError, KeyError, OverflowError):
+        run.notes.append("checkpoints/last.ckpt is cut or damaged")
+        return steps
+
+
+def read_table(file: Path, notes: list[str]) -> list[list[str]]:
+    """The rows of a CSV file, as many cells each as the first; nothing if it is not there."""
+    rows = list(rows_of(text_of(file, notes).splitlines()))
+    whole = [[cut(cell, CELL) for cell in row] for row in rows if row is not None and len(row) == len(rows[0] or [])]
+    if len(whole) < len(rows):
+        notes.append(f"{file.name}: cut or damaged rows are left out ({len(rows) - len(whole)})")
+    return whole
+
+
+def rows_of(lines: Sequence[str]) -> Iterator[Optional[list[str]]]:
+    """The rows of CSV, None for one that cannot be read, such as one with a cell of more than 128 KiB."""
+    csv.field_size_limit(1 << 17)  # of the whole process, which may have read tables of long texts
+    reader = csv.reader(line.replace("\0", "") for line in lines)
+    while True:
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error:
+            yield None
+        else:
+            yield row
+
+
+def read_metrics(file: Path, notes: list[str]) -> dict[str, Points]:
+    """The columns of metrics.csv; a row that is cut, such as the last of a killed run, is left out."""
+    metrics: dict[str, dict[int, float]] = {}
+    *lines, rest = text_of(file, notes, last=True).split("\n")
+    bad = int(bool(rest))  # (its last number may be cut, too)
+    if len(lines) > ROWS + 1:
+        notes.append(f"{file.name}: only the last {ROWS:,} of {len(lines) - 1:,} rows are shown")
+        lines = [lines[0], *lines[-ROWS:]]
+    columns: list[str] = []
+    for row in rows_of(lines):
+        if not columns and row:
+            columns = row[:COLUMNS]
+            if len(row) > COLUMNS:
+                notes.append(f"{file.name}: {len(row) - COLUMNS} of {len(row)} columns are left out")
+            continue
+        if row == []:
+            continue
+        cells = dict(zip(columns, row or []))
+        try:
+            step = step_of(cells.pop("step", ""))
+            values = {name: float(value) for name, value in cells.items() if 0 < len(name) <= NAME and value}
+        except (TypeError, ValueError):
+            bad += 1
+            continue
+        for name, value in values.items():
+            metrics.setdefault(name, {})[step] = value
+    if bad:
+        notes.append(f"{file.name}: cut or damaged rows are left out ({bad})")
+    return {name: sorted(points.items()) for name, points in metrics.items()}
+
+
+def step_of(value: Any) -> int:
+    """A number of steps.
+
+    Raises:
+        ValueError: If a run cannot have so many; also TypeError and OverflowError.
+    """
+    step = int(value)
+    if not 0 <= step < 1 << 53:
+        raise ValueError(f"{step} is no step")
+    return step
+
+
+def whole_numbers(value: Any) -> list[int]:
+    """A list of whole numbers.
+
+    Raises:
+        ValueError: If it is none; also TypeError and OverflowError.
+    """
+    return [int(item) for item in value]
+
+
+def read_options(file: Path, notes: list[str]) -> dict[str, str]:
+    """A YAML or JSON file as texts by dotted names, without secrets."""
+    import yaml
+
+    from lm_lightning.cli import settings
+
+    is_json = file.suffix == ".json"
+    text = text_of(file, notes, WHOLE_BYTES if is_json else YAML_BYTES)
+    if not text.strip():
+        return {}
+    try:
+        content = json.loads(text) if is_json else settings.load(text)
+        if isinstance(content, dict) and isinstance(command := content.get("command"), list):
+            content["command"] = redact_arguments([str(argument) for argument in command])
+        options = list(itertools.islice(flat(redact(content)), OPTIONS + 1))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = settings.yaml_problem(error) if isinstance(error, yaml.MarkedYAMLError) else ""
+        notes.append(f"{file.name} is cut or damaged{reason}")
+        return {}
+    if len(options) > OPTIONS:
+        notes.append(f"{file.name}: only its first {OPTIONS:,} options are shown")
+    return {cut(name, NAME): cut(value, TEXT) for name, value in options[:OPTIONS]}
+
+
+def cut(text: str, longest: int) -> str:
+    """A text, or its beginning and how much is left out."""
+    return text if len(text) <= longest else f"{text[:longest]}… ({len(text) - longest:,} more characters)"
+
+
+def flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """Texts of what options hold, by dotted names; lists of options are numbered."""
+    if isinstance(value, dict) and (value or not name):
+        for key, item in value.items():
+            yield from flat(item, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        for number, item in enumerate(value):
+            yield from flat(item, f"{name}.{number}")
+    elif name:
+        yield name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def read_lines(file: Path, fields: dict[str, Callable[[Any], Any]], notes: list[str]) -> list[dict[str, Any]]:
+    """The lines of a JSONL file that have these fields."""
+    rows, bad = [], 0
+    lines = [line for line in text_of(file, notes, last=True).split("\n") if line.strip()]
+    if len(lines) > LINES:
+        notes.append(f"{file.name}: only the last {LINES:,} of {len(lines):,} lines are shown")
+    for line in lines[-LINES:]:
+        try:
+            row = json.loads(line)
+            values = {name: step_of(row[name]) if name == "step" else kind(row[name]) for name, kind in fields.items()}
+            rows.append({name: cut(value, TEXT) if isinstance(value, str) else value for name, value in values.items()})
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+            bad += 1
+    if bad:
+        notes.append(f"{file.name}: cut or damaged lines are left out ({bad})")
+    return rows
+
+
+def text_of(file: Path, notes: list[str], most: int = 0, last: bool = False) -> str:
+    """A file's text; nothing if it is not there, or is too large.
+
+    Args:
+        file: Its path.
+        notes: Are added to.
+        most: Bytes that are read, at most. Default: what suits the kind of file.
+        last: Whether, of a larger file, the first line and the last ones are read.
+    """
+    most = most or (LAST_BYTES if last else WHOLE_BYTES)
+    try:
+        about = os.stat(file)
+        if not stat.S_ISREG(about.st_mode):  # a pipe or device might have no end
+            notes.append(f"{file.name} cannot be read (it is not a file)")
+            return ""
+        if about.st_size > most and not last:
+            notes.append(f"{file.name} is left out: it has {about.st_size:,} bytes, more than {most:,}")
+            return ""
+        with open(file, "rb") as stream:
+            head = b""
+            if about.st_size > most:
+                notes.append(f"{file.name}: only the last {most:,} of its {about.st_size:,} bytes are shown")
+                head = stream.readline(most)
+                stream.seek(about.st_size - most)
+                stream.readline(most)  # the rest of a line
+            text = (head + stream.read(most)).decode("utf-8", errors="replace")
+            return text.replace("\r\n", "\n").replace("\r", "\n")
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        notes.append(f"{file.name} cannot be read ({error.strerror})")
+        return ""

@@ -1,0 +1,199 @@
+"""Imports that a config asks for: any in a config that was given with `--config`, few in one that a run brings along.
+
+`validate RUN` and the like use the run's config.yaml, which somebody else may have written and which nobody has read.
+Of it, only classes of packages that are known to be harmless are imported, see SECURITY.md.
+"""
+
+import contextlib
+import functools
+import inspect
+import os
+import pydoc
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional
+
+from jsonargparse import _actions, _typehints
+
+from lm_lightning.console import printable
+from lm_lightning.errors import UserError
+from lm_lightning.security.untrusted import TRUST_PACKAGES
+
+PACKAGES = ("lm_lightning", "lightning", "torch", "torchmetrics", "transformers", "bitsandbytes")
+FOLDERS = ("dirpath", "save_dir", "folder", "filename")  # options of what Lightning and this package write
+PATH = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)+")  # an import path
+
+
+@dataclass
+class State:
+    """What may be imported.
+
+    Args:
+        config: The run's config; None while everything may be imported.
+        named: Import paths that the user has given, in flags or in a config of `--config`.
+        refused: The first import path that was refused.
+    """
+
+    config: Optional[Path] = None
+    named: set[str] = field(default_factory=set)
+    refused: Optional[str] = None
+
+
+state = State()
+
+
+@contextlib.contextmanager
+def scope() -> Iterator[None]:
+    """Ends restrictions that a command has begun."""
+    global state
+    before, state = state, State()
+    try:
+        yield
+    finally:
+        state = before
+
+
+def restrict(config: Path, arguments: Iterable[str] = ()) -> None:
+    """Has only harmless classes imported from now on, and what the user has named.
+
+    Args:
+        config: The run's config, for messages.
+        arguments: Flags and other configs of the user's, which may name others.
+    """
+    state.config = config
+    for argument in arguments:
+        state.named |= set(PATH.findall(argument))
+
+
+def check() -> None:
+    """Refuses the config if it asked for an import that is not allowed; jsonargparse may have tried something else.
+
+    Raises:
+        UserError: Names the import and the option that allows it.
+    """
+    if state.refused is not None:
+        name = state.refused
+        raise UserError(
+            f"{state.config} asks to import {printable(name)[:200]}, which may run any code (it is not a model, data, "
+            f"callback, optimizer or the like of {', '.join(PACKAGES)}): read it, and if you trust it, add "
+            f"--trust_package {printable(name.partition('.')[0])[:100]} to the command"
+        )
+
+
+def check_folders(options: Any, arguments: Iterable[str]) -> None:
+    """Refuses a run's own config that would have a profiler, callback or the like write into any folder.
+
+    Args:
+        options: Of the trainer, or within those.
+        arguments: Flags of the user's, which may name such options.
+
+    Raises:
+        UserError: Names the option.
+    """
+    if state.config is None:
+        return
+    for name, value in options.items() if hasattr(options, "items") else enumerate(options):
+        name = str(name).rpartition(".")[2]
+        if name in FOLDERS and isinstance(value, str) and not any(f".{name}" in argument for argument in arguments):
+            path = Path(value).expanduser()
+            if path.is_absolute() or ".." in path.parts:
+                raise UserError(
+                    f"{state.config} has files written to {printable(value)[:200]}: give that folder with a flag that "
+                    f"ends with .{name}, or remove it from the config"
+                )
+        elif isinstance(value, list) or hasattr(value, "items"):
+            check_folders(value, arguments)
+
+
+def trusted(name: str) -> bool:
+    """Whether the user has named an import path or allowed its package."""
+    packages = os.environ.get(TRUST_PACKAGES, "").split(",")
+    return name in state.named or any(f"{name}.".startswith(f"{package}.") for package in packages if package)
+
+
+def known(name: str) -> bool:
+    """Whether an import path is one of a known package, which can be imported to look at what it is."""
+    first, *rest = name.split(".")
+    return first in PACKAGES and not any(part.startswith("__") for part in rest)
+
+
+def harmless(found: Any) -> bool:
+    """Whether what was found is a class whose making runs no code that its options could choose."""
+    import torch
+    from lightning.fabric.accelerators import Accelerator
+    from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment, Precision
+    from lightning.fabric.strategies import Strategy
+    from lightning.pytorch import Callback, LightningDataModule
+    from lightning.pytorch.loggers import Logger
+    from lightning.pytorch.plugins import LayerSync
+    from lightning.pytorch.profilers import Profiler
+    from lightning.pytorch.strategies import Strategy as TrainerStrategy
+    from torch.distributed import fsdp
+
+    bases: tuple[type, ...] = (
+        Accelerator,
+        CheckpointIO,
+        ClusterEnvironment,
+        Precision,
+        Strategy,
+        TrainerStrategy,
+        LayerSync,
+        Profiler,
+    )
+    bases += (Callback, LightningDataModule, Logger, torch.nn.Module, torch.optim.Optimizer)
+    bases += (fsdp.MixedPrecision, fsdp.CPUOffload, fsdp.MixedPrecisionPolicy, fsdp.OffloadPolicy)
+    if isinstance(found, torch.dtype):
+        return True
+    if not inspect.isclass(found) or found.__module__.partition(".")[0] not in PACKAGES:
+        return False
+    return found.__module__.startswith("lm_lightning.") or issubclass(found, bases)
+
+
+def refuse(name: str) -> ImportError:
+    """The error for an import path, which jsonargparse may catch; `check` raises one that it has not seen."""
+    state.refused = state.refused or name
+    return ImportError(f"{name} is not trusted")
+
+
+def guarded(import_object: Callable) -> Callable:
+    """jsonargparse's own function, which imports what a value names, with our restrictions."""
+
+    @functools.wraps(import_object)
+    def wrapped(name: Any, *args: Any, **kwargs: Any) -> Any:
+        is_path = isinstance(name, str) and PATH.fullmatch(name)
+        if not is_path or name == "jsonargparse.ArgumentParser":  # (which its own code asks for)
+            return import_object(name, *args, **kwargs)
+        if state.config is None:
+            state.named.add(name)
+            return import_object(name, *args, **kwargs)
+        if trusted(name):
+            return import_object(name, *args, **kwargs)
+        if not known(name):
+            raise refuse(name)
+        found = import_object(name, *args, **kwargs)
+        if not harmless(found):
+            raise refuse(name)
+        return found
+
+    return wrapped
+
+
+def locate(name: str) -> Any:
+    """What an import path names, None if there is nothing.
+
+    Raises:
+        UserError: If it may not be imported.
+    """
+    if state.config is not None and PATH.fullmatch(name) and not trusted(name):
+        found = pydoc.locate(name) if known(name) else None
+        if not known(name) or not (found is None or harmless(found)):
+            refuse(name)
+            check()
+        return found
+    return pydoc.locate(name)
+
+
+for _module in (_actions, _typehints):
+    _module.import_object = guarded(_module.import_object)  # type: ignore[attr-defined]

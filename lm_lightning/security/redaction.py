@@ -1,0 +1,225 @@
+"""Redaction: what a run leaves holds no secrets, although command lines and configs may.
+
+An option is secret if a word of its name is `key`, `token`, `password`, `secret` or similar, and its value a text; so
+is the user info of a URL (`https://user:password@host`) and such a parameter of its query.
+"""
+
+import contextlib
+import json
+import logging
+import re
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+REDACTED = "<redacted>"
+
+WORDS = {"key", "keys", "apikey", "token", "tokens", "password", "passwd", "passphrase", "secret", "secrets"}
+WORDS |= {"credential", "credentials", "authorization", "bearer", "pwd"}
+NUMERIC = WORDS - {"key", "keys", "token", "tokens"}  # of which numbers are secrets, too
+# ... of which these are names of tokens in a vocabulary, not secrets
+VOCABULARY = {
+    "bos",
+    "eos",
+    "pad",
+    "unk",
+    "sep",
+    "cls",
+    "mask",
+    "image",
+    "audio",
+    "video",
+    "special",
+    "additional",
+    "new",
+    # ... or of counts
+    "num",
+    "max",
+    "min",
+    "per",
+    "heads",
+    "dim",
+    "size",
+}
+
+SHORTEST = 4  # characters of a secret that is looked for in messages
+_secrets: set[str] = set()  # those that this process was given
+
+_USER_INFO = re.compile(r"(?<=://)[^/\s@'\"]+(?=@)")
+_QUERY = re.compile(r"([?&]([\w.-]+)=)([^&#\s'\"]+)")
+
+
+def is_secret(name: str, words: set[str] = WORDS) -> bool:
+    """Whether an option of a name, such as `trainer.logger.init_args.api_key`, holds a secret."""
+    last = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name.rpartition(".")[2])
+    parts = set(re.split(r"[^a-z0-9]+", last.lower()))
+    joined = any(part.endswith(("password", "secret", "apikey", "authtoken", "accesstoken")) for part in parts)
+    return (joined or bool(parts & words)) and not parts & VOCABULARY
+
+
+def redact(value: Any, name: str = "") -> Any:
+    """A copy of JSON-able data, such as a config, without its secrets.
+
+    Args:
+        value: The data.
+        name: The name that it has within its parent.
+    """
+    if isinstance(value, dict):
+        return {key: redact(item, str(key)) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [redact(item, name) for item in value]
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return REDACTED if is_secret(name, NUMERIC) else value
+    if not isinstance(value, str) or not value:
+        return value
+    return REDACTED if is_secret(name) else redact_text(value, name)
+
+
+def secrets_of(value: Any, name: str = "") -> Iterator[str]:
+    """The secrets in JSON-able data, which `redact` would replace."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from secrets_of(item, str(key))
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from secrets_of(item, name)
+    elif redact(value, name) == REDACTED:
+        yield str(value)
+    elif isinstance(value, str):
+        if isinstance(content := parsed(value), (dict, list)):
+            yield from secrets_of(content, name)
+        yield from _USER_INFO.findall(value)
+        yield from (secret for _, key, secret in _QUERY.findall(value) if is_secret(key))
+
+
+def remember(value: Any, name: str = "") -> None:
+    """Has `scrub` find the secrets in options that this process was given."""
+    _secrets.update(secret for secret in secrets_of(value, name) if len(secret) >= SHORTEST and secret != REDACTED)
+
+
+def without_user_info(text: str) -> str:
+    """A text without the user info and the secret parameters of the URLs in it."""
+    text = _USER_INFO.sub(REDACTED, text)
+    return _QUERY.sub(lambda match: match[1] + (REDACTED if is_secret(match[2]) else match[3]), text)
+
+
+def redact_arguments(arguments: Sequence[str]) -> list[str]:
+    """A command line without its secrets, in `--option value`, `--option=value`, and in JSON or YAML values."""
+    found, name = [], ""
+    for argument in arguments:
+        option, equals, value = argument.partition("=")
+        if argument.startswith("--") and (equals or not re.search(r"\s", argument)):
+            found.append(option + equals + redact_text(value, option) if equals else argument)
+            name = "" if equals else argument
+        else:
+            found.append(redact_text(argument, name))
+            name = ""
+    return found
+
+
+def redact_text(text: str, name: str) -> str:
+    """The value of an option, which may be a dict or list in JSON or YAML, without its secrets."""
+    name = name.lstrip("-")
+    if text and is_secret(name):
+        return REDACTED
+    value = parsed(text)
+    redacted = without_user_info(text) if isinstance(value, str) else redact(value, name)
+    return text if redacted == value else dumped(redacted)
+
+
+def parsed(text: str) -> Any:
+    """The dict or list that a text is in JSON or YAML; any other text as it is."""
+    if not re.match(r"\s*[{\[]", text):
+        return text
+    with contextlib.suppress(ValueError, RecursionError):
+        return json.loads(text)
+    import yaml  # (only here, as this module is imported by each start)
+
+    from lm_lightning.cli.settings import load
+
+    with contextlib.suppress(yaml.YAMLError):
+        return load(text)
+    return text
+
+
+def dumped(value: Any) -> str:
+    """A text as it is, and other data as JSON."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def scrub(text: str, arguments: Sequence[str] = ()) -> str:
+    """A message without the secrets of a command line and configs, which a parser may quote.
+
+    Args:
+        text: The message.
+        arguments: The command line, beside what `remember` has been given.
+    """
+    found = set(_secrets)
+    for argument, redacted in zip(arguments, redact_arguments(arguments)):
+        if argument != redacted:
+            option, equals, value = argument.partition("=")
+            name, value = (option, value) if equals and redacted.startswith(option + equals) else ("", argument)
+            found |= {value} if redacted.endswith(REDACTED) else set(secrets_of(value, name))
+    for secret in sorted(found, key=len, reverse=True):
+        edges = (r"(?<!\w)" if secret[:1].isalnum() else "", r"(?!\w)" if secret[-1:].isalnum() else "")
+        text = re.sub(edges[0] + re.escape(secret) + edges[1], REDACTED, text)
+    return without_user_info(text)
+
+
+def install() -> None:
+    """Scrubs what this process logs and warns of, and tracebacks."""
+    remember_arguments(sys.argv)
+    make_record, show = logging.getLogRecordFactory(), warnings.formatwarning
+
+    def record(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        made = make_record(*args, **kwargs)
+        with contextlib.suppress(Exception):  # arguments that do not fit the message, which logging reports
+            message = made.getMessage()
+            if (scrubbed := scrub(message)) != message:
+                made.msg, made.args = scrubbed, ()
+        return made
+
+    def hook(kind: Any, error: Any, trace: Any) -> None:
+        sys.stderr.write(scrub("".join(traceback.format_exception(kind, error, trace))))
+
+    logging.setLogRecordFactory(record)
+    warnings.formatwarning = lambda *args, **kwargs: scrub(show(*args, **kwargs))
+    sys.excepthook = hook
+
+
+def remember_arguments(arguments: Sequence[str]) -> None:
+    """As `remember`, of a command line."""
+    for argument, following in zip(arguments, [*arguments[1:], ""]):
+        option, equals, value = argument.partition("=")
+        if argument.startswith("--"):
+            remember(value if equals else following, option.lstrip("-"))
+        else:
+            remember(argument)
+
+
+def find_redacted(config: Any, name: str = "") -> Iterator[str]:
+    """The names of the options of a config whose values were redacted."""
+    if isinstance(config, dict):
+        for key, item in config.items():
+            yield from find_redacted(item, f"{name}.{key}" if name else str(key))
+    elif isinstance(config, (list, tuple)):
+        for item in config:
+            yield from find_redacted(item, name)
+    elif isinstance(config, str) and REDACTED in config:
+        yield name
+
+
+@contextlib.contextmanager
+def redacted_command_line() -> Iterator[None]:
+    """Shows libraries that record `sys.argv` a command line without secrets.
+
+    A library such as W&B may also print tracebacks itself, unscrubbed; the hook for these is restored.
+    """
+    arguments, hook = sys.argv, sys.excepthook
+    sys.argv = redact_arguments(arguments)
+    try:
+        yield
+    finally:
+        sys.argv, sys.excepthook = arguments, hook

@@ -1,0 +1,1 @@
+"""GPT: causal language models."""

@@ -1,0 +1,228 @@
+"""`generate`: prompts in, text out."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Optional
+
+from lm_lightning import hub
+from lm_lightning.console import printable
+from lm_lightning.errors import UserError
+from lm_lightning.run import model_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+    from lm_lightning.tasks.causal_lm.generation import Sampling
+
+
+def generate(
+    model: str,
+    prompt: str = "",
+    prompts_file: Optional[str] = None,
+    chat: bool = False,
+    max_new_tokens: int = 200,
+    greedy: bool = False,
+    temperature: float = 0.8,
+    top_k: int = 50,
+    top_p: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 8,
+    device: str = "auto",
+) -> None:
+    """Continues prompts with a causal language model until it ends the text.
+
+    The model's end tokens count; other settings of its generation config, such as a temperature, are named and ignored.
+
+    Args:
+        model: Run folder, `from_pretrained` folder or Hub name.
+        prompt: Text to continue; the answer is streamed. Default: a new document.
+        prompts_file: File with a prompt a line, instead of `prompt`. Prints a line of JSON for each, with the answer
+            that it would get alone.
+        chat: Talk: reads your turns from the terminal and remembers the dialogue, until an empty line.
+        max_new_tokens: Tokens of an answer, at most.
+        greedy: Always take the most probable token, instead of drawing one.
+        temperature: Under 1 sharpens, over 1 flattens the distribution.
+        top_k: Draw from the so many most probable tokens; 0: from all.
+        top_p: Draw from the most probable tokens that together have this probability.
+        seed: The same seed and prompt give the same text.
+        batch_size: Prompts of the file that are answered at once.
+        device: `cpu`, `cuda`, `mps`, ...; `auto` takes the fastest.
+    """
+    if (prompt != "") + (prompts_file is not None) + chat > 1:
+        raise UserError("give only one of --prompt, --prompts_file and --chat")
+    if batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}, but must be 1 or more")
+    prompts = read_prompts(prompts_file) if prompts_file is not None else {}
+    network, tokenizer = load(model, device)  # first, so that a wrong path needs no wait for the imports
+
+    from lm_lightning.tasks.causal_lm.generation import Sampling, inherited
+
+    if message := inherited(network, tokenizer):
+        say(message)
+    sampling = Sampling(greedy, temperature, top_k, top_p, seed)
+    if chat:
+        talk(network, tokenizer, max_new_tokens, sampling)
+    elif prompts_file is not None:
+        answer(network, tokenizer, prompts, batch_size, max_new_tokens, sampling)
+    else:
+        from lm_lightning.tasks.causal_lm.generation import prompt_ids
+
+        ids = prompt_ids(tokenizer, prompt)
+        show(prompt)
+        stream(network, tokenizer, ids, max_new_tokens, sampling)
+
+
+def read_prompts(path: str) -> dict[str, str]:
+    """The lines of a file, of which none may be empty, by `path:number`."""
+    try:
+        data = Path(path).read_bytes()
+        prompts = data.decode("utf-8-sig").removesuffix("\n").split("\n")
+    except OSError as error:
+        raise UserError(f"cannot read the prompts of {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise UserError(
+            f"{path}:{line}: byte 0x{error.object[error.start]:02x} is not UTF-8: convert the file to UTF-8"
+        ) from error
+    for number, prompt in enumerate(prompts, 1):
+        if not prompt.strip():
+            raise UserError(f"{path}:{number}: the prompt is empty")
+    return {f"{path}:{number}": prompt.removesuffix("\r") for number, prompt in enumerate(prompts, 1)}
+
+
+def load(model: str, device: str) -> "tuple[PreTrainedModel, PreTrainedTokenizerFast]":
+    """The network and tokenizer of a run folder, a `from_pretrained` folder or a Hub name."""
+    folder = str(model_folder(model)) if Path(model).expanduser().exists() else model
+    import transformers
+
+    from lm_lightning.data import tokenizer as tokenizers
+
+    hub.quiet()
+    network = hub.load(transformers.AutoModelForCausalLM, folder)
+    named = network.config.architectures
+    name = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else ""
+    trained_as: Any = getattr(transformers, name, None)  # a class of the model's own code is none of transformers
+    is_network = isinstance(trained_as, type) and issubclass(trained_as, transformers.PreTrainedModel)
+    if is_network and not trained_as.can_generate():  # whose head may be tied, so that nothing is missing
+        raise UserError(f"{model} is a {trained_as.__name__}, which was not trained to continue texts: give a GPT")
+    if device == "auto":
+        import torch
+
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        device = accelerator.type if accelerator is not None else "cpu"
+    network.config.pad_token_id = None  # padding comes with a mask; told of its token, transformers would look for it
+    try:
+        network.to(device)
+    except (RuntimeError, AssertionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"--device {device} cannot be used here ({reason}): take cpu or auto") from error
+    return network, tokenizers.load(folder)
+
+
+def say(text: str) -> None:
+    """Prints a message beside the generated text."""
+    print(f"[{printable(text)}]", file=sys.stderr)
+
+
+def show(text: str) -> None:
+    """Prints generated text: on a terminal without control characters, elsewhere as it is."""
+    print(printable(text) if sys.stdout.isatty() else text, end="", flush=True)
+
+
+def stream(
+    network: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerFast",
+    ids: list[int],
+    max_new_tokens: int,
+    sampling: "Sampling",
+) -> str:
+    """Prints an answer as it comes and returns it."""
+    from lm_lightning.tasks.causal_lm.generation import generate
+
+    (text,) = generate(
+        network, tokenizer, [ids], max_new_tokens, sampling, write=show, notice=say, names=["the prompt"]
+    )
+    show("\n")
+    return text
+
+
+def answer(
+    network: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerFast",
+    prompts: dict[str, str],
+    batch_size: int,
+    max_new_tokens: int,
+    sampling: "Sampling",
+) -> None:
+    """Prints a line of JSON for each prompt.
+
+    Args:
+        network: A causal network.
+        tokenizer: Its tokenizer.
+        prompts: By their names, for messages.
+        batch_size: How many are answered at once.
+        max_new_tokens: Tokens of an answer, at most.
+        sampling: How tokens are chosen.
+    """
+    from lm_lightning.tasks.causal_lm.generation import check, generate, prompt_ids, room
+
+    check(list(prompts), max_new_tokens, sampling)
+    rows = [(name, prompt, prompt_ids(tokenizer, prompt)) for name, prompt in prompts.items()]
+    for name, _, ids in rows:  # before the first is answered
+        room(network, ids, max_new_tokens, name)
+    for start in range(0, len(rows), batch_size):
+        names, texts, tokens = map(list, zip(*rows[start : start + batch_size]))
+        answers = generate(network, tokenizer, tokens, max_new_tokens, sampling, notice=say, names=names)
+        for prompt, text in zip(texts, answers):
+            show(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False) + "\n")
+
+
+def talk(
+    network: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast", max_new_tokens: int, sampling: "Sampling"
+) -> None:
+    """Answers the user's lines, each with the dialogue so far as its context, until an empty one."""
+    from lm_lightning.tasks.causal_lm.generation import chat_ids, context_limit, prompt_ids
+
+    if tokenizer.chat_template is None:
+        say("this model has no chat template: it sees your turns and its own as lines of one text")
+
+    def tokens(turns: list[dict]) -> list[int]:
+        if tokenizer.chat_template is None:
+            return prompt_ids(tokenizer, "".join(turn["content"] + "\n" for turn in turns))
+        return chat_ids(tokenizer, turns)
+
+    turns: list[dict] = []
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            return
+        except UnicodeDecodeError as error:
+            raise UserError(f"your input is not valid {error.encoding}: {error.reason}") from error
+        if not line:
+            return
+        turns.append({"role": "user", "content": line})
+        dropped = 0
+        limit = context_limit(network)
+        while len(tokens(turns)) + min(max_new_tokens, limit // 2) > limit and len(turns) > 2:
+            turns, dropped = turns[2:], dropped + 2
+        if len(tokens(turns)) >= limit:
+            say(f"this is too long: the context holds {limit:.0f} tokens")
+            turns.pop()
+            continue
+        if dropped:
+            say(f"the context is full: the oldest {dropped} turns are forgotten")
+        turns.append(
+            {"role": "assistant", "content": stream(network, tokenizer, tokens(turns), max_new_tokens, sampling)}
+        )
+
+
+def main() -> None:
+    """Reads the command line."""
+    from jsonargparse import auto_cli
+
+    from lm_lightning.cli.explain import program
+    from lm_lightning.cli.settings import Parser
+
+    auto_cli(generate, args=sys.argv[2:], prog=program("generate"), parser_class=Parser)

@@ -1,0 +1,63 @@
+"""Samples: what the network writes, at each validation."""
+
+import copy
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+
+from lm_lightning.console import printable
+from lm_lightning.files import append
+from lm_lightning.tasks.causal_lm.generation import Sampling, check, generate, inherited, prompt_ids
+
+
+class Samples(Callback):
+    """Generates text after each validation, prints it and appends it to `samples.jsonl` in the run folder.
+
+    The same prompts and seed are used each time, so that the samples show the training and not chance.
+
+    Args:
+        prompts: Beginnings to go on from; an empty one starts a new document.
+        max_new_tokens: Tokens of a sample, at most.
+        sampling: How tokens are drawn.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[str] = ("",),
+        max_new_tokens: int = 50,
+        sampling: Sampling = Sampling(temperature=0.8, top_k=50),
+    ) -> None:
+        self.prompts, self.max_new_tokens, self.sampling = prompts, max_new_tokens, sampling
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        check(self.prompts, self.max_new_tokens, self.sampling)
+        if message := inherited(pl_module.network, trainer.datamodule.tokenizer):
+            pl_module.print(f"samples: {printable(message)}")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        network, tokenizer = pl_module.network, trainer.datamodule.tokenizer
+        if network.device.type == "xla":  # which would compile a program for each length
+            network = copy.deepcopy(network).cpu()
+        prompts = [prompt_ids(tokenizer, prompt) for prompt in self.prompts]
+        texts = generate(
+            network, tokenizer, prompts, self.max_new_tokens, self.sampling, vocab_size=pl_module.vocab_size
+        )  # by all processes, since the network may be sharded over them
+        if not trainer.is_global_zero:
+            return
+        file = Path(trainer.default_root_dir) / "samples.jsonl"
+        for prompt, text in zip(self.prompts, texts):
+            row = {"step": trainer.global_step, "prompt": prompt, "text": text}
+            append(file, json.dumps(row, ensure_ascii=False) + "\n")
+            pl_module.print(f"sample: {printable(prompt)}|{printable(text)}")
+        text = "\n\n".join(f"**{prompt}**{text}" for prompt, text in zip(self.prompts, texts))
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_text("samples", text, trainer.global_step)
+            elif isinstance(logger, WandbLogger):
+                rows = [[trainer.global_step, *row] for row in zip(self.prompts, texts)]
+                logger.log_text("samples", ["step", "prompt", "text"], rows, step=trainer.global_step)

@@ -1,0 +1,234 @@
+"""Classification: texts, or pairs of texts, to a label each, to several labels at once, or to a number."""
+
+from functools import partial
+from typing import Any, Literal, Optional
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+from torchmetrics import Metric, MetricCollection
+from torchmetrics.classification import (
+    MulticlassAccuracy,
+    MulticlassConfusionMatrix,
+    MulticlassF1Score,
+    MulticlassMatthewsCorrCoef,
+    MultilabelExactMatch,
+    MultilabelF1Score,
+    MultilabelStatScores,
+)
+
+from lm_lightning.data.order import PADDING
+from lm_lightning.errors import UserError
+from lm_lightning.finetuning import results
+from lm_lightning.finetuning.mistakes import Mistakes, readable
+from lm_lightning.models.metrics import Agreement, Mode, mode_of
+from lm_lightning.models.module import LanguageModule
+
+
+class Classification(LanguageModule):
+    """A network of `transformers` with a head over the whole text, whose labels keep their names in the export.
+
+    Args:
+        class_weights: How much a training row counts, by its label; others count 1. `balanced` in the place of numbers
+            makes all labels count the same.
+        label_smoothing: Share of the target that is spread over all labels.
+        options: Those of all models, see `LanguageModule`.
+    """
+
+    auto_class = transformers.AutoModelForSequenceClassification
+
+    @staticmethod
+    def main_metric(data: Any) -> str:
+        return {"single": "accuracy", "several": "macro_f1", "number": "spearman"}.get(data.get("kind"), "loss")
+
+    def __init__(
+        self,
+        class_weights: dict[str, float] | Literal["balanced"] | None = None,
+        label_smoothing: float = 0.0,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        self.class_weights, self.label_smoothing = class_weights, label_smoothing
+
+    # Network
+
+    def head_settings(self) -> dict[str, Any]:
+        data = self.trainer.datamodule
+        kinds = {"single": "single_label_classification", "several": "multi_label_classification"}
+        if data.kind == "number":
+            return {"num_labels": 1, "problem_type": "regression"}
+        return self.label_settings() | {"problem_type": kinds[data.kind]}
+
+    def head_fits(self) -> bool:
+        if self.trainer.datamodule.kind == "number":
+            return len(self.own_labels()) == 1
+        return super().head_fits()
+
+    def network_made(self) -> None:
+        data = self.trainer.datamodule
+        self.network.config.pad_token_id = data.tokenizer.pad_token_id  # GPTs look for the last token before it
+        new = self.pretrained is not None and data.kind == "number" and not self.head_fits()
+        if self.trainer.state.fn == "fit" and new:
+            self.start_at_the_mean()
+        self.mistakes = Mistakes()
+        self.val_metrics = MetricCollection(self.new_metrics(), compute_groups=False)
+        weigh = self.class_weights is not None and self.trainer.state.fn == "fit"  # only training is weighted
+        weights = self.weights_of_labels() if weigh else None
+        self.register_buffer("weights", weights, persistent=False)
+
+    def start_at_the_mean(self) -> None:
+        """Has the new head of pretrained weights tell the mean of the training numbers, which need not be learned then.
+
+        New networks leave the plateau of telling the mean more easily if they do not begin there.
+        """
+        heads = [m for m in self.network.modules() if isinstance(m, nn.Linear) and m.out_features == 1]
+        if heads and heads[-1].bias is not None:
+            numbers = [row["targets"] for row in self.trainer.datamodule.examples["train"].rows]
+            heads[-1].bias.data.fill_(torch.stack(numbers).mean())
+
+    def weights_of_labels(self) -> Tensor:
+        """How much each label counts, (labels,) float32."""
+        data = self.trainer.datamodule
+        if data.kind != "single":
+            raise UserError("model.class_weights are for data.kind single")
+        if self.class_weights == "balanced":
+            numbers = torch.stack([row["targets"] for row in data.examples["train"].rows])
+            counts = torch.bincount(numbers, minlength=len(data.labels))
+            return counts.sum() / (len(counts) * counts.clamp(min=1))
+        unknown = set(self.class_weights or {}) - set(data.labels)
+        if unknown:
+            raise UserError(f"model.class_weights has {sorted(unknown)}, but the labels are {data.labels}")
+        return torch.tensor([float((self.class_weights or {}).get(label, 1.0)) for label in data.labels])  # type: ignore
+
+    def new_metrics(self) -> dict[str, Metric]:
+        """The metrics of an evaluation, of rows without padding."""
+        data = self.trainer.datamodule
+        if data.kind == "number":
+            return {"agreement": Agreement()}
+        if data.kind == "several":
+            settings = {"num_labels": len(data.labels)}
+            return {
+                "macro_f1": MultilabelF1Score(**settings),
+                "exact_match": MultilabelExactMatch(**settings),
+                "counts": MultilabelStatScores(**settings, average=None),
+            }
+        settings = {"num_classes": len(data.labels)}
+        return {
+            "accuracy": MulticlassAccuracy(**settings, average="micro"),
+            "macro_f1": MulticlassF1Score(**settings),
+            "matthews": MulticlassMatthewsCorrCoef(**settings),
+            "confusion": MulticlassConfusionMatrix(**settings),
+        }
+
+    # Steps
+
+    def logits(self, batch: dict) -> Tensor:
+        """(B, labels) float32."""
+        inputs = {key: value for key, value in batch.items() if key not in ("targets", "id")}
+        return self.network(**inputs).logits.float()
+
+    def losses(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Their sum over the rows that count, and how many these are or weigh: () float32 both."""
+        if self.trainer.datamodule.kind == "number":
+            counts = ~targets.isnan()
+            return ((logits.squeeze(-1) - targets.nan_to_num()).square() * counts).sum(), counts.sum().float()
+        if self.trainer.datamodule.kind == "several":
+            counts = ~targets.isnan()
+            losses = F.binary_cross_entropy_with_logits(logits, targets.nan_to_num(), reduction="none")
+            return (losses * counts).sum() / targets.shape[1], counts[:, 0].sum().float()
+        weights = self.weights if self.training else None
+        smoothing = self.label_smoothing if self.training else 0.0
+        loss = F.cross_entropy(logits, targets, weights, ignore_index=-100, reduction="sum", label_smoothing=smoothing)
+        counts = (targets != -100).float()
+        return loss, (counts if weights is None else counts * weights[targets.clamp(min=0)]).sum()
+
+    def loss(self, batch: dict) -> tuple[Tensor, Tensor]:
+        return self.losses(self.logits(batch), batch["targets"])
+
+    def validation_step(self, batch: dict, batch_idx: int) -> None:
+        logits, targets = self.logits(batch), batch["targets"]
+        self.val_loss.update(*self.losses(logits, targets))
+        # Padding is removed here: some metrics of torchmetrics count rows of nothing but `ignore_index`.
+        rows = torch.tensor([number != PADDING for number in batch["id"]], device=self.device)
+        logits, targets = logits[rows], targets[rows]
+        kind = self.trainer.datamodule.kind
+        if not len(targets):  # the last batch of a process may be all padding
+            return
+        if kind == "number":
+            told = logits.squeeze(-1)
+            self.val_metrics.update(told, targets)
+            losses, wrong = (told - targets).square(), torch.ones_like(rows[rows])
+        elif kind == "several":
+            self.val_metrics.update(logits.sigmoid(), targets.long())
+            losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(1)
+            told = (logits.sigmoid() > 0.5).long()
+            wrong = (told != targets).any(1)
+        else:
+            self.val_metrics.update(logits, targets)
+            losses, told = F.cross_entropy(logits, targets, reduction="none"), logits.argmax(-1)
+            wrong = told != targets
+        numbers = [number for number in batch["id"] if number != PADDING]
+        for row in zip(numbers, losses.tolist(), targets.tolist(), told.tolist(), wrong.tolist()):
+            if row[-1]:
+                self.mistakes.add(*row[:-1])
+
+    def described(self, split: str, row: int, right: Any, told: Any) -> dict[str, str]:
+        """A row for people to read: its text, and what is right and was predicted."""
+        data = self.trainer.datamodule
+
+        def name(value: Any) -> str:
+            if data.kind == "number":
+                return f"{value:.4g}"
+            if data.kind == "several":
+                return ", ".join(label for label, on in zip(data.labels, value) if on)
+            return data.labels[value]
+
+        text = readable(data.tokenizer, data.examples[split].rows[row]["input_ids"])
+        return {"text": text, "right": name(right), "predicted": name(told)}
+
+    def metric_modes(self) -> dict[str, Optional[Mode]]:
+        if self.trainer.datamodule.kind == "number":
+            return {"loss": "min", "pearson": "max", "spearman": "max", "mae": "min"}
+        modes: dict[str, Optional[Mode]] = {"loss": "min"}
+        modes |= {name: mode_of(metric) for name, metric in self.new_metrics().items()}
+        return {name: mode for name, mode in modes.items() if name not in ("confusion", "counts")}
+
+    def metrics(self, loss: Tensor, split: str) -> dict[str, Tensor]:
+        """Adds the metrics of the task, and writes those of each label and the worst mistakes."""
+        self.mistakes.write(self.trainer, self.title(split), partial(self.described, split))
+        values = self.val_metrics.compute()
+        self.val_metrics.reset()
+        confusion, counts = (values.pop(name, None) for name in ("confusion", "counts"))
+        if self.trainer.is_global_zero and not self.trainer.sanity_checking:
+            labels = self.trainer.datamodule.labels
+            title = self.title(split)
+            if confusion is not None:
+                confusion = confusion.cpu()
+                told = results.of(labels, confusion.diag(), confusion.sum(1), confusion.sum(0))
+                results.write(told, title, self.trainer)
+                results.write_confusion(confusion, labels, title, self.trainer)
+            elif counts is not None:
+                right, wrong, _, missed, _ = counts.cpu().unbind(1)
+                results.write(results.of(labels, right, right + missed, right + wrong), title, self.trainer)
+        return {"loss": loss} | values
+
+    def predict_step(self, batch: dict, batch_idx: int) -> list[dict]:
+        """For each row its `id` (its number), `label` and the `scores` of all; several `labels`; or a `score`."""
+        data = self.trainer.datamodule
+        logits, rows = self.logits(batch), []
+        scores = {"single": lambda: logits.softmax(-1), "several": logits.sigmoid, "number": lambda: logits}[
+            data.kind
+        ]()
+        for number, values in zip(batch["id"], scores.tolist()):
+            if number == PADDING:
+                continue
+            named = dict(zip(data.labels, values))
+            if data.kind == "number":
+                rows.append({"id": number, "score": values[0]})
+            elif data.kind == "several":
+                rows.append({"id": number, "labels": [k for k, v in named.items() if v > 0.5], "scores": named})
+            else:
+                label = max(named, key=lambda name: named[name])
+                rows.append({"id": number, "label": label, "score": named[label], "scores": named})
+        return rows

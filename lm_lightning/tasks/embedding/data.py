@@ -1,0 +1,305 @@
+"""Data of sentence embeddings: texts that belong together, or are alike by a number, in; batches of tokens out.
+
+Embeddings are measured by such rows, or by a search whose right answers are known (`Retrieval`), and predicted of rows
+with one text each.
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional
+
+import torch
+
+from lm_lightning.console import printable
+from lm_lightning.data import cells
+from lm_lightning.errors import UserError
+from lm_lightning.finetuning.data import Examples, LabelledData, Row, Tables, of_files
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+@dataclass
+class Columns:
+    """Names of the columns.
+
+    Args:
+        text: A text, such as a question; the only column of rows to predict.
+        pair: The text that belongs to it, such as its answer; where there are scores, any other text.
+        negatives: A text that does not belong to it although it may seem so, or a list of such; of training rows.
+        score: How alike the two texts are, a number. Without it, each text belongs to its pair.
+    """
+
+    text: str = "text"
+    pair: str = "pair"
+    negatives: Optional[str] = None
+    score: Optional[str] = None
+
+
+@dataclass
+class Retrieval:
+    """A search whose right answers are known, in the files of BEIR (Thakur et al., 2021).
+
+    Args:
+        queries: JSONL file with `_id` and `text`.
+        corpus: JSONL file with `_id`, `text` and, if there are titles, `title`, which comes before the text.
+        validation: TSV file with `query-id`, `corpus-id` and `score` (0 for wrong answers), to validate on instead of
+            rows of `tables`. Queries without a right answer are left out.
+        test: The same to test on.
+        ignore_identical_ids: As BEIR does, never count the document with the query's own `_id` as an answer. Switch it
+            off if queries and documents are numbered independently.
+    """
+
+    queries: Optional[str] = None
+    corpus: Optional[str] = None
+    validation: Optional[str] = None
+    test: Optional[str] = None
+    ignore_identical_ids: bool = True
+
+
+class Judged(NamedTuple):
+    """Right answers to the queries of a split.
+
+    Attributes:
+        queries: Their rows.
+        documents: The rows that are searched.
+        relevant: For each query, the rows of its right answers with how right these are. Negative rows stand for
+            documents that do not exist, and count as not found.
+        excluded: For each query, the row of the document that is no answer because it is the query itself, or None.
+            Empty: none has one.
+    """
+
+    queries: list[int]
+    documents: list[int]
+    relevant: list[dict[int, float]]
+    excluded: Sequence[Optional[int]] = ()
+
+
+def batch_of_pairs(tokenizer: "PreTrainedTokenizerFast", items: list[dict]) -> dict:
+    """A batch of examples, each of the same number of texts, whose tokens are given one after the other.
+
+    Returns:
+        Of the first texts `input_ids` and `attention_mask`, (B, T), and `keys`, (B,): texts of equal tokens have equal
+        ones. Of the others `candidate_ids` and `candidate_mask`, (C, S), and `candidate_keys`, (C,): all second texts,
+        then all third ones, and so on; missing if there are none. All are int64. `targets`, (B,); `id`, B numbers.
+    """
+    texts = [split(item) for item in items]
+    batch: dict[str, Any] = {"targets": torch.stack([item["targets"] for item in items])}
+    anchors, candidates = [row[0] for row in texts], [text for role in list(zip(*texts))[1:] for text in role]
+    for name, tokens in (("", anchors), ("candidate_", candidates)):
+        if tokens:
+            padded = tokenizer.pad({"input_ids": tokens}, padding_side="right", return_tensors="pt")
+            batch[f"{name or 'input_'}ids"] = padded["input_ids"]
+            batch[f"{name or 'attention_'}mask"] = padded["attention_mask"]
+            batch[f"{name}keys"] = torch.tensor(
+                [hash(tuple(text)) for text in tokens]
+            )  # (of integers: everywhere equal)
+    return batch | {"id": [item["id"] for item in items]}
+
+
+def split(example: dict) -> list[list[int]]:
+    """The tokens of each text of an example."""
+    ends = [sum(example["lengths"][: i + 1]) for i in range(len(example["lengths"]))]
+    return [example["input_ids"][end - length : end] for end, length in zip(ends, example["lengths"])]
+
+
+class PairData(LabelledData):
+    """Pairs of texts that belong together, or with a number that says how alike they are.
+
+    Args:
+        columns: Names of the tables' columns.
+        retrieval: A search to measure by. `predict` embeds its corpus, unless there are rows to predict.
+        hard_negatives: How many of a row's `columns.negatives` are used, the first ones; a row that has fewer has
+            them repeated, which counts once.
+        least_score: The score of texts that have nothing in common.
+        greatest_score: The score of texts that say the same.
+        options: Those of all labelled data, see `LabelledData`.
+    """
+
+    def __init__(
+        self,
+        columns: Columns = Columns(),
+        retrieval: Retrieval = Retrieval(),
+        hard_negatives: int = 1,
+        least_score: float = 0.0,
+        greatest_score: float = 5.0,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        if hard_negatives < 1:
+            raise UserError(f"data.hard_negatives is {hard_negatives}, but must be 1 or more")
+        if not least_score < greatest_score:
+            raise UserError(f"data.least_score is {least_score}, but must be less than greatest_score {greatest_score}")
+        self.columns, self.retrieval, self.hard_negatives = columns, retrieval, hard_negatives
+        self.least_score, self.greatest_score = least_score, greatest_score
+        self.judged: dict[str, Judged] = {}
+        self.answered: list[dict] = []  # of each row to predict, `id` and `text`
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        self.collate = functools.partial(batch_of_pairs, self.tokenizer)
+
+    def key(self, row: Row) -> str:
+        return row.text(self.columns.text)
+
+    def read(self, split: str) -> list[Row]:
+        if split == "predict" and self.retrieval.corpus and not (self.tables.predict or self.tables.test):
+            return list(self.texts("corpus"))
+        if not getattr(self.retrieval, split, None):
+            return super().read(split)
+        queries, documents = list(self.texts("queries")), list(self.texts("corpus"))
+        self.judged[split], rows = self.judge(split, queries, documents)
+        return rows
+
+    def texts(self, name: str) -> Iterator[Row]:
+        """The queries or the corpus of `retrieval`, with `_id` and the column of texts; texts may be empty.
+
+        Raises:
+            UserError: If a row has no `_id` or text, or the `_id` of another one.
+        """
+        path = getattr(self.retrieval, name)
+        if not path:
+            raise UserError(f"data.retrieval.{name} is missing: name its JSONL file")
+        empty = 0
+        places: dict[str, str] = {}  # of each _id
+        for row in of_files(path, Tables(encoding=self.tables.encoding, encoding_errors=self.tables.encoding_errors)):
+            if row.get("_id") is None or "text" not in row:
+                raise UserError(f"{row.where}: a row of data.retrieval.{name} needs _id and text")
+            if row.where != (first := places.setdefault(str(row["_id"]), row.where)):
+                raise UserError(f"{row.where}: the _id {row['_id']!r} is that of {first}, too: remove one of the rows")
+            text = " ".join(str(row.get(column) or "") for column in ("title", "text")).strip()
+            empty += not text
+            yield Row({"_id": str(row["_id"]), self.columns.text: text}, row.where)
+        if not places:
+            raise UserError(f"{path} has no rows: name another file with --data.retrieval.{name}")
+        if empty and self.trainer.is_global_zero:
+            print(f"{path}: {empty:,} rows have no text, and are embedded as such")
+
+    def judge(self, split: str, queries: list[Row], documents: list[Row]) -> tuple[Judged, list[Row]]:
+        """The right answers that `retrieval` tells for a split, and the rows that these are about."""
+        path, retrieval = getattr(self.retrieval, split), self.retrieval
+        places = {row["_id"]: number for number, row in enumerate(documents)}
+        scores: dict[str, dict[str, float]] = {row["_id"]: {} for row in queries}
+        seen: dict[tuple[str, str], str] = {}
+        unknown: list[str] = []
+        for row in of_files(path, Tables(encoding=self.tables.encoding, encoding_errors=self.tables.encoding_errors)):
+            try:
+                query, document, score = str(row["query-id"]), str(row["corpus-id"]), cells.number(row["score"])
+            except (KeyError, ValueError):
+                raise UserError(
+                    f"{row.where}: data.retrieval.{split} needs the columns query-id, corpus-id and score, a number"
+                ) from None
+            if row.where != (first := seen.setdefault((query, document), row.where)):
+                raise UserError(
+                    f"{row.where}: query {query} and document {document} have a score at {first} already: remove one"
+                )
+            if query not in scores:
+                unknown.append(row.where)
+            elif score > 0:
+                scores[query][document] = score
+        asked = [row for row in queries if scores[row["_id"]]]
+        missing = [document for row in asked for document in scores[row["_id"]] if document not in places]
+        numbers = places | {document: -1 - number for number, document in enumerate(dict.fromkeys(missing))}
+        relevant = [{numbers[document]: score for document, score in scores[row["_id"]].items()} for row in asked]
+        if all(number < 0 for answers in relevant for number in answers):
+            raise UserError(f"{path} has no right answer whose query and document are in data.retrieval's files")
+        excluded = [places.get(row["_id"]) if retrieval.ignore_identical_ids else None for row in asked]
+        if self.trainer.is_global_zero:
+            itself = sum(own is not None for own in excluded)
+            lost = sum(own in answers for own, answers in zip(excluded, relevant))
+            first = ", ".join(unknown[:1])
+            print(
+                f"{split}: {len(asked):,} queries to {len(documents):,} documents"
+                + counted(len(queries) - len(asked), "queries without a right answer")
+                + counted(
+                    len(unknown),
+                    f"answers to unknown queries, which are ignored (first: {printable(first)})",
+                )
+                + counted(
+                    len(missing),
+                    f"right answers that are no documents, so never found (first: {', '.join(missing[:1])})",
+                )
+                + counted(itself, "documents with the _id of a query, which as in BEIR are no answers to it")
+                + counted(lost, "of them although judged right (data.retrieval.ignore_identical_ids)")
+            )
+        rows = list(range(len(documents), len(documents) + len(asked)))
+        return Judged(rows, list(range(len(documents))), relevant, excluded), [*documents, *asked]
+
+    def encode(self, split: str, rows: list[Row]) -> Examples:
+        """The rows of a split as tokens of all their texts; those of a search and of `predict` have one each."""
+        searched = split in self.judged or (rows and "_id" in rows[0] and split == "predict")
+        alone = searched or split == "predict"
+        column = self.columns.text
+        first = [row[column] if searched else row.text(column) for row in rows]
+        if split == "predict":
+            ids = [row.get("_id", row.get("id", number)) for number, row in enumerate(rows)]
+            self.answered = [{"id": id_, "text": text} for id_, text in zip(ids, first)]
+        others = [[] if alone else [row.text(self.columns.pair)] for row in rows]
+        if split == "train" and self.columns.negatives is not None and self.columns.score is None:
+            others = [[*texts, *self.negatives(row)] for texts, row in zip(others, rows)]
+        texts = [[text, *more] for text, more in zip(first, others)]
+        encoded = self.tokenizer(
+            [text for row in texts for text in row],
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            truncation=True,
+            max_length=self.block_size,
+        )
+        tokens, overflowing = iter(encoded["input_ids"]), iter(bool(e.overflowing) for e in encoded.encodings)
+        examples, cut = [], 0
+        for row, of_row in zip(rows, texts):
+            ids_of_row = [next(tokens) for _ in of_row]
+            cut += sum(next(overflowing) for _ in of_row) > 0  # (of all texts)
+            example = {"input_ids": sum(ids_of_row, []), "lengths": [len(ids) for ids in ids_of_row]}
+            examples.append(example | {"targets": torch.tensor(0) if alone else self.target(row)})
+        self.report(split, examples, cut, (text for of_row in texts for text in of_row))
+        if split in ("validation", "test") and self.columns.score is None and not alone:
+            self.judged[split] = answers(examples)
+        return Examples(examples, self.seed if split == "train" else None)
+
+    def negatives(self, row: Row) -> list[str]:
+        """The hard negatives of a row, as many as of any other."""
+        column = str(self.columns.negatives)
+        texts = row.entries(column) or [row.text(column)]
+        if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+            raise UserError(f"{row.where}: column {column!r} has no text, or an empty one: fix or remove the row")
+        return [texts[i % len(texts)] for i in range(self.hard_negatives)]
+
+    def target(self, row: Row) -> torch.Tensor:
+        """How alike the two texts of a row are, from 0 to 1, () float32; () int64 0 if there are no scores."""
+        if self.columns.score is None:
+            return torch.tensor(0)
+        number = row.number(self.columns.score)
+        if not self.least_score <= number <= self.greatest_score:
+            raise UserError(
+                f"{row.where}: column {self.columns.score!r} has {number:g}, but must have a number from "
+                f"{self.least_score:g} (data.least_score) to {self.greatest_score:g} (data.greatest_score)"
+            )
+        return torch.tensor((number - self.least_score) / (self.greatest_score - self.least_score))
+
+    def identity(self) -> dict:
+        return super().identity() | {"columns": asdict(self.columns)}
+
+
+def counted(number: int, what: str) -> str:
+    """A part of a sentence, empty if there is nothing to count."""
+    return f", {number:,} {what}" if number else ""
+
+
+def answers(examples: list[dict]) -> Judged:
+    """The search of rows themselves: to each text, its pair is to be found among those of all rows.
+
+    Equal texts are one, which may have several right answers. A document equal to the query is no answer, unless it is
+    the query's pair.
+    """
+    queries: dict[tuple, int] = {}
+    documents: dict[tuple, int] = {}
+    relevant: dict[int, dict[int, float]] = {}
+    for number, example in enumerate(examples):
+        text, pair = map(tuple, split(example)[:2])
+        query, document = queries.setdefault(text, number), documents.setdefault(pair, number)
+        relevant.setdefault(query, {})[document] = 1.0
+    equal = [documents.get(text) for text in queries]
+    excluded = [None if row in relevant[query] else row for query, row in zip(relevant, equal)]
+    return Judged(list(relevant), list(documents.values()), list(relevant.values()), excluded)

@@ -1,0 +1,333 @@
+"""Sentence embeddings: pairs of texts in, embeddings out that are near where texts belong together or are alike."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple, Optional
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from lm_lightning import files
+from lm_lightning.data.order import PADDING
+from lm_lightning.errors import UserError
+from lm_lightning.models.metrics import Mode, correlations
+from lm_lightning.models.module import LanguageModule
+from lm_lightning.tasks.embedding import modules as embedding
+from lm_lightning.tasks.embedding.data import Judged
+from lm_lightning.tasks.embedding.data import split as split_texts
+from lm_lightning.tasks.embedding.modules import Pooling
+
+
+class Seen(NamedTuple):
+    """Embeddings of an evaluation: of rows (B,), those of their first and second texts, (B, D) each."""
+
+    rows: Tensor
+    first: Tensor
+    second: Tensor
+
+
+class SentenceEncoder(LanguageModule):
+    """A network of `transformers` whose states are pooled into one embedding of length 1.
+
+    Where texts have pairs, each is to be nearer to its own pair than to all other candidates of its batch, by the cross
+    entropy of their cosines (van den Oord et al., 2018): the pairs of the other rows, and all hard negatives. What is a
+    right answer, too, is no candidate. Where there are scores, the cosine is to be the score.
+
+    A batch is here what is embedded together: the `data.batch_size` rows of a micro-batch, of all processes with
+    `gather`. More micro-batches in an optimizer step make no more candidates; for that, raise `data.batch_size`, with
+    `cache_chunk` if memory does not suffice. The loss of an evaluation is that over the candidates of the whole split,
+    so that it does not depend on the batches; it is higher than that of training, which has fewer candidates.
+
+    Args:
+        pooling: `mean` of the tokens or the first one, `cls`. Default: what the folder of `pretrained` tells, or mean.
+        scale: Factor of the cosines in the cross entropy, the inverse of its temperature.
+        gather: Whether the candidates of all processes count, instead of those of one.
+        cache_chunk: Texts that are embedded at once; their activations are computed again in the backward pass, one
+            chunk after the other, so that a batch of any size needs the memory of one (gradient caching, Gao et al.,
+            2021). Default: the whole batch.
+        options: Those of all models, see `LanguageModule`.
+    """
+
+    auto_class = transformers.AutoModel
+    unused = ("pooler.",)
+
+    @staticmethod
+    def main_metric(data: Any) -> str:
+        options, retrieval = data.get("columns") or {}, data.get("retrieval") or {}
+        return "spearman" if options.get("score") and not retrieval.get("validation") else "ndcg_10"
+
+    def __init__(
+        self,
+        pooling: Optional[Pooling] = None,
+        scale: float = 20.0,
+        gather: bool = False,
+        cache_chunk: Optional[int] = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        if not scale > 0:
+            raise UserError(f"model.scale is {scale}, but must be more than 0")
+        if cache_chunk is not None and cache_chunk < 1:
+            raise UserError(f"model.cache_chunk is {cache_chunk}, but must be 1 or more")
+        self.pooling: Pooling = pooling or "mean"
+        self.pooling_given, self.scale, self.gather, self.cache_chunk = pooling is not None, scale, gather, cache_chunk
+        self.seen: list[Seen] = []
+
+    # Network
+
+    def network_made(self) -> None:
+        pooler = getattr(self.network, "pooler", None)
+        if pooler is not None:
+            pooler.requires_grad_(False)  # nobody reads it
+        if self.pretrained is not None and not self.pooling_given:
+            self.pooling = embedding.pooling_of(self.pretrained_folder()) or "mean"
+
+    def description(self) -> dict[str, Any]:
+        size = self.network.config.hidden_size
+        return super().description() | {
+            "embedding": {"pooling": self.pooling, "size": size, "max_length": self.trainer.datamodule.block_size},
+        }
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["pooling"] = self.pooling
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        super().on_load_checkpoint(checkpoint)
+        saved = checkpoint.get("pooling", self.pooling)
+        if self.pooling_given and saved != self.pooling:
+            raise UserError(f"the checkpoint's pooling is {saved}, model.pooling {self.pooling}: leave it out")
+        self.pooling = saved
+
+    # Steps
+
+    def pooled(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Embeddings of tokens, (B, T) int64 with their mask: (B, D) float32."""
+        return embedding.pool(self.network(input_ids=ids, attention_mask=mask)[0], mask, self.pooling)
+
+    def embed(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """The same, in chunks where gradients are wanted and `cache_chunk` is set.
+
+        A checkpoint around a chunk is gradient caching: the backward pass has the loss's gradient of all embeddings
+        before it computes the first chunk again, with the random numbers of the first time.
+        """
+        if self.cache_chunk is None or not torch.is_grad_enabled():
+            return self.pooled(ids, mask)
+        chunks = zip(ids.split(self.cache_chunk), mask.split(self.cache_chunk))
+        return torch.cat([checkpoint(self.pooled, *chunk, use_reentrant=False) for chunk in chunks])
+
+    def both(self, batch: dict) -> tuple[Tensor, Tensor]:
+        """Embeddings of the first texts and of the candidates of a batch, (B, D) and (C, D) float32."""
+        first = self.embed(batch["input_ids"], batch["attention_mask"])
+        return first, self.embed(batch["candidate_ids"], batch["candidate_mask"])
+
+    def losses(self, batch: dict, first: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum of the losses of the rows that count, and how many these are."""
+        targets = batch["targets"]
+        with torch.autocast(self.device.type, enabled=False):  # a cosine needs more than the 8 bits of bf16
+            if targets.is_floating_point():
+                counts = ~targets.isnan()
+                cosines = (first * candidates).sum(-1)
+                return ((cosines - targets.nan_to_num()).square() * counts).sum(), counts.sum()
+            counts, offset, keys = targets != -100, 0, batch["candidate_keys"]
+            roles = len(keys) // len(targets)
+            owners = torch.cat([batch["keys"], torch.zeros_like(keys[len(targets) :])])  # of pairs; 0 of negatives
+            offered = counts.repeat(roles)
+            if self.gather and self.training and self.trainer.world_size > 1:
+                offset = self.global_rank * len(keys)
+                candidates = self.all_gather(candidates, sync_grads=True).flatten(0, 1)
+                keys, owners, offered = (self.all_gather(t).flatten() for t in (keys, owners, offered))
+            own = offset + torch.arange(len(targets), device=self.device)
+            allowed = candidates_of(batch["keys"], own, keys, owners, offered)
+            cosines = (self.scale * first @ candidates.T).masked_fill(~allowed, -torch.inf)
+            return F.cross_entropy(cosines, own.where(counts, -100), ignore_index=-100, reduction="sum"), counts.sum()
+
+    def loss(self, batch: dict) -> tuple[Tensor, Tensor]:
+        return self.losses(batch, *self.both(batch))
+
+    # Evaluation
+
+    def validation_step(self, batch: dict, batch_idx: int) -> None:
+        rows = torch.tensor(batch["id"], device=self.device)
+        if "candidate_ids" not in batch:  # a search
+            alone = self.embed(batch["input_ids"], batch["attention_mask"])
+            self.seen.append(Seen(rows, alone, alone))
+            self.val_loss.update(alone.new_zeros(()), alone.new_zeros(()))  # which makes no number of it
+            return
+        first, candidates = self.both(batch)
+        if batch["targets"].is_floating_point():  # else it is computed at the end, over all candidates
+            self.val_loss.update(*self.losses(batch, first, candidates))
+        self.seen.append(Seen(rows, first, candidates[: len(rows)]))
+
+    def all_seen(self) -> Seen:
+        """The embeddings of all processes, each row once, in the order of the rows."""
+        own = [torch.cat(parts) for parts in zip(*self.seen)]
+        self.seen = []
+        gathered = [self.all_gather(part) for part in own]
+        rows, *vectors = [all_ if self.trainer.world_size == 1 else all_.flatten(0, 1) for all_ in gathered]
+        found, inverse = rows.unique(return_inverse=True)
+        place = torch.empty_like(found).scatter_(0, inverse, torch.arange(len(rows), device=rows.device))
+        place = place[found != PADDING]
+        return Seen(rows[place], *(part[place] for part in vectors))
+
+    def metric_modes(self) -> dict[str, Optional[Mode]]:
+        data = self.trainer.datamodule
+        names = ("ndcg_10", "mrr_10", "recall_100") if "validation" in data.judged else ("spearman", "pearson")
+        modes: dict[str, Optional[Mode]] = {"loss": "min"} if not getattr(data.retrieval, "validation", None) else {}
+        return modes | dict.fromkeys(names, "max")
+
+    def metrics(self, loss: Tensor, split: str) -> dict[str, Tensor]:
+        """Adds how the cosines agree with the scores, or how well the right answers are found."""
+        data, seen = self.trainer.datamodule, self.all_seen()
+        if split in data.judged:
+            found = ranking(seen, data.judged[split])
+            examples = data.examples[split].rows
+            if len(examples[0]["lengths"]) > 1:  # pairs, not queries and documents
+                found = {"loss": self.loss_over_all(seen, examples)} | found
+            return found
+        scores = torch.stack([data.examples[split].rows[row]["targets"] for row in seen.rows.tolist()])
+        return {"loss": loss} | correlations((seen.first * seen.second).sum(-1), scores.to(self.device))
+
+    def loss_over_all(self, seen: Seen, examples: list[dict]) -> Tensor:
+        """The mean loss of rows, each compared with the pairs of all rows, () float32.
+
+        As in a batch, equal texts are one candidate, and a text's other right answers are none.
+
+        Args:
+            seen: Embeddings of the rows that were evaluated.
+            examples: The rows of the split.
+        """
+        texts, pairs = zip(*(map(tuple, split_texts(examples[row])[:2]) for row in seen.rows.tolist()))
+        numbers: dict[tuple, int] = {}  # of the candidates
+        places: list[int] = []  # of each candidate among the rows
+        answers: dict[tuple, set[int]] = {}
+        for place, (text, pair) in enumerate(zip(texts, pairs)):
+            if pair not in numbers:
+                numbers[pair] = len(places)
+                places.append(place)
+            answers.setdefault(text, set()).add(numbers[pair])
+        candidates, total = seen.second[places].float(), 0.0
+        for start in range(0, len(texts), 256):
+            chunk = range(start, min(start + 256, len(texts)))
+            cosines = self.scale * seen.first[start : chunk.stop].float() @ candidates.T
+            own = torch.tensor([numbers[pairs[row]] for row in chunk], device=self.device)
+            for line, row in enumerate(chunk):
+                excluded = (answers[texts[row]] | {numbers.get(texts[row])}) - {numbers[pairs[row]], None}
+                cosines[line, list(excluded)] = -torch.inf
+            total += float(F.cross_entropy(cosines, own, reduction="sum"))
+        return torch.tensor(total / len(texts), device=self.device)
+
+    # Prediction
+
+    def predict_step(self, batch: dict, batch_idx: int) -> list[dict]:
+        """For each row its `id`, the row's number, and its `text`; the embeddings go into the index at the end."""
+        rows = torch.tensor(batch["id"], device=self.device)
+        alone = self.embed(batch["input_ids"], batch["attention_mask"])
+        self.seen.append(Seen(rows, alone, alone[:, :0]))
+        texts = self.trainer.datamodule.answered
+        return [{"id": row, "text": texts[row]["text"]} for row in batch["id"] if row != PADDING]
+
+    def on_predict_epoch_end(self) -> None:
+        """Writes `index/` in the run folder.
+
+        It has `embeddings.npy`, (rows, D) float32, in the order of the rows; `rows.jsonl` with their `id` and `text`;
+        `index.json`, which tells the model; and, of a checkpoint, that model.
+        """
+        seen, folder = self.all_seen(), Path(self.trainer.default_root_dir) / "index"
+        of_checkpoint = self.trainer.ckpt_path is not None
+        if self.trainer.is_global_zero:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "index.json").unlink(missing_ok=True)  # written last: an index with it is whole
+        if of_checkpoint:
+            self.export(folder / "model")
+        if not self.trainer.is_global_zero:
+            return
+        data = self.trainer.datamodule
+        with files.replacing(folder / "embeddings.npy", "wb") as file:
+            np.save(file, seen.first.float().cpu().numpy())
+        lines = (json.dumps(data.answered[row], ensure_ascii=False) + "\n" for row in seen.rows.tolist())
+        files.write_text(folder / "rows.jsonl", "".join(lines))
+        model = "model" if of_checkpoint else self.pretrained_folder()
+        if not of_checkpoint and Path(model).is_dir():
+            model, own = str(Path(model).resolve()), folder.resolve()
+            evaluations = own.parents[1]
+            if evaluations.name == "evaluations" and Path(model).is_relative_to(evaluations.parent):
+                model = Path(os.path.relpath(model, own)).as_posix()  # of the same run, which may be moved
+        about = {"model": model, "pooling": self.pooling, "max_length": data.block_size}
+        files.write_text(folder / "index.json", json.dumps(about, indent=2))
+        print(f"index: {folder}, {len(seen.rows):,} rows")
+
+
+def candidates_of(texts: Tensor, own: Tensor, keys: Tensor, owners: Tensor, offered: Tensor) -> Tensor:
+    """Which candidates each text is compared with: its own pair, and all that are no right answers, too.
+
+    A candidate that is there twice counts once.
+
+    Args:
+        texts: Keys of the texts, (B,) int64: equal texts have equal ones.
+        own: Of each text, its pair's place among the candidates, (B,) int64.
+        keys: Keys of the candidates, (C,) int64.
+        owners: Key of the text that each candidate is the pair of, 0 if it is a hard negative, (C,) int64.
+        offered: Whether each candidate is of a row that counts, (C,) bool.
+
+    Returns:
+        (B, C) bool.
+    """
+    same = keys == keys[own].unsqueeze(1)
+    other_answer = owners == texts.unsqueeze(1)
+    itself = keys == texts.unsqueeze(1)
+    order = torch.arange(len(keys), device=keys.device)
+    repeated = ((keys == keys.unsqueeze(1)) & (order < order.unsqueeze(1)) & offered).any(1)
+    allowed = offered & ~repeated & ~same & ~other_answer & ~itself
+    return allowed.scatter(1, own.unsqueeze(1), True)
+
+
+def ranking(seen: Seen, judged: Judged, most: int = 100) -> dict[str, Tensor]:
+    """How well right answers are found among all documents, each a mean over the queries, () float32.
+
+    Args:
+        seen: Embeddings of all rows; what an evaluation that was cut short has not seen is left out.
+        judged: The right answers.
+        most: How far down the answers are looked at.
+
+    Returns:
+        `ndcg_10`, the discounted gain of the first ten, as a part of the greatest possible one (Järvelin and
+        Kekäläinen, 2002; gains are not raised to powers, as in trec_eval); `mrr_10`, the inverse rank of the first
+        right one, 0 beyond the tenth; `recall_100`, the share of the right ones among the first hundred.
+    """
+    place = {row: i for i, row in enumerate(seen.rows.tolist())}
+    documents = [row for row in judged.documents if row in place]
+    column = {row: i for i, row in enumerate(documents)}
+    excluded = judged.excluded or [None] * len(judged.queries)
+    asked = [
+        (place[row], relevant, -1 if own is None else column.get(own, -1))
+        for row, relevant, own in zip(judged.queries, judged.relevant, excluded)
+        if row in place
+    ]
+    names = ("ndcg_10", "mrr_10", "recall_100")
+    if not documents or not asked:
+        return {name: seen.first.new_zeros(()) for name in names}
+    searched = seen.second[[place[row] for row in documents]]
+    discounts = 1 / torch.log2(torch.arange(10) + 2.0)
+    sums = dict.fromkeys(names, 0.0)
+    for start in range(0, len(asked), 256):
+        part = asked[start : start + 256]
+        cosines = seen.first[[query for query, _, _ in part]] @ searched.T
+        for row, (_, _, own) in enumerate(part):
+            if own >= 0:
+                cosines[row, own] = -torch.inf
+        # Equal texts have equal cosines, which padding changes in the last digits: their order is not to depend on it.
+        best = cosines.round(decimals=6).topk(min(most, len(documents))).indices.tolist()
+        for (_, relevant, own), ranks in zip(part, best):
+            gains = torch.tensor([0.0 if i == own else relevant.get(documents[i], 0.0) for i in ranks])
+            ideal = torch.tensor(sorted(relevant.values(), reverse=True)[:10])
+            sums["ndcg_10"] += float(gains[:10] @ discounts[: len(gains)] / (ideal @ discounts[: len(ideal)]))
+            hits = gains.nonzero().flatten().tolist()
+            sums["mrr_10"] += 1 / (hits[0] + 1) if hits and hits[0] < 10 else 0.0
+            sums["recall_100"] += len(hits) / len(relevant)
+    return {name: seen.first.new_tensor(total / len(asked)) for name, total in sums.items()}

@@ -1,0 +1,299 @@
+"""`search`: an index that `predict` has written and a query in, the nearest texts out."""
+
+import contextlib
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional
+
+from lm_lightning import files, hub
+from lm_lightning import run as runs
+from lm_lightning.console import printable
+from lm_lightning.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+LONGEST_ROW = 1 << 27  # bytes of a line of rows.jsonl, as of other files
+LONGEST_ABOUT = 1 << 20  # bytes of index.json
+AGAIN = "run `predict` again"
+
+
+class About(NamedTuple):
+    """What index.json says.
+
+    Attributes:
+        model: Of the embeddings: a folder relative to that of the index, another folder or a Hub name.
+        pooling: `mean` or `cls`.
+        max_length: Tokens of a text; longer ones were cut.
+    """
+
+    model: str
+    pooling: Any
+    max_length: int
+
+
+def search(
+    index: str,
+    query: str,
+    top: int = 10,
+    approximate: bool = False,
+    model: Optional[str] = None,
+    cache_dir: str = "~/.cache/lm_lightning",
+) -> None:
+    """Prints the texts of an index that are nearest to a query: cosine, id and text, the nearest first.
+
+    Args:
+        index: Run folder of a SentenceEncoder, of which the newest index is searched, or the folder of one of its
+            `evaluations/`, or the `index/` in that.
+        query: What to look for.
+        top: How many texts to print.
+        approximate: Look through a graph of neighbours (HNSW), made at the first time, instead of through all rows:
+            quicker in an index of millions, and may miss some. Needs `pip install -e ".[search]"`.
+        model: Run folder, `from_pretrained` folder or Hub name of the model that made the embeddings. Default: the one
+            in the index or in its run folder; an index that names any other needs this option.
+        cache_dir: Keeps the graph, which is never loaded from the index.
+    """
+    if top < 1:
+        raise UserError(f"top is {top}, but must be 1 or more")
+    if not query.strip():
+        raise UserError("the query is empty: say what to look for")
+    folder = index_folder(index)
+    about = read_about(folder)
+    source = model_of(folder, about, model)
+    embeddings = read_embeddings(folder)
+    import numpy as np  # (here, so that a wrong path needs no wait for the imports)
+
+    neighbours = graph(folder, embeddings, Path(cache_dir).expanduser()) if approximate else None
+    vector = embedded(query, source, about)
+    if vector.shape != embeddings.shape[1:]:
+        raise UserError(
+            f"{source} gives embeddings of {vector.size} numbers, the index {folder} has {embeddings.shape[1]}: {AGAIN}"
+        )
+    if neighbours is not None:
+        best = neighbours.search(vector, top).keys.tolist()
+    else:
+        with np.errstate(all="ignore"):
+            cosines = embeddings @ vector
+        refuse_infinite(cosines, folder)
+        best = np.argsort(-cosines, kind="stable")[:top].tolist()
+    rows = read_rows(folder, set(best), len(embeddings))
+    for row in best:
+        identifier, text = (" ".join(str(rows[row][key]).split()) for key in ("id", "text"))
+        print(printable(f"{embeddings[row] @ vector:.3f}\t{identifier}\t{text}"))
+
+
+def index_folder(index: str) -> Path:
+    """The folder of an index.
+
+    Raises:
+        UserError: If there is none.
+    """
+    given = Path(index).expanduser()
+    for folder in (given, given / "index", *sorted(given.glob("evaluations/*/index"), reverse=True)):
+        if (folder / "index.json").is_file():
+            return folder
+    raise UserError(
+        f"{index} has no index: make one with `python -m lm_lightning predict {index}`, if it is the run of a "
+        "SentenceEncoder"
+    )
+
+
+def read_about(folder: Path) -> About:
+    """What the index.json of an index says.
+
+    Raises:
+        UserError: If it is damaged.
+    """
+    file = folder / "index.json"
+    try:
+        with open(file, "rb") as stream:
+            found = json.loads(stream.read(LONGEST_ABOUT).decode("utf-8"))
+        about = About(*(found[name] for name in About._fields))
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise UserError(f"{file} is damaged ({type(error).__name__}): {AGAIN}") from error
+    length = about.max_length
+    for name, value, right, needs in (
+        ("model", about.model, isinstance(about.model, str) and about.model.isprintable() and about.model, "a name"),
+        ("pooling", about.pooling, about.pooling in ("mean", "cls"), "mean or cls"),
+        ("max_length", length, type(length) is int and length > 0, "a number of tokens"),
+    ):
+        if not right:
+            raise UserError(f"{name} of {file} is {shown(value)}, but must be {needs}: {AGAIN}")
+    return about
+
+
+def shown(value: Any) -> str:
+    """A value of a file for a message: short, without control characters."""
+    return printable(ascii(value)[:100])
+
+
+def model_of(folder: Path, about: About, given: Optional[str]) -> str:
+    """What the query's model is loaded from.
+
+    Args:
+        folder: Of the index.
+        about: What its index.json says.
+        given: What the user has named.
+
+    Raises:
+        UserError: If the index names a model outside of its own folder and of its run's, and the user has named none.
+    """
+    if given is not None:
+        return runs.folder_of(given)
+    own = folder.resolve()
+    evaluation = own.parent  # <run>/evaluations/<time>-predict/index
+    run = evaluation.parents[1] if evaluation.parent.name == "evaluations" else evaluation
+    root = run if runs.is_run(run) else own
+    try:
+        found = (own / about.model).resolve()
+        inside = found.is_dir() and found != root and found.is_relative_to(root)
+    except (OSError, ValueError, RuntimeError):  # of names that are none
+        inside = False
+    if not inside:
+        raise UserError(
+            f"the index {folder} is of the model {printable(about.model)[:300]}, which is not in its folder or in that "
+            "of its run: name the model with --model, if you trust it"
+        )
+    return str(found)
+
+
+def read_embeddings(folder: Path) -> "np.ndarray":
+    """The embeddings of an index, (rows, D) float32, which stay on disk until they are used.
+
+    Raises:
+        UserError: If they are damaged or none.
+    """
+    import numpy as np
+
+    file = folder / "embeddings.npy"
+    if not file.is_file():
+        raise UserError(f"the index {folder} has no file embeddings.npy: {AGAIN}")
+    try:
+        found = np.lib.format.open_memmap(file, mode="r")
+    except Exception as error:  # of damaged files, numpy raises anything
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{file} is damaged ({printable(reason)}): {AGAIN}") from error
+    if found.dtype != np.float32 or found.ndim != 2 or 0 in found.shape:
+        raise UserError(
+            f"{file} has {shown(str(found.dtype))} numbers of the shape {shown(found.shape)}, but must have float32 "
+            f"ones, a row of them for each text: {AGAIN}"
+        )
+    return found
+
+
+def refuse_infinite(values: "np.ndarray", folder: Path) -> None:
+    """Refuses an index whose embeddings have no cosines."""
+    import numpy as np
+
+    if not np.isfinite(values).all():
+        raise UserError(f"{folder / 'embeddings.npy'} has numbers that are not finite, so it is damaged: {AGAIN}")
+
+
+def read_rows(folder: Path, wanted: set[int], number: int) -> dict[int, dict[str, Any]]:
+    """Some rows of an index, by their numbers; the others are passed over, and not kept in memory.
+
+    Args:
+        folder: Of the index.
+        wanted: Numbers of rows.
+        number: How many rows there must be.
+
+    Raises:
+        UserError: If there are others than those, or a wanted one is damaged; names the line.
+    """
+    file = folder / "rows.jsonl"
+    if not file.is_file():
+        raise UserError(f"the index {folder} has no file rows.jsonl: {AGAIN}")
+    rows, count = {}, 0
+    with open(file, "rb") as stream:
+        while line := stream.readline(LONGEST_ROW):
+            if len(line) == LONGEST_ROW:
+                raise UserError(f"{file}:{count + 1}: a line of more than {LONGEST_ROW:,} bytes: {AGAIN}")
+            if count in wanted:
+                try:
+                    row = json.loads(line)
+                    right = isinstance(row["text"], str) and isinstance(row["id"], (str, int))
+                except (ValueError, TypeError, KeyError, RecursionError):
+                    right = False
+                if not right:
+                    raise UserError(f"{file}:{count + 1}: this row has no id and text, so it is damaged: {AGAIN}")
+                rows[count] = row
+            count += 1
+    if count != number:
+        raise UserError(f"{folder} has {number:,} embeddings of {count:,} texts: {AGAIN}")
+    return rows
+
+
+def embedded(query: str, model: str, about: About) -> "np.ndarray":
+    """The embedding of a query by a model, (D,) float32."""
+    from transformers import AutoModel
+
+    from lm_lightning.data import tokenizer as tokenizers
+    from lm_lightning.models.network import positions
+    from lm_lightning.tasks.embedding.modules import embed
+
+    hub.quiet()
+    network = hub.load(AutoModel, model, unused=("pooler.",)).eval()
+    tokenizer = tokenizers.load(model)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # as GPT's published ones
+    least, most = tokenizer.num_special_tokens_to_add() + 1, positions(network) or 1 << 20
+    if not least <= about.max_length <= most:
+        raise UserError(
+            f"the index has texts of up to {about.max_length:,} tokens, but {model} is for {least} to {most:,}: {AGAIN}"
+        )
+    try:
+        return embed(network, tokenizer, [query], about.pooling, about.max_length)[0].numpy()
+    except Exception as error:  # of a config that does not fit its weights or tokenizer
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{model} cannot embed a text ({printable(reason)}): {AGAIN}") from error
+
+
+def graph(folder: Path, embeddings: "np.ndarray", cache: Path) -> Any:
+    """The graph of neighbours of an index, from the user's cache, where it is made for these embeddings.
+
+    It is of usearch's own format, whose reader does not expect hostile files, so that none of an index is read.
+    """
+    try:
+        from usearch.index import Index
+    except ImportError as error:
+        raise UserError('--approximate needs usearch: pip install -e ".[search]", or leave it out') from error
+
+    import numpy as np
+
+    file = (folder / "embeddings.npy").resolve()
+    status = file.stat()
+    path, content = (
+        hashlib.sha256(repr(key).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+        for key in (str(file), (status.st_size, status.st_mtime_ns, embeddings.shape))
+    )
+    place = cache / "graphs" / f"{path}-{content}.usearch"
+    if place.is_file():
+        with contextlib.suppress(Exception):  # it is damaged, so it is made again
+            if (kept := Index.restore(str(place), view=True)) is not None and len(kept) == len(embeddings):
+                return kept
+    for start in range(0, len(embeddings), 1 << 16):
+        refuse_infinite(embeddings[start : start + (1 << 16)], folder)
+    made = Index(ndim=embeddings.shape[1], metric="cos", dtype="f32")
+    made.add(np.arange(len(embeddings)), embeddings)
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        for old in place.parent.glob(f"{path}-*.usearch"):
+            old.unlink(missing_ok=True)
+        partial = files.temporary(place)
+        made.save(str(partial))
+        os.replace(partial, place)
+    except (OSError, RuntimeError) as error:
+        print(f"the graph cannot be kept in {cache}, so it will be made again: {error}", file=sys.stderr)
+    return made
+
+
+def main() -> None:
+    """Reads the command line."""
+    from jsonargparse import auto_cli
+
+    from lm_lightning.cli.explain import program
+    from lm_lightning.cli.settings import Parser
+
+    auto_cli(search, args=sys.argv[2:], prog=program("search"), parser_class=Parser)

@@ -1,0 +1,94 @@
+"""Data of dependency parsing: sentences whose words hang on each other in, tokens and heads out."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from lm_lightning.errors import UserError
+from lm_lightning.finetuning.data import Examples, LabelledData, Row
+from lm_lightning.finetuning.words import encode_words
+
+
+@dataclass
+class TreeColumns:
+    """Names of the columns, which are those of CoNLL-U; each has a list, or a string with spaces.
+
+    Args:
+        words: The words.
+        heads: The number of the word, from 1, on which each hangs, or 0 of the one that is the root.
+        relations: The name of each relation.
+    """
+
+    words: str = "form"
+    heads: str = "head"
+    relations: str = "deprel"
+
+
+class ParsingData(LabelledData):
+    """Sentences with a dependency tree.
+
+    Args:
+        columns: Names of the tables' columns.
+        options: Those of all labelled data, see `LabelledData`.
+    """
+
+    def __init__(self, columns: TreeColumns = TreeColumns(), **options: Any) -> None:
+        super().__init__(**options)
+        self.columns = columns
+
+    def key(self, row: Row) -> str:
+        return " ".join(row.words(self.columns.words))
+
+    def find_labels(self, train: list[Row]) -> None:
+        if not self.labels:
+            self.labels = self.label_names(
+                train, {name for row in train for name in self.labels_of(row, self.columns.relations)}
+            )
+
+    def encode(self, split: str, rows: list[Row]) -> Examples:
+        """The rows of a split as tokens, `words`, `targets` and `relations`.
+
+        These are, (W,) int64 each: the place of the first token of each word, see `encode_words`; its head, 0 for the
+        root, else the number of a word from 1; and the number of its relation.
+        """
+        sentences = [row.words(self.columns.words) for row in rows]
+        examples = encode_words(self.tokenizer, sentences, self.block_size)
+        for example, row, words in zip(examples, rows, sentences):
+            if split == "predict":
+                example["targets"] = example["relations"] = torch.full((len(words),), -100)
+            else:
+                example["targets"] = torch.tensor(self.heads(row, len(words)))
+                example["relations"] = torch.tensor(self.relations(row, len(words)))
+        self.report_words(split, examples, sentences)
+        return Examples(examples, self.seed if split == "train" else None)
+
+    def heads(self, row: Row, words: int) -> list[int]:
+        """The head of each word.
+
+        Raises:
+            UserError: If one is no word, or there are not as many as words.
+        """
+        values: Any = row.value(self.columns.heads)
+        found = row.entries(self.columns.heads)
+        values = values.split() if found is None and isinstance(values, str) else found
+        if values is None or len(values) != words:
+            raise UserError(f"{row.where}: there are {words} words, but not as many heads in {self.columns.heads!r}")
+        for number, value in enumerate(values, start=1):
+            if not str(value).isdecimal() or int(value) > words or int(value) == number:
+                raise UserError(f"{row.where}: the head of word {number} is {value!r:.40}, but it must be another word")
+        return [int(value) for value in values]
+
+    def relations(self, row: Row, words: int) -> list[int]:
+        """The number of each word's relation.
+
+        Raises:
+            UserError: If one is unknown, or there are not as many as words.
+        """
+        names = self.labels_of(row, self.columns.relations)
+        if len(names) != words:
+            raise UserError(f"{row.where}: there are {words} words, but {len(names)} relations: fix the row")
+        return [self.number(row, name, "relation") for name in names]
+
+    def identity(self) -> dict:
+        return super().identity() | {"columns": asdict(self.columns)}

@@ -1,0 +1,261 @@
+"""Dependency parsing: on which word each word hangs, and by which relation."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any, Optional
+
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+
+from lm_lightning.data.order import PADDING
+from lm_lightning.errors import UserError
+from lm_lightning.finetuning import results
+from lm_lightning.finetuning.mistakes import Mistakes, readable, words_of
+from lm_lightning.finetuning.words import CUT
+from lm_lightning.models.metrics import Counts, Mode, Ratio
+from lm_lightning.models.module import LanguageModule
+from lm_lightning.models.network import HEAD_FILE
+from lm_lightning.tasks.parsing.spanning_tree import spanning_tree
+
+Arc = tuple[str, tuple[int, int]]  # a relation, and the numbers of a word, from 0, and of its head, from 1
+ROOT = "root"  # the relation of Universal Dependencies that only the root has
+
+
+class Biaffine(nn.Module):
+    """Scores of all pairs of words as head and dependent (Dozat and Manning, 2017, arXiv:1611.01734).
+
+    Args:
+        hidden_size: Of the words' states.
+        relations: How many there are.
+        arc_size: Of what decides whether two words belong together.
+        relation_size: Of what decides by which relation.
+        dropout: Share of both that is left out in training.
+    """
+
+    def __init__(self, hidden_size: int, relations: int, arc_size: int, relation_size: int, dropout: float) -> None:
+        super().__init__()
+        self.root = nn.Parameter(torch.zeros(hidden_size))
+        self.arc_dependent, self.arc_head = nn.Linear(hidden_size, arc_size), nn.Linear(hidden_size, arc_size)
+        self.relation_dependent = nn.Linear(hidden_size, relation_size)
+        self.relation_head = nn.Linear(hidden_size, relation_size)
+        self.arc = nn.Parameter(torch.zeros(arc_size + 1, arc_size))
+        self.relation = nn.Parameter(torch.zeros(relations, relation_size + 1, relation_size + 1))
+        self.activation = nn.Sequential(nn.GELU(), nn.Dropout(dropout))
+
+    def forward(self, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the words' states tell.
+
+        Args:
+            states: (B, W, H).
+
+        Returns:
+            Scores of the heads, the root and the words, of each word, (B, W, 1 + W); and what `relations` takes: of
+            each word as a dependent, (B, W, R + 1), and of the root and each word as a head, (B, 1 + W, R + 1).
+        """
+        heads = torch.cat([self.root.to(states.dtype).expand(len(states), 1, -1), states], 1)
+        dependent = with_one(self.activation(self.arc_dependent(states)))
+        arcs = dependent @ self.arc.to(dependent.dtype) @ self.activation(self.arc_head(heads)).transpose(1, 2)
+        dependents = with_one(self.activation(self.relation_dependent(states)))
+        return arcs, dependents, with_one(self.activation(self.relation_head(heads)))
+
+    def relations(self, dependents: Tensor, heads: Tensor, arcs: Tensor) -> Tensor:
+        """Scores of the relations of each word to its head, (B, W, relations), whose numbers are `arcs`, (B, W)."""
+        chosen = heads.gather(1, arcs.unsqueeze(-1).expand(-1, -1, heads.shape[-1]))
+        return torch.einsum("bwi,rij,bwj->bwr", dependents, self.relation.to(dependents.dtype), chosen)
+
+
+def with_one(states: Tensor) -> Tensor:
+    """States with a 1 behind them, so that a product has a bias."""
+    return F.pad(states, (0, 1), value=1.0)
+
+
+class Parser(LanguageModule):
+    """A network of `transformers` with a biaffine head over the first token of each word.
+
+    The export is a folder for `AutoModel`, with the head beside it in head.safetensors.
+
+    Args:
+        arc_size: Of what decides whether two words belong together.
+        relation_size: Of what decides by which relation.
+        dropout: Share of both that is left out in training.
+        options: Those of all models, see `LanguageModule`.
+    """
+
+    auto_class = transformers.AutoModel
+    unused = ("pooler.",)
+
+    @staticmethod
+    def main_metric(data: Any) -> str:
+        return "las"
+
+    def __init__(self, arc_size: int = 400, relation_size: int = 100, dropout: float = 0.33, **options: Any) -> None:
+        super().__init__(**options)
+        self.arc_size, self.relation_size, self.dropout = arc_size, relation_size, dropout
+
+    # Network
+
+    def own_labels(self) -> list[str]:
+        return super().own_labels() if self.evaluated_checkpoint or self.pretrained_head else []
+
+    @property
+    def pretrained_head(self) -> Optional[Path]:
+        """The file with the head of `pretrained`, if it has one."""
+        file = None if self.pretrained is None else Path(self.pretrained_folder()) / HEAD_FILE
+        return file if file is not None and file.exists() else None
+
+    def head_settings(self) -> dict[str, Any]:
+        return self.label_settings()
+
+    def new_network(self) -> transformers.PreTrainedModel:
+        return self.with_head(super().new_network())
+
+    def pretrained_network(self) -> transformers.PreTrainedModel:
+        network = self.with_head(super().pretrained_network())
+        own, labels = self.own_labels(), self.trainer.datamodule.labels
+        if self.pretrained_head and (own == labels or (self.keep_head and len(own) == len(labels))):
+            weights = safetensors.torch.load_file(self.pretrained_head)
+            sizes = (weights["arc"].shape[1], weights["relation_head.weight"].shape[0])
+            if sizes != (self.arc_size, self.relation_size):
+                raise UserError(
+                    f"the head of {self.pretrained} has model.arc_size {sizes[0]} and model.relation_size {sizes[1]}, "
+                    f"not {self.arc_size} and {self.relation_size}: use the same"
+                )
+            network.parser.load_state_dict(weights)
+        else:
+            self.new_tensors += [f"parser.{key}" for key in network.parser.state_dict()]
+            self.print(f"the head is new: {sum(p.numel() for p in network.parser.parameters()):,} parameters")
+        return network
+
+    def replace_head(self, network: transformers.PreTrainedModel, name: str) -> None:
+        """The head is no part of the network yet; `pretrained_network` adds it."""
+
+    def with_head(self, network: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
+        """A network with the head as a part of it."""
+        size = network.config.hidden_size
+        labels = len(self.trainer.datamodule.labels)
+        network.parser = Biaffine(size, labels, self.arc_size, self.relation_size, self.dropout)
+        return network
+
+    def network_made(self) -> None:
+        if getattr(self.network, "pooler", None) is not None:
+            self.network.pooler.requires_grad_(False)  # nobody reads it
+        self.counts = Counts(sorted({universal(label) for label in self.trainer.datamodule.labels}))
+        self.arcs, self.mistakes = Ratio(), Mistakes()
+
+    # Steps
+
+    def scores(self, batch: dict) -> tuple[Tensor, Tensor, Tensor]:
+        """What `Biaffine` gives, with scores of heads in float32, -inf for what is no other word or is cut off."""
+        inputs = {key: value for key, value in batch.items() if key not in ("words", "targets", "relations", "id")}
+        hidden = self.network(**inputs)[0]
+        places = batch["words"].clamp(min=0).unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
+        arcs, dependents, heads = self.network.parser(hidden.gather(1, places))
+        words = arcs.shape[1]
+        itself = F.pad(torch.eye(words, dtype=torch.bool, device=arcs.device), (1, 0))
+        absent = F.pad(batch["words"] < 0, (1, 0)).unsqueeze(1)
+        return arcs.float().masked_fill(itself | absent, -torch.inf), dependents, heads
+
+    def losses(self, scores: tuple[Tensor, Tensor, Tensor], batch: dict) -> tuple[Tensor, Tensor]:
+        """Cross entropy of heads and relations, summed over the words that have both, () float32, and their number."""
+        arcs, dependents, heads = scores
+        # A head that is cut off has no score, nor has a word that is.
+        places = F.pad(batch["words"], (1, 0)).gather(1, batch["targets"].clamp(min=0))
+        counts = (batch["words"] >= 0) & (batch["targets"] >= 0) & (places >= 0)
+        targets = batch["targets"].masked_fill(~counts, -100)
+        relations = self.network.parser.relations(dependents, heads, targets.clamp(min=0)).float()
+        loss = F.cross_entropy(arcs.flatten(0, 1), targets.flatten(), reduction="sum")
+        named = batch["relations"].masked_fill(~counts, -100)
+        return loss + F.cross_entropy(relations.flatten(0, 1), named.flatten(), reduction="sum"), counts.sum()
+
+    def loss(self, batch: dict) -> tuple[Tensor, Tensor]:
+        return self.losses(self.scores(batch), batch)
+
+    def told(self, scores: tuple[Tensor, Tensor, Tensor], batch: dict) -> tuple[Tensor, Tensor]:
+        """The heads of each word by the best trees, and its relations, (B, W) int64 each; -100 where it is cut off."""
+        arcs, dependents, heads = scores
+        told = torch.full(batch["words"].shape, -100)
+        weights = arcs.log_softmax(-1).double().cpu().numpy()
+        for row, places in enumerate(batch["words"].tolist()):
+            words = [word for word, place in enumerate(places) if place >= 0]
+            if words:
+                columns = [0, *(1 + word for word in words)]
+                tree = spanning_tree(weights[row][words][:, columns])
+                told[row, words] = torch.tensor(columns)[tree]
+        told = told.to(arcs.device)
+        relations = self.network.parser.relations(dependents, heads, told.clamp(min=0)).float()
+        labels = self.trainer.datamodule.labels
+        if ROOT in labels and len(labels) > 1:
+            is_root = torch.arange(len(labels), device=told.device) == labels.index(ROOT)
+            relations = relations.masked_fill(is_root != (told == 0).unsqueeze(-1), -torch.inf)
+        return told, relations.argmax(-1).masked_fill(told < 0, -100)
+
+    def validation_step(self, batch: dict, batch_idx: int) -> None:
+        scores, labels = self.scores(batch), self.trainer.datamodule.labels
+        self.val_loss.update(*self.losses(scores, batch))
+        heads, relations = self.told(scores, batch)
+        counts = batch["targets"] >= 0
+        self.arcs.update(((heads == batch["targets"]) & counts).sum(), counts.sum())
+        gold = (batch["targets"].tolist(), batch["relations"].tolist())
+        for number, *sentences in zip(batch["id"], zip(*gold), zip(heads.tolist(), relations.tolist())):
+            right, found = (arcs(*sentence, labels) for sentence in sentences)
+            self.counts.update(right, found)
+            if wrong := len(set(right) - set(found)):
+                self.mistakes.add(number, float(wrong), right, found)
+
+    def described(self, split: str, row: int, right: list[Arc], told: list[Arc]) -> dict[str, str]:
+        """A row for people to read: its text, and the arcs that are right and those predicted, but not what is both."""
+        data = self.trainer.datamodule
+        example = data.examples[split].rows[row]
+        words = [ROOT.upper(), *words_of(data.tokenizer, example)]
+
+        def names(arcs: list[Arc], others: list[Arc]) -> str:
+            left = [arc for arc in arcs if arc not in others]
+            return "; ".join(f"{words[word + 1]} <- {relation} - {words[head]}" for relation, (word, head) in left)
+
+        text = readable(data.tokenizer, example["input_ids"])
+        return {"text": text, "right": names(right, told), "predicted": names(told, right)}
+
+    def metric_modes(self) -> dict[str, Optional[Mode]]:
+        return {"loss": "min", "uas": "max", "las": "max"}
+
+    def metrics(self, loss: Tensor, split: str) -> dict[str, Tensor]:
+        """Adds the attachment scores, unlabelled and labelled, and writes the results of each relation."""
+        counts, uas = self.counts.compute(), self.arcs.compute()
+        self.counts.reset()
+        self.arcs.reset()
+        self.mistakes.write(self.trainer, self.title(split), partial(self.described, split))
+        if self.trainer.is_global_zero and not self.trainer.sanity_checking:
+            told = results.of(list(self.counts.numbers), *counts.cpu())
+            results.write(told, self.title(split), self.trainer)
+        return {"loss": loss, "uas": uas, "las": counts[0].sum() / counts[1].sum().clamp(min=1)}
+
+    def predict_step(self, batch: dict, batch_idx: int) -> list[dict]:
+        """For each row its `id` (its number), `heads` and `relations`, None of words that are cut off."""
+        labels = self.trainer.datamodule.labels
+        heads, relations = self.told(self.scores(batch), batch)
+        rows = []
+        for number, places, own, names in zip(batch["id"], batch["words"].tolist(), heads.tolist(), relations.tolist()):
+            if number == PADDING:
+                continue
+            words = [word for word, place in enumerate(places) if place != -100]
+            rows.append(
+                {
+                    "id": number,
+                    "heads": [own[word] if places[word] != CUT else None for word in words],
+                    "relations": [labels[names[word]] if places[word] != CUT else None for word in words],
+                }
+            )
+        return rows
+
+
+def universal(relation: str) -> str:
+    """A relation without its subtype, which the CoNLL 2018 script leaves out of account: `nsubj` of `nsubj:pass`."""
+    return relation.partition(":")[0]
+
+
+def arcs(heads: list[int], relations: list[int], labels: list[str]) -> list[Arc]:
+    """The arcs of a sentence: universal relation, and (word, head); without words that have none."""
+    return [(universal(labels[r]), (word, head)) for word, (head, r) in enumerate(zip(heads, relations)) if head >= 0]

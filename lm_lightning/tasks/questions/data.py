@@ -1,0 +1,240 @@
+"""Data of extractive question answering: contexts and questions in; windows with the place of the answer out.
+
+A context that is too long becomes several windows that overlap, each a row of its own with the whole question.
+"""
+
+import itertools
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple, Optional
+
+import numpy as np
+import torch
+
+from lm_lightning.data import cells
+from lm_lightning.data.tokenizer import about_unknown
+from lm_lightning.errors import UserError
+from lm_lightning.finetuning.data import Examples, LabelledData, Row
+
+
+@dataclass
+class Columns:
+    """Names of the columns; SQuAD's JSON files have the default ones.
+
+    Args:
+        id: The question's own name, where there is one.
+        context: The text that has the answer.
+        question: The question.
+        answers: Its right answers, none or several: a list of `{text, answer_start}`, or `{text: [...], answer_start:
+            [...]}` as on the Hub, also as a string of JSON or Python.
+        answer: In place of `answers`: the one answer, empty if there is none.
+        answer_start: Where that begins in the context, in characters from 0.
+    """
+
+    id: str = "id"
+    context: str = "context"
+    question: str = "question"
+    answers: str = "answers"
+    answer: Optional[str] = None
+    answer_start: str = "answer_start"
+
+
+class Answer(NamedTuple):
+    """A right answer: the text, and where it begins in the context, in characters."""
+
+    text: str
+    start: int
+
+
+class Question(NamedTuple):
+    """A question of an evaluation.
+
+    Attributes:
+        id: Its own name, or its number.
+        context: The text that has the answer.
+        answers: The right ones; none if the context has none, or if they are not known.
+        text: The question itself.
+    """
+
+    id: str | int
+    context: str
+    answers: list[Answer]
+    text: str = ""
+
+
+class Window(NamedTuple):
+    """Where the tokens of a window come from.
+
+    Attributes:
+        question: Number of the question in its split.
+        offsets: (T, 2) int32, where each token begins and ends in the context, in characters; meaningless for those
+            that are not of the context.
+    """
+
+    question: int
+    offsets: np.ndarray
+
+
+class QuestionData(LabelledData):
+    """Questions whose answer is a part of a text, as in SQuAD 1.1 and 2.0, whose JSON files are read as they are.
+
+    Args:
+        columns: Names of the tables' columns.
+        max_length: Tokens of a window: the question, a part of the context and the special ones.
+        overlap: Tokens of the context that a window shares with the one before.
+        max_question: Tokens of a question; longer ones are cut, and counted.
+        options: Those of all labelled data, see `LabelledData`; `batch_size` counts windows.
+    """
+
+    def __init__(
+        self,
+        columns: Columns = Columns(),
+        max_length: int = 384,
+        overlap: int = 128,
+        max_question: int = 64,
+        **options: Any,
+    ) -> None:
+        super().__init__(max_length=max_length, **options)
+        self.columns, self.overlap, self.max_question = columns, overlap, max_question
+        self.questions: dict[str, list[Question]] = {}  # of each split
+        self.windows: dict[str, list[Window]] = {}  # of each split that is evaluated, in the order of its rows
+
+    def key(self, row: Row) -> str:
+        return row.text(self.columns.context)
+
+    def answers(self, row: Row) -> list[Answer]:
+        """The right answers of a row.
+
+        Raises:
+            UserError: If they cannot be read, or one is not where it should be.
+        """
+        columns = self.columns
+        found: Any = row.get(columns.answers)
+        pairs: list[tuple[Any, Any]]
+        if columns.answer is not None:
+            if columns.answer not in row:
+                row.text(columns.answer)  # refuses it
+            pairs = [(row[columns.answer], row.get(columns.answer_start))] if row[columns.answer] else []
+        else:
+            if columns.answers not in row:
+                row.text(columns.answers)
+            try:
+                found = cells.parsed(found) if isinstance(found, str) else found
+                if isinstance(found, dict):
+                    pairs = list(zip(found["text"], found["answer_start"], strict=True))
+                else:
+                    pairs = [(answer["text"], answer["answer_start"]) for answer in found]
+            except (ValueError, TypeError, KeyError) as error:
+                raise UserError(
+                    f"{row.where}: column {columns.answers!r} has no answers, but {found!r:.60}: give a list of "
+                    '{"text": ..., "answer_start": ...}, empty where the context has no answer'
+                ) from error
+        answers, context = [], row.text(columns.context)
+        for text, place in pairs:
+            try:
+                start = int(place)
+            except (TypeError, ValueError):
+                start = -1
+            if not isinstance(text, str) or not text.strip() or start < 0 or not context.startswith(text, start):
+                first = context.find(str(text))
+                raise UserError(
+                    f"{row.where}: the answer {text!r:.60} is not at its answer_start {place!r:.20}, which counts "
+                    f"characters of the context from 0: {f'it is at {first}' if first >= 0 else 'it is nowhere there'}"
+                    "; fix or remove the row"
+                )
+            answers.append(Answer(text, start))
+        return answers
+
+    def cut_question(self, text: str) -> str:
+        """A question of no more than `max_question` tokens."""
+        encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ends = [end for _, end in encoding["offset_mapping"]]
+        return text if len(ends) <= self.max_question else text[: ends[self.max_question - 1]]
+
+    def encode(self, split: str, rows: list[Row]) -> Examples:
+        """The windows of a split.
+
+        Of each: `targets`, (2,) int64, the first and last token of the answer, 0 and 0 (that of [CLS]) if it is not in
+        the window; `context`, (T,) int64, 1 for the tokens of the context.
+        """
+        room = self.block_size - self.max_question - self.tokenizer.num_special_tokens_to_add(pair=True)
+        if not 0 <= self.overlap < room:
+            raise UserError(
+                f"data.overlap is {self.overlap}, but must be from 0 to {room - 1}, less than what data.max_length "
+                f"({self.block_size}) leaves to the context beside data.max_question ({self.max_question})"
+            )
+        texts = [row.text(self.columns.question) for row in rows]
+        contexts = [row.text(self.columns.context) for row in rows]
+        answers: list[list[Answer]] = [[] if split == "predict" else self.answers(row) for row in rows]
+        cut = [self.cut_question(text) for text in texts]
+        encoded = self.tokenizer(
+            cut,
+            contexts,
+            truncation="only_second",
+            max_length=self.block_size,
+            stride=self.overlap,
+            return_overflowing_tokens=True,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+        )
+        numbers, offsets = encoded.pop("overflow_to_sample_mapping"), encoded.pop("offset_mapping")
+        examples = [dict(zip(encoded, values)) for values in zip(*encoded.values())]
+        if any(example["input_ids"][0] != self.tokenizer.cls_token_id for example in examples):
+            raise UserError("questions need a tokenizer that puts [CLS] first, as BERT's: take such a network")
+        windows = [Window(number, np.array(pairs, np.int32)) for number, pairs in zip(numbers, offsets)]
+        for number, (example, window) in enumerate(zip(examples, windows)):
+            of_context = [sequence == 1 for sequence in encoded.sequence_ids(number)]
+            example["context"] = torch.tensor(of_context).long()
+            example["targets"] = torch.tensor(
+                span(window.offsets, np.array(of_context), answers[window.question])
+                if split != "predict"
+                else (-100, -100)
+            )
+        reached = {w.question for w, example in zip(windows, examples) if example["targets"][0] > 0}
+        lost = {number for number, right in enumerate(answers) if right} - reached
+        for example, window in zip(examples, windows):
+            if window.question in lost:  # it would be taught to have no answer
+                example["targets"] = torch.tensor((-100, -100))
+        names = [row.get(self.columns.id) for row in rows]
+        ids = [number if name is None else name for number, name in enumerate(names)]
+        self.questions[split] = [Question(*values) for values in zip(ids, contexts, answers, texts)]
+        if split != "train":
+            self.windows[split] = windows
+        if self.trainer.is_global_zero:
+            tokens, unknown = sum(map(len, encoded["input_ids"])), self.unknown(examples)
+            print(
+                f"{split}: {len(rows):,} questions"
+                + (f", {sum(not right for right in answers):,} without an answer" if split != "predict" else "")
+                + f", {len(windows):,} windows, {tokens:,} tokens"
+                + told(sum(map(str.__ne__, texts, cut)), f"questions are cut to {self.max_question} tokens")
+                + told(len(lost), "have an answer that is longer than the windows' overlap allows, and are not learned")
+                + about_unknown(unknown, tokens)
+            )
+            self.warn_of_unknown(split, unknown, tokens, itertools.chain(cut, contexts))
+        return Examples(examples, self.seed if split == "train" else None)
+
+    def identity(self) -> dict:
+        return super().identity() | {"columns": asdict(self.columns)}
+
+
+def told(number: int, what: str) -> str:
+    """A part of a sentence that is left out if there is nothing to tell."""
+    return f", {number:,} {what}" if number else ""
+
+
+def span(offsets: np.ndarray, of_context: np.ndarray, answers: list[Answer]) -> tuple[int, int]:
+    """The first and last token of the first answer in a window; 0 and 0 if it has not all of it.
+
+    Args:
+        offsets: As in `Window`.
+        of_context: (T,) bool, which tokens are of the context.
+        answers: The right answers, of which the first is learned.
+    """
+    if not answers:
+        return 0, 0
+    start, end = answers[0].start, answers[0].start + len(answers[0].text)
+    inside = of_context & (offsets[:, 1] > start) & (offsets[:, 0] < end)
+    places = np.flatnonzero(of_context)
+    if not inside.any() or offsets[places[0], 0] > start or offsets[places[-1], 1] < end:
+        return 0, 0
+    first, last = np.flatnonzero(inside)[[0, -1]]
+    return int(first), int(last)

@@ -1,0 +1,353 @@
+"""Extractive question answering: windows of contexts in; the best span of each question over all its windows out."""
+
+import re
+import string
+import unicodedata
+from collections import Counter
+from collections.abc import Callable
+from difflib import SequenceMatcher
+from functools import partial
+from typing import Any, Literal, NamedTuple, Optional
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+
+from lm_lightning.data.order import PADDING
+from lm_lightning.errors import UserError
+from lm_lightning.finetuning import results
+from lm_lightning.finetuning.mistakes import Mistakes
+from lm_lightning.models.metrics import Mode
+from lm_lightning.models.module import LanguageModule
+from lm_lightning.tasks.questions.data import Question, Window
+
+PUNCTUATION = frozenset("-:_*^/\\~`+=，。：？！“”；’《》·、「」（）－～『』")  # of CMRC 2018's script
+
+
+class Span(NamedTuple):
+    """The best answer that a network finds to a question.
+
+    Attributes:
+        text: A slice of the context.
+        start: Where it begins, in characters.
+        end: Where it ends.
+        score: The sum of its two logits.
+        no_answer: That of [CLS], the lowest over the windows: how sure it is that none has the answer.
+    """
+
+    text: str
+    start: int
+    end: int
+    score: float
+    no_answer: float
+
+
+class Result(NamedTuple):
+    """How well a part of the questions is answered, as in the official scripts, but as shares, not percents."""
+
+    questions: str
+    exact_match: float
+    f1: float
+    rows: int
+
+
+class Spans(Metric):
+    """The best spans of all windows, over all batches and processes."""
+
+    full_state_update = False
+    places: list[Tensor]
+    scores: list[Tensor]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("places", [], dist_reduce_fx="cat")
+        self.add_state("scores", [], dist_reduce_fx="cat")
+
+    def update(self, places: Tensor, scores: Tensor) -> None:
+        """Adds those of a batch, as from `best_spans`, but with the windows' numbers before the places: (B, 3)."""
+        self.places.append(places)
+        self.scores.append(scores)
+
+    def compute(self) -> tuple[list[list[int]], list[list[float]]]:
+        """Those of all windows."""
+        return dim_zero_cat(self.places).tolist(), dim_zero_cat(self.scores).tolist()
+
+
+class QuestionAnswering(LanguageModule):
+    """A network of `transformers` that finds where the answer to a question begins and ends in a text.
+
+    Args:
+        max_answer: Tokens of an answer.
+        threshold: A question is said to have no answer if the score of none is higher than that of the best span by
+            more than this; evaluation reports the best one. null: there always is an answer, as in SQuAD 1.1.
+        scoring: Whose exact match and F1 are measured: `squad`, by words; or `cmrc`, by Chinese characters.
+        options: Those of all models, see `LanguageModule`.
+    """
+
+    auto_class = transformers.AutoModelForQuestionAnswering
+
+    @staticmethod
+    def main_metric(data: Any) -> str:
+        return "f1"
+
+    def __init__(
+        self,
+        max_answer: int = 30,
+        threshold: Optional[float] = 0.0,
+        scoring: Literal["squad", "cmrc"] = "squad",
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        if max_answer < 1:
+            raise UserError(f"model.max_answer is {max_answer}, but must be 1 or more")
+        self.max_answer, self.threshold = max_answer, threshold
+        self.score: Callable[[str, list[str]], tuple[float, float]] = {"squad": squad, "cmrc": cmrc}[scoring]
+        self.spans = Spans()
+
+    def head_settings(self) -> dict[str, Any]:
+        return {"num_labels": 2}  # a start and an end
+
+    def head_fits(self) -> bool:
+        return True  # no other task has tensors of these names
+
+    # Steps
+
+    def logits(self, batch: dict) -> Tensor:
+        """Of start and end, (2, B, T) float32."""
+        inputs = {key: value for key, value in batch.items() if key not in ("targets", "context", "id")}
+        output = self.network(**inputs)
+        return torch.stack([output.start_logits, output.end_logits]).float()
+
+    def of_places(self, logits: Tensor, batch: dict) -> Tensor:
+        """Logits with the lowest number where no answer can begin or end.
+
+        Without that, a window's loss would depend on the padding, so on the other windows of the batch.
+        """
+        allowed = batch["context"] == 1
+        allowed[:, 0] = True
+        return logits.masked_fill(~allowed, torch.finfo(logits.dtype).min)
+
+    def losses(self, logits: Tensor, batch: dict) -> tuple[Tensor, Tensor]:
+        """The mean of start and end, summed over the windows that count, and how many these are."""
+        logits = self.of_places(logits, batch)
+        loss = F.cross_entropy(logits.flatten(0, 1), batch["targets"].T.flatten(), ignore_index=-100, reduction="sum")
+        return loss / 2, (batch["targets"][:, 0] != -100).sum()
+
+    def loss(self, batch: dict) -> tuple[Tensor, Tensor]:
+        return self.losses(self.logits(batch), batch)
+
+    def found(self, logits: Tensor, batch: dict) -> tuple[Tensor, Tensor]:
+        """The best span of each window: (B, 3) int64, its number, first and last token; (B, 2) float32, scores."""
+        places, scores = best_spans(logits, batch["context"] == 1, self.max_answer)
+        return torch.cat([torch.tensor(batch["id"], device=places.device)[:, None], places], 1), scores
+
+    def validation_step(self, batch: dict, batch_idx: int) -> None:
+        logits = self.logits(batch)
+        self.val_loss.update(*self.losses(logits, batch))
+        self.spans.update(*self.found(logits, batch))
+
+    def metric_modes(self) -> dict[str, Optional[Mode]]:
+        modes: dict[str, Optional[Mode]] = {"loss": "min", "exact_match": "max", "f1": "max"}
+        questions = self.trainer.datamodule.questions.get("validation", [])
+        if len({bool(question.answers) for question in questions}) > 1:
+            modes |= {"answerable_f1": "max", "unanswerable_f1": "max", "best_f1": "max", "best_threshold": None}
+        return modes
+
+    def metrics(self, loss: Tensor, split: str) -> dict[str, Tensor]:
+        """Adds exact match and F1 over the questions of which a window was seen, and writes those of their parts."""
+        spans = self.joined(split, *self.spans.compute())
+        self.spans.reset()
+        questions = self.trainer.datamodule.questions[split]
+        told = {number: self.answer(span) for number, span in spans.items()}
+        scores = {n: self.score(told[n], [a.text for a in questions[n].answers]) for n in spans}
+        with_answer = [n for n in spans if questions[n].answers]
+        without = [n for n in spans if not questions[n].answers]
+        parts = {"all": list(spans), "with an answer": with_answer, "without an answer": without}
+        table = [
+            Result(
+                name,
+                sum(scores[n][0] for n in part) / len(part),
+                sum(scores[n][1] for n in part) / len(part),
+                len(part),
+            )
+            for name, part in parts.items()
+            if part
+        ]
+        values = {"exact_match": table[0].exact_match, "f1": table[0].f1}
+        if with_answer and without:
+            values |= {"answerable_f1": table[1].f1, "unanswerable_f1": table[2].f1}
+            always = {n: self.score(spans[n].text, [a.text for a in questions[n].answers])[1] for n in with_answer}
+            margins = {n: span.no_answer - span.score for n, span in spans.items()}
+            best, threshold = best_threshold(margins, always)
+            values |= {"best_f1": best, "best_threshold": threshold}
+        mistakes = Mistakes()
+        for number in spans if self.trainer.is_global_zero else ():
+            if not scores[number][0]:
+                mistakes.add(number, 1 - scores[number][1], None, told[number])
+        mistakes.write(self.trainer, self.title(split), partial(described, questions))
+        if self.trainer.is_global_zero and not self.trainer.sanity_checking:
+            results.write(table, self.title(split), self.trainer)
+        return {"loss": loss} | {name: torch.tensor(value, device=loss.device) for name, value in values.items()}
+
+    def joined(self, split: str, places: list[list[int]], scores: list[list[float]]) -> dict[int, Span]:
+        """The best span of each question, by its number, of windows in any order."""
+        data = self.trainer.datamodule
+        return join(data.questions[split], data.windows[split], places, scores)
+
+    def answer(self, span: Span) -> str:
+        """The text of a span, none if it is likelier that there is no answer."""
+        none = self.threshold is not None and span.no_answer - span.score > self.threshold
+        return "" if none else span.text
+
+    def predict_step(self, batch: dict, batch_idx: int) -> list[dict]:
+        """The best span of each window, of which `join_predictions` makes answers."""
+        places, scores = self.found(self.logits(batch), batch)
+        rows = zip(places.tolist(), scores.tolist())
+        return [{"id": row[0][0], "place": row[0], "scores": row[1]} for row in rows if row[0][0] != PADDING]
+
+    def join_predictions(self, rows: list[dict]) -> list[dict]:
+        """For each question its `id`, `row`, `answer`, `score`, `start`, `end` and `no_answer_score`.
+
+        `id` is its own one or, if there is none, its number, which is `row` in any case.
+        The slice of the context from `start` to `end` is the best span, also if the answer is empty: there is none.
+        """
+        spans = self.joined("predict", [row["place"] for row in rows], [row["scores"] for row in rows])
+        questions = self.trainer.datamodule.questions["predict"]
+        return [
+            {
+                **{"id": questions[number].id, "row": number, "answer": self.answer(span), "score": span.score},
+                **{"start": span.start, "end": span.end, "no_answer_score": span.no_answer},
+            }
+            for number, span in sorted(spans.items())
+        ]
+
+
+def described(questions: list[Question], number: int, _: None, told: str) -> dict[str, str]:
+    """A question for people to read, with the context around its first answer."""
+    question = questions[number]
+    start = question.answers[0].start if question.answers else max(question.context.find(told), 0)
+    context = question.context[max(0, start - 200) : start + 400]
+    right = " / ".join(dict.fromkeys(answer.text for answer in question.answers))
+    return {"text": f"{question.text} | {context}", "right": right or "(no answer)", "predicted": told or "(no answer)"}
+
+
+def best_spans(logits: Tensor, of_context: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+    """The best span within the context of each window, exactly.
+
+    Args:
+        logits: Of start and end, (2, B, T) float32.
+        of_context: Which tokens an answer may have, (B, T) bool.
+        longest: Tokens of an answer.
+
+    Returns:
+        First and last token of the span, (B, 2) int64; its score and that of no answer, (B, 2) float32.
+    """
+    start, end = logits.masked_fill(~of_context, torch.finfo(logits.dtype).min / 4)
+    ends = F.pad(end, (0, longest - 1), value=torch.finfo(logits.dtype).min / 4).unfold(1, longest, 1)
+    score, place = (start[:, :, None] + ends).flatten(1).max(1)
+    first = place // longest
+    return torch.stack([first, first + place % longest], 1), torch.stack([score, logits[:, :, 0].sum(0)], 1)
+
+
+def join(
+    questions: list[Question], windows: list[Window], places: list[list[int]], scores: list[list[float]]
+) -> dict[int, Span]:
+    """The best span of each question over its windows.
+
+    Args:
+        questions: Of a split.
+        windows: Of the same split.
+        places: Number, first and last token of each window; in any order, numbers twice or `PADDING`, too.
+        scores: That of the window's best span and that of no answer.
+    """
+    spans: dict[int, Span] = {}
+    for (number, first, last), (score, no_answer) in sorted(zip(places, scores)):
+        if number == PADDING:
+            continue
+        question, offsets = windows[number]
+        found = spans.get(question)
+        no_answer = min(no_answer, found.no_answer) if found else no_answer
+        if found and found.score >= score:
+            spans[question] = found._replace(no_answer=no_answer)
+            continue
+        context, start, end = questions[question].context, int(offsets[first, 0]), int(offsets[last, 1])
+        while end < len(context) and unicodedata.category(context[end])[0] == "M":
+            end += 1  # a mark that belongs to the last letter, which tokenizers may have taken off
+        spans[question] = Span(context[start:end], start, end, score, no_answer)
+    return spans
+
+
+def best_threshold(margins: dict[int, float], f1: dict[int, float]) -> tuple[float, float]:
+    """The best F1 that a threshold gives, and that threshold, as in SQuAD 2.0's script.
+
+    Args:
+        margins: By how much the score of no answer is higher than that of the best span, of each question.
+        f1: Of the best spans of those questions that have an answer.
+    """
+    current = best = float(len(margins) - len(f1))  # all are said to have no answer
+    threshold = 0.0
+    for number in sorted(margins, key=lambda n: margins[n]):
+        current += f1.get(number, -1.0)
+        if current > best:
+            best, threshold = current, margins[number]
+    return best / len(margins), threshold
+
+
+def normalized(text: str) -> str:
+    """Text without case, punctuation, English articles and superfluous white space, as in SQuAD's scripts."""
+    text = "".join(character for character in text.lower() if character not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def squad(told: str, answers: list[str]) -> tuple[float, float]:
+    """Exact match and F1 by words, the best over the right answers, as in evaluate-v2.0.py of SQuAD.
+
+    Where all answers and what is told have words beside articles, they are those of evaluate-v1.1.py, too.
+
+    Args:
+        told: The answer to score, empty for none.
+        answers: The right ones; none if there is none.
+    """
+    words = normalized(told).split()
+    exact = f1 = 0.0
+    for right in [gold for answer in answers if (gold := normalized(answer).split())] or [[]]:
+        common = sum((Counter(right) & Counter(words)).values())
+        exact = max(exact, float(right == words))
+        f1 = max(f1, 2 * common / (len(right) + len(words)) if right and words else float(right == words))
+    return exact, f1
+
+
+def unpunctuated(text: str) -> str:
+    """Text without case and punctuation, as in CMRC's script."""
+    return "".join(character for character in text.lower().strip() if character not in PUNCTUATION)
+
+
+def segments(text: str) -> list[str]:
+    """Chinese characters, and the words between them.
+
+    Where these have marks such as a comma, CMRC's script, which takes NLTK's tokens, parts them there, too.
+    """
+    return re.sub("([\u4e00-\u9fa5])", r" \1 ", unpunctuated(text)).split()
+
+
+def cmrc(told: str, answers: list[str]) -> tuple[float, float]:
+    """Exact match and F1 by Chinese characters, the best over the right answers, as in CMRC 2018's script.
+
+    F1 is that of the longest run of characters that both have.
+
+    Args:
+        told: The answer to score, empty for none.
+        answers: The right ones; none if there is none.
+    """
+    characters = segments(told)
+    exact = f1 = 0.0
+    for answer in answers or [""]:
+        right = segments(answer)
+        common = SequenceMatcher(None, right, characters, autojunk=False).find_longest_match().size
+        same = float(unpunctuated(answer) == unpunctuated(told))
+        exact = max(exact, same)
+        f1 = max(f1, 2 * common / (len(right) + len(characters)) if right and characters else same)
+    return exact, f1

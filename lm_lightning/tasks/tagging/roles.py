@@ -1,0 +1,161 @@
+"""Data of semantic roles: sentences with frames in, each a predicate with its arguments; labels of words out.
+
+A frame is one example: its sentence with the predicate between two marks, so that any network tells one frame of a
+sentence from another (Zhou and Chen, An Improved Baseline for Sentence-level Relation Extraction, 2021, mark with
+punctuation, too), and the exported model works in the `token-classification` pipeline of `transformers`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lm_lightning.errors import UserError
+from lm_lightning.finetuning.data import Examples, Row
+from lm_lightning.finetuning.words import encode_words
+from lm_lightning.tasks.tagging.data import OUTSIDE, Found, TaggingData, spans_of
+
+PREDICATE = "V"
+CONTINUED = "C-"
+
+
+@dataclass
+class RoleColumns:
+    """Names of the columns.
+
+    Args:
+        words: The words of the sentence: a list of them, or a string with spaces between them.
+        frames: A list of frames, each an object with the three below. Empty, if each row is a frame itself.
+        predicate: The number of the predicate's word, from 0.
+        spans: The arguments as [first word, last word, label], from 0.
+        labels: If there are no `spans`: the label of each word, by the scheme BIO.
+    """
+
+    words: str = "words"
+    frames: str = "frames"
+    predicate: str = "predicate"
+    spans: str = "spans"
+    labels: str = "labels"
+
+
+class RoleData(TaggingData):
+    """Sentences with the arguments of predicates.
+
+    Args:
+        columns: Names of the tables' columns.
+        mark: Stands before and after the predicate.
+        options: Those of all labelled data, see `LabelledData`.
+    """
+
+    columns: RoleColumns  # type: ignore[assignment]
+    has_scheme = False
+
+    def __init__(self, columns: RoleColumns = RoleColumns(), mark: str = "*", **options: Any) -> None:
+        super().__init__(scheme="bio", **options)
+        self.columns, self.mark = columns, mark
+        self.of_frame: dict[str, list[tuple[int, int]]] = {}  # of each split's examples: row, and word of the predicate
+
+    @property
+    def kinds(self) -> list[str]:
+        """What is counted: the types of arguments, of which a continued one is a part; not the predicate."""
+        return sorted({kind.removeprefix(CONTINUED) for kind in super().kinds} - {PREDICATE})
+
+    def found(self, labels: Sequence[str]) -> list[Found]:
+        """The arguments, as the script of CoNLL-2005 counts them: C-X goes on with the last X before it.
+
+        A C-X without any is an X. An argument is right if all its parts are. The predicate does not count.
+        """
+        arguments: dict[str, tuple] = {}  # the last of each type
+        done: list[Found] = []
+        for kind, place in spans_of(labels):
+            own = kind.removeprefix(CONTINUED)
+            if own != kind and own in arguments:
+                arguments[own] += place
+                continue
+            if own in arguments:
+                done.append((own, arguments[own]))
+            arguments[own] = place
+        return [(kind, place) for kind, place in [*done, *arguments.items()] if kind != PREDICATE]
+
+    def frames(self, row: Row) -> list[Row]:
+        """The frames of a row."""
+        if not self.columns.frames:
+            return [row]
+        frames = row.entries(self.columns.frames)
+        if frames is None or not all(isinstance(frame, dict) for frame in frames):
+            raise UserError(
+                f"{row.where}: column {self.columns.frames!r} is no list of frames such as "
+                f'{{"{self.columns.predicate}": 3, "{self.columns.spans}": [[0, 2, "ARG0"]]}}; where each row is a '
+                "frame, give --data.columns.frames ''"
+            )
+        return [Row(frame, f"{row.where}, frame {number}") for number, frame in enumerate(frames, start=1)]
+
+    def predicate(self, frame: Row, words: list[str]) -> int:
+        """The word of a frame's predicate."""
+        value = frame.value(self.columns.predicate)
+        number = int(value) if isinstance(value, str) and value.isdigit() else value
+        if not isinstance(number, int) or not 0 <= number < len(words):
+            raise UserError(
+                f"{frame.where}: the predicate is word {value!r:.40}, but the words are 0 to {len(words) - 1}"
+            )
+        return number
+
+    def labels_in(self, row: Row) -> list[str]:
+        """The labels of all frames of a row."""
+        words = row.words(self.columns.words)
+        return [label for frame in self.frames(row) for label in self.labels_of_frame(frame, words)]
+
+    def labels_of_frame(self, frame: Row, words: list[str]) -> list[str]:
+        """The label of each word of a frame, as its spans or its labels say."""
+        if self.columns.spans not in frame:
+            labels = self.labels_of(frame, self.columns.labels)
+            if len(labels) != len(words):
+                raise UserError(f"{frame.where}: there are {len(words)} words, but {len(labels)} labels: fix the row")
+            return labels
+        spans = frame.entries(self.columns.spans)
+        labels = [OUTSIDE] * len(words)
+        for span in [frame[self.columns.spans]] if spans is None else spans:
+            try:
+                start, last, kind = span
+                fits = 0 <= start <= last < len(words) and isinstance(kind, str) and bool(kind)
+            except (TypeError, ValueError):
+                fits = False
+            if not fits:
+                raise UserError(
+                    f"{frame.where}: {span!r:.60} is no span such as [0, 2, 'ARG0'] of the words 0 to {len(words) - 1}"
+                )
+            if any(label != OUTSIDE for label in labels[start : last + 1]):
+                raise UserError(f"{frame.where}: the span {span} shares words with another one: fix the row")
+            labels[start : last + 1] = [f"B-{kind}"] + [f"I-{kind}"] * (last - start)
+        return labels
+
+    def encode(self, split: str, rows: list[Row]) -> Examples:
+        """The frames of a split as tokens, `words` (the place of each word's first token) and `targets` (its label)."""
+        sentences, targets, self.of_frame[split] = [], [], []
+        self.converted = 0
+        for number, row in enumerate(rows):
+            words = row.words(self.columns.words)
+            for frame in self.frames(row):
+                predicate = self.predicate(frame, words)
+                sentences.append([*words[:predicate], self.mark, words[predicate], self.mark, *words[predicate + 1 :]])
+                self.of_frame[split].append((number, predicate))
+                if split == "predict":
+                    targets.append(torch.full((len(words),), -100))
+                else:
+                    targets.append(self.targets(frame, self.labels_of_frame(frame, words)))
+        if not sentences:
+            raise UserError(
+                f"the rows of the {split} split have no frames: name their column with --data.columns.frames"
+            )
+        examples = encode_words(self.tokenizer, sentences, self.block_size)
+        for example, target, (_, predicate) in zip(examples, targets, self.of_frame[split]):
+            unmarked = [word for word in range(len(example["words"])) if word not in (predicate, predicate + 2)]
+            example["words"], example["targets"] = example["words"][unmarked], target
+        self.report_words(split, examples, sentences)
+        return Examples(examples, self.seed if split == "train" else None)
+
+    def prediction(self, number: int) -> dict[str, Any]:
+        """Of which row and predicate a prediction is."""
+        row, predicate = self.of_frame["predict"][number]
+        return {"row": row, "predicate": predicate}

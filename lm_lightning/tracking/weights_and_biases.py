@@ -1,0 +1,220 @@
+"""Weights & Biases: what is logged goes in; a W&B run comes out, sent as the training goes or kept in the run folder.
+
+`Samples` and `Predictions` log their tables here, `RunFolder` its config. W&B itself watches the machine.
+"""
+
+import os
+import secrets
+import shutil
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Optional
+
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers.logger import rank_zero_experiment
+from lightning.pytorch.utilities import rank_zero_only
+
+from lm_lightning.errors import UserError
+from lm_lightning.files import write_text
+from lm_lightning.run import PLACEHOLDER, TRAINING, load_checkpoint
+from lm_lightning.security.redaction import redacted_command_line
+from lm_lightning.security.untrusted import read_json
+
+
+class WandbRun(WandbLogger):
+    """Lightning's WandbLogger for a run folder, which never asks and never waits long.
+
+    Without a key, or if the server does not answer, it is offline: all is written to `wandb/` in the run folder, for
+    `wandb sync` to send later. W&B's environment variables (WANDB_MODE, WANDB_PROJECT, WANDB_ENTITY, WANDB_TAGS,
+    WANDB_NOTES, WANDB_NAME, WANDB_RUN_GROUP, ...) count where an option is left out.
+
+    A run that goes on from its checkpoint is the same run of W&B; each start is a part of it, which `trainer/part`
+    numbers from 0. W&B's own step only ever rises, so the metrics are drawn over `trainer/global_step`; a step that is
+    done again is there twice, with two parts.
+
+    Args:
+        save_dir: The run folder.
+        mode: `online`, `offline` or `disabled`. Default: WANDB_MODE, else online if there is a key.
+        project: Default: WANDB_PROJECT, else `lm_lightning`.
+        entity: User or team. Default: that of the key.
+        name: Of the run. Default: that of the experiment and its time.
+        group: Of runs. Default: the name of the experiment.
+        tags: Of the run.
+        notes: Of the run.
+        log_model: Whether a run that has ended leaves `checkpoints/` and `model/` as artifacts. Their aliases are
+            `step-<number>`, and of a checkpoint the name of its file, such as `best`.
+        timeout: Seconds to wait for the server at the start.
+        finish_timeout: Seconds to wait at the end, until all is sent.
+    """
+
+    def __init__(
+        self,
+        save_dir: str = PLACEHOLDER,
+        mode: Optional[Literal["online", "offline", "disabled"]] = None,
+        project: Optional[str] = None,
+        entity: Optional[str] = None,
+        name: Optional[str] = None,
+        group: Optional[str] = None,
+        tags: Optional[Sequence[str]] = None,
+        notes: Optional[str] = None,
+        log_model: bool = True,
+        timeout: float = 15.0,
+        finish_timeout: float = 600.0,
+    ) -> None:
+        run = Path(save_dir)
+        try:
+            super().__init__(
+                save_dir=save_dir,
+                project=project or os.environ.get("WANDB_PROJECT", "lm_lightning"),
+                name=name or os.environ.get("WANDB_NAME", f"{run.parent.name} {run.name}"),
+                group=group or os.environ.get("WANDB_RUN_GROUP", run.parent.name),
+                entity=entity,
+                tags=tags,
+                notes=notes,
+                mode=mode,
+            )
+        except ModuleNotFoundError as error:
+            raise UserError('wandb is not installed: pip install -e ".[wandb]"') from error
+        del self._wandb_init["anonymous"]  # W&B warns of it, whatever it is
+        self.folder = run / "wandb"
+        self.log_artifacts = log_model
+        self.timeout, self.finish_timeout = timeout, finish_timeout
+        self._experiment: Any = None
+        self.part = 0
+        self.before: dict[Path, int] = {}  # what there was when this part began
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:  # noqa: D102 (as in Lightning)
+        if self._experiment is not None or getattr(self, "_attach_id", None) is not None:  # (of ddp_spawn's parent)
+            return super().experiment
+        import wandb
+
+        os.environ.setdefault("WANDB_DATA_DIR", str(self.folder / "data"))  # tables to be sent; else at home
+        self._wandb_init |= {"id": self.run_id(), "mode": self.mode()}
+        self.part = len(list(self.folder.glob(f"*run-*-{self._wandb_init['id']}*")))
+        self.before = self.products()
+        self._wandb_init["settings"] = wandb.Settings(
+            init_timeout=self.timeout,
+            finish_timeout=self.finish_timeout,
+            finish_timeout_raises=True,
+            x_transaction_log_flush_interval=0.1,  # seconds of which a kill -9 leaves nothing, else 15
+        )
+        with redacted_command_line():  # which W&B records
+            try:
+                return super().experiment
+            except wandb.Error as error:
+                self._wandb_init["mode"] = self.offline(f"as it could not be started: {error}")
+                return super().experiment
+
+    def run_id(self) -> str:
+        """The id of the run in this folder, which is drawn when it starts; a sweep's agent gives its own."""
+        file = self.folder / "id"
+        if "WANDB_RUN_ID" in os.environ or not file.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_text(file, os.environ.get("WANDB_RUN_ID") or secrets.token_hex(5))
+        return file.read_text(encoding="utf-8")
+
+    def mode(self) -> str:
+        """What the option or WANDB_MODE says, unless that would ask for a key."""
+        import wandb
+
+        mode = self._wandb_init["mode"] or os.environ.get("WANDB_MODE") or "online"
+        if mode == "offline":
+            return self.offline("as you say")
+        try:
+            if mode == "online" and not wandb.login(prompt=False, verify=False):
+                return self.offline("as there is no key (WANDB_API_KEY, or `wandb login`)")
+        except wandb.Error as error:
+            return self.offline(f"as the key is none: {error}")
+        if mode == "online":
+            url = wandb.setup().settings.base_url
+            try:
+                urllib.request.urlopen(url, timeout=self.timeout).close()
+            except urllib.error.HTTPError:
+                pass  # an answer, too
+            except OSError as error:  # (W&B would try for half a minute)
+                return self.offline(f"as {url} does not answer ({getattr(error, 'reason', error)})")
+        return mode
+
+    def offline(self, reason: str) -> str:
+        """Tells once that the run stays here, why, and how it is sent."""
+        import wandb
+
+        print(f"W&B: offline, {' '.join(reason.split())[:200]}; `wandb sync {self.folder}` sends the run")
+        os.environ.setdefault("WANDB_SILENT", "true")  # which would tell it again
+        wandb.teardown()  # it reads that anew, and forgets a run that could not be started
+        return "offline"
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, Any], step: Optional[int] = None) -> None:  # noqa: D102 (as in Lightning)
+        super().log_metrics({**metrics, "trainer/part": self.part}, step)
+
+    def after_save_checkpoint(self, checkpoint_callback: ModelCheckpoint) -> None:
+        """Lightning would give an artifact the alias `best` for any file that is the only one of its callback."""
+
+    def products(self) -> dict[Path, int]:
+        """The checkpoints and the model in the run folder, with the times when they were written."""
+        run = self.folder.parent
+        return {path: path.stat().st_mtime_ns for path in [*sorted(run.glob("checkpoints/*.ckpt")), *run.glob("model")]}
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Leaves as artifacts what this part has written, if it has ended well, and ends it."""
+        run = self._experiment
+        if run is None:
+            return
+        step = 0
+        for path, time in self.products().items() if status == "success" and self.log_artifacts else ():
+            model = path.name == "model"
+            if model and (path / TRAINING).exists():
+                step = read_json(path / TRAINING)["step"]
+            elif not model:
+                step = load_checkpoint(path, weights=False, checked=True)["global_step"]
+            if self.before.get(path) != time:
+                self.log_artifact(path, *(("model", "latest") if model else ("checkpoint", path.stem)), step)
+        try:
+            run.finish(exit_code=int(status != "success"))
+        except TimeoutError:
+            limit = f"{self.finish_timeout:g} seconds"
+            print(f"W&B: not all is sent in {limit}; `wandb sync --include-online {self.folder}` sends the rest")
+        else:
+            if not run.offline:
+                shutil.rmtree(self.folder / "artifacts", ignore_errors=True)
+        self._experiment = None
+
+    def log_artifact(self, path: Path, kind: str, alias: str, step: int) -> None:
+        """Logs a file or folder as it is now, as an artifact `<kind>-<id of the run>`.
+
+        Args:
+            path: The file or folder, which may be replaced later, but is not written to.
+            kind: What it is.
+            alias: What this version is called, beside `step-<step>`.
+            step: The step that it holds.
+        """
+        import wandb
+
+        # W&B would copy all to a folder of its own at home until it is sent. Links cost nothing.
+        kept = self.folder / "artifacts" / f"part-{self.part}" / path.name
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        artifact = wandb.Artifact(
+            f"{kind}-{self.version}", kind, metadata={"step": step, "run_folder": str(path.parent)}
+        )
+        if path.is_dir():
+            shutil.copytree(path, kept, copy_function=link)
+            artifact.add_dir(str(kept), policy="immutable")
+        else:
+            link(path, kept)
+            artifact.add_file(str(kept), policy="immutable")
+        self.experiment.log_artifact(artifact, aliases=[alias, f"step-{step}"])
+
+
+def link(source: str | Path, target: str | Path) -> None:
+    """Gives a file a second name, or copies it where the file system has no such thing."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)

@@ -1,0 +1,1 @@
+"""Searches of good options, and comparisons of ways to run a config."""

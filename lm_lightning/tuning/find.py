@@ -1,0 +1,151 @@
+"""`tune --find`: a config in; the learning rate to take, or the largest micro-batch that fits, out of short runs."""
+
+import math
+import re
+import shlex
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Optional
+
+from lm_lightning.errors import UserError
+from lm_lightning.tuning.fits import fit, logged, read_settings, run_folder, shorten
+
+MEMORY = "GiB that each process may use, as train/memory of metrics.csv has it. Default: all that there is."
+OUT_OF_MEMORY = re.compile(r"out of memory|OutOfMemory|can't allocate memory|MemoryError|DefaultCPUAllocator", re.I)
+
+
+def learning_rate(fit_flags: list[str], low: float = 1e-6, high: float = 1.0, steps: int = 100) -> float:
+    """Raises the learning rate from step to step and finds where the loss falls fastest.
+
+    Losses are smoothed (a moving average, corrected for its start), and the slope is that of the loss over the
+    logarithm of the rate, as Lightning's and fastai's finders have it. The result is a place to start a study from: it
+    depends on the batch, and knows nothing of the end of a long run.
+
+    Args:
+        fit_flags: `--config` and any other flag of `fit`.
+        low: Rate of the first step.
+        high: Rate of the last.
+        steps: Optimizer steps.
+
+    Returns:
+        The rate.
+
+    Raises:
+        UserError: If the loss falls nowhere.
+    """
+    with tempfile.TemporaryDirectory(prefix="tune-", ignore_cleanup_errors=True) as scratch:
+        folder = Path(scratch)
+        settings = read_settings(fit_flags, folder)
+        sweep = {"class_path": "lm_lightning.tuning.sweep.Sweep", "init_args": {"low": low, "high": high}}
+        shorten(settings, steps, [sweep])
+        settings["trainer"] |= {"limit_val_batches": 0, "val_check_interval": 10**9}
+        reason = short_run(settings, folder, "sweep")
+        run = run_folder(folder / "runs", "sweep")
+        losses, rates = logged(run, "train/loss"), logged(run, "train/learning_rate")
+    points = [(rates[step], loss) for step, loss in sorted(losses.items()) if math.isfinite(loss)]
+    if len(points) < 10:
+        raise UserError(f"the learning rates cannot be tried: {reason or 'too few steps were logged'}")
+    found = steepest(points)
+    option = "model.optimizer.init_args.lr"
+    print(f"tried {len(points)} learning rates from {points[0][0]:.1e} to {points[-1][0]:.1e}")
+    if found is None:
+        raise UserError("the loss falls at no learning rate: there is something else to mend first")
+    print(f"the loss falls fastest at {found:.2g}: --{option} {found:.2g}")
+    return found
+
+
+def steepest(points: list[tuple[float, float]], smoothing: float = 0.8) -> Optional[float]:
+    """The rate at which a smoothed loss falls fastest, over those before its least.
+
+    Args:
+        points: Learning rates, rising, and losses.
+        smoothing: Weight of what was before in the moving average.
+    """
+    average, smooth = 0.0, []
+    for number, (_, loss) in enumerate(points, 1):
+        average = smoothing * average + (1 - smoothing) * loss
+        smooth.append(average / (1 - smoothing**number))
+    least = smooth.index(min(smooth))
+    logs = [math.log(rate) for rate, _ in points]
+    slopes = [((smooth[i + 1] - smooth[i - 1]) / (logs[i + 1] - logs[i - 1]), points[i][0]) for i in range(1, least)]
+    slope, rate = min(slopes, default=(0.0, 0.0))
+    return rate if slope < 0 else None
+
+
+def batch_size(fit_flags: list[str], memory: Optional[float] = None) -> int:
+    """Finds the largest micro-batch that fits, of those into which the batch of an optimizer step can be divided.
+
+    Each try is a run of three optimizer steps of two micro-batches, with a validation, in processes of its own: what
+    does not fit takes nothing along, and all processes of a strategy have the same answer. Sizes are doubled until one
+    does not fit, then halved in between. Where samples differ in length, longer ones may come later: leave a margin.
+
+    Args:
+        fit_flags: `--config` and any other flag of `fit`.
+        memory: GiB that each process may use; None for what the device has.
+
+    Returns:
+        Samples in a micro-batch of one process.
+
+    Raises:
+        UserError: If not even one sample fits, or a run fails for another reason.
+    """
+    with tempfile.TemporaryDirectory(prefix="tune-", ignore_cleanup_errors=True) as scratch:
+        folder = Path(scratch)
+        settings = read_settings(fit_flags, folder)
+        data, trainer = settings["data"]["init_args"], settings["trainer"]
+        samples = data["batch_size"] * trainer["accumulate_grad_batches"]  # of an optimizer step, in each process
+        sizes = [size for size in range(1, samples + 1) if samples % size == 0]
+        shorten(settings, 3, [])
+        trainer["limit_val_batches"] = 1
+
+        def fits(size: int) -> bool:
+            accumulate = min(2, samples // size)
+            data["batch_size"], trainer["accumulate_grad_batches"] = size, accumulate
+            trainer["val_check_interval"] = 2  # the third step tells of its memory
+            name = f"batch-{size}"
+            reason = short_run(settings, folder, name)
+            used = max(logged(run_folder(folder / "runs", name), "train/memory").values(), default=None)
+            errors = reason + (folder / "err.txt").read_text(encoding="utf-8", errors="replace")  # of all processes
+            if reason and not OUT_OF_MEMORY.search(errors):
+                raise UserError(f"a micro-batch of {size} cannot be tried: {reason}")
+            if not reason and used is None and memory is not None:
+                raise UserError("--memory has nothing to compare with: this device does not tell what it uses")
+            good = not reason and (memory is None or used is None or used <= memory)
+            told = "out of memory" if reason else "memory unknown" if used is None else f"{used:.2f} GiB"
+            print(f"micro-batch {size}: {told}, {'fits' if good else 'does not fit'}", flush=True)
+            return good
+
+        found = largest(sizes, fits)
+    if found is None:
+        raise UserError("not even a micro-batch of one sample fits: take a smaller network or block, or more memory")
+    flags = ["--data.batch_size", str(found), "--trainer.accumulate_grad_batches", str(samples // found)]
+    print(f"largest micro-batch of the {samples} samples of a step: {shlex.join(flags)}")
+    return found
+
+
+def largest(sizes: list[int], fits: Callable[[int], bool]) -> Optional[int]:
+    """The largest size that fits, if all smaller ones do: doubles until one does not, then bisects.
+
+    Args:
+        sizes: Candidates, rising.
+        fits: Whether one fits.
+    """
+    good, bad = -1, len(sizes)  # indices
+    while bad - good > 1 and bad == len(sizes):
+        least = 2 * sizes[good] if good >= 0 else 1
+        index = next((i for i, size in enumerate(sizes) if i > good and size >= least), len(sizes) - 1)
+        good, bad = (index, bad) if fits(sizes[index]) else (good, index)
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        good, bad = (middle, bad) if fits(sizes[middle]) else (good, middle)
+    return sizes[good] if good >= 0 else None
+
+
+def short_run(settings: dict[str, Any], folder: Path, name: str) -> str:
+    """Runs `fit` with some settings, in `runs` of a folder, and returns the reason if it has failed."""
+    import yaml
+
+    config = folder / "config.yaml"
+    config.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    return fit(["--config", str(config), "--runs_dir", str(folder / "runs"), "--name", name], folder, 3600)[1]

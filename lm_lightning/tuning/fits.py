@@ -1,0 +1,140 @@
+"""`fit` in processes of its own: flags in; its settings, what it has logged, or why it has failed, out."""
+
+import contextlib
+import csv
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Optional
+
+from lm_lightning.cli import settings
+from lm_lightning.errors import UserError
+from lm_lightning.processes import kill_with_parent
+
+
+def read_settings(fit_flags: list[str], folder: Path, timeout: float = 600) -> dict:
+    """The complete settings that a config and flags of `fit` make.
+
+    Args:
+        fit_flags: `--config` and any other.
+        folder: Takes what the process prints.
+        timeout: Seconds that it may take.
+
+    Raises:
+        UserError: If `fit` refuses them.
+    """
+    out, reason = fit([*fit_flags, "--print_config"], folder, timeout)
+    if reason:
+        raise UserError(reason)
+    return settings.load(out)
+
+
+def shorten(settings: dict, steps: int, callbacks: list[dict]) -> None:
+    """Makes of a run's settings those of a few steps that log each and keep nothing else; there is no warm-up."""
+    trainer, model = settings["trainer"], settings["model"]["init_args"]
+    own = trainer["callbacks"] or []
+    trainer |= {
+        "max_steps": steps,
+        "max_epochs": -1,
+        **dict.fromkeys(("min_steps", "min_epochs", "max_time")),
+        "log_every_n_steps": 1,
+        "check_val_every_n_epoch": None,
+        "fast_dev_run": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "logger": {"class_path": "lm_lightning.callbacks.metrics_file.MetricsFile", "init_args": {"save_dir": "<run>"}},
+        "callbacks": [*(own if isinstance(own, list) else [own]), *callbacks],
+    }
+    if "schedule" in model:
+        model["schedule"]["warmup_steps"] = 0
+
+
+def fit(
+    arguments: list[str],
+    folder: Path,
+    timeout: float,
+    nodes: int = 1,
+    watch: Optional[Callable[[], str]] = None,
+) -> tuple[str, str]:
+    """Runs `fit` in a process of its own, or one for each node, which take along what they have started.
+
+    Args:
+        arguments: Of `fit`.
+        folder: Takes what it prints, as `out.txt` and `err.txt`.
+        timeout: Seconds after which it is killed.
+        nodes: How many nodes this machine plays.
+        watch: Is asked twice a second; a reason that it gives ends the run.
+
+    Returns:
+        Its output, and the sentence with which it has failed, empty if it has not.
+    """
+    environments: list[dict[str, str]] = [{}]
+    if nodes > 1:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            main = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        environments = [main | {"NODE_RANK": str(rank)} for rank in range(nodes)]
+    out, err = folder / "out.txt", folder / "err.txt"
+    processes: list[subprocess.Popen] = []
+    with open(out, "wb") as out_file, open(err, "wb") as err_file:
+        deadline = time.monotonic() + timeout
+        try:
+            for environment in environments:
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "lm_lightning", "fit", *arguments],
+                    env=os.environ | environment | {"PYTHONIOENCODING": "utf-8:backslashreplace"},
+                    stdin=subprocess.DEVNULL,
+                    stdout=out_file,
+                    stderr=err_file,
+                    start_new_session=True,  # a group of processes
+                    preexec_fn=kill_with_parent if sys.platform == "linux" else None,
+                )
+                processes.append(process)
+            while watch is not None and any(process.poll() is None for process in processes):
+                if reason := watch():
+                    return "", reason
+                if time.monotonic() > deadline:
+                    break
+                time.sleep(0.5)
+            status = max((process.wait(max(0, deadline - time.monotonic())) for process in processes), key=abs)
+        except subprocess.TimeoutExpired:
+            return "", f"not finished after {timeout:g} seconds"
+        finally:
+            for process in processes:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    text = err.read_text(encoding="utf-8", errors="replace")
+    if status == 0:
+        return out.read_text(encoding="utf-8", errors="replace"), ""
+    if status < 0:
+        return "", f"killed by {signal.Signals(-status).name}" + (" (out of memory?)" if status == -9 else "")
+    pattern = re.compile(r"^(?:\[rank\d+\]: ?)?(?:error: (.*)|([\w.]*(?:Error|Exception)\b.*))$")
+    found = [match[1] or match[2] for line in text.splitlines() if (match := pattern.match(line))]
+    return "", (found or text.strip().splitlines() or [""])[-1][:500] or f"exit status {status}"
+
+
+def run_folder(runs_dir: Path, name: str) -> Optional[Path]:
+    """The newest run of a name, None before there is one."""
+    return max((runs_dir / name).glob("*/"), key=lambda path: path.stat().st_mtime_ns, default=None)
+
+
+def logged(run: Optional[Path], metric: str) -> dict[int, float]:
+    """Values of a metric by step, as far as a run, which may be going on, has logged them.
+
+    Args:
+        run: Run folder; None has logged nothing.
+        metric: Such as `val/loss`.
+    """
+    file = None if run is None else run / "metrics.csv"
+    if file is None or not file.is_file():
+        return {}
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    rows = csv.DictReader(line for line in lines if line.endswith("\n"))  # the last may be in the making
+    return {int(row["step"]): float(row[metric]) for row in rows if row.get(metric) and row.get("step")}

@@ -1,0 +1,188 @@
+"""Typical mistakes on a command line and in a config: each is one sentence that a new user understands."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, command, refusal
+
+from lm_lightning.errors import UserError
+
+GPT = ROOT / "configs" / "gpt.yaml"
+BASE = "model: {class_path: CausalLM}\ndata: {class_path: PretrainingData}\n"
+
+FLAGS = [
+    (
+        "--trainer.max_step 3",
+        "--trainer.max_step is no option",
+        "did you mean --trainer.max_steps?",
+    ),  # no abbreviations
+    ("--model.schedule.warmup 3", "--model.schedule.warmup is no option", "--model.schedule.warmup_steps"),
+    ("--max_steps 3", "--max_steps is no option", "--trainer.max_steps"),
+    ("--epochs 3", "--epochs is no option", "--trainer.max_epochs"),
+    ("--learning_rate 3", "--model.optimizer.lr"),
+    ("--model.lr 3", "--model.lr is no option of CausalLM", "--model.optimizer.lr"),
+    ("--model.optimizer.learning_rate 3", "no option of MuonAdamW", "--model.optimizer.lr"),
+    ("--trainer.batch_size 3", "--data.batch_size"),
+    ("--data.corpus.path x", "no option of PretrainingData", "--data.corpus.paths"),
+    ("--data.tables.train x", "no option of PretrainingData", "but of ClassificationData", "TaggingData"),
+    ("--model.class_weights x", "no option of CausalLM", "but of Classification"),
+    ("--model.optimizer.lr nan", "--model.optimizer.lr is 'nan'", "must be a number"),
+    ("--model.optimizer.lr=fast", "--model.optimizer.lr is 'fast'", "must be a number"),
+    ("--model.optimizer.betas [0.9]", "must be a list of 2 values"),
+    ("--trainer.max_steps many", "--trainer.max_steps is 'many'", "must be a whole number"),
+    ("--trainer.max_steps 1.5", "is '1.5'", "a whole number"),
+    ("--trainer.max_steps=", "--trainer.max_steps is empty", "a whole number"),
+    ("--trainer.gradient_clip_val high", "must be a number or null"),
+    ("--model.compile maybe", "must be true or false"),
+    ("--model.schedule.shape cos", "one of cosine, linear, constant, wsd", "did you mean cosine?"),
+    ("--trainer.precision bf17", "bf16-mixed", "did you mean bf16?"),
+    ("--model.freeze 3", "--model.freeze is '3'", "must be a list"),
+    ("--model.network gpt2", "--model.network is 'gpt2'", "options by name"),
+    ("--model.lora 8", "--model.lora is '8'", "options by name"),
+    ("--data.tokenizer 3", "--data.tokenizer is '3'", "options by name"),
+    ("--trainer fast", "--trainer is 'fast'", "options by name"),
+    ("--model GPT", "--model is 'GPT'", "CausalLM"),
+    ("--model torch.nn.Linear", "no class of LanguageModule"),
+    ("--data PretrainingDat", "did you mean PretrainingData?"),
+    ("--trainer.callbacks EarlyStoping", "did you mean EarlyStopping?"),
+    ("--trainer.callbacks EarlyStopping", "needs --trainer.callbacks.monitor"),
+    ("--trainer.callbacks [{class_path: EarlyStopping, init_args: {monitr: 3}}]", "trainer.callbacks.monitor?"),
+    ("--model.optimizer torch.optim.AdamWW", "did you mean AdamW?"),
+    ("--data.batch_size --trainer.max_steps 3", "--data.batch_size has no value"),
+    ("--name", "--name has no value"),
+    ("stray", "'stray' belongs to no option"),
+    ("-x 1", "-x is no option"),
+    ("--trainer.devices x", "devices"),
+    ("--trainer.strategy dpp", "there is no strategy dpp"),
+    ("--trainer.accelerator gpuu", "Available names are", "cpu"),
+    ("--model.optimizer.lr .nan", "Invalid learning rate"),
+    ("--model.network.n_layers 2", "did you mean n_layer?"),
+]
+
+
+def arguments(flags: str) -> list[str]:
+    """The flags, of which only the last value has spaces."""
+    head, _, rest = flags.partition(" ")
+    return [head, rest] if rest.startswith("[") else flags.split()
+
+
+@pytest.mark.parametrize(("flags", "phrases"), [(flags, phrases) for flags, *phrases in FLAGS], ids=str)
+def test_a_wrong_flag_is_one_clear_sentence(cli: Callable[..., str], recipe: Path, flags: str, phrases: list[str]):
+    config = GPT if "learning_rate" in flags else recipe
+    with pytest.raises(UserError) as refused:
+        cli("fit", "--config", config, *arguments(flags))
+    check(str(refused.value), phrases)
+
+
+def check(message: str, phrases: list[str]) -> None:
+    assert all(phrase in message for phrase in phrases), message
+    for inner in ("\n", "Parser key", "<class", "typing.", "Optional[", "Union", "Namespace", "NestedArg", "Subtypes"):
+        assert inner not in message
+
+
+FILES = {
+    "tab": ("model:\n\tclass_path: CausalLM\n", "line 2", "tab"),
+    "duplicate": (BASE + "trainer: {max_steps: 3}\ntrainer: {max_epochs: 2}\n", "line 4", "'trainer' is given twice"),
+    "empty": ("# nothing\n", "is empty"),
+    "binary": (bytes(range(256)), "no text in UTF-8"),
+    "latin-1": ("name: caf\xe9\n".encode("latin-1"), "no text in UTF-8"),
+    "list": ("- a\n- b\n", "no options by name"),
+    "colon": ("model: class_path: x\n", "line 1", "colon"),
+    "bracket": ("trainer: {max_steps: 3\nname: x\n", "bracket"),
+    "alias": (BASE + "trainer: {max_steps: *x}\n", "line 3", "quotes"),
+    "nesting": (BASE + "max_steps: 3\n", "line 3: max_steps is no option", "did you mean trainer.max_steps?"),
+    "no init_args": ("model:\n  class_path: CausalLM\n  network: {model_type: gpt2}\n" + BASE[30:], "init_args"),
+    "wrong place": (
+        "model:\n  class_path: CausalLM\n  init_args:\n    lr: 1e-3\ndata: PretrainingData\n",
+        *("line 4: model.lr is no option of CausalLM", "model.optimizer.lr"),
+    ),
+    "class": ("data: PretrainingData\nmodel: {class_path: GPTLM}\n", "line 2: model is 'GPTLM'", "CausalLM"),
+    "type": (BASE + "trainer:\n  max_epochs: 2\n  max_steps: many\n", "line 5: trainer.max_steps is 'many'", "whole"),
+    "text": (BASE + "trainer: fast\n", "line 3: trainer is 'fast'", "options by name"),
+    "no model": ("data: PretrainingData\n", "has no model section", "CausalLM"),
+    "number for text": (BASE + "name: 2026\n", "line 3: name has 2026", "a number", "quotes"),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_a_wrong_config_is_one_clear_sentence_with_its_line(cli: Callable[..., str], tmp_path: Path, case: str):
+    content, *phrases = FILES[case]
+    file = tmp_path / "my.yaml"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError) as refused:
+        cli("fit", "--config", file)
+    check(str(refused.value), [str(file), *phrases])
+
+
+def test_a_config_that_is_no_file_is_told_with_what_may_be_meant(cli: Callable[..., str], tmp_path: Path):
+    for name, phrase in (
+        (ROOT / "configs", "is a folder, but must be a file"),
+        (ROOT / "configs" / "gtp.yaml", "did you mean"),
+        (tmp_path / "none.yaml", "there is no config file"),
+    ):
+        with pytest.raises(UserError, match=phrase):
+            cli("fit", "--config", name)
+    with pytest.raises(UserError, match="--config has no value"):
+        cli("fit", "--config")
+
+
+def test_fit_without_a_config_suggests_one(cli: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(UserError, match="fit needs a config.*--config configs/gpt.yaml.*configs/sentiment.yaml"):
+        cli("fit")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="fit needs a config: .*--config FILE"):
+        cli("fit", "--trainer.max_steps", 3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "phrase"),
+    [
+        (("generate", "RUN", "--promt", "x"), "--promt is no option: did you mean --prompt?"),
+        (("generate", "RUN", "--max_new", "3"), "--max_new is no option"),
+        (("generate", "RUN", "--top_k", "many"), "--top_k is 'many', but must be a whole number"),
+        (("compress", "RUN", "--recip", "int8"), "did you mean --recipe?"),
+        (("report",), "report needs runs"),
+        (("prepare", "--config", GPT, "--data.block_siz", "3"), "did you mean --data.block_size?"),
+    ],
+    ids=str,
+)
+def test_other_commands_refuse_in_the_same_way(cli: Callable[..., str], flags: tuple, phrase: str):
+    with pytest.raises(UserError) as refused:
+        cli(*flags)
+    check(str(refused.value), [phrase])
+
+
+def test_the_help_of_fit_begins_with_examples(cli: Callable[..., str], capsys, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit):
+        cli("fit", "--help")
+    lines = capsys.readouterr().out.splitlines()
+    begin = "\n".join(lines[:40])
+    assert lines[0] == "usage: python -m lm_lightning fit --config FILE [--option VALUE ...]"
+    for phrase in ("--config configs/gpt.yaml", "--model.help CausalLM", "--data.help PretrainingData", "sentiment"):
+        assert phrase in begin
+    for option in ("--trainer.max_steps", "--model.optimizer.lr", "--data.batch_size", "--ckpt_path last"):
+        assert option in begin
+
+
+@pytest.mark.parametrize(
+    "name", ["validate", "predict", "generate", "search", "export", "compress", "report", "prepare", "tune", "verify"]
+)
+def test_every_help_has_the_name_that_a_user_types(cli: Callable[..., str], capsys, name: str):
+    with pytest.raises(SystemExit):
+        cli(name, "--help")
+    assert capsys.readouterr().out.startswith(f"usage: python -m lm_lightning {name} ")
+
+
+def test_the_console_script_has_its_own_name(cli: Callable[..., str], monkeypatch: pytest.MonkeyPatch):
+    from lm_lightning.cli import explain
+
+    monkeypatch.setattr("sys.argv", ["/usr/bin/lm-lightning", "fit"])
+    assert explain.program("fit") == "lm-lightning fit"
+
+
+def test_a_wrong_command_is_told_what_there_is():
+    assert "did you mean fit?" in refusal(command("fti"))
+    assert "the command comes first" in refusal(command("--config", "configs/gpt.yaml", "fit"))

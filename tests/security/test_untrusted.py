@@ -1,0 +1,210 @@
+"""Files made by other people: opening one runs no code and touches nothing outside of its folder.
+
+Each payload here is harmless: it would make a file named `harmed`, which must not exist afterwards.
+"""
+
+import json
+import os
+import pickle
+import shutil
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+
+from lm_lightning.checkpoints import sharded as sharded_checkpoint
+from lm_lightning.commands import export
+from lm_lightning.compression.folder import copy_beside
+from lm_lightning.console import printable
+from lm_lightning.errors import UserError
+from lm_lightning.run import load_checkpoint
+from lm_lightning.security import untrusted
+
+
+class Payload:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (str(self.file),)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", ".", "..", "a/b", "/etc/passwd", "a\\b", "a\nb", "\x1b[2J", "c:x", "nul", " ", "x" * 300, None, 3, "\ud800"],
+)
+def test_names_that_are_not_of_one_file_are_refused(name):
+    with pytest.raises(UserError, match="--name is .*cannot be the name"):
+        untrusted.plain_name(name, "--name")
+    assert untrusted.plain_name("Größe_1.5-b", "--name") == "Größe_1.5-b"
+
+
+@pytest.mark.parametrize("name", ["../x", "/x", "a/../../x", "link/x", "a//x"])
+def test_a_relative_path_stays_in_its_folder(name: str, tmp_path: Path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "link").symlink_to(tmp_path)
+    with pytest.raises(UserError):
+        untrusted.inside(folder, name, "modules.json")
+    assert untrusted.inside(folder, "a/b", "modules.json") == folder / "a" / "b"
+
+
+def test_only_networks_of_transformers_are_classes_of_a_checkpoint():
+    assert untrusted.network_class("GPT2LMHeadModel").__name__ == "GPT2LMHeadModel"
+    for name in ("pipeline", "os", "Trainer", "models.gpt2", "__doc__", "GPT2Config", "NoSuchModel", None, 7, ["x"]):
+        with pytest.raises(UserError, match="no network class"):
+            untrusted.network_class(name)
+
+
+def test_control_characters_are_escaped_for_terminals():
+    text = "\x1b]0;title\x07 plain\n ü 漢 \u202e \x9b"
+    assert printable(text) == "\\u001b]0;title\\u0007 plain\n ü 漢 \\u202e \\u009b"
+
+
+def test_links_that_lead_out_of_a_run_folder_are_refused(tmp_path: Path):
+    run, target = tmp_path / "run", tmp_path / "target"
+    (run / "wandb").mkdir(parents=True)
+    (run / "wandb" / "latest").symlink_to(run / "wandb")  # W&B makes such links
+    logs = run / "wandb" / "offline-run-20261127_052451-dc116c1792" / "logs"
+    logs.mkdir(parents=True)
+    (logs / "debug-core.log").symlink_to(tmp_path / "cache")  # as well
+    untrusted.refuse_links(run)
+    (logs / "debug.log").symlink_to(target)
+    with pytest.raises(UserError, match="debug.log is a link to .*target"):
+        untrusted.refuse_links(run)
+    (logs / "debug.log").unlink()
+    (run / "metrics.csv").symlink_to(target)
+    with pytest.raises(UserError, match="metrics.csv is a link to .*target"):
+        untrusted.refuse_links(run)
+
+
+@pytest.mark.parametrize("name", ["{tmp}/harmed", "../harmed"])
+def test_an_export_writes_no_file_that_the_checkpoint_names(name: str, tmp_path: Path):
+    config = {"model_type": "bert", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    files = {name.format(tmp=tmp_path): "text"}
+    network = {"class": "BertModel", "config": config, "generation": None, "rows": 30522}
+    network |= {"files": files, "embedding": {"files": files}}
+    with pytest.raises(UserError, match="cannot be exported"):
+        export.write({"network": network, "state_dict": {}}, tmp_path, tmp_path / "model")
+    assert not (tmp_path / "harmed").exists()
+
+
+def test_a_model_folder_whose_modules_lead_elsewhere_is_not_copied(tmp_path: Path):
+    source, target = tmp_path / "source", tmp_path / "target"
+    for folder in (source, target, tmp_path / "payload"):
+        folder.mkdir()
+    (tmp_path / "payload" / "file").write_text("x")
+    (source / "modules.json").write_text(json.dumps([{"path": "../payload"}]))
+    with pytest.raises(UserError, match="modules.json"):
+        copy_beside(source, target)
+    assert not (target.parent / "payload" / "payload").exists() and not list(target.glob("**/file"))
+
+
+def test_a_resumed_run_removes_no_files_that_its_checkpoint_names_elsewhere(fit, tmp_path: Path):
+    run = fit("--best.save_top_k", 2)
+    victim, last = tmp_path / "victim.ckpt", run / "checkpoints" / "last.ckpt"
+    victim.touch()
+    checkpoint = torch.load(last, weights_only=True)
+    for state in checkpoint["callbacks"].values():
+        if "best_k_models" in state:
+            state["best_k_models"][str(victim)] = torch.tensor(1e9)
+            state |= dict.fromkeys(("best_model_path", "kth_best_model_path", "last_model_path"), str(victim))
+    torch.save(checkpoint, last)
+    assert fit("--best.save_top_k", 2, "--trainer.max_steps", 20, "--ckpt_path", "last") == run
+    assert victim.exists()
+
+
+# Sharded checkpoints
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sharded checkpoint of one process."""
+    folder = tmp_path_factory.mktemp("sharded")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        weights = {"network.a": torch.arange(6.0).reshape(2, 3), "network.b": torch.ones(4)}
+        sharded_checkpoint.save({"state_dict": weights, "global_step": 1}, folder / "last.ckpt")
+    finally:
+        dist.destroy_process_group()
+    return folder / "last.ckpt"
+
+
+def changed(sharded: Path, tmp_path: Path, change) -> Path:
+    """A copy of a sharded checkpoint with a changed table of contents."""
+    shutil.copytree(sharded, tmp_path / "copy")
+    table = tmp_path / "copy" / sharded_checkpoint.TABLE
+    metadata = pickle.loads(table.read_bytes())
+    change(metadata, tmp_path)
+    table.write_bytes(pickle.dumps(metadata))
+    return tmp_path / "copy"
+
+
+def as_bytes(metadata, tmp_path: Path) -> None:
+    """Calls a tensor bytes, and has them in a file of their own."""
+    payload = pickle.dumps(Payload(tmp_path / "harmed"))
+    (tmp_path / "copy" / "payload.distcp").write_bytes(payload)
+    metadata.state_dict_metadata["weights/network.a"] = BytesStorageMetadata()
+    for index, info in metadata.storage_data.items():
+        if index.fqn == "weights/network.a":
+            info.relative_path, info.offset, info.length = "payload.distcp", 0, len(payload)
+
+
+def elsewhere(metadata, tmp_path: Path) -> None:
+    """Reads a tensor from a file outside."""
+    (tmp_path / "outside").write_bytes(next((tmp_path / "copy").glob("*.distcp")).read_bytes())
+    for info in metadata.storage_data.values():
+        info.relative_path = "../outside"
+
+
+def huge(metadata, tmp_path: Path) -> None:
+    """Claims a tensor that fits no memory."""
+    metadata.state_dict_metadata["weights/network.a"].size = torch.Size([1 << 40])
+
+
+def transformed(metadata, tmp_path: Path) -> None:
+    """Claims a compressed part."""
+    for info in metadata.storage_data.values():
+        info.transform_descriptors = ["zstd"]
+
+
+@pytest.mark.parametrize("change", [as_bytes, elsewhere, huge, transformed])
+def test_a_sharded_checkpoint_with_a_hostile_table_is_refused(change, sharded: Path, tmp_path: Path):
+    folder = changed(sharded, tmp_path, change)
+    weights = {"network.a": torch.zeros(2, 3), "network.b": torch.zeros(4)}
+    for read in (lambda: sharded_checkpoint.gather(folder), lambda: sharded_checkpoint.load(folder, weights, None)):
+        with pytest.raises(UserError):
+            read()
+    assert not (tmp_path / "harmed").exists()
+
+
+def test_a_sharded_checkpoint_that_is_as_it_was_written_is_read(sharded: Path):
+    weights = {"network.a": torch.zeros(2, 3), "network.b": torch.zeros(4)}
+    sharded_checkpoint.load(sharded, weights, None)
+    assert weights["network.a"].flatten().tolist() == [0, 1, 2, 3, 4, 5] and weights["network.b"].tolist() == [1] * 4
+    assert sharded_checkpoint.gather(sharded)["state_dict"].keys() == weights.keys()
+
+
+def test_a_table_with_other_classes_is_refused(sharded: Path, tmp_path: Path):
+    folder = changed(sharded, tmp_path, lambda metadata, _: None)
+    (folder / sharded_checkpoint.TABLE).write_bytes(pickle.dumps(Payload(tmp_path / "harmed")))
+    with pytest.raises(UserError, match="table of contents"):
+        sharded_checkpoint.gather(folder)
+    assert not (tmp_path / "harmed").exists()
+
+
+def test_a_checkpoint_that_expands_is_refused(tmp_path: Path):
+    torch.save({"state_dict": {}, "zeros": torch.zeros(1 << 20)}, tmp_path / "plain.ckpt")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.ckpt") as plain,
+        zipfile.ZipFile(tmp_path / "bomb.ckpt", "w", zipfile.ZIP_DEFLATED) as bomb,
+    ):
+        for info in plain.infolist():
+            bomb.writestr(info.filename, plain.read(info))
+    with pytest.raises(UserError, match="compressed parts"):
+        load_checkpoint(tmp_path / "bomb.ckpt")
