@@ -26,7 +26,7 @@ COMMANDS = {
     "test": ("lm_lightning.cli.app", "metrics on the test split"),
     "predict": ("lm_lightning.cli.app", "predictions on the test split"),
     "prepare": ("lm_lightning.commands.prepare", "tokenize a corpus, show what is in it"),
-    "generate": ("lm_lightning.tasks.causal_lm.generate", "continue prompts with a trained model, or chat"),
+    "generate": ("lm_lightning.tasks.generation.generate", "continue prompts with a trained model, or chat"),
     "search": ("lm_lightning.tasks.embedding.search", "find the texts of an index that are nearest to a query"),
     "tune": ("lm_lightning.tuning.tune", "search good values of flags, a learning rate, the largest micro-batch"),
     "verify": ("lm_lightning.tuning.verify", "compare ways to run a config on this machine with a plain run"),

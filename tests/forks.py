@@ -39,7 +39,7 @@ RUNTIME += ("PYTHONIOENCODING", "OPENBLAS_NUM_THREADS")
 MODULES = {
     "transformers": ["torch", "transformers", "transformers.models.gpt2.modeling_gpt2"]
     + ["transformers.models.bert.modeling_bert"],
-    "lm_lightning": ["lm_lightning.cli.app", "lm_lightning.tasks.causal_lm.generate", "lm_lightning.reports.report"]
+    "lm_lightning": ["lm_lightning.cli.app", "lm_lightning.tasks.generation.generate", "lm_lightning.reports.report"]
     + ["torch.utils.tensorboard", "torch.distributed.checkpoint"],
 }
 ENVIRONMENT = dict(os.environ)  # before a library adds to it

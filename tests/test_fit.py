@@ -293,7 +293,7 @@ def test_two_processes_do_what_one_does(recipe: Path):
 
 
 def test_samples_are_printed_and_saved_and_never_hold_padding(fit, capsys):
-    samples = {"class_path": "lm_lightning.tasks.causal_lm.samples.Samples", "init_args": {"prompts": ["", "The old"]}}
+    samples = {"class_path": "lm_lightning.tasks.generation.samples.Samples", "init_args": {"prompts": ["", "The old"]}}
     run = fit("--trainer.callbacks", json.dumps([samples]))
     rows = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     assert [(row["step"], row["prompt"]) for row in rows] == [(5, ""), (5, "The old"), (10, ""), (10, "The old")]

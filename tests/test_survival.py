@@ -22,7 +22,7 @@ from lm_lightning import run as runs
 from lm_lightning.checkpoints.files import BackgroundCheckpoints, CheckpointFiles
 from lm_lightning.cli import saving
 from lm_lightning.errors import UserError
-from lm_lightning.tasks.causal_lm.model import CausalLM
+from lm_lightning.models.gpt import CausalLM
 
 CONSTANT = ("--model.schedule.shape", "constant")  # so that a run of more steps begins like one of fewer
 DDP = ("--trainer.strategy", "ddp", "--trainer.devices", 2, "--data.batch_size", 2)

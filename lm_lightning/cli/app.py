@@ -51,12 +51,12 @@ from lm_lightning.console import printable
 from lm_lightning.data.pretraining import PretrainingData  # noqa: F401
 from lm_lightning.environment import environment
 from lm_lightning.errors import UserError, of_instance
+from lm_lightning.models.gpt import CausalLM  # noqa: F401
 from lm_lightning.models.module import LanguageModule
 from lm_lightning.profiling.profile import Profile  # noqa: F401
 from lm_lightning.reports.callback import Report
 from lm_lightning.security import imports, untrusted
 from lm_lightning.security.redaction import REDACTED, find_redacted, redact
-from lm_lightning.tasks.causal_lm.model import CausalLM  # noqa: F401
 from lm_lightning.tasks.classification.data import ClassificationData  # noqa: F401
 from lm_lightning.tasks.classification.model import Classification  # noqa: F401
 from lm_lightning.tasks.embedding.data import PairData  # noqa: F401

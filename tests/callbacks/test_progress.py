@@ -42,7 +42,7 @@ def in_a_terminal(columns: int, *args: object) -> str:
 
 @pytest.mark.parametrize("columns", [80, 40, 0])
 def test_a_terminal_shows_speed_and_time_left(recipe: Path, columns: int):
-    flags = ("--trainer.callbacks+=lm_lightning.tasks.causal_lm.samples.Samples", "--trainer.profiler", "Profile")
+    flags = ("--trainer.callbacks+=lm_lightning.tasks.generation.samples.Samples", "--trainer.profiler", "Profile")
     output = in_a_terminal(columns, "fit", "--config", recipe, *flags)
     updates = [part.strip("\n") for part in re.split(r"\r\n|\r", output) if part.strip("\n").startswith("train ")]
     assert all(len(line.rstrip()) <= (columns or 80) for line in updates if line.startswith("train "))

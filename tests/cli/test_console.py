@@ -30,7 +30,7 @@ runpy.run_module("lm_lightning", run_name="__main__", alter_sys=True)
 
 def test_console_without_the_characters_of_a_sample_does_not_end_training(recipe: Path, tmp_path: Path):
     prompt = "Tür 漢字 \x1b[31m\x9b"
-    samples = {"class_path": "lm_lightning.tasks.causal_lm.samples.Samples", "init_args": {"prompts": [prompt]}}
+    samples = {"class_path": "lm_lightning.tasks.generation.samples.Samples", "init_args": {"prompts": [prompt]}}
     ascii_only = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}
     result = command(
         *("fit", "--config", recipe, "--trainer.callbacks", json.dumps([samples]), "--trainer.max_steps", 5),

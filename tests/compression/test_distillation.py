@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from lm_lightning.compression.callbacks.distillation import Distillation
 from lm_lightning.data.tokenizer import Tokenizer, train
 from lm_lightning.errors import UserError
-from lm_lightning.tasks.causal_lm.model import CausalLM
+from lm_lightning.models.gpt import CausalLM
 from lm_lightning.tasks.classification.model import Classification
 from lm_lightning.tasks.masked_lm.model import MaskedLM
 from lm_lightning.tasks.parsing.model import Parser

@@ -12,7 +12,7 @@ from lm_lightning.data.tokenizer import Tokenizer
 from lm_lightning.errors import UserError
 from lm_lightning.finetuning.data import Tables, of_files, read
 from lm_lightning.run import load_checkpoint
-from lm_lightning.tasks.causal_lm.generate import read_prompts
+from lm_lightning.tasks.generation.generate import read_prompts
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_run_leaves_a_report_that_says_what_was_logged(fit):
-    sampling = [{"class_path": "lm_lightning.tasks.causal_lm.samples.Samples", "init_args": {"prompts": ["The old"]}}]
+    sampling = [{"class_path": "lm_lightning.tasks.generation.samples.Samples", "init_args": {"prompts": ["The old"]}}]
     run = fit("--trainer.callbacks", json.dumps(sampling))
     page = Page(run / "report.html")
     assert page.curves["runs"] == [f"tiny/{run.name}"]

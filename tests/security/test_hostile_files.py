@@ -29,9 +29,9 @@ from lm_lightning.data.tokenizer import Tokenizer
 from lm_lightning.errors import UserError
 from lm_lightning.reports import history, report
 from lm_lightning.run import load_checkpoint
-from lm_lightning.tasks.causal_lm import generate
-from lm_lightning.tasks.causal_lm.generation import Sampling, prompt_ids
 from lm_lightning.tasks.embedding import search
+from lm_lightning.tasks.generation import generate
+from lm_lightning.tasks.generation.generation import Sampling, prompt_ids
 
 HOSTILE: list[Any] = [None, True, -1, 0, 2**31 - 1, 2**63, 1e308, float("inf"), float("nan"), "", "x" * 100_000]
 HOSTILE += ["../../harmed", "/tmp/harmed", "a\0b", "\x1b[2J", "os.system", "{}", [], {}, [[[[[[]]]]]], {"a": {"b": []}}]

@@ -352,7 +352,7 @@ def test_options_do_under_sharding_what_they_do_without(runs, recipe):
 
 def test_sharded_network_generates_predicts_and_is_exported(runs, recipe, cli):
     callback = (
-        '[{"class_path": "lm_lightning.tasks.causal_lm.samples.Samples", "init_args": {"prompts": ["", "The old"]}}]'
+        '[{"class_path": "lm_lightning.tasks.generation.samples.Samples", "init_args": {"prompts": ["", "The old"]}}]'
     )
     names = ["one", "fsdp2", "split"]
     runs(commands(recipe, "gpt2", names, "--trainer.callbacks", callback))

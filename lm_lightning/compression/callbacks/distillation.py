@@ -11,9 +11,9 @@ from torch import Tensor
 
 from lm_lightning.errors import UserError
 from lm_lightning.losses import Teacher, divergence, linear_distillation
+from lm_lightning.models.gpt import CausalLM
 from lm_lightning.models.module import LanguageModule
 from lm_lightning.strategies import TensorParallel
-from lm_lightning.tasks.causal_lm.model import CausalLM
 from lm_lightning.tasks.classification.model import Classification
 from lm_lightning.tasks.masked_lm.model import MaskedLM, cross_entropy, prediction_logits
 from lm_lightning.tasks.questions.model import QuestionAnswering

@@ -13,7 +13,7 @@ from lm_lightning.run import model_folder
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-    from lm_lightning.tasks.causal_lm.generation import Sampling
+    from lm_lightning.tasks.generation.generation import Sampling
 
 
 def generate(
@@ -56,7 +56,7 @@ def generate(
     prompts = read_prompts(prompts_file) if prompts_file is not None else {}
     network, tokenizer = load(model, device)  # first, so that a wrong path needs no wait for the imports
 
-    from lm_lightning.tasks.causal_lm.generation import Sampling, inherited
+    from lm_lightning.tasks.generation.generation import Sampling, inherited
 
     if message := inherited(network, tokenizer):
         say(message)
@@ -66,7 +66,7 @@ def generate(
     elif prompts_file is not None:
         answer(network, tokenizer, prompts, batch_size, max_new_tokens, sampling)
     else:
-        from lm_lightning.tasks.causal_lm.generation import prompt_ids
+        from lm_lightning.tasks.generation.generation import prompt_ids
 
         ids = prompt_ids(tokenizer, prompt)
         show(prompt)
@@ -138,7 +138,7 @@ def stream(
     sampling: "Sampling",
 ) -> str:
     """Prints an answer as it comes and returns it."""
-    from lm_lightning.tasks.causal_lm.generation import generate
+    from lm_lightning.tasks.generation.generation import generate
 
     (text,) = generate(
         network, tokenizer, [ids], max_new_tokens, sampling, write=show, notice=say, names=["the prompt"]
@@ -165,7 +165,7 @@ def answer(
         max_new_tokens: Tokens of an answer, at most.
         sampling: How tokens are chosen.
     """
-    from lm_lightning.tasks.causal_lm.generation import check, generate, prompt_ids, room
+    from lm_lightning.tasks.generation.generation import check, generate, prompt_ids, room
 
     check(list(prompts), max_new_tokens, sampling)
     rows = [(name, prompt, prompt_ids(tokenizer, prompt)) for name, prompt in prompts.items()]
@@ -182,7 +182,7 @@ def talk(
     network: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast", max_new_tokens: int, sampling: "Sampling"
 ) -> None:
     """Answers the user's lines, each with the dialogue so far as its context, until an empty one."""
-    from lm_lightning.tasks.causal_lm.generation import chat_ids, context_limit, prompt_ids
+    from lm_lightning.tasks.generation.generation import chat_ids, context_limit, prompt_ids
 
     if tokenizer.chat_template is None:
         say("this model has no chat template: it sees your turns and its own as lines of one text")

@@ -9,8 +9,8 @@ import transformers
 from lightning.pytorch import LightningDataModule, Trainer
 from torch.utils.data import DataLoader
 
+from lm_lightning.models.gpt import CausalLM
 from lm_lightning.optim import Schedule
-from lm_lightning.tasks.causal_lm.model import CausalLM
 
 NETWORKS = {
     "gpt2": {"model_type": "gpt2", "n_layer": 2, "n_embd": 32, "n_head": 2},

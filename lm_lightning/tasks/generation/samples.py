@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
 from lm_lightning.console import printable
 from lm_lightning.files import append
-from lm_lightning.tasks.causal_lm.generation import Sampling, check, generate, inherited, prompt_ids
+from lm_lightning.tasks.generation.generation import Sampling, check, generate, inherited, prompt_ids
 
 
 class Samples(Callback):

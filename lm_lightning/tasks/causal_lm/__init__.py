@@ -1,1 +1,0 @@
-"""GPT: causal language models."""
