@@ -6,7 +6,8 @@ into such a project, on its branch `template`, to be merged there. See docs/fork
 
 A file belongs to a feature by the table `FEATURES`, a line of any text file by a comment at its end, such as
 `# fork: lora` or `<!-- fork: lora -->`, several lines by such a comment before them and `fork: end` after them, and a
-test by its decorator, such as `@needs("tasks.tagging")`. `fork: tagging, parsing` needs one of both, `fork: template` is never kept.
+test by its decorator, such as `@needs("tasks.tagging")`. `fork: tagging, parsing` needs one of both, `fork: template`
+is never kept.
 """
 
 import argparse
@@ -137,7 +138,7 @@ def create(folder: Path, name: str, keep: str | None) -> None:
     kept, commit = features(keep), template_commit()
     if folder.exists():
         raise Refusal(f"{folder} exists already: choose a new folder")
-    if ROOT == folder.resolve() or ROOT in folder.resolve().parents:
+    if folder.resolve() == ROOT or ROOT in folder.resolve().parents:
         raise Refusal(f"{folder} is inside the template: choose a folder beside it, such as ../{name}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
@@ -341,13 +342,16 @@ def without_tests(text: str, packages: set[str]) -> str:
     """The source of a test file without the tests whose decorator `needs` names one of the packages."""
     lines = text.splitlines(keepends=True)
     for node in reversed(ast.parse(text).body):
-        if not isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            continue
-        for call in node.decorator_list:
-            if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "needs":
-                if packages & {argument.value for argument in call.args if isinstance(argument, ast.Constant)}:
-                    del lines[node.decorator_list[0].lineno - 1 : node.end_lineno]
-                    break
+        calls = [call for call in getattr(node, "decorator_list", []) if isinstance(call, ast.Call)]
+        named = {
+            argument.value
+            for call in calls
+            if isinstance(call.func, ast.Name) and call.func.id == "needs"
+            for argument in call.args
+            if isinstance(argument, ast.Constant)
+        }
+        if named & packages:
+            del lines[node.decorator_list[0].lineno - 1 : node.end_lineno]  # type: ignore[attr-defined]
     return "".join(lines)
 
 
