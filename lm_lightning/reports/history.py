@@ -112,10 +112,10 @@ def read_steps(run: Run) -> int:
     checkpoint = run.folder / "checkpoints" / "last.ckpt"
     if not checkpoint.exists():
         return steps
-    from lm_lightning.run import load_checkpoint
+    from lm_lightning.checkpoints.loading import load_checkpoint
 
     try:
-        return max(steps, step_of(load_checkpoint(checkpoint, weights=False, checked=True)["global_step"]))
+        return max(steps, step_of(load_checkpoint(checkpoint, weights=False, verified=True)["global_step"]))
     except (UserError, ValueError, TypeError, KeyError, OverflowError):
         run.notes.append("checkpoints/last.ckpt is cut or damaged")
         return steps

@@ -19,7 +19,7 @@ from lm_lightning.console import printable
 from lm_lightning.errors import UserError
 from lm_lightning.files import write_text
 from lm_lightning.reports.history import Points, Run, read
-from lm_lightning.run import run_folder
+from lm_lightning.run import find_run
 from lm_lightning.security.untrusted import refuse_links
 
 POINTS = 1000  # of a curve, at most
@@ -418,7 +418,7 @@ def main() -> None:
         help="File to write. Default: report.html in the run folder, of several in the current one.",
     )
     given = parser.parse_args(sys.argv[2:])
-    folders = [run_folder(run) for run in given.runs]
+    folders = [find_run(run) for run in given.runs]
     for folder in folders:
         refuse_links(folder)
     output = Path(given.output or (folders[0] if len(folders) == 1 else Path()) / "report.html")

@@ -7,7 +7,7 @@ losses under each. Lightning's own `auto`, `ddp` and `ddp_spawn` are used as the
 from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy, StrategyRegistry
 
-from lm_lightning.checkpoints.files import BackgroundCheckpoints
+from lm_lightning.checkpoints.plugins import BackgroundCheckpoints
 from lm_lightning.errors import UserError
 from lm_lightning.strategies.sharded import FSDP2, TensorParallel
 from lm_lightning.xla.strategy import XLA, XLADevices, XLASharded

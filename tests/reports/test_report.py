@@ -235,12 +235,12 @@ def test_long_curve_is_thinned_but_keeps_its_extremes_and_ends(folder: Path, cli
 
 
 def test_what_is_no_run_folder_is_refused(folder: Path, cli, tmp_path: Path):
-    with pytest.raises(UserError, match="made is no run folder, but has 1 of them in it: give one, such as .*made.up"):
+    with pytest.raises(UserError, match="made is not a run folder, but contains 1 of them: give .*made.up"):
         cli("report", folder, folder.parent)
     with pytest.raises(UserError, match="nothing does not exist"):
         cli("report", tmp_path / "nothing")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="empty is no run folder: it has no config.yaml"):
+    with pytest.raises(UserError, match="empty is not a run folder: it has no config.yaml"):
         cli("report", tmp_path / "empty")
     with pytest.raises(UserError, match="nowhere/page.html cannot be written .*--output"):
         cli("report", folder, "--output", tmp_path / "nowhere" / "page.html")

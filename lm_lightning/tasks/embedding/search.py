@@ -142,7 +142,7 @@ def model_of(folder: Path, about: About, given: Optional[str]) -> str:
         UserError: If the index names a model outside of its own folder and of its run's, and the user has named none.
     """
     if given is not None:
-        return runs.folder_of(given)
+        return runs.pretrained_name(given)
     own = folder.resolve()
     evaluation = own.parent  # <run>/evaluations/<time>-predict/index
     run = evaluation.parents[1] if evaluation.parent.name == "evaluations" else evaluation
