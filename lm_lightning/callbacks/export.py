@@ -13,7 +13,7 @@ from lm_lightning import files
 from lm_lightning.checkpoints.callback import Checkpoints
 from lm_lightning.checkpoints.loading import load_checkpoint
 from lm_lightning.errors import UserError
-from lm_lightning.models.network import check_export
+from lm_lightning.models.export import check_export
 from lm_lightning.run import TRAINING, describe_weights
 
 Weights = Literal["best", "last"]
