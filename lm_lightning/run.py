@@ -38,6 +38,7 @@ from typing import Any, Literal, Optional
 
 from lm_lightning.console import printable
 from lm_lightning.errors import UserError
+from lm_lightning.processes import RUN_FOLDER as ENVIRONMENT
 from lm_lightning.security import untrusted
 
 PLACEHOLDER = "<run>"  # in the value of an option: the run folder
@@ -45,7 +46,6 @@ TRAINING = "training.json"  # in model/: which step the weights are from, and it
 OLD = ".old"  # ends the name of a sharded checkpoint while another takes its place
 STORES: list = []  # live as long as this process does
 MADE: list[Path] = []  # folders that this process has made for its run, the run folder last
-ENVIRONMENT = "LM_LIGHTNING_RUN"  # tells the processes of the other ranks which folder the first one has made
 
 
 def new_run(parent: Path, suffix: str = "") -> Path:
