@@ -15,7 +15,7 @@ from test_survival import CONSTANT, DDP, SHARDED, logged, names, only
 
 from lm_lightning import run as runs
 from lm_lightning.errors import UserError
-from lm_lightning.models.network import generation_config
+from lm_lightning.models.export import generation_config
 from lm_lightning.security.untrusted import TRUST_PACKAGES
 
 

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lm_lightning import files
 from lm_lightning.checkpoints.files import Checkpoints
 from lm_lightning.errors import UserError
-from lm_lightning.models.network import check_export
+from lm_lightning.models.export import check_export
 from lm_lightning.run import TRAINING, described, load_checkpoint
 
 Weights = Literal["best", "last"]

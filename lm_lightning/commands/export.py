@@ -115,7 +115,7 @@ def write_checked(
 
     from lm_lightning.compression.structure import shrink
     from lm_lightning.data import tokenizer as tokenizers
-    from lm_lightning.models.network import save_network
+    from lm_lightning.models.export import save_network
 
     hub.quiet()
     description = saved["network"]

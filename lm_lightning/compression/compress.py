@@ -240,7 +240,7 @@ def evaluate(settings: Path, source: Path, folder: Path, device: str) -> dict[st
         """Has the program give the outputs."""
 
         def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-            pl_module.separable = False
+            pl_module.has_linear_head = False
 
             def forward(**inputs: Any) -> ModelOutput:
                 inputs.pop("use_cache", None)

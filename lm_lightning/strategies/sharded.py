@@ -28,7 +28,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from lm_lightning import run
 from lm_lightning.checkpoints import sharded as sharded_checkpoint
 from lm_lightning.errors import UserError
-from lm_lightning.models.network import blocks
+from lm_lightning.networks import blocks
 from lm_lightning.strategies import tensor_parallel
 
 

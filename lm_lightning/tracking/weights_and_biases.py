@@ -50,6 +50,8 @@ class WandbRun(WandbLogger):
         finish_timeout: Seconds to wait at the end, until all is sent.
     """
 
+    logs_evaluations = True  # `validate`, `test` and `predict` use this logger, too
+
     def __init__(
         self,
         save_dir: str = PLACEHOLDER,

@@ -182,8 +182,8 @@ def by_length(tensor: Tensor) -> list[int]:
     return sorted(range(tensor.ndim), key=lambda dimension: -tensor.shape[dimension])
 
 
-def choose_accelerator(trainer: Any) -> None:
-    """Sets the trainer's accelerator to that of these strategies, if it has one of them.
+def complete_settings(trainer: Any) -> None:
+    """Sets the accelerator that these strategies need, and the precision that XLA's devices have by default.
 
     Args:
         trainer: The trainer's settings.
@@ -191,20 +191,22 @@ def choose_accelerator(trainer: Any) -> None:
     Raises:
         UserError: If there is no torch_xla, or another accelerator was asked for.
     """
-    if getattr(trainer.strategy, "class_path", trainer.strategy) not in STRATEGIES:
-        return
-    if importlib.util.find_spec("torch_xla") is None:
-        raise UserError(
-            f"trainer.strategy {trainer.strategy} needs torch_xla, which brings its own torch: make a new environment "
-            'and `pip install -e ".[tpu]"` there'
-        )
-    if trainer.accelerator not in ("auto", "tpu", "xla"):
-        raise UserError(
-            f"trainer.accelerator is {trainer.accelerator}, but trainer.strategy {trainer.strategy} is for XLA's "
-            "devices: leave it out"
-        )
-    trainer.accelerator = "xla"
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA would warn of its own future with each program
+    if getattr(trainer.strategy, "class_path", trainer.strategy) in STRATEGIES:
+        if importlib.util.find_spec("torch_xla") is None:
+            raise UserError(
+                f"trainer.strategy {trainer.strategy} needs torch_xla, which brings its own torch: make a new "
+                'environment and `pip install -e ".[tpu]"` there'
+            )
+        if trainer.accelerator not in ("auto", "tpu", "xla"):
+            raise UserError(
+                f"trainer.accelerator is {trainer.accelerator}, but trainer.strategy {trainer.strategy} is for XLA's "
+                "devices: omit it"
+            )
+        trainer.accelerator = "xla"
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA would warn of its own future with each program
+    if trainer.accelerator in ("tpu", "xla") and trainer.precision is None:
+        # float32 is multiplied in bf16 there anyway, and Lightning has no mixed precision for it
+        trainer.precision = "32-true"
 
 
 def compilations() -> int:

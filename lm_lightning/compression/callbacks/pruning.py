@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lm_lightning.compression.callbacks.after_training import compress_alone
 from lm_lightning.errors import UserError
-from lm_lightning.models.network import by_rows, linear_layers, smallest, zeros_of
+from lm_lightning.networks import by_rows, linear_layers, smallest, zeros_of
 
 
 class Pruning(Callback):

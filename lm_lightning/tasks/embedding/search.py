@@ -231,7 +231,7 @@ def embedded(query: str, model: str, about: About) -> "np.ndarray":
     from transformers import AutoModel
 
     from lm_lightning.data import tokenizer as tokenizers
-    from lm_lightning.models.network import positions
+    from lm_lightning.networks import positions
     from lm_lightning.tasks.embedding.modules import embed
 
     hub.quiet()
