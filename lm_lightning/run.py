@@ -37,13 +37,13 @@ from typing import Any, Literal
 
 from lm_lightning.console import printable
 from lm_lightning.errors import UserError
+from lm_lightning.processes import RUN_FOLDER as ENVIRONMENT
 from lm_lightning.security import untrusted
 
 PLACEHOLDER = "<run>"  # in the value of an option: the run folder
 TRAINING = "training.json"  # in model/: the step that the weights are from, and its score
 STORES: list = []  # which live as long as this process
 MADE: list[Path] = []  # folders that this process has made for its run, the run folder last
-ENVIRONMENT = "LM_LIGHTNING_RUN"  # environment variable: the folder that the first process has made, for other ranks
 
 
 def new_run(parent: Path, suffix: str = "") -> Path:

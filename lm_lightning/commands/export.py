@@ -1,7 +1,6 @@
 """`export`: a checkpoint in, a folder that plain `transformers` loads out, checked."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any, Optional
 
@@ -144,9 +143,6 @@ def write_checked(
 
 def main() -> None:
     """Reads the command line."""
-    from jsonargparse import auto_cli
+    from lm_lightning.cli import command
 
-    from lm_lightning.cli.explain import program
-    from lm_lightning.cli.settings import Parser
-
-    auto_cli(export, args=sys.argv[2:], prog=program("export"), parser_class=Parser)
+    command.run(export)

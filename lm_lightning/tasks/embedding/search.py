@@ -291,9 +291,6 @@ def graph(folder: Path, embeddings: "np.ndarray", cache: Path) -> Any:
 
 def main() -> None:
     """Reads the command line."""
-    from jsonargparse import auto_cli
+    from lm_lightning.cli import command
 
-    from lm_lightning.cli.explain import program
-    from lm_lightning.cli.settings import Parser
-
-    auto_cli(search, args=sys.argv[2:], prog=program("search"), parser_class=Parser)
+    command.run(search)
