@@ -15,9 +15,9 @@ from lm_lightning.finetuning import results
 from lm_lightning.finetuning.examples import network_inputs
 from lm_lightning.finetuning.mistakes import Mistakes, readable, words_of
 from lm_lightning.finetuning.words import TRUNCATED
+from lm_lightning.models.export import HEAD_FILE
 from lm_lightning.models.metrics import Counts, Mode, Ratio
 from lm_lightning.models.module import LanguageModule
-from lm_lightning.models.network import HEAD_FILE
 from lm_lightning.tasks.parsing.spanning_tree import spanning_tree
 
 Arc = tuple[str, tuple[int, int]]  # a relation, and the numbers of a word, from 0, and of its head, from 1
