@@ -10,7 +10,7 @@ import re
 import signal
 import sys
 
-from lm_lightning import console
+from lm_lightning import console, features
 from lm_lightning.cli.explain import of_command_line, program
 from lm_lightning.errors import UserError, first_process
 from lm_lightning.hub import TRUST
@@ -19,23 +19,15 @@ from lm_lightning.security import redaction
 from lm_lightning.security.redaction import scrub
 from lm_lightning.security.untrusted import TRUST_PACKAGES
 
-# command -> module with a main() that reads sys.argv, and what it does
-COMMANDS = {
+# Commands of the core: the module with a main() that reads sys.argv, and what it does
+CORE = {
     "fit": ("lm_lightning.cli.app", "train a model, resume with --ckpt_path last"),
     "validate": ("lm_lightning.cli.app", "metrics on the validation split"),
     "test": ("lm_lightning.cli.app", "metrics on the test split"),
     "predict": ("lm_lightning.cli.app", "predictions on the test split"),
     "prepare": ("lm_lightning.commands.prepare", "tokenize a corpus, show what is in it"),
-    "generate": ("lm_lightning.tasks.generation.generate", "continue prompts with a trained model, or chat"),
-    "search": ("lm_lightning.tasks.embedding.search", "find the texts of an index that are nearest to a query"),
-    "tune": ("lm_lightning.tuning.tune", "search good values of flags, a learning rate, the largest micro-batch"),
-    "verify": ("lm_lightning.tuning.verify", "compare ways to run a config on this machine with a plain run"),
-    "compress": ("lm_lightning.compression.compress", "quantize, prune or export a model, and measure what came of it"),
     "export": ("lm_lightning.commands.export", "make a from_pretrained folder of a checkpoint"),
-    "report": ("lm_lightning.reports.report", "make one HTML page of runs: curves, samples, differences"),
 }
-
-
 # how torch.distributed tells that another process is gone
 LOST = re.compile(r"(closed|reset) by peer|remote (process|worker)|Broken pipe")
 
@@ -50,19 +42,15 @@ def main() -> None:
     end_with_parent()
     redaction.install()
     command = sys.argv[1] if len(sys.argv) > 1 else "--help"
-    if command in ("-h", "--help"):
-        print(f"usage: {program()} COMMAND [OPTIONS]\n\ncommands (each has its --help):")
-        for name, (_, summary) in COMMANDS.items():
-            print(f"  {name:10}{summary}")
-        print("\n--trust_remote_code true: run the Python code that a model folder or Hub model has; default: false")
-        print("--trust_package NAME: import classes of this package for a run's own config; may be repeated")
-        return
     try:
-        if command not in COMMANDS:
+        known = commands()
+        if command in ("-h", "--help"):
+            return print_help(known)
+        if command not in known:
             if command.startswith("-"):
                 raise UserError(f"the command comes first: {program('fit')} --config FILE")
-            close = difflib.get_close_matches(command, COMMANDS, n=1)
-            there = f"did you mean {close[0]}?" if close else f"the commands are {', '.join(COMMANDS)}"
+            close = difflib.get_close_matches(command, known, n=1)
+            there = f"did you mean {close[0]}?" if close else f"the commands are {', '.join(known)}"
             raise UserError(f"there is no command {command}: {there}")
         # asked for, so that the tokenizers library does not warn of the loader's forks
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -73,7 +61,7 @@ def main() -> None:
         for library in ("torchao", "torch.utils._pytree", "bitsandbytes"):
             logging.getLogger(library).setLevel(logging.ERROR)
         take_trust()
-        importlib.import_module(COMMANDS[command][0])
+        importlib.import_module(known[command][0])
         console.raise_on_interrupt()
         run(command)
         sys.stdout.flush()
@@ -85,6 +73,20 @@ def main() -> None:
         raise
     finally:
         console.exit_on_interrupt()
+
+
+def commands() -> dict[str, tuple[str, str]]:
+    """All commands, those of the core first: the module of each and what it does."""
+    return CORE | features.commands()
+
+
+def print_help(known: dict[str, tuple[str, str]]) -> None:
+    """Prints which commands there are."""
+    print(f"usage: {program()} COMMAND [OPTIONS]\n\ncommands (each has its --help):")
+    for name, (_, summary) in known.items():
+        print(f"  {name:10}{summary}")
+    print("\n--trust_remote_code true: run the Python code that a model folder or Hub model has; default: false")
+    print("--trust_package NAME: import classes of this package for a run's own config; may be repeated")
 
 
 def take_trust() -> None:
@@ -130,13 +132,13 @@ def run(command: str) -> None:
     """Runs a command on the rest of `sys.argv`.
 
     Raises:
-        UserError: Whatever the user can mend.
+        UserError: Whatever the user can fix.
     """
     from lm_lightning.security import imports
 
     try:
         with imports.scope():
-            importlib.import_module(COMMANDS[command][0]).main()
+            importlib.import_module(commands()[command][0]).main()
     except argparse.ArgumentError as error:
         raise of_command_line(error, sys.argv[1:]) from error
 

@@ -9,18 +9,18 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 CHUNK_LOGITS = 1 << 26  # held at once: enough for large matrix products, little beside the gradients
-SLICE_LOGITS = 1 << 20  # of these, a CPU does so many at a time, which stay in its cache between the passes
+SLICE_LOGITS = 1 << 20  # processed at a time on a CPU, so that they stay in its cache between the passes
 
 
 class Teacher(NamedTuple):
-    """What another network's linear head takes in, and how much of the loss it is to nearly say the same.
+    """The linear head of a teacher network with its inputs, and how much matching it counts in the loss.
 
     Attributes:
-        hidden: Its last hidden states of the same tokens, (N, H') float, without gradients.
-        weight: Its head, (V', H') float, whose first rows are those of the student's head.
+        hidden: The teacher's last hidden states of the same tokens, (N, H') float, without gradients.
+        weight: Its head, (V', H') float, whose first rows are the same tokens as those of the student's head.
         bias: Bias of that head, (V',) float, or None.
-        share: Of `divergence` in the loss; the rest is the cross entropy's.
-        temperature: By which the logits of both are divided.
+        share: Weight of `kd_loss` in the loss; that of the cross entropy is 1 - share.
+        temperature: Divides the logits of both.
     """
 
     hidden: Tensor
@@ -30,20 +30,21 @@ class Teacher(NamedTuple):
     temperature: float
 
 
-def divergence(logits: Tensor, told: Tensor, temperature: float) -> Tensor:
-    """How far predictions are from those of a teacher (Hinton et al., 2015, arXiv:1503.02531).
+def kd_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """The distillation loss of a student's logits against a teacher's (Hinton et al., 2015, arXiv:1503.02531).
 
     Args:
-        logits: (..., V) float.
-        told: The teacher's, of the same shape.
-        temperature: By which the logits of both are divided.
+        student: Logits, (..., V) float.
+        teacher: Logits of the same shape.
+        temperature: Divides both.
 
     Returns:
-        T^2 * KL(teacher || student), in float32: (...). By that factor, gradients do not shrink with the temperature.
+        T^2 * KL(teacher || student), (...) float32. The factor T^2 keeps the size of the gradients independent of the
+        temperature.
     """
-    lowest = torch.finfo(torch.float32).min  # of what cannot be, also if it is divided by less than 1
-    log_p, log_told = ((both.float() / temperature).clamp(min=lowest).log_softmax(-1) for both in (logits, told))
-    return temperature**2 * F.kl_div(log_p, log_told, reduction="none", log_target=True).sum(-1)
+    lowest = torch.finfo(torch.float32).min  # masked logits stay finite when divided by a temperature below 1
+    log_p, log_q = ((logits.float() / temperature).clamp(min=lowest).log_softmax(-1) for logits in (student, teacher))
+    return temperature**2 * F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
 
 
 def linear_cross_entropy(
@@ -78,13 +79,13 @@ def linear_distillation(
     teacher: Teacher,
     vocab_size: Optional[int] = None,
 ) -> tuple[Tensor, Tensor]:
-    """The same of a head that also learns from a teacher, whose logits are never all there, either.
+    """`linear_cross_entropy` mixed with the distillation loss, without ever holding all logits of either network.
 
-    Both losses come of the same logits. Neither head may be sharded.
+    Both losses are computed from the same logits. Neither head may be sharded.
 
     Returns:
-        The loss, (1 - share) * cross entropy + share * divergence, and the divergence by itself, without gradients;
-        both summed over the rows that have a target, () float32.
+        The loss, (1 - share) * cross entropy + share * `kd_loss`, and the latter alone, without gradients; both summed
+        over the rows that have a target, () float32.
     """
     return _linear_loss(hidden, weight, bias, targets, vocab_size, teacher)
 
@@ -134,9 +135,11 @@ class _LinearLoss(torch.autograd.Function):
             chunk = hidden[start : start + rows]
             logits = torch.mm(chunk, weight.T, out=buffer[: len(chunk)])
             logits[:, max(0, vocab_size - first) :] = -torch.inf
-            told = logits[:, :0] if teacher is None else teacher.hidden[start : start + rows] @ teacher.weight.T
-            parts = (logits, targets[start : start + rows], told)
-            for part, target, told_part in zip(*(tensor.split(slice_rows) for tensor in parts)):
+            teacher_logits = (
+                logits[:, :0] if teacher is None else teacher.hidden[start : start + rows] @ teacher.weight.T
+            )
+            parts = (logits, targets[start : start + rows], teacher_logits)
+            for part, target, teacher_part in zip(*(tensor.split(slice_rows) for tensor in parts)):
                 scores = part if bias is None else part + bias
                 log_p = log_softmax(scores, group)
                 index = (target - first).unsqueeze(1)
@@ -145,7 +148,7 @@ class _LinearLoss(torch.autograd.Function):
                 total -= log_p.gather(1, index).masked_fill_(elsewhere, 0).sum()
                 missing = (target == -100).unsqueeze(1)
                 if teacher is not None:
-                    apart, pull = _divergence(scores, told_part, teacher)
+                    apart, pull = _kd_loss(scores, teacher_part, teacher)
                     distance += apart.masked_fill_(missing, 0).sum()
                 if train:  # the gradient of the logits, softmax - one-hot, takes their place
                     one = log_p.new_full(index.shape, -1).masked_fill_(elsewhere, 0)
@@ -178,15 +181,14 @@ class _LinearLoss(torch.autograd.Function):
         return grad_hidden, grad_weight, grad_bias, None, None, None, None, None, None
 
 
-def _divergence(logits: Tensor, told: Tensor, teacher: Teacher) -> tuple[Tensor, Tensor]:
-    """`divergence` of (N, V) logits from (N, V') of a teacher, over the tokens of both, and its gradient: (N, V')."""
-    told = told if teacher.bias is None else told + teacher.bias
-    log_p, log_told = (
-        torch.log_softmax(both.float() / teacher.temperature, dim=1) for both in (logits[:, : told.shape[1]], told)
-    )
-    p_told = log_told.exp()
-    apart = teacher.temperature**2 * (p_told * (log_told - log_p)).sum(1, keepdim=True)
-    return apart, log_p.exp_().sub_(p_told).mul_(teacher.temperature)
+def _kd_loss(logits: Tensor, teacher_logits: Tensor, teacher: Teacher) -> tuple[Tensor, Tensor]:
+    """`kd_loss` of (N, V) logits over the first V' of them, those of the teacher: (N, 1), and its gradient: (N, V')."""
+    teacher_logits = teacher_logits if teacher.bias is None else teacher_logits + teacher.bias
+    both = (logits[:, : teacher_logits.shape[1]], teacher_logits)
+    log_p, log_q = (torch.log_softmax(each.float() / teacher.temperature, dim=1) for each in both)
+    q = log_q.exp()
+    apart = teacher.temperature**2 * (q * (log_q - log_p)).sum(1, keepdim=True)
+    return apart, log_p.exp_().sub_(q).mul_(teacher.temperature)
 
 
 def log_softmax(logits: Tensor, group: Optional[torch.distributed.ProcessGroup]) -> Tensor:

@@ -10,7 +10,7 @@ import transformers
 from torch import nn
 
 from lm_lightning.errors import UserError
-from lm_lightning.models.network import blocks
+from lm_lightning.networks import blocks
 
 OptimizerFactory = Callable[[Iterable], torch.optim.Optimizer]
 

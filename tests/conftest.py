@@ -35,6 +35,12 @@ def paragraphs(number: int, seed: int = 0) -> list[str]:
     return [f"{i} " + " ".join(sentence() for _ in range(draw.randint(1, 4))) for i in range(number)]
 
 
+def needs(*packages: str) -> pytest.MarkDecorator:
+    """Marks a test, or a parameter of one, that uses packages which may be removed, such as `tasks.tagging`."""
+    missing = [name for name in packages if not (ROOT / "lm_lightning" / name.replace(".", "/")).is_dir()]
+    return pytest.mark.skipif(bool(missing), reason=f"needs {', '.join(missing)}")
+
+
 @pytest.fixture(autouse=True)
 def own_imports() -> Iterator[None]:
     """Restrictions of imports that a run's config brings along end with the test."""

@@ -6,7 +6,7 @@ from torch.nn.functional import cross_entropy, kl_div
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lm_lightning import losses
-from lm_lightning.losses import Teacher, divergence, linear_cross_entropy, linear_distillation
+from lm_lightning.losses import Teacher, kd_loss, linear_cross_entropy, linear_distillation
 
 N, H, V = 13, 8, 20  # rows, width, vocabulary
 
@@ -268,7 +268,7 @@ def test_teacher_of_what_cannot_be_moves_nothing_there():
     """Also at a temperature that makes the lowest number infinite."""
     lowest = torch.finfo(torch.float32).min
     logits = torch.tensor([[1.0, 2.0, lowest]], requires_grad=True)
-    apart = divergence(logits, torch.tensor([[2.0, 0.0, lowest]]), temperature=0.5)
-    assert apart.item() == pytest.approx(divergence(logits[:, :2], torch.tensor([[2.0, 0.0]]), 0.5).item())
+    apart = kd_loss(logits, torch.tensor([[2.0, 0.0, lowest]]), temperature=0.5)
+    assert apart.item() == pytest.approx(kd_loss(logits[:, :2], torch.tensor([[2.0, 0.0]]), 0.5).item())
     apart.sum().backward()
     assert logits.grad[0, 2] == 0 and logits.grad.isfinite().all()

@@ -9,8 +9,6 @@ import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lm_lightning.xla.strategy import compilations
-
 
 class Throughput(Callback):
     """Logs `train/tokens_per_second`, `train/tokens`, `train/seconds`, `train/mfu` and `train/memory`.
@@ -20,8 +18,8 @@ class Throughput(Callback):
     it is not counted. Seconds are those of the clock, validations and checkpoints included.
 
     Memory is the most that this process has held so far, in GiB: on a GPU of PyTorch's tensors there, else of the whole
-    process (its peak resident set, libraries included; not on Windows). On XLA devices there is `train/compilations`,
-    too, the programs compiled so far: if these grow, something changes its shape.
+    process (its peak resident set, libraries included; not on Windows). A strategy may add more, as that for XLA
+    does.
 
     MFU, the model FLOPs utilization, is the arithmetic that the network needs for these tokens, 6 FLOPs a parameter and
     token and 12 a layer, hidden unit, context token and token for attention (Chowdhery et al., 2022, arXiv:2204.02311,
@@ -60,7 +58,7 @@ class Throughput(Callback):
         self.tokens += batch["input_ids"].numel()
         self.targets += batch["targets"].numel()
         self.step_tokens += batch["input_ids"].numel() * trainer.datamodule.replicas
-        if pl_module.window is not None:  # the optimizer has not stepped yet
+        if pl_module.accumulator is not None:  # the optimizer has not stepped yet
             return
         self.total, self.step_tokens = self.total + self.step_tokens, 0
         if trainer.global_step % trainer.log_every_n_steps:
@@ -77,8 +75,8 @@ class Throughput(Callback):
         memory = peak_memory(pl_module.device)
         if memory is not None:
             metrics["train/memory"] = memory
-        if pl_module.device.type == "xla":
-            metrics["train/compilations"] = compilations()
+        if hasattr(trainer.strategy, "throughput_metrics"):
+            metrics |= trainer.strategy.throughput_metrics()
         pl_module.log_dict({name: torch.tensor(float(value)) for name, value in metrics.items()})
         self.restart()
 
@@ -104,10 +102,10 @@ def peak_flops(device: torch.device, precision: str) -> Optional[float]:
         precision: Lightning's name of the precision, such as `bf16-mixed`.
     """
     dtype = {"bf16": torch.bfloat16, "16": torch.float16}.get(precision.split("-")[0], torch.float32)
-    if device.type == "xla":
-        return None  # Lightning would ask the cloud what kind of TPU it is
-    if device.type != "cpu":
+    if device.type == "cuda":
         return get_available_flops(device, dtype)
+    if device.type != "cpu":
+        return None
     return cpu_flops(dtype, torch.get_num_threads())
 
 

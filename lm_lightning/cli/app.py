@@ -28,7 +28,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lm_lightning import files, hub, strategies
+from lm_lightning import features, files, hub, strategies, yaml_text
 from lm_lightning import run as runs
 from lm_lightning.callbacks.ending import Ending, check_after_validation
 from lm_lightning.callbacks.export import Export, Weights
@@ -41,37 +41,20 @@ from lm_lightning.callbacks.progress import RunProgress
 from lm_lightning.callbacks.resuming import Resuming
 from lm_lightning.callbacks.spikes import Spikes
 from lm_lightning.callbacks.throughput import Throughput
-from lm_lightning.checkpoints.files import BackgroundCheckpoints, CheckpointFiles, Checkpoints  # noqa: F401
+from lm_lightning.checkpoints.callback import Checkpoints
+from lm_lightning.checkpoints.loading import find_checkpoint, folder_of, load_checkpoint, run_of
+from lm_lightning.checkpoints.plugins import BackgroundCheckpoints, CheckpointFiles  # noqa: F401
 from lm_lightning.cli import evaluation, explain, guide, saving, settings
-from lm_lightning.compression.callbacks.distillation import Distillation  # noqa: F401 (imported, so that its short name works)
-from lm_lightning.compression.callbacks.pruning import Pruning  # noqa: F401
-from lm_lightning.compression.callbacks.quantization import Quantization  # noqa: F401
-from lm_lightning.compression.callbacks.structured_pruning import StructuredPruning  # noqa: F401
 from lm_lightning.console import printable
 from lm_lightning.data.pretraining import PretrainingData  # noqa: F401
 from lm_lightning.environment import environment
 from lm_lightning.errors import UserError, of_instance
 from lm_lightning.models.gpt import CausalLM  # noqa: F401
 from lm_lightning.models.module import LanguageModule
-from lm_lightning.profiling.profile import Profile  # noqa: F401
-from lm_lightning.reports.callback import Report
 from lm_lightning.security import imports, untrusted
 from lm_lightning.security.redaction import REDACTED, find_redacted, redact
-from lm_lightning.tasks.classification.data import ClassificationData  # noqa: F401
-from lm_lightning.tasks.classification.model import Classification  # noqa: F401
-from lm_lightning.tasks.embedding.data import PairData  # noqa: F401
-from lm_lightning.tasks.embedding.model import SentenceEncoder  # noqa: F401
-from lm_lightning.tasks.masked_lm.data import MaskedData  # noqa: F401 (imported, so that its short name works as class_path)
-from lm_lightning.tasks.masked_lm.model import MaskedLM  # noqa: F401
-from lm_lightning.tasks.parsing.data import ParsingData  # noqa: F401
-from lm_lightning.tasks.parsing.model import Parser  # noqa: F401
-from lm_lightning.tasks.questions.data import QuestionData  # noqa: F401
-from lm_lightning.tasks.questions.model import QuestionAnswering  # noqa: F401
-from lm_lightning.tasks.tagging.data import TaggingData  # noqa: F401
-from lm_lightning.tasks.tagging.model import Tagging  # noqa: F401
-from lm_lightning.tasks.tagging.roles import RoleData  # noqa: F401
-from lm_lightning.tracking.weights_and_biases import WandbRun
-from lm_lightning.xla import strategy as xla
+
+features.import_classes()  # here, not in a function, since Ctrl-C is handled differently once the command runs
 
 CHECKPOINTS = {
     "dirpath": f"{runs.PLACEHOLDER}/checkpoints",
@@ -257,18 +240,18 @@ class CLI(LightningCLI):
             config.trainer.logger = self._parser(self.subcommand).get_defaults().trainer.logger
         loggers = as_list(config.trainer.logger)
         if self.subcommand != "fit":
-            # Results are logged to a run of W&B; the other loggers would continue the files of the training.
-            loggers = [logger for logger in loggers if logger.class_path.endswith(WandbRun.__name__)]
+            # Most loggers would continue the files of the training.
+            loggers = [c for c in loggers if getattr(imports.locate(c.class_path), "logs_evaluations", False)]
         config.trainer.logger = loggers or False
         run, weights = self.evaluated, ""
         if self.subcommand != "fit":
             weights = self.evaluated_weights(config)
         elif config.ckpt_path is not None:
-            checkpoint = evaluation.checkpoint_of(config.ckpt_path, None, config.runs_dir, name)
-            runs.load_checkpoint(checkpoint, weights=False)
+            folder = folder_of(config.ckpt_path, config.runs_dir, name)
+            checkpoint, _ = find_checkpoint(config.ckpt_path, folder)
             # An earlier state than the last starts a run folder of its own, and so does another name or folder.
             same = config.ckpt_path == "last" or checkpoint.name == "last.ckpt"
-            run = runs.run_of(checkpoint) if same else None
+            run = run_of(checkpoint) if same else None
             run = None if run is not None and self.elsewhere(run) else run
             if run is not None:
                 untrusted.refuse_links(run)
@@ -278,9 +261,10 @@ class CLI(LightningCLI):
         pretrained, options = config.model.init_args.get("pretrained"), config.data.init_args
         trains_none = "tables" in options or self.subcommand != "fit"
         if pretrained and trains_none and hasattr(options.get("tokenizer"), "path") and options.tokenizer.path is None:
-            options.tokenizer.path = runs.folder_of(pretrained, "tokenizer")
+            options.tokenizer.path = runs.pretrained_name(pretrained, "tokenizer")
         config.weights_only = True  # of what a checkpoint holds, nothing is run
-        xla.choose_accelerator(config.trainer)
+        for complete in features.trainer_settings():
+            complete(config.trainer)
         if config.trainer.precision is None:
             config.trainer.precision = best_precision(config.trainer.accelerator)
         if missing := sorted(set(find_redacted(config.as_dict()))):
@@ -293,9 +277,9 @@ class CLI(LightningCLI):
         if self.subcommand == "fit":
             self.reusable_config.ckpt_path = None
             self.reusable_config = saving.checked(self._parser("fit"), self.reusable_config)
-            self.run_folder = run or runs.new_run(runs.runs_of(config.runs_dir, name))
+            self.run_folder = run or runs.new_run(runs.experiment_folder(config.runs_dir, name))
         else:
-            parent, logs = runs.runs_of(config.runs_dir, name), None
+            parent, logs = runs.experiment_folder(config.runs_dir, name), None
             if run is not None and not self.elsewhere(run):
                 untrusted.refuse_links(run)
                 parent, logs = run / "evaluations", run
@@ -322,7 +306,7 @@ class CLI(LightningCLI):
                 "--ckpt_path last or a checkpoint, or --model.pretrained"
             )
         if config.ckpt_path is not None:
-            runs.load_checkpoint(Path(config.ckpt_path), weights=False)
+            load_checkpoint(Path(config.ckpt_path), weights=False)
         return weights
 
     def elsewhere(self, run: Path) -> bool:
@@ -363,7 +347,7 @@ class CLI(LightningCLI):
         config = self.config_init[self.subcommand].trainer
         callbacks, plugins = as_list(config.callbacks), as_list(config.plugins)
         check_after_validation(callbacks)
-        extra = [Monitors(), Resuming(), Ending(), Preemption(), Throughput(), Report()]
+        extra = [Monitors(), Resuming(), Ending(), Preemption(), Throughput(), *features.callbacks()]
         if self.subcommand != "fit":
             extra.append(self.record)
         if config.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
@@ -406,7 +390,7 @@ class RunFolder(SaveConfigCallback):
         saving.write(self.parser, self.config, config)
         for logger in trainer.loggers:
             if not isinstance(logger, (CSVLogger, TensorBoardLogger)):  # whose files lie beside it
-                logger.log_hyperparams(settings.load(config.read_text(encoding="utf-8")))
+                logger.log_hyperparams(yaml_text.load(config.read_text(encoding="utf-8")))
         files.write_text(run / "environment.json", json.dumps(environment(), indent=2))
         files.write_text(run / "data.json", json.dumps(redact(trainer.datamodule.info), indent=2))
         with files.replacing_folder(run / "tokenizer") as folder:
@@ -445,7 +429,7 @@ def check(config: Any) -> None:
             raise UserError(f"{name} is {config[name]!r}, but must have options by name")
         refuse_null(config[name], name, target)
     if imports.locate(str(config.data.get("class_path"))) in (None, LightningDataModule):
-        raise UserError("data has no class_path: give one, such as PretrainingData or MaskedData")
+        raise UserError("data has no class_path: give one, such as PretrainingData")
     trainer = config.trainer
     check_location(config)
     strategies.check_name(trainer.strategy)
@@ -553,9 +537,7 @@ def fill_in(config: Any, run: str) -> Any:
 
 def best_precision(accelerator: Any) -> str:
     """bf16 with float32 weights where the machine computes it natively, else float32."""
-    if accelerator in ("tpu", "xla"):
-        native = False  # float32 is multiplied in bf16 there anyway, and Lightning has no mixed precision for it
-    elif accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     elif accelerator in ("auto", "gpu", "mps") and torch.backends.mps.is_available():
         native = False  # autocast to bf16 needs a recent macOS: ask for it with --trainer.precision bf16-mixed

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from lm_lightning.models.network import blocks, linear_layers
+from lm_lightning.networks import blocks, linear_layers
 
 
 class Inputs(NamedTuple):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lm_lightning import errors, hub
 from lm_lightning.errors import UserError
-from lm_lightning.models.network import HEAD_FILE
+from lm_lightning.models.export import HEAD_FILE
 from lm_lightning.security import untrusted
 
 PROGRAMS = (".onnx", ".pt2")  # not for `transformers`

@@ -17,7 +17,7 @@ from lm_lightning import hub
 from lm_lightning.compression import formats
 from lm_lightning.compression.folder import PROGRAMS, load
 from lm_lightning.compression.sparsity import semi_structured
-from lm_lightning.models.network import linear_layers, positions, zeros_of
+from lm_lightning.networks import linear_layers, positions, zeros_of
 from lm_lightning.tasks.generation.generation import plain_generation
 
 WRITTEN = 32  # tokens of a GPT

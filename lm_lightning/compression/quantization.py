@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from lm_lightning.compression.calibration import Calibration
 from lm_lightning.compression.folder import load, package
 from lm_lightning.errors import UserError
-from lm_lightning.models.network import linear_layers
+from lm_lightning.networks import linear_layers
 
 
 class Rounding(NamedTuple):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lm_lightning.compression.calibration import Calibration
 from lm_lightning.compression.folder import load
 from lm_lightning.errors import UserError
-from lm_lightning.models.network import by_rows, linear_layers, smallest
+from lm_lightning.networks import by_rows, linear_layers, smallest
 
 
 class Sparsity:

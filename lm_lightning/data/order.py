@@ -50,6 +50,14 @@ def mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
+def seed_of(*numbers: int) -> int:
+    """A seed for a random generator that depends on all of some integers and on their order: in [0, 2**63)."""
+    seed = np.zeros(1, dtype=np.uint64)
+    for number in numbers:
+        seed = mix(seed ^ np.array([number % 2**64], dtype=np.uint64))
+    return int(seed[0]) >> 1
+
+
 def samples_at(positions: np.ndarray, size: int, seed: int) -> np.ndarray:
     """The samples at some positions of the endless stream.
 

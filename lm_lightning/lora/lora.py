@@ -23,7 +23,8 @@ from transformers.pytorch_utils import Conv1D
 from lm_lightning import errors, hub
 from lm_lightning.errors import UserError
 from lm_lightning.files import checksum
-from lm_lightning.models.network import HEAD_FILE, linear_layers
+from lm_lightning.models.export import HEAD_FILE
+from lm_lightning.networks import linear_layers
 from lm_lightning.security import untrusted
 from lm_lightning.strategies.sharded import FSDP2, TensorParallel
 from lm_lightning.xla.strategy import XLA

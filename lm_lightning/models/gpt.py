@@ -12,7 +12,7 @@ from lm_lightning.errors import UserError
 from lm_lightning.losses import linear_cross_entropy
 from lm_lightning.models.metrics import Mode
 from lm_lightning.models.module import LanguageModule
-from lm_lightning.models.network import headless
+from lm_lightning.networks import headless
 
 
 class CausalLM(LanguageModule):
@@ -25,7 +25,7 @@ class CausalLM(LanguageModule):
         # for it in every batch, for which a GPU has to wait, and would give its embedding no gradient.
         self.network.config.pad_token_id = None
         self.network.get_input_embeddings().padding_idx = None
-        self.separable = self.head_is_last()
+        self.has_linear_head = self.head_is_last()
         self.refuse_leaks()
 
     @torch.no_grad()
@@ -82,13 +82,13 @@ class CausalLM(LanguageModule):
             return self.network(**inputs, use_cache=False).logits
 
     def outputs(self, batch: dict) -> Tensor:
-        """What goes into the head if it is `separable`, (B, T, H), else the logits: (B, T, V)."""
+        """What goes into the head if it is `has_linear_head`, (B, T, H), else the logits: (B, T, V)."""
         inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch}
-        return self.hidden(inputs) if self.separable else self.network(**inputs, use_cache=False).logits
+        return self.hidden(inputs) if self.has_linear_head else self.network(**inputs, use_cache=False).logits
 
     def loss(self, batch: dict) -> tuple[Tensor, Tensor]:
         output, targets = self.outputs(batch).flatten(0, 1), batch["targets"].flatten()
-        if self.separable:
+        if self.has_linear_head:
             head = self.network.get_output_embeddings()
             loss = linear_cross_entropy(output, head.weight, head.bias, targets, self.vocab_size)
         else:

@@ -24,16 +24,18 @@ from torch.distributed.tensor import DTensor
 
 from lm_lightning import hub
 from lm_lightning import run as runs
+from lm_lightning.checkpoints.loading import load_checkpoint
 from lm_lightning.console import printable
-from lm_lightning.data.order import PADDING
+from lm_lightning.data.order import PADDING, seed_of
 from lm_lightning.data.tokenizer import document_ids, fingerprint, load, vocabulary
 from lm_lightning.data.tokenizer import save as save_tokenizer
 from lm_lightning.errors import UserError
 from lm_lightning.lora import lora as adapters
 from lm_lightning.lora.lora import LoRA
+from lm_lightning.models.export import save_network
 from lm_lightning.models.metrics import Mode, Ratio
-from lm_lightning.models.network import blocks, gradient_norm, positions, save_network
-from lm_lightning.models.nonfinite import FiniteSteps, Step
+from lm_lightning.models.nonfinite import NonFiniteGuard, Step
+from lm_lightning.networks import blocks, gradient_norm, positions
 from lm_lightning.optim import OptimizerFactory, Schedule, parameter_groups
 from lm_lightning.security import untrusted
 
@@ -41,8 +43,15 @@ from lm_lightning.security import untrusted
 HARMLESS_KEYS = ("drop", "use_cache", "transformers_version", "dtype", "_name_or_path", "token_id", "architectures")
 
 
-class Window(NamedTuple):
-    """What an optimizer step has seen so far."""
+class StepAccumulator(NamedTuple):
+    """Sums over the micro-batches of the optimizer step in progress, of this process.
+
+    Attributes:
+        step: Optimizer steps before it.
+        samples: Ids of its samples.
+        loss_sum: Loss, summed over target tokens: () float32.
+        tokens: Target tokens: () int64.
+    """
 
     step: int
     samples: list[int]
@@ -115,16 +124,16 @@ class LanguageModule(LightningModule):
         self.optimizer_factory, self.schedule = optimizer, schedule
         self.attention, self.compile_body = attention, compile
         self.activation_checkpointing = activation_checkpointing
-        self.separable: bool
+        self.has_linear_head: bool
         self.network: transformers.PreTrainedModel = None  # made by `configure_model`
         self.val_loss = Ratio()
-        self.window: Optional[Window] = None  # the optimizer step in progress
+        self.accumulator: Optional[StepAccumulator] = None  # None between two optimizer steps
         self.freeze, self.layer_decay, self.keep_head = freeze, layer_decay, keep_head
-        self.finite = FiniteSteps(on_nonfinite, skip_limit)
+        self.nonfinite = NonFiniteGuard(on_nonfinite, skip_limit, self.all_samples, self.print)
         self.resumed_at = 0  # the step of the checkpoint
         # Of an evaluation; the command line sets it, since Lightning tells of it only when the network is made.
         self.evaluated_checkpoint: Optional[str] = None
-        self.ended_early = False  # whether the run that is resumed was killed before it wrote model/
+        self.unfinished = False  # whether the run that is resumed was killed before it wrote model/
         self.from_checkpoint = False  # whether a checkpoint's weights will take the place of those made here
 
     @staticmethod
@@ -218,7 +227,7 @@ class LanguageModule(LightningModule):
         None without a head for them.
         """
         if self.evaluated_checkpoint is not None:
-            saved = runs.load_checkpoint(Path(self.evaluated_checkpoint), weights=False, checked=True)["network"]
+            saved = load_checkpoint(Path(self.evaluated_checkpoint), weights=False, verified=True)["network"]
             config = untrusted.network_class(saved["class"]).config_class.from_dict(saved["config"])
             config.architectures = [saved["class"]]
         elif self.pretrained is not None:
@@ -232,7 +241,7 @@ class LanguageModule(LightningModule):
 
     def pretrained_folder(self) -> str:
         """What `pretrained` names: a folder, that of a run's model, or a download of the Hub."""
-        return runs.folder_of(str(self.pretrained))
+        return runs.pretrained_name(str(self.pretrained))
 
     def checkpoint_activations(self) -> None:
         """Has every `activation_checkpointing`-th block compute its activations again."""
@@ -493,24 +502,25 @@ class LanguageModule(LightningModule):
     def on_train_batch_start(self, batch: dict, batch_idx: int) -> None:
         # Dropout is a function of (seed, step, micro-batch, replica), so that a resumed run draws what it would have.
         data = self.trainer.datamodule
-        micro_batch = len(self.window.samples) if self.window else 0
-        # (The hash of integers is the same in every process.)
-        torch.manual_seed(hash((data.seed, self.trainer.global_step, micro_batch, data.replica)) % 2**63)
+        micro_batch = len(self.accumulator.samples) if self.accumulator else 0
+        torch.manual_seed(seed_of(data.seed, self.trainer.global_step, micro_batch, data.replica))
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         loss_sum, tokens = self.loss(batch)
-        seen = self.window or Window(self.trainer.global_step, [], torch.zeros_like(loss_sum), torch.zeros_like(tokens))
-        self.window = Window(
+        seen = self.accumulator or StepAccumulator(
+            self.trainer.global_step, [], torch.zeros_like(loss_sum), torch.zeros_like(tokens)
+        )
+        self.accumulator = StepAccumulator(
             seen.step, seen.samples + batch["id"], seen.loss_sum + loss_sum.detach(), seen.tokens + tokens
         )
-        # The right divisor is known when the window is complete; a constant keeps the sums near 1 until then.
+        # The right divisor is known when the step is complete; a constant keeps the sums near 1 until then.
         return loss_sum / self.trainer.datamodule.tokens_per_batch
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Turns the accumulated gradient into that of the mean over the window's target tokens."""
-        window, self.window = self.window, None
-        assert window is not None, "an optimizer step comes after at least one training step"
-        totals = torch.stack([window.loss_sum, window.tokens.float()])
+        """Turns the accumulated gradient into that of the mean over the step's target tokens."""
+        total, self.accumulator = self.accumulator, None
+        assert total is not None, "an optimizer step comes after at least one training step"
+        totals = torch.stack([total.loss_sum, total.tokens.float()])
         totals = self.trainer.strategy.reduce(totals, reduce_op="sum")
         loss_sum, tokens = totals[0], totals[1].where(totals[1] > 0, 1)  # (weighted targets may come to less than 1)
         # Lightning has divided by the micro-batches, the strategy by the replicas, `training_step` by its constant; a
@@ -525,29 +535,29 @@ class LanguageModule(LightningModule):
         # anyway, and XLA after a step that was logged, which had to be waited for. (With float16, the scaler provokes
         # infinite gradients, and leaves their steps out itself.)
         scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
-        skip = self.finite.on_nonfinite == "skip" and not scaled
+        skip = self.nonfinite.on_nonfinite == "skip" and not scaled
         in_kernel = skip and all(group.get("fused") for group in optimizer.param_groups)
         loss = (loss_sum + 0 * self.gradient_norm) / tokens
         if in_kernel:  # as torch's GradScaler tells them
             optimizer.found_inf = (~torch.isfinite(loss)).float()  # type: ignore
         if not scaled:
-            self.finite.unknown.append(Step(window.step + 1, window.samples, loss))
+            self.nonfinite.pending.append(Step(total.step + 1, total.samples, loss))
         at_once = self.device.type == "cpu" or (skip and not in_kernel)
-        if at_once or self.device.type != "xla" or window.step % self.trainer.log_every_n_steps == 0:
-            finite = self.finite.check(self, keep=0 if at_once else 1)
+        if at_once or self.device.type != "xla" or total.step % self.trainer.log_every_n_steps == 0:
+            finite = self.nonfinite.check(keep=0 if at_once else 1)
             if at_once and not finite and not in_kernel:
                 for parameter in self.parameters():
                     parameter.grad = None  # an optimizer leaves such parameters and their state alone
-        self.trainer.datamodule.consumed += len(window.samples) * self.trainer.datamodule.replicas
+        self.trainer.datamodule.consumed += len(total.samples) * self.trainer.datamodule.replicas
         metrics = {
             # Lightning's name for the x-axis of the loggers: finished steps
-            "step": torch.tensor(float(window.step + 1)),  # (numbers, not tensors, it would send to the device)
+            "step": torch.tensor(float(total.step + 1)),  # (numbers, not tensors, it would send to the device)
             "train/loss": loss_sum / tokens,
             "train/gradient_norm": self.gradient_norm,
             "train/learning_rate": torch.tensor(optimizer.param_groups[0]["lr"]),
         }
         if skip:
-            metrics["train/skipped_steps"] = torch.tensor(float(self.finite.skipped))
+            metrics["train/skipped_steps"] = torch.tensor(float(self.nonfinite.skipped))
         self.log_dict(metrics)
 
     def configure_gradient_clipping(
@@ -665,12 +675,12 @@ class LanguageModule(LightningModule):
     # Checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        self.finite.check(self)
+        self.nonfinite.check()
         checkpoint["network"] = self.description()
         checkpoint["tokenizer"] = fingerprint(self.trainer.datamodule.tokenizer)
         checkpoint["optimizer"] = type(self.optimizers().optimizer).__name__
         checkpoint["parameters"] = self.grouping()
-        checkpoint["skipped_steps"] = self.finite.skipped
+        checkpoint["skipped_steps"] = self.nonfinite.skipped
         if self.lora is not None:
             checkpoint["lora"], own = self.lora_description, {f"network.{name}" for name in self.own_tensors}
             checkpoint["state_dict"] = {
@@ -699,7 +709,7 @@ class LanguageModule(LightningModule):
         adapters.refuse_other(checkpoint.get("lora"), None if self.lora is None else self.lora_description)
         if self.trainer.state.fn != "fit":
             return
-        self.resumed_at, self.finite.skipped = checkpoint["global_step"], checkpoint.get("skipped_steps", 0)
+        self.resumed_at, self.nonfinite.skipped = checkpoint["global_step"], checkpoint.get("skipped_steps", 0)
         optimizer = type(self.optimizer_factory(parameter_groups(self.network, self.layer_decay))).__name__
         if checkpoint["optimizer"] != optimizer:
             raise UserError(
@@ -720,4 +730,4 @@ class LanguageModule(LightningModule):
             )
         if self.pretrained is not None and self.lora is None:
             self.print(f"weights: those of the checkpoint, not of model.pretrained ({self.pretrained})")
-        self.ended_early = runs.ended_early(Path(self.trainer.default_root_dir), Path(self.trainer.ckpt_path))
+        self.unfinished = runs.is_unfinished(Path(self.trainer.default_root_dir), Path(self.trainer.ckpt_path))

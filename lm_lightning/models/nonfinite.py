@@ -1,75 +1,92 @@
-"""Finite steps: the loss of each optimizer step flows in; one that is not finite stops the run, or is counted."""
+"""Non-finite steps: stops the run at the first loss or gradient that is not finite, or counts the skipped steps."""
 
 import math
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
 from lm_lightning.errors import UserError
 
-if TYPE_CHECKING:
-    from lm_lightning.models.module import LanguageModule
-
 
 class Step(NamedTuple):
-    """An optimizer step, its own samples of this process, and its mean loss over all, which is not finite if its
-    gradient is not: () float32, or a float once it is known."""
+    """An optimizer step.
+
+    Attributes:
+        number: Counted from 1.
+        samples: Ids of this process's training samples in it.
+        loss: Its mean loss over all processes, NaN or infinite also if only its gradient is: () float32, or a float
+            once the host has read it.
+    """
 
     number: int
     samples: list[int]
     loss: Tensor | float
 
 
-class FiniteSteps:
-    """Keeps steps until they are asked for, since to ask makes the host wait for its device.
+class NonFiniteGuard:
+    """Checks the losses of optimizer steps some time after them, because reading a value waits for the device.
 
     Args:
-        on_nonfinite: Whether a step that is not finite stops the run, or was left out and is counted.
-        limit: How many steps may be left out in a row.
+        on_nonfinite: Whether a non-finite step stops the run (`stop`), or was skipped and is counted (`skip`).
+        limit: How many steps in a row may be skipped.
+        gather: Returns the sample ids of all processes, given those of this one; a collective call.
+        print: Prints a line in the first process.
+
+    Attributes:
+        pending: Steps that have not been checked yet, oldest first; append new ones here.
+        checked: Finite steps that have been checked, for callbacks that watch the loss; these remove them.
+        skipped: Skipped steps of the whole run.
     """
 
-    def __init__(self, on_nonfinite: Literal["stop", "skip"], limit: int) -> None:
+    def __init__(
+        self,
+        on_nonfinite: Literal["stop", "skip"],
+        limit: int,
+        gather: Callable[[list[int]], list[int]],
+        print: Callable[[str], Any],
+    ) -> None:
         self.on_nonfinite, self.limit = on_nonfinite, limit
-        self.unknown: list[Step] = []
-        self.known: list[Step] = []  # finite ones, for whoever watches their losses and takes them from here
-        self.skipped = self.in_a_row = 0
+        self.gather, self.print = gather, print
+        self.pending: list[Step] = []
+        self.checked: list[Step] = []
+        self.skipped = self.skipped_in_a_row = 0
 
-    def check(self, module: "LanguageModule", keep: int = 0) -> bool:
-        """Asks for all steps but the latest `keep`; all processes do so together.
+    def check(self, keep: int = 0) -> bool:
+        """Checks all pending steps except the latest `keep`; all processes must call it together.
 
         Returns:
             Whether they are finite.
 
         Raises:
-            UserError: Names the first that is not, and its samples.
+            UserError: If one is not and the run must stop. Names the first such step and its samples.
         """
-        stop = len(self.unknown) - keep
-        asked, self.unknown = self.unknown[: max(0, stop)], self.unknown[max(0, stop) :]
+        stop = max(0, len(self.pending) - keep)
+        due, self.pending = self.pending[:stop], self.pending[stop:]
         finite = True
-        for step in asked:
+        for step in due:
             loss = float(step.loss)
             if math.isfinite(loss):
-                self.known.append(step._replace(loss=loss))
-                self.in_a_row = 0
+                self.checked.append(step._replace(loss=loss))
+                self.skipped_in_a_row = 0
             else:
                 finite = False
-                self.refuse(step, module)
+                self.stop_or_count(step)
         return finite
 
-    def refuse(self, step: Step, module: "LanguageModule") -> None:
-        """Stops the run or counts a step that is not finite."""
-        samples = listed(module.all_samples(step.samples))
-        what = f"the loss or its gradient is not finite at step {step.number}, on the training samples {samples}"
-        if self.on_nonfinite == "stop" or self.in_a_row == self.limit:
+    def stop_or_count(self, step: Step) -> None:
+        """Stops the run at a non-finite step, or counts it as skipped."""
+        samples = self.gather(step.samples)
+        where = f", on the training samples {listed(samples)}" if samples else ""
+        what = f"the loss or its gradient is not finite at step {step.number}{where}"
+        if self.on_nonfinite == "stop" or self.skipped_in_a_row == self.limit:
             before = f" (after {self.limit} steps in a row were skipped)" if self.on_nonfinite == "skip" else ""
-            raise UserError(
-                f"{what}{before}: lower the learning rate, or look at these with "
-                "`python -m lm_lightning prepare --config ... --show ID`"
-            )
-        self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
-        module.print(f"skipped: {what}")
+            inspect = ", or inspect these with `python -m lm_lightning prepare --config ... --show ID`"
+            raise UserError(f"{what}{before}: lower the learning rate{inspect if samples else ''}")
+        self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+        self.print(f"skipped: {what}")
 
 
 def listed(samples: list[int]) -> str:
-    """Samples for a message, which names no more than 32 of them."""
+    """Sample ids for a message, 32 of them at most."""
     return f"{samples[:32]}" + (f" and {len(samples) - 32} more" if len(samples) > 32 else "")

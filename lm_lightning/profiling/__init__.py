@@ -1,1 +1,5 @@
 """Profiles."""
+
+from lm_lightning.features import Feature
+
+FEATURE = Feature(classes=("lm_lightning.profiling.profile",))

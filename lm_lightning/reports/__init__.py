@@ -1,1 +1,10 @@
 """Reports."""
+
+from lm_lightning.features import Feature
+
+FEATURE = Feature(
+    commands={
+        "report": ("lm_lightning.reports.report", "make one HTML page of runs: curves, samples, differences"),
+    },
+    callbacks=("lm_lightning.reports.callback.Report",),
+)

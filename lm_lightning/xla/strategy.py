@@ -17,13 +17,14 @@ from typing import Any, Optional
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.accelerators import XLAAccelerator
+from lightning.pytorch.accelerators import AcceleratorRegistry, XLAAccelerator
 from lightning.pytorch.strategies import SingleDeviceStrategy, SingleDeviceXLAStrategy
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from transformers import masking_utils
 from transformers.utils.import_utils import is_tracing
 
+from lm_lightning import strategies
 from lm_lightning.errors import UserError
 
 STRATEGIES = ("xla", "xla_spmd", f"{__name__}.XLA", f"{__name__}.XLASharded")  # as trainer.strategy names them
@@ -61,6 +62,8 @@ class XLADevices(XLAAccelerator):
 class XLA(SingleDeviceXLAStrategy):
     """One device, through `torch_xla`."""
 
+    quantized_weights = False
+    lazy = True
     checkpoint_io = SingleDeviceStrategy.checkpoint_io  # any, where Lightning takes only one that fetches the tensors
 
     def __init__(self) -> None:
@@ -110,6 +113,13 @@ class XLA(SingleDeviceXLAStrategy):
 
         torch_xla.manual_seed(torch.initial_seed())  # XLA draws from a generator of its own; the module seeds torch's
         return super().training_step(*args, **kwargs)
+
+    def throughput_metrics(self) -> dict[str, float]:
+        """`train/compilations`, the programs compiled so far: if these grow, something changes its shape."""
+        from torch_xla.debug import metrics
+
+        data = metrics.metric_data("CompileTime")
+        return {"train/compilations": data[0] if data else 0}
 
 
 class XLASharded(XLA):
@@ -182,8 +192,8 @@ def by_length(tensor: Tensor) -> list[int]:
     return sorted(range(tensor.ndim), key=lambda dimension: -tensor.shape[dimension])
 
 
-def choose_accelerator(trainer: Any) -> None:
-    """Sets the trainer's accelerator to that of these strategies, if it has one of them.
+def complete_settings(trainer: Any) -> None:
+    """Sets the accelerator that these strategies need, and the precision that XLA's devices have by default.
 
     Args:
         trainer: The trainer's settings.
@@ -191,25 +201,24 @@ def choose_accelerator(trainer: Any) -> None:
     Raises:
         UserError: If there is no torch_xla, or another accelerator was asked for.
     """
-    if getattr(trainer.strategy, "class_path", trainer.strategy) not in STRATEGIES:
-        return
-    if importlib.util.find_spec("torch_xla") is None:
-        raise UserError(
-            f"trainer.strategy {trainer.strategy} needs torch_xla, which brings its own torch: make a new environment "
-            'and `pip install -e ".[tpu]"` there'
-        )
-    if trainer.accelerator not in ("auto", "tpu", "xla"):
-        raise UserError(
-            f"trainer.accelerator is {trainer.accelerator}, but trainer.strategy {trainer.strategy} is for XLA's "
-            "devices: leave it out"
-        )
-    trainer.accelerator = "xla"
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA would warn of its own future with each program
+    if getattr(trainer.strategy, "class_path", trainer.strategy) in STRATEGIES:
+        if importlib.util.find_spec("torch_xla") is None:
+            raise UserError(
+                f"trainer.strategy {trainer.strategy} needs torch_xla, which brings its own torch: make a new "
+                'environment and `pip install -e ".[tpu]"` there'
+            )
+        if trainer.accelerator not in ("auto", "tpu", "xla"):
+            raise UserError(
+                f"trainer.accelerator is {trainer.accelerator}, but trainer.strategy {trainer.strategy} is for XLA's "
+                "devices: omit it"
+            )
+        trainer.accelerator = "xla"
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA would warn of its own future with each program
+    if trainer.accelerator in ("tpu", "xla") and trainer.precision is None:
+        # float32 is multiplied in bf16 there anyway, and Lightning has no mixed precision for it
+        trainer.precision = "32-true"
 
 
-def compilations() -> int:
-    """How many programs XLA has compiled in this process."""
-    from torch_xla.debug import metrics
-
-    data = metrics.metric_data("CompileTime")
-    return data[0] if data else 0
+AcceleratorRegistry.register("xla", XLADevices, "TPUs, or the CPU, through torch_xla", override=True)
+strategies.register("xla", XLA, "one device, through torch_xla")
+strategies.register("xla_spmd", XLASharded, "all devices, driven by one process, through torch_xla")

@@ -2,8 +2,6 @@
 
 import ast
 import dataclasses
-import importlib
-import inspect
 import re
 from collections.abc import Callable, Iterator
 
@@ -11,11 +9,11 @@ import pytest
 from conftest import ROOT, command
 from jsonargparse import ArgumentParser
 
-from lm_lightning.__main__ import COMMANDS
+from lm_lightning.__main__ import commands
 from lm_lightning.cli import app as fit_command
 from lm_lightning.cli import explain
 from lm_lightning.data.corpus import Corpus
-from lm_lightning.finetuning.data import Tables
+from lm_lightning.finetuning.tables import Tables
 from lm_lightning.lora.lora import LoRA
 
 FREE = ("model.optimizer.", "model.network.")  # of the class or network that is chosen
@@ -26,15 +24,12 @@ SOURCES = [*(ROOT / "lm_lightning").rglob("*.py"), ROOT / "README.md", *(ROOT / 
 def accepted() -> set[str]:
     """The options of all classes of data and models, without the dashes."""
     names = set()
-    for folder in ("data", "models"):
-        for file in sorted((ROOT / "lm_lightning" / folder).glob("*.py")):
-            module = importlib.import_module(f"lm_lightning.{folder}.{file.stem}")
-            for _, kind in inspect.getmembers(module, inspect.isclass):
-                bases = {base.__name__ for base in kind.__mro__}
-                if kind.__module__ == module.__name__ and {"LightningDataModule", "LanguageModule"} & bases:
-                    parser = ArgumentParser(exit_on_error=False)
-                    parser.add_class_arguments(kind, folder.rstrip("s"), fail_untyped=False)
-                    names |= set(parser.get_defaults().keys())
+    for section, base in BASES.items():
+        for kind in explain.subclasses(base).values():
+            if kind.__module__.startswith("lm_lightning."):
+                parser = ArgumentParser(exit_on_error=False)
+                parser.add_class_arguments(kind, section, fail_untyped=False)
+                names |= set(parser.get_defaults().keys())
     names |= {f"model.lora.{option.name}" for option in dataclasses.fields(LoRA)}
     assert {"data.tables.encoding_errors", "data.corpus.paths", "data.columns.text", "model.pretrained"} <= names
     return names
@@ -52,11 +47,13 @@ def test_options_in_messages_are_accepted(accepted: set[str]):
 
 
 def test_messages_of_shared_readers_name_options_of_corpora_and_tables():
-    source = (ROOT / "lm_lightning" / "data" / "formats.py").read_text(encoding="utf-8")
-    named = set(re.findall(r"(?:\{reading\.options\}|\{self\.options\}|\{options\}| or )\.([a-z_]+)", source))
+    readers = [ROOT / "lm_lightning" / "data" / f"{name}.py" for name in ("formats", "reading")]
+    readers += (ROOT / "lm_lightning").glob("tasks/*/squad.py")
+    source = "".join(file.read_text(encoding="utf-8") for file in readers)
+    named = set(re.findall(r"(?:\{options\.prefix\}|\{self\.prefix\}|\{prefix\}| or )\.([a-z_]+)", source))
     corpus, tables = ({option.name for option in dataclasses.fields(kind)} for kind in (Corpus, Tables))
     assert {"encoding", "encoding_errors", "delimiter", "quoting"} <= named
-    assert named - corpus == {"format"}, "read as tables only"
+    assert named <= corpus
     assert named - tables == {"max_line"}, "read as a corpus only"
 
 
@@ -140,7 +137,7 @@ def flags_of_commands(cli: Callable[..., str], capsys: pytest.CaptureFixture) ->
     lines = [line for line in command("--help").stdout.splitlines() if line.startswith("--")]
     everywhere = flags_in("\n".join(lines))
     assert everywhere == {"trust_remote_code", "trust_package"}
-    for name in COMMANDS:
+    for name in commands():
         with pytest.raises(SystemExit):
             cli(name, "--help")
         found[name] = flags_in(capsys.readouterr().out) | everywhere
@@ -150,21 +147,23 @@ def flags_of_commands(cli: Callable[..., str], capsys: pytest.CaptureFixture) ->
 def test_each_message_names_flags_of_its_own_command(flags_of_commands: dict[str, set[str]]):
     runs = ("fit", "validate", "test", "predict")
     fits = set.union(*(flags_of_commands[name] for name in runs))
-    owners = {"commands/find.py": "tune", "commands/search_space.py": "tune", "generation.py": "generate"}
+    modules = {name: f"{module.replace('.', '/')}.py" for name, (module, _) in commands().items()}
     wrong, checked = [], 0
     for file, line, text in refusals():
-        folder, _, module = file.rpartition("/")
-        owner = owners.get(file) or ("compress" if folder == "compression" else module.removesuffix(".py"))
-        own = flags_of_commands.get(owner, set())
-        # a message may send the user to another command, and tune and verify take the flags of fit
-        own = own.union(*(flags_of_commands[name] for name in COMMANDS if re.search(rf"\b{name} ", text)))
-        if owner in ("tune", "verify") or owner not in flags_of_commands:
-            own = own | fits
+        path = f"lm_lightning/{file}"
+        folder = path.rpartition("/")[0]
+        owners = [name for name, module in modules.items() if module == path]
+        owners = owners or [name for name, module in modules.items() if module.rpartition("/")[0] == folder]
+        # a message may send the user to another command
+        named = [name for name in commands() if re.search(rf"\b{name} ", text)]
+        own = set().union(*(flags_of_commands[name] for name in owners + named))
+        if not owners or {"tune", "verify"} & {*owners} or folder.startswith("lm_lightning/tasks/"):
+            own |= fits  # whose flags tune and verify pass on
         for name in OPTION.findall(text):
             flag = name.removeprefix("--")
             if flag.startswith(("model.", "data.")):
                 continue
             checked += 1
             if flag not in own:
-                wrong.append(f"{file}:{line}: {name} is no flag of {owner}")
+                wrong.append(f"{file}:{line}: {name} is no flag of {owners}")
     assert not wrong and checked > 40, wrong

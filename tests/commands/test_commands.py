@@ -145,13 +145,13 @@ def test_export_gives_the_folder_that_fit_gave(cli, run: Path, tmp_path: Path):
 
 
 def test_export_that_does_not_reload_to_the_same_logits_is_refused(cli, run: Path, tmp_path: Path, monkeypatch):
-    from lm_lightning.models import network
+    from lm_lightning.models import export
 
     def damaged(description, weights, *rest):
         save(description, {name: weight * 1.01 for name, weight in weights.items()}, *rest)
 
-    save = network.save_network
-    monkeypatch.setattr(network, "save_network", damaged)
+    save = export.save_network
+    monkeypatch.setattr(export, "save_network", damaged)
     with pytest.raises(UserError, match="outputs differ"):
         cli("export", run, "--output", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

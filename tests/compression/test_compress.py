@@ -135,7 +135,7 @@ def test_narrow_model_gives_the_outputs_of_the_masked_one(folders, kind: str, tm
 def test_shallow_model_has_the_named_blocks(folders, kind: str, tmp_path: Path):
     recipes.compress(folders[kind], "layers=0.5", tmp_path / "target")
     shallow, whole = load(tmp_path / "target"), load(folders[kind])
-    from lm_lightning.models.network import blocks
+    from lm_lightning.networks import blocks
 
     assert shallow.config.num_hidden_layers == 2
     for own, other in zip(blocks(shallow), [blocks(whole)[0], blocks(whole)[3]]):
@@ -144,7 +144,7 @@ def test_shallow_model_has_the_named_blocks(folders, kind: str, tmp_path: Path):
 
 @pytest.mark.parametrize("kind", SIZES)
 def test_sparse_models_have_as_many_zeros_as_were_asked_for(folders, kind: str, tmp_path: Path):
-    from lm_lightning.models.network import by_rows, linear_layers
+    from lm_lightning.networks import by_rows, linear_layers
 
     recipes.compress(folders[kind], "sparse=0.7", tmp_path / "sparse")
     recipes.compress(folders[kind], "2:4", tmp_path / "two")

@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from lm_lightning.data.order import PADDING, SequentialBatches, StreamSampler, samples_at, shuffle
+from lm_lightning.data.order import PADDING, SequentialBatches, StreamSampler, samples_at, seed_of, shuffle
 
 SPLITS = [(1, 1, 8), (1, 4, 2), (2, 2, 2), (4, 1, 2), (1, 8, 1)]  # world_size, accumulate, batch_size: all make 8
 
@@ -32,6 +32,13 @@ def test_shuffle_keeps_the_shape_and_gives_signed_integers():
     result = shuffle(np.arange(6).reshape(2, 3), 10, 0)
     assert result.shape == (2, 3) and result.dtype == np.int64
     assert shuffle(np.arange(0), 10, 0).shape == (0,)
+
+
+def test_seeds_depend_on_each_number_and_its_place_and_fit_torch():
+    numbers = list(itertools.product(range(-1, 4), repeat=4))
+    seeds = {seed_of(*own) for own in numbers}
+    assert len(seeds) == len(numbers) and all(0 <= seed < 2**63 for seed in seeds)
+    assert seed_of(1, 2) == 6804074658870690613  # the same on every machine and Python
 
 
 def test_another_key_gives_another_order():

@@ -88,7 +88,7 @@ def made(model: CausalLM, tokenizer, mask_documents: bool = False) -> CausalLM:
 @pytest.mark.parametrize("name", NETWORKS)
 def test_loss_is_that_of_transformers(name: str, tokenizer):
     model = made(CausalLM(network=NETWORKS[name]), tokenizer).eval()
-    assert model.separable == (name != "gemma2")
+    assert model.has_linear_head == (name != "gemma2")
     tokens = torch.randint(0, len(tokenizer), (3, 17), generator=torch.Generator().manual_seed(0))
     # compare with the same network without the rows that pad the vocabulary
     network = copy.deepcopy(model.network)

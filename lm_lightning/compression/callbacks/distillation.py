@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lm_lightning.errors import UserError
-from lm_lightning.losses import Teacher, divergence, linear_distillation
+from lm_lightning.losses import Teacher, kd_loss, linear_distillation
 from lm_lightning.models.gpt import CausalLM
 from lm_lightning.models.module import LanguageModule
 from lm_lightning.strategies import TensorParallel
@@ -106,7 +106,7 @@ class Distillation(Callback):
         return loss, count
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        totals = torch.stack([self.distance, pl_module.window.tokens.float()])
+        totals = torch.stack([self.distance, pl_module.accumulator.tokens.float()])
         totals = trainer.strategy.reduce(totals, reduce_op="sum")
         pl_module.log("train/distillation", totals[0] / totals[1].where(totals[1] > 0, 1))
         self.distance = 0.0
@@ -131,14 +131,14 @@ class Distillation(Callback):
     ) -> tuple[Tensor, Tensor]:
         """Loss and divergence of N tokens, from what goes into the heads, (N, H), or the logits, (N, V)."""
         head, other = student.network.get_output_embeddings(), self.teacher.network.get_output_embeddings()
-        if student.separable and self.teacher.separable:
+        if student.has_linear_head and self.teacher.has_linear_head:
             teacher = Teacher(told, other.weight, other.bias, self.weight, self.temperature)
             return linear_distillation(output, head.weight, head.bias, targets, teacher, student.vocab_size)
-        logits = head(output) if student.separable else output
+        logits = head(output) if student.has_linear_head else output
         with torch.no_grad():
-            told = other(told) if self.teacher.separable else told
+            told = other(told) if self.teacher.has_linear_head else told
         rows = min(student.vocab_size, self.teacher.vocab_size)
-        apart = divergence(logits[:, :rows], told[:, :rows], self.temperature)
+        apart = kd_loss(logits[:, :rows], told[:, :rows], self.temperature)
         distance = apart.masked_fill(targets == -100, 0).sum()
         return self.mixed(cross_entropy(logits[:, : student.vocab_size], targets), distance), distance
 
@@ -154,7 +154,7 @@ class Distillation(Callback):
         if "next_sentence" in batch:  # weighs as in the model's own loss
             labels, size = batch["next_sentence"], batch["targets"].shape[1]
             logits = output.seq_relationship_logits
-            apart = divergence(logits, told.seq_relationship_logits, self.temperature)
+            apart = kd_loss(logits, told.seq_relationship_logits, self.temperature)
             apart = apart.masked_fill(labels == -100, 0).sum()
             loss = loss + self.mixed(cross_entropy(logits, labels), apart) * size
             distance = distance + apart * size
@@ -164,13 +164,13 @@ class Distillation(Callback):
         logits, told, targets = student.logits(batch), self.told("logits", batch), batch["targets"]
         own, count = student.losses(logits, targets)
         kind = student.trainer.datamodule.kind
-        if kind == "number":
+        if kind == "regression":
             apart, missing = (logits - told).squeeze(-1).square(), targets.isnan()
-        elif kind == "several":  # each label, and that it is none: two logits, of which one is 0
+        elif kind == "multilabel":  # each label, and that it is none: two logits, of which one is 0
             two, told_two = (F.pad(both.unsqueeze(-1), (1, 0)) for both in (logits, told))
-            apart, missing = divergence(two, told_two, self.temperature).mean(1), targets[:, 0].isnan()
+            apart, missing = kd_loss(two, told_two, self.temperature).mean(1), targets[:, 0].isnan()
         else:
-            apart, missing = divergence(logits, told, self.temperature), targets == -100
+            apart, missing = kd_loss(logits, told, self.temperature), targets == -100
             if student.weights is not None:
                 apart = apart * student.weights[targets.clamp(min=0)]
         distance = apart.masked_fill(missing, 0).sum()
@@ -180,13 +180,13 @@ class Distillation(Callback):
         logits, told = student.logits(batch), self.told("logits", batch)
         own, count = student.losses(logits, batch)
         missing = (batch["targets"] == -100) | (batch["words"] < 0)
-        distance = divergence(logits, told, self.temperature).masked_fill(missing, 0).sum()
+        distance = kd_loss(logits, told, self.temperature).masked_fill(missing, 0).sum()
         return self.mixed(own, distance), count, distance
 
     def of_answers(self, student: QuestionAnswering, batch: dict) -> Losses:
         logits, told = student.logits(batch), self.told("logits", batch)
         own, count = student.losses(logits, batch)
         logits, told = student.of_places(logits, batch), student.of_places(told, batch)
-        apart = divergence(logits, told, self.temperature).mean(0)
+        apart = kd_loss(logits, told, self.temperature).mean(0)
         distance = apart.masked_fill(batch["targets"][:, 0] == -100, 0).sum()
         return self.mixed(own, distance), count, distance

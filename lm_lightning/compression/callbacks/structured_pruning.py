@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lm_lightning.compression import structure
 from lm_lightning.compression.callbacks.pruning import Pruning
 from lm_lightning.errors import UserError
-from lm_lightning.models.network import blocks, by_rows, linear_layers, smallest
+from lm_lightning.networks import blocks, by_rows, linear_layers, smallest
 
 
 class StructuredPruning(Pruning):

@@ -21,7 +21,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from lm_lightning.data.tokenizer import document_ids
 from lm_lightning.errors import UserError
-from lm_lightning.models.network import positions
+from lm_lightning.networks import positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast

@@ -11,7 +11,7 @@ from lm_lightning.errors import UserError
 from lm_lightning.losses import linear_cross_entropy
 from lm_lightning.models.metrics import Mode, Ratio
 from lm_lightning.models.module import LanguageModule
-from lm_lightning.models.network import headless
+from lm_lightning.networks import headless
 
 
 class MaskedLM(LanguageModule):
@@ -41,8 +41,8 @@ class MaskedLM(LanguageModule):
     def network_made(self) -> None:
         # Padding comes with an attention mask; told of its token, networks would look for it, and a GPU wait for that.
         self.network.config.pad_token_id = None
-        self.separable = True
-        self.separable = self.head_is_last()
+        self.has_linear_head = True
+        self.has_linear_head = self.head_is_last()
         bias = getattr(self.network.get_output_embeddings(), "bias", None)
         if self.unigram_start and self.settings is not None and bias is not None:
             counts = torch.from_numpy(self.trainer.datamodule.prepared.frequencies() + 1.0)
@@ -67,14 +67,14 @@ class MaskedLM(LanguageModule):
     def outputs(self, batch: dict) -> Any:
         """The network's outputs, where its prediction logits are for the targets only: (B, K, V).
 
-        If `separable`, what would go into the head's last layer stands in the place of the logits: (B, K, H). Else
-        the network as it is gives the logits of all tokens, of which these are taken.
+        If `has_linear_head`, the inputs of the head's last layer take the place of the logits: (B, K, H). Otherwise the
+        logits are gathered from those of all tokens.
         """
         names = ("input_ids", "attention_mask", "token_type_ids")
         inputs = {name: batch[name] for name in names if name in batch}
         positions = batch["positions"].unsqueeze(-1)
 
-        if not self.separable:
+        if not self.has_linear_head:
             output = self.network(**inputs)
             name = "prediction_logits" if "prediction_logits" in output else "logits"
             output[name] = output[name].gather(1, positions.expand(-1, -1, output[name].shape[-1]))
@@ -97,12 +97,12 @@ class MaskedLM(LanguageModule):
         output, targets = self.outputs(batch), batch["targets"].flatten()
         head, hidden = self.network.get_output_embeddings(), prediction_logits(output).flatten(0, 1)
         sums = {"tokens": (targets != -100).sum()}
-        if self.separable:
+        if self.has_linear_head:
             sums["masked"] = linear_cross_entropy(hidden, head.weight, head.bias, targets, self.vocab_size)
         else:
             sums["masked"] = cross_entropy(hidden[..., : self.vocab_size], targets)
         if not self.training:
-            logits = head(hidden) if self.separable else hidden
+            logits = head(hidden) if self.has_linear_head else hidden
             sums["right"] = (logits[..., : self.vocab_size].argmax(-1) == targets).sum()
         if "next_sentence" in batch:
             labels = batch["next_sentence"]

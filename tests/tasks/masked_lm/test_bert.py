@@ -78,7 +78,7 @@ def unpadded(model: MaskedLM, tokenizer) -> torch.nn.Module:
 @pytest.mark.parametrize("name", NETWORKS)
 def test_loss_is_that_of_transformers(name: str, tokenizer):
     model = made(MaskedLM(network=NETWORKS[name]), tokenizer)
-    assert model.separable
+    assert model.has_linear_head
     given, labels = batch(tokenizer)
     expected = unpadded(model, tokenizer)(given["input_ids"], attention_mask=given["attention_mask"], labels=labels)
     loss, count = model.loss(given)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel
 
-from lm_lightning.models.network import gradient_norm, positions
+from lm_lightning.networks import gradient_norm, positions
 
 SIZES = {
     **{"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16},

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import yaml
 
+from lm_lightning import yaml_text
 from lm_lightning.cli import settings
 from lm_lightning.errors import UserError
-from lm_lightning.reports import history, report
+from lm_lightning.reports import history
+from lm_lightning.reports import page as report_page
 
 NUMBERS = ["inf", "-inf", "nan", "1e308", "-1e308", "9" * 400, "1e-320", ""]
 
@@ -42,7 +44,7 @@ def run(tmp_path: Path) -> Path:
 
 def page(run: Path) -> tuple[str, dict[str, Any]]:
     """The report, and the numbers in it, which are JSON."""
-    text = report.page([history.read(run)])
+    text = report_page.page([history.read(run)])
     data = text.split('type="application/json" id="data">')[1].split("</script>")[0]
     assert len(text) < 30_000_000
     return text, json.loads(data, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
@@ -105,7 +107,7 @@ def test_yaml_that_expands_has_no_end_or_is_none_is_refused(
 ):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(yaml.YAMLError):
-        settings.load(content)
+        yaml_text.load(content)
     (run / "config.yaml").write_text(content)
     with pytest.raises(UserError, match="config.yaml") as refused:
         settings.read(str(run / "config.yaml"))
@@ -117,7 +119,7 @@ def test_yaml_that_expands_has_no_end_or_is_none_is_refused(
 
 
 def test_yaml_with_honest_aliases_is_read():
-    assert settings.load("a: &a {x: [1, 2]}\nb: *a\nc: {<<: *a, y: 3}\n") == {
+    assert yaml_text.load("a: &a {x: [1, 2]}\nb: *a\nc: {<<: *a, y: 3}\n") == {
         "a": {"x": [1, 2]},
         "b": {"x": [1, 2]},
         "c": {"x": [1, 2], "y": 3},

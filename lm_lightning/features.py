@@ -1,0 +1,106 @@
+"""The registry: which tasks and optional features this project has, and what each adds to the core.
+
+The core imports none of them. A package in `FEATURES` has `FEATURE = Feature(...)` in its `__init__.py`, which imports
+nothing else, so that reading all of them takes no time. To remove one, delete its folder, its tests and its configs,
+and its line here. To add one, add a folder and a line.
+"""
+
+import functools
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lm_lightning.errors import UserError
+
+# Packages in this one, a line each
+FEATURES = (
+    "tasks.generation",
+    "tasks.masked_lm",
+    "tasks.classification",
+    "tasks.tagging",
+    "tasks.parsing",
+    "tasks.questions",
+    "tasks.embedding",
+    "lora",
+    "compression",
+    "tuning",
+    "reports",
+    "tracking",
+    "xla",
+    "profiling",
+)
+
+
+@dataclass(frozen=True)
+class Feature:
+    """What a task or an optional feature adds to the core. All names are import paths, imported where they are needed.
+
+    Args:
+        commands: Commands of `python -m lm_lightning`: for the name of each, a module with a `main()` that reads
+            `sys.argv`, and a summary for the help.
+        classes: Modules that are imported before options are parsed. Their classes (of models, data modules, callbacks,
+            loggers, ...) can be chosen by their short names as `class_path`; they may also register names, for example
+            with `lm_lightning.strategies.register`.
+        callbacks: Classes of callbacks that each run has, made without arguments.
+        trainer_settings: Functions that are called with the trainer's settings (a namespace, which they may change)
+            before the trainer is made. They raise `UserError` to refuse settings.
+    """
+
+    commands: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    classes: tuple[str, ...] = ()
+    callbacks: tuple[str, ...] = ()
+    trainer_settings: tuple[str, ...] = ()
+
+
+@functools.cache
+def features() -> dict[str, Feature]:
+    """The features by the names of their packages, in the order of `FEATURES`.
+
+    Raises:
+        UserError: If there is no such package.
+    """
+    found = {}
+    for name in FEATURES:
+        path = f"lm_lightning.{name}"
+        try:
+            found[name] = importlib.import_module(path).FEATURE
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{path}.".startswith(f"{error.name}."):
+                raise
+            raise UserError(
+                f"there is no package {path}, which FEATURES in lm_lightning/features.py lists: remove its line there, "
+                "or restore its folder"
+            ) from error
+        except AttributeError as error:
+            raise UserError(f"{path} has no FEATURE in its __init__.py: see lm_lightning/features.py") from error
+    return found
+
+
+def commands() -> dict[str, tuple[str, str]]:
+    """The commands of all features: module and summary by name."""
+    return {name: command for feature in features().values() for name, command in feature.commands.items()}
+
+
+def import_classes() -> None:
+    """Imports the modules whose classes can be chosen by their short names, and those of the callbacks."""
+    for feature in features().values():
+        for module in (*feature.classes, *(path.rpartition(".")[0] for path in feature.callbacks)):
+            importlib.import_module(module)
+
+
+def callbacks() -> list[Any]:
+    """New callbacks, those that the features add to each run."""
+    return [resolve(path)() for feature in features().values() for path in feature.callbacks]
+
+
+def trainer_settings() -> Iterator[Callable[[Any], None]]:
+    """The functions that check and complete the trainer's settings."""
+    for feature in features().values():
+        yield from map(resolve, feature.trainer_settings)
+
+
+def resolve(path: str) -> Any:
+    """The class or function that an import path names."""
+    return pkgutil.resolve_name(path)

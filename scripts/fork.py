@@ -1,0 +1,380 @@
+"""Makes a project of your own from this template: `python scripts/fork.py ../my_lm --name my_lm --keep gpt,lora`.
+
+The new folder gets the files of the last commit with the package renamed, without the features that are not kept, and a
+git history of its own, whose first commit names the template's commit. `--update` brings later changes of the template
+into such a project, on its branch `template`, to be merged there. See docs/forking.md.
+
+A file belongs to a feature by the table `FEATURES`, a line of any text file by a comment at its end, such as
+`# fork: lora` or `<!-- fork: lora -->`, several lines by such a comment before them and `fork: end` after them, and a
+test by its decorator, such as `@needs("tasks.tagging")`. `fork: tagging, parsing` needs one of both, `fork: template`
+is never kept.
+"""
+
+import argparse
+import ast
+import importlib.util
+import io
+import keyword
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = "lm_lightning"
+
+
+@dataclass(frozen=True)
+class Feature:
+    """What can be removed.
+
+    Attributes:
+        package: Its name below `lm_lightning`; `tests/` has a folder of the same place.
+        summary: What it does, for `--list`.
+        files: Patterns of other files that are of no use without it.
+        extras: Optional dependencies in `pyproject.toml` that nothing else needs.
+        needed_by: Other features; without one of them it goes as well, and it cannot be chosen itself.
+    """
+
+    package: str
+    summary: str
+    files: tuple[str, ...] = ()
+    extras: tuple[str, ...] = ()
+    needed_by: tuple[str, ...] = ()
+
+
+TASKS = ("classification", "tagging", "parsing", "questions", "embedding")
+FEATURES = {
+    "gpt": Feature("tasks.generation", "text generation and chat (GPTs are trained without it, too)"),
+    "bert": Feature("tasks.masked_lm", "pretraining of BERTs", ("configs/bert*", "configs/modernbert*"), ("bert",)),
+    "classification": Feature(
+        "tasks.classification",
+        "labels or numbers of texts and pairs",
+        ("configs/sentiment*", "configs/entailment*", "configs/similarity*"),
+    ),
+    "tagging": Feature("tasks.tagging", "names, parts of speech, roles", ("configs/tagging*", "configs/roles*")),
+    "parsing": Feature("tasks.parsing", "dependency trees", ("configs/parsing*",)),
+    "questions": Feature("tasks.questions", "answers in texts", ("configs/questions*",)),
+    "embedding": Feature(
+        "tasks.embedding",
+        "embeddings and semantic search",
+        ("configs/embedding*", "configs/search.yaml", "docs/search.md"),
+        ("search",),
+    ),
+    "finetuning": Feature("finetuning", "tables of labelled rows", ("docs/finetuning.md",), needed_by=TASKS),
+    "lora": Feature("lora", "LoRA and QLoRA", ("docs/lora.md",), ("lora",)),
+    "compression": Feature(
+        "compression", "quantization, pruning, distillation", ("docs/compression.md",), ("compress",)
+    ),
+    "tuning": Feature(
+        "tuning",
+        "search of hyperparameters, comparison of strategies",
+        ("configs/tuning", "configs/search/", "docs/tuning.md"),
+        ("tune",),
+    ),
+    "reports": Feature("reports", "HTML pages of runs"),
+    "tracking": Feature("tracking", "Weights & Biases", ("configs/callbacks/wandb.yaml", "configs/sweep/"), ("wandb",)),
+    "xla": Feature("xla", "TPUs", ("scripts/test_xla.sh",), ("tpu",)),
+    "profiling": Feature("profiling", "profiles of training steps"),
+}
+CHOICES = [name for name, feature in FEATURES.items() if not feature.needed_by]
+TEMPLATE_ONLY = ("scripts/fork.py", "tests/test_fork.py", "docs/forking.md", "CHANGELOG.md")
+# Files that list packages, one a line: the lines of removed ones go
+LISTS = ("features.py", "pyproject.toml", ".importlinter", "package-data")
+MARKER = re.compile(r"[ \t]*(?:#|<!--) fork: ([a-z, ]+?)(?: -->)?(?= \||$)")
+
+
+class Refusal(Exception):
+    """A user-correctable error, in one sentence."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports an error in one line, as all commands do."""
+
+    def error(self, message: str) -> NoReturn:  # noqa: D102
+        raise Refusal(message)
+
+
+def main() -> None:
+    """Reads the command line and makes or updates a project."""
+    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("folder", nargs="?", type=Path, help="the new project, or with --update an existing one")
+    parser.add_argument("--name", help="the name of its package")
+    parser.add_argument("--keep", help="features to keep, separated by commas; default: all")
+    parser.add_argument("--list", action="store_true", help="print the features and exit")
+    parser.add_argument("--update", action="store_true", help="commit the present template to its branch `template`")
+    try:
+        arguments = parser.parse_args()
+        if arguments.list:
+            print("\n".join(f"{name:16}{FEATURES[name].summary}" for name in CHOICES))
+            return
+        if arguments.folder is None:
+            raise Refusal("the folder of the new project is missing: python scripts/fork.py ../my_lm --name my_lm")
+        if arguments.update:
+            if arguments.name or arguments.keep:
+                raise Refusal("--update keeps the name and the features of the project: omit --name and --keep")
+            update(arguments.folder)
+        else:
+            create(arguments.folder, check_name(arguments.name or arguments.folder.name), arguments.keep)
+    except Refusal as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def create(folder: Path, name: str, keep: str | None) -> None:
+    """Makes a project in a new folder.
+
+    Raises:
+        Refusal: The folder exists, a feature is unknown, or this is no clean checkout of the template.
+    """
+    kept, commit = features(keep), template_commit()
+    if folder.exists():
+        raise Refusal(f"{folder} exists already: choose a new folder")
+    if folder.resolve() == ROOT or ROOT in folder.resolve().parents:
+        raise Refusal(f"{folder} is inside the template: choose a folder beside it, such as ../{name}")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        made = Path(scratch) / "project"
+        write(made, name, kept)
+        git("init", "--quiet", "--initial-branch", "main", at=made)
+        git("add", "--all", at=made)
+        git("commit", "--quiet", "--no-verify", "--message", message(name, keep, commit), at=made)
+        git("branch", "template", at=made)
+        made.rename(folder)
+    removed = [feature for feature in FEATURES if feature not in kept]
+    print(f"{folder}: the package {name}" + (f", without {', '.join(removed)}" if removed else ""))
+    print(f"next: cd {folder} && pip install -e '.[test]' && pytest -n 2")
+
+
+def update(folder: Path) -> None:
+    """Commits what the present template makes of the options of an existing project to its branch `template`.
+
+    Raises:
+        Refusal: The folder is no project that this script has made, or this is no clean checkout of the template.
+    """
+    commit = template_commit()
+    try:
+        # the last template that was merged is an ancestor, on whatever branch
+        parent = git("log", "-1", "--grep", "^Template-Commit: ", "--format=%H", "HEAD", at=folder)
+        body = git("log", "-1", "--format=%B", parent, at=folder) if parent else ""
+    except (subprocess.CalledProcessError, FileNotFoundError, NotADirectoryError):
+        raise Refusal(f"{folder} is not a git repository") from None
+    found = re.search(r"^Template-Options: (.+)$", body, re.M)
+    if not found:
+        raise Refusal(f"{folder} has no commit with a line Template-Options, which scripts/fork.py writes")
+    options = Parser(allow_abbrev=False)
+    options.add_argument("--name", required=True)
+    options.add_argument("--keep")
+    given = options.parse_args(shlex.split(found[1]))
+    with tempfile.TemporaryDirectory() as scratch:
+        made = Path(scratch) / "project"
+        write(made, given.name, features(given.keep))
+        where = {"GIT_DIR": git("rev-parse", "--absolute-git-dir", at=folder), "GIT_WORK_TREE": str(made)}
+        where["GIT_INDEX_FILE"] = str(Path(scratch) / "index")
+        git("add", "--all", at=made, **where)
+        tree = git("write-tree", at=made, **where)
+        if tree == git("rev-parse", f"{parent}^{{tree}}", at=folder):
+            print(f"{folder} has all of the template already")
+            return
+        text = message(given.name, given.keep, commit)
+        new = git("commit-tree", tree, "-p", parent, "-m", text, at=made, **where)
+        git("update-ref", "refs/heads/template", new, at=folder)
+    print(f"next: cd {folder} && git merge template")
+
+
+def message(name: str, keep: str | None, commit: str) -> str:
+    """The message of a commit, which has all that an update needs."""
+    options = f"--name {name}" + (f" --keep {keep.replace(' ', '')}" if keep is not None else "")
+    subject = f"{name}, made from {PACKAGE} {commit[:10]}"
+    return f"{subject}\n\nTemplate-Commit: {commit}\nTemplate-Options: {options}\n"
+
+
+def check_name(name: str) -> str:
+    """The name of a package, if it can be one.
+
+    Raises:
+        Refusal: It is not an identifier, or taken.
+    """
+    if not name.isidentifier() or not name.isascii():
+        raise Refusal(f"the name {name} is not an identifier: use letters, digits and _, such as --name my_lm")
+    if keyword.iskeyword(name) or keyword.issoftkeyword(name):
+        raise Refusal(f"the name {name} is a keyword of Python: choose another --name")
+    sys.path[:] = [entry for entry in sys.path if entry not in ("", str(ROOT), str(ROOT / "scripts"))]
+    if name in sys.stdlib_module_names or importlib.util.find_spec(name) is not None or (ROOT / name).exists():
+        raise Refusal(f"the name {name} belongs to another module or folder: choose another --name")
+    return name
+
+
+def features(keep: str | None) -> list[str]:
+    """The features to keep, and those that these need.
+
+    Raises:
+        Refusal: There is no such feature.
+    """
+    names = CHOICES if keep is None else [name for name in re.split(r"[\s,]+", keep) if name]
+    if unknown := [name for name in names if name not in CHOICES]:
+        raise Refusal(f"there is no feature {unknown[0]}: the features are {', '.join(CHOICES)}")
+    return [name for name, feature in FEATURES.items() if name in names or set(feature.needed_by) & set(names)]
+
+
+def template_commit() -> str:
+    """The commit of the template.
+
+    Raises:
+        Refusal: This is no checkout, or its files are not those of the commit.
+    """
+    try:
+        if Path(git("rev-parse", "--show-toplevel", at=ROOT)).resolve() != ROOT:
+            raise FileNotFoundError
+        commit = git("rev-parse", "HEAD", at=ROOT)
+        changed = git("status", "--porcelain", "--untracked-files=no", at=ROOT)
+    except (subprocess.CalledProcessError, FileNotFoundError):
+        raise Refusal(
+            f"{ROOT} is not a git checkout: clone the template with git, so that updates can follow"
+        ) from None
+    if changed:
+        raise Refusal(f"{changed.split()[1]} has changes that are not committed, and only commits go into the project")
+    return commit
+
+
+def git(*arguments: str, at: Path, **variables: str) -> str:
+    """What a git command prints."""
+    names = {"GIT_AUTHOR_NAME": PACKAGE, "GIT_COMMITTER_NAME": PACKAGE}  # where git knows no user
+    names |= {key.replace("NAME", "EMAIL"): f"{PACKAGE}@localhost" for key in names}
+    known = subprocess.run(["git", "config", "user.email"], cwd=at, capture_output=True).returncode == 0
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
+    environment = clean | ({} if known else names) | variables
+    result = subprocess.run(
+        ["git", *arguments], cwd=at, env=environment, check=True, capture_output=True, encoding="utf-8"
+    )
+    return result.stdout.strip()
+
+
+def write(folder: Path, name: str, kept: list[str]) -> None:
+    """Writes the files of the template's last commit, of what is kept, with another name."""
+    archive = subprocess.run(["git", "archive", "HEAD"], cwd=ROOT, check=True, capture_output=True).stdout
+    removed = [feature for key, feature in FEATURES.items() if key not in kept]
+    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+        for member in tar:
+            if not member.isfile() or not is_kept(member.name, removed):
+                continue
+            content = tar.extractfile(member).read()  # type: ignore[union-attr]
+            place = folder / renamed(member.name, name)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(edited(member.name, content, name, kept, removed))
+            place.chmod(member.mode)
+    tidy(folder)
+
+
+def is_kept(path: str, removed: Iterable[Feature]) -> bool:
+    """Whether a file, whose path is relative to the repository, stays."""
+    if path in TEMPLATE_ONLY:
+        return False
+    for feature in removed:
+        inside = feature.package.replace(".", "/")
+        places = (f"{PACKAGE}/{inside}/", f"tests/{inside}/", *feature.files)
+        if any(path.startswith(place.rstrip("*")) if place[-1] in "*/" else path == place for place in places):
+            return False
+    return True
+
+
+def edited(path: str, content: bytes, name: str, kept: list[str], removed: list[Feature]) -> bytes:
+    """The content of a file in the new project; what is not text stays as it is."""
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError:
+        return content
+    if path == "LICENSE":
+        return content
+    text = "".join(without_marked(text, kept, path))
+    if path.endswith(".py") and path.startswith("tests/"):
+        text = without_tests(text, {feature.package for feature in removed})
+    if Path(path).name in LISTS:
+        packages = "|".join(re.escape(feature.package) for feature in removed) or "(?!)"
+        listed = re.compile(rf"(\b{PACKAGE}\.|[\"'])({packages})\b(?!/)")
+        text = "".join(line for line in text.splitlines(keepends=True) if not listed.search(line))
+    if path == "pyproject.toml":
+        text = without_extras(text, [extra for feature in removed for extra in feature.extras])
+    if path.endswith(".md"):
+        text = re.sub(r"\n{3,}", "\n\n", text)
+    return renamed(text, name).encode("utf-8")
+
+
+def renamed(text: str, name: str) -> str:
+    """A text or path with the name of the new package in all its forms."""
+    dashed, capitals = PACKAGE.replace("_", "-"), PACKAGE.upper()
+    text = text.replace(PACKAGE, name).replace(dashed, name.replace("_", "-"))
+    return text.replace(capitals, name.upper())
+
+
+def without_marked(text: str, kept: list[str], path: str) -> Iterator[str]:
+    """The lines of a text but those that a comment `fork: FEATURE` gives to features that are not kept."""
+    block: bool | None = None  # whether the present block stays, if there is one
+    for number, line in enumerate(text.splitlines(keepends=True), start=1):
+        found = MARKER.search(line.rstrip("\r\n"))
+        if not found:
+            if block is not False:
+                yield line
+            continue
+        names = re.split(r"[ ,]+", found[1])
+        if wrong := set(names) - {*FEATURES, "template", "end"}:
+            raise Refusal(f"{path}, line {number} names the feature {wrong.pop()}, which does not exist")
+        alone = not MARKER.sub("", line).strip()
+        if names == ["end"]:
+            block = None
+        elif alone:
+            block = any(name in kept for name in names)
+        elif block is not False and any(name in kept for name in names):
+            yield MARKER.sub("", line)
+    if block is not None:
+        raise Refusal(f"{path} has a block of a feature without an end")
+
+
+def without_tests(text: str, packages: set[str]) -> str:
+    """The source of a test file without the tests whose decorator `needs` names one of the packages."""
+    lines = text.splitlines(keepends=True)
+    for node in reversed(ast.parse(text).body):
+        calls = [call for call in getattr(node, "decorator_list", []) if isinstance(call, ast.Call)]
+        named = {
+            argument.value
+            for call in calls
+            if isinstance(call.func, ast.Name) and call.func.id == "needs"
+            for argument in call.args
+            if isinstance(argument, ast.Constant)
+        }
+        if named & packages:
+            del lines[node.decorator_list[0].lineno - 1 : node.end_lineno]  # type: ignore[attr-defined]
+    return "".join(lines)
+
+
+def without_extras(text: str, extras: list[str]) -> str:
+    """A pyproject.toml without some of the optional dependencies."""
+    for extra in extras:
+        text = re.sub(rf"^{re.escape(extra)} = \[.*\n", "", text, flags=re.M)
+
+    def others(found: re.Match) -> str:
+        left = [extra for extra in found[1].split(",") if extra not in extras]
+        return f'"{PACKAGE}[{",".join(left)}]",' + found[0].partition(']",')[2] if left else ""
+
+    return re.sub(rf'"{PACKAGE}\[([\w,]+)\]", ?', others, text)
+
+
+def tidy(folder: Path) -> None:
+    """Sorts imports, removes those that nothing uses any more, and wraps lines, if ruff is installed."""
+    if shutil.which("ruff") is None:
+        print("install ruff, so that lines of the new project are wrapped as its checks want them", file=sys.stderr)
+        return
+    for command in (["check", "--fix", "--quiet", "--exit-zero"], ["format", "--quiet"]):
+        subprocess.run(["ruff", *command, "--no-cache", "."], cwd=folder, check=False)
+
+
+if __name__ == "__main__":
+    main()
