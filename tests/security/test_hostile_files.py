@@ -28,7 +28,8 @@ from lm_lightning.data import shards, tokenizer
 from lm_lightning.data.corpus import Corpus
 from lm_lightning.data.tokenizer import Tokenizer
 from lm_lightning.errors import UserError
-from lm_lightning.reports import history, report
+from lm_lightning.reports import history
+from lm_lightning.reports.page import page
 from lm_lightning.tasks.embedding import search
 from lm_lightning.tasks.generation import generate
 from lm_lightning.tasks.generation.generation import Sampling, prompt_ids
@@ -138,16 +139,29 @@ def guard() -> Guard:
     return Guard()
 
 
+def mutations(number: int) -> pytest.MarkDecorator:
+    """As many seeds of mutations, a small part of them in a test that is not slow."""
+    quick = number // 25
+    parts = [range(quick), pytest.param(range(quick, number), marks=pytest.mark.slow)]
+    return pytest.mark.parametrize("seeds", parts, ids=["some", "many"])
+
+
+def half(seeds: range) -> range:
+    return seeds[: len(seeds) // 2]
+
+
 def attack(
-    original: Path, read: Callable[[Path], Any], times: int, guard: Guard, tmp_path: Path, refuses: bool = True
+    original: Path, read: Callable[[Path], Any], seeds: range, guard: Guard, tmp_path: Path, refuses: bool = True
 ) -> None:
-    """Reads copies of a folder, in each of which one file is damaged."""
-    files = sorted(path.relative_to(original) for path in original.rglob("*") if path.is_file())
+    """Reads a copy of a folder, in which each time another file is damaged."""
+    folder = tmp_path / "copy"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(original, folder)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
     refused = 0
-    for number in range(times):
-        folder = tmp_path / "copy"
-        shutil.copytree(original, folder)
-        file = folder / files[number % len(files)]
+    for number in seeds:
+        file = files[number % len(files)]
+        intact = file.read_bytes()
         mutate(file, number)
         try:
             with guard.watch(tmp_path, 10):
@@ -158,8 +172,8 @@ def attack(
         except Exception as error:
             raise AssertionError(f"mutation {number} of {file.name}: {type(error).__name__}: {error}") from error
         assert not guard.harm, (number, file.name, guard.harm)
-        shutil.rmtree(folder)
-    assert refused > times / 20 or not refuses  # else nothing was really damaged
+        file.write_bytes(intact)
+    assert refused > len(seeds) / 20 or not refuses  # else nothing was really damaged
 
 
 @pytest.fixture(scope="module")
@@ -201,31 +215,41 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
-def test_reports_of_damaged_runs(run: Path, guard: Guard, tmp_path: Path):
+@pytest.fixture(scope="module")
+def model(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder as a run has it."""
+    folder = tmp_path_factory.mktemp("models") / "model"
+    folder.mkdir()
+    export.write(load_checkpoint(run / "checkpoints" / "last.ckpt"), run / "tokenizer", folder)
+    return folder
+
+
+@mutations(3000)
+def test_reports_of_damaged_runs(run: Path, guard: Guard, tmp_path: Path, seeds: range):
     original = tmp_path / "run"
     shutil.copytree(run, original, ignore=shutil.ignore_patterns("checkpoints", "tokenizer"))
 
     def read(folder: Path) -> None:
-        page = report.page([history.read(folder)])
-        data = page.split('type="application/json" id="data">')[1].split("</script>")[0]
+        text = page([history.read(folder)])
+        data = text.split('type="application/json" id="data">')[1].split("</script>")[0]
         json.loads(data, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
 
-    attack(original, read, 3000, guard, tmp_path, refuses=False)  # it shows what can be read
+    attack(original, read, seeds, guard, tmp_path, refuses=False)  # it shows what can be read
 
 
-@pytest.mark.slow
-def test_damaged_checkpoints(run: Path, guard: Guard, tmp_path: Path):
+@mutations(2000)
+def test_damaged_checkpoints(run: Path, guard: Guard, tmp_path: Path, seeds: range):
     original = tmp_path / "run"
     shutil.copytree(run / "checkpoints", original)
-    attack(original, lambda folder: load_checkpoint(folder / "last.ckpt"), 2000, guard, tmp_path)
+    attack(original, lambda folder: load_checkpoint(folder / "last.ckpt"), seeds, guard, tmp_path)
 
 
-@pytest.mark.slow
-def test_forged_checkpoints_are_exported_or_refused(run: Path, guard: Guard, tmp_path: Path):
+@mutations(1000)
+def test_forged_checkpoints_are_exported_or_refused(run: Path, model: Path, guard: Guard, tmp_path: Path, seeds: range):
+    assert (model / "config.json").exists()  # exported before, which has imported what writes elsewhere when it is
     saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     refused = 0
-    for number in range(1000):
+    for number in seeds:
         draw = random.Random(number)
         forged = saved | {"network": mutated_json(saved["network"], draw), "state_dict": dict(saved["state_dict"])}
         if draw.random() < 0.3:
@@ -243,16 +267,16 @@ def test_forged_checkpoints_are_exported_or_refused(run: Path, guard: Guard, tmp
             raise AssertionError(f"mutation {number}: {type(error).__name__}: {error}") from error
         assert not guard.harm, (number, guard.harm)
         shutil.rmtree(tmp_path / "model")
-    assert refused > 300
+    assert refused > 0.3 * len(seeds)
 
 
-@pytest.mark.slow
-def test_damaged_tokenizers(run: Path, guard: Guard, tmp_path: Path):
-    attack(run / "tokenizer", lambda folder: tokenizer.load(str(folder)), 600, guard, tmp_path)
+@mutations(600)
+def test_damaged_tokenizers(run: Path, guard: Guard, tmp_path: Path, seeds: range):
+    attack(run / "tokenizer", lambda folder: tokenizer.load(str(folder)), seeds, guard, tmp_path)
 
 
-@pytest.mark.slow
-def test_damaged_shards(guard: Guard, tmp_path: Path):
+@mutations(1500)
+def test_damaged_shards(guard: Guard, tmp_path: Path, seeds: range):
     (tmp_path / "text.txt").write_text("\n\n".join(f"Paragraph {i} of a text." for i in range(60)))
     corpus, options = Corpus(paths=[str(tmp_path / "text.txt")]), Tokenizer(algorithm="bytes", vocab_size=300)
     original = shards.prepare(corpus, options, shards.Layout(), str(tmp_path / "cache")).folder
@@ -262,11 +286,11 @@ def test_damaged_shards(guard: Guard, tmp_path: Path):
         for name in shards.SPLITS:
             shards.open_split(folder, name)
 
-    attack(original, read, 1500, guard, tmp_path)
+    attack(original, read, seeds, guard, tmp_path)
 
 
-@pytest.mark.slow
-def test_damaged_sharded_checkpoints(guard: Guard, tmp_path: Path):
+@mutations(1000)
+def test_damaged_sharded_checkpoints(guard: Guard, tmp_path: Path, seeds: range):
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         weights = {"network.a": torch.arange(6.0).reshape(2, 3), "network.b": torch.ones(4)}
@@ -274,12 +298,12 @@ def test_damaged_sharded_checkpoints(guard: Guard, tmp_path: Path):
         sharded_checkpoint.save(checkpoint, tmp_path / "original" / "last.ckpt")
     finally:
         dist.destroy_process_group()
-    attack(tmp_path / "original" / "last.ckpt", load_checkpoint, 1000, guard, tmp_path)
-    attack(tmp_path / "original" / "last.ckpt", sharded_checkpoint.gather, 500, guard, tmp_path)
+    attack(tmp_path / "original" / "last.ckpt", load_checkpoint, seeds, guard, tmp_path)
+    attack(tmp_path / "original" / "last.ckpt", sharded_checkpoint.gather, half(seeds), guard, tmp_path)
 
 
-@pytest.mark.slow
-def test_damaged_indexes(guard: Guard, tmp_path: Path):
+@mutations(1000)
+def test_damaged_indexes(guard: Guard, tmp_path: Path, seeds: range):
     original = tmp_path / "index"
     (original / "model").mkdir(parents=True)
     np.save(original / "embeddings.npy", np.eye(5, 4, dtype=np.float32))
@@ -294,26 +318,23 @@ def test_damaged_indexes(guard: Guard, tmp_path: Path):
         found = search.read_rows(folder, {0, 3}, len(embeddings))
         assert all(isinstance(row["text"], str) for row in found.values())
 
-    attack(original, read, 1000, guard, tmp_path)
+    attack(original, read, seeds, guard, tmp_path)
 
 
-@pytest.fixture(scope="module")
-def model(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model folder as a run has it."""
-    folder = tmp_path_factory.mktemp("models") / "model"
-    folder.mkdir()
-    export.write(load_checkpoint(run / "checkpoints" / "last.ckpt"), run / "tokenizer", folder)
-    return folder
-
-
-@pytest.mark.slow
-def test_damaged_models(model: Path, guard: Guard, tmp_path: Path):
+@mutations(200)
+def test_damaged_models(model: Path, guard: Guard, tmp_path: Path, seeds: range):
     def read(folder: Path) -> None:
         network, own = generate.load(str(folder), "cpu")
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             ids = prompt_ids(own, "a b")
             generate.stream(network, own, ids, 2, Sampling(greedy=True))
 
-    attack(model, read, 200, guard, tmp_path)
-    attack(model, compressed.load, 200, guard, tmp_path)
-    attack(model, lambda folder: search.embedded("a", str(folder), search.About("", "mean", 8)), 100, guard, tmp_path)
+    attack(model, read, seeds, guard, tmp_path)
+    attack(model, compressed.load, seeds, guard, tmp_path)
+    attack(
+        model,
+        lambda folder: search.embedded("a", str(folder), search.About("", "mean", 8)),
+        half(seeds),
+        guard,
+        tmp_path,
+    )
