@@ -176,6 +176,45 @@ def fit(cli: Callable[..., str], recipe: Path) -> Callable[..., Path]:
     return run
 
 
+@pytest.fixture
+def refused(cli: Callable[..., str]) -> Callable[..., str]:
+    """Runs a command in this process and returns the one sentence with which it refuses its input."""
+    from lm_lightning.errors import UserError
+
+    def run(*args: object) -> str:
+        with pytest.raises(UserError) as error:
+            cli(*args)
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def references() -> dict[tuple[str, ...], Path]:
+    """Run folders by recipe and flags, see `reference`."""
+    return {}
+
+
+@pytest.fixture
+def reference(
+    fit: Callable[..., Path],
+    recipe: Path,
+    references: dict[tuple[str, ...], Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[..., Path]:
+    """As `fit`, but a run that was already trained for another test is taken again: no test may change it."""
+
+    def run(*flags: object) -> Path:
+        own = [line for line in recipe.read_text().splitlines() if not line.startswith("runs_dir: ")]
+        key = (*own, *map(str, flags))
+        if key not in references:
+            references[key] = fit(*flags, "--runs_dir", tmp_path_factory.mktemp("reference"))
+        return references[key]
+
+    return run
+
+
 def evaluation(run: Path, command: str = "predict") -> Path:
     """The folder of the newest evaluation of a run by a subcommand; a folder of an evaluation is itself."""
     if (run / "evaluation.json").exists():

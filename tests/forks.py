@@ -1,10 +1,10 @@
 """Python processes that start at once: forks of two processes that have imported the libraries already.
 
 Most of a command's time is the import of torch, lightning and transformers (5 s). `python("lm_lightning")` gives the
-path of an executable which takes the place of `sys.executable` for `-m lm_lightning ...` and for `processes.py`, and
-`python("transformers")` one for `-c CODE` of a script that must not have imported anything of this project. Whatever
-else they are called with, and wherever an environment variable differs that a library may read when it is imported,
-they start a real Python. So they do on all but Linux, and where there is a GPU, whose driver survives no fork.
+path of an executable which takes the place of `sys.executable` for `-m lm_lightning ...`, torchrun and `processes.py`,
+and `python("transformers")` one for `-c CODE` of a script that must not have imported anything of this project.
+Whatever else they are called with, and wherever an environment variable differs that a library may read when it is
+imported, they start a real Python. So they do on all but Linux, and where there is a GPU: no driver survives a fork.
 
 `python forks.py FOLDER` is the server, which ends when its standard input is closed.
 """
@@ -32,7 +32,8 @@ from types import ModuleType
 from typing import Optional
 
 # What a process reads of its environment when it runs, not when it is imported
-RUNTIME = ("SLURM_", "WANDB_", "MASTER_", "NODE_RANK", "LOCAL_", "RANK", "WORLD_SIZE", "GROUP_RANK", "PL_")
+RUNTIME = ("SLURM_", "WANDB_", "MASTER_", "NODE_RANK", "LOCAL_", "RANK", "WORLD_SIZE", "GROUP_", "PL_")
+RUNTIME += ("ROLE_", "TORCHELASTIC_", "TORCH_NCCL_")
 RUNTIME += ("LM_LIGHTNING_", "PYTEST_", "PYTHONPATH", "OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM")
 RUNTIME += ("PWD", "OLDPWD", "SHLVL", "COLUMNS", "LINES", "_")
 RUNTIME += ("PYTHONIOENCODING", "OPENBLAS_NUM_THREADS")
@@ -124,7 +125,9 @@ class Job:
         kind, what = self.arguments[0], "".join(self.arguments[1:2])
         if parent == "transformers":
             return kind == "-c"
-        return (kind == "-m" and what.split(".")[0] == "lm_lightning") or kind.endswith("/processes.py")
+        return (kind == "-m" and what.startswith(("lm_lightning", "torch.distributed.run"))) or kind.endswith(
+            "/processes.py"
+        )
 
     def enter(self, parent: str) -> None:
         """Becomes a process like one that was just started."""

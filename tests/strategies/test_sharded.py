@@ -51,6 +51,8 @@ NETWORKS = {
     },
 }
 
+SLOW = ("bert", "pairs", "qwen3")
+
 
 def equal(one: object, other: object) -> bool:
     """Whether two checkpoints, or parts of them, hold the same."""
@@ -110,7 +112,7 @@ def commands(recipe, network: str, names: list[str], *flags: object) -> dict[str
     return result
 
 
-@pytest.mark.parametrize("network", ["gpt2", "bert", "pairs", "qwen3"])
+@pytest.mark.parametrize("network", ["gpt2", *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW)])
 def test_every_strategy_has_the_losses_of_one_process(runs, recipe, network: str):
     strategies = ["ddp", "accumulated", "fsdp2", "tp"]
     runs(commands(recipe, network, ["one", *strategies]))
@@ -312,42 +314,52 @@ def test_tampered_table_of_contents_is_not_run(tmp_path: Path):
     assert "this" not in sys.modules, "an import runs code as well"
 
 
-def test_two_nodes_have_the_losses_of_one_process(runs, recipe):
+@pytest.mark.parametrize(
+    ("network", "strategies"),
+    [("gpt2", {"ddp": 1, "hsdp": 1, "tp": 2}), pytest.param("bert", {"hsdp": 1, "tp": 2}, marks=pytest.mark.slow)],
+)
+def test_two_nodes_have_the_losses_of_one_process(runs, recipe, network: str, strategies: dict[str, int]):
     """Data parallel over all, sharded within each node, and tensor parallel within each node and sharded over them."""
     nodes = ("--trainer.num_nodes", 2, "--trainer.devices", 2, "--trainer.val_check_interval", 5)
-    started = {}
-    for network in ("gpt2", "bert"):  # at a start each: torch 2.9 keeps what it knows of the first one's mesh
-        own = commands(recipe, network, ["one"])
-        for name, batch_size in (("ddp", 1), ("hsdp", 1), ("tp", 2)):
-            flags = (*nodes, "--trainer.strategy", name, "--data.batch_size", batch_size)
-            own[f"nodes_{name}_{network}"] = recipe(network, *flags)
-        runs(own)
-        started |= own
-    for name in started:
-        one = f"one_{name.rsplit('_')[-1]}"
-        assert runs.differ(one, name, "step", "train/loss") < 1e-5
-        assert runs.differ(one, name, "step", "train/gradient_norm") < 1e-4
-        assert runs.differ(one, name, "step", "val/loss") < 1e-5
-
-
-def test_options_do_under_sharding_what_they_do_without(runs, recipe):
-    options = {  # with the largest difference of losses
-        "accumulation": (("--data.batch_size", 1, "--trainer.accumulate_grad_batches"), 1e-5),
-        "documents": (("--data.mask_documents", "true"), 1e-5),
-        "checkpointing": (("--model.activation_checkpointing", 2), 1e-5),
-        "muon": (("--model.optimizer", "lm_lightning.optim.MuonAdamW"), 1e-3),  # its iteration is in bf16
-        "bf16": (("--trainer.precision", "bf16-mixed"), 5e-3),
+    one = commands(recipe, network, ["one"])
+    several = {
+        f"nodes_{name}": recipe(network, *nodes, "--trainer.strategy", name, "--data.batch_size", batch_size)
+        for name, batch_size in strategies.items()
     }
+    runs(one | several)
+    for name in several:
+        assert runs.differ(f"one_{network}", name, "step", "train/loss") < 1e-5
+        assert runs.differ(f"one_{network}", name, "step", "train/gradient_norm") < 1e-4
+        assert runs.differ(f"one_{network}", name, "step", "val/loss") < 1e-5
+
+
+OPTIONS = {  # with the largest difference of losses
+    "accumulation": (("--data.batch_size", 1, "--trainer.accumulate_grad_batches"), 1e-5),
+    "documents": (("--data.mask_documents", "true"), 1e-5),
+    "checkpointing": (("--model.activation_checkpointing", 2), 1e-5),
+    "muon": (("--model.optimizer", "lm_lightning.optim.MuonAdamW"), 1e-3),  # its iteration is in bf16
+    "bf16": (("--trainer.precision", "bf16-mixed"), 5e-3),
+}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("accumulation", "muon"), pytest.param(("documents", "checkpointing", "bf16"), marks=pytest.mark.slow)],
+    ids=["some", "others"],
+)
+def test_options_do_under_sharding_what_they_do_without(runs, recipe, options: tuple[str, ...]):
     started = {}
-    for option, (flags, _) in options.items():
+    for option in options:
         for strategy in ("one", "fsdp2", "tp"):
+            flags = OPTIONS[option][0]
             own = (*flags, 2 if strategy == "fsdp2" else 4) if option == "accumulation" else flags
             (command,) = commands(recipe, "gpt2", [strategy], *own, "--trainer.limit_val_batches", 0).values()
             started[f"{strategy}_{option}"] = command
     runs(started)
-    for option, (_, tolerance) in options.items():
+    for option in options:
         for strategy in ("fsdp2", "tp"):
-            assert runs.differ(f"one_{option}", f"{strategy}_{option}", "step", "train/loss") < tolerance, option
+            difference = runs.differ(f"one_{option}", f"{strategy}_{option}", "step", "train/loss")
+            assert difference < OPTIONS[option][1], option
 
 
 def test_sharded_network_generates_predicts_and_is_exported(runs, recipe, cli):
@@ -391,8 +403,9 @@ def test_sharded_network_generates_predicts_and_is_exported(runs, recipe, cli):
 @pytest.mark.parametrize(
     ("network", "states", "others"),
     [
-        ("gpt2", ["one", "ddp", "fsdp2", "folder", "tp", "split"], ["one", "ddp", "fsdp2", "tp"]),
-        ("bert", ["one", "folder", "tp"], ["one", "fsdp2", "split"]),
+        # (data parallel processes write and read the files of one)
+        ("gpt2", ["ddp", "fsdp2", "folder", "tp", "split"], ["one", "fsdp2", "tp"]),
+        ("bert", ["one", "folder"], ["fsdp2", "split"]),
     ],
     ids=["gpt2", "bert"],
 )
@@ -410,7 +423,8 @@ def test_checkpoint_of_any_strategy_goes_on_under_any_other(
         checkpoint = runs.folder / f"{state}_{network}_half" / "checkpoints" / "last.ckpt"
         assert checkpoint.is_dir() == (state in ("folder", "split"))
         checkpoint = checkpoint.rename(runs.folder / f"{state}_{network}.ckpt")  # else it goes on in its own folder
-        goes_on = commands(recipe, network, others, "--model.schedule.shape", "constant", "--ckpt_path", checkpoint)
+        different = [name for name in others if name != state]
+        goes_on = commands(recipe, network, different, "--model.schedule.shape", "constant", "--ckpt_path", checkpoint)
         resumed |= {f"{name}_from_{state}": command for name, command in goes_on.items()}
     runs(resumed)
     expected = runs.log(whole, "step", "train/loss")[5:]
