@@ -28,7 +28,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lm_lightning import features, files, hub, strategies
+from lm_lightning import features, files, hub, strategies, yaml12
 from lm_lightning import run as runs
 from lm_lightning.callbacks.ending import Ending, check_after_validation
 from lm_lightning.callbacks.export import Export, Weights
@@ -384,7 +384,7 @@ class RunFolder(SaveConfigCallback):
         saving.write(self.parser, self.config, config)
         for logger in trainer.loggers:
             if not isinstance(logger, (CSVLogger, TensorBoardLogger)):  # whose files lie beside it
-                logger.log_hyperparams(settings.load(config.read_text(encoding="utf-8")))
+                logger.log_hyperparams(yaml12.load(config.read_text(encoding="utf-8")))
         files.write_text(run / "environment.json", json.dumps(environment(), indent=2))
         files.write_text(run / "data.json", json.dumps(redact(trainer.datamodule.info), indent=2))
         with files.replacing_folder(run / "tokenizer") as folder:

@@ -142,7 +142,7 @@ def config_files(arguments: list[str]) -> list[str]:
 
 def line_of(file: str, option: list[str]) -> Optional[int]:
     """The line of a config file that sets an option; None if there is none."""
-    from lm_lightning.cli.settings import Loader
+    from lm_lightning.yaml12 import Loader
 
     def find(node: yaml.Node, parts: list[str], line: Optional[int]) -> Optional[int]:
         if not parts:
