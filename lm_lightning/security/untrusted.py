@@ -129,7 +129,7 @@ def network_class(name: Any) -> "type[PreTrainedModel]":
 
 
 def refuse_expanding_zip(file: zipfile.ZipFile, what: Path) -> None:
-    """Refuses an archive with compressed members: `torch.save` stores them as they are, so compression can only hide a bomb."""
+    """Refuses an archive with compressed members: `torch.save` compresses nothing."""
     for info in file.infolist():
         if info.compress_type != zipfile.ZIP_STORED or info.file_size > info.compress_size:
             raise UserError(f"{what} has compressed parts, which torch.save never writes: it is not a checkpoint")
