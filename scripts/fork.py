@@ -82,11 +82,11 @@ FEATURES = {
     "tuning": Feature(
         "tuning",
         "search of hyperparameters, comparison of strategies",
-        ("configs/tuning", "configs/search/", "docs/tuning.md"),
+        ("configs/tuning/", "docs/tuning.md"),
         ("tune",),
     ),
     "reports": Feature("reports", "HTML pages of runs", ("docs/images/report.png",)),
-    "tracking": Feature("tracking", "Weights & Biases", ("configs/callbacks/wandb.yaml", "configs/sweep/"), ("wandb",)),
+    "tracking": Feature("tracking", "Weights & Biases", ("configs/tracking/",), ("wandb",)),
     "xla": Feature("xla", "TPUs", ("scripts/test_xla.sh",), ("tpu",)),
     "profiling": Feature("profiling", "profiles of training steps"),
 }

@@ -377,7 +377,7 @@ class TestRefusals:
 
     def test_nothing_to_resume(self, recipe: Path):
         message = refusal(command("fit", "--config", recipe, "--ckpt_path", "last"))
-        assert "no checkpoint to go on from" in message
+        assert "no checkpoint to resume from" in message
 
     def test_unknown_command(self):
         assert "no command trian" in refusal(command("trian"))

@@ -10,8 +10,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 from test_resuming import TINY
 
-from lm_lightning import run as runs
-from lm_lightning.checkpoints.files import Checkpoints
+from lm_lightning.checkpoints.callback import Checkpoints
+from lm_lightning.checkpoints.loading import load_checkpoint
 from lm_lightning.cli import app as command_line
 from lm_lightning.errors import UserError
 from lm_lightning.optim import Schedule
@@ -85,8 +85,8 @@ ELSEWHERE = {
     "another metric begins anew, with its own state": "monitor mode",
     "where training has begun, before the checkpoint": "pretrained unigram_start keep_head lora",
     "part of the fingerprint of the training rows or of the data's identity": "tables columns max_length language "
-    "masking next_sentence kind separator scheme mark overlap max_question retrieval hard_negatives least_score "
-    "greatest_score",
+    "masking next_sentence kind separator scheme mark overlap max_question retrieval hard_negatives min_score "
+    "max_score",
     "of the loss or the evaluation, read anew": "candidates class_weights label_smoothing dropout max_answer threshold "
     "scoring scale pooling",
     "sizes of the network, which a checkpoint does not fit otherwise": "arc_size relation_size",
@@ -191,4 +191,4 @@ def test_other_changed_options_are_refused_and_leave_the_run_as_it_was(fit, corp
         with pytest.raises(UserError, match=message):
             fit(*flags(changes), "--ckpt_path", "last")
         assert {file: file.stat().st_mtime_ns for file in run.rglob("*") if file.is_file()} == before, name
-    assert runs.load_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == 4
+    assert load_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == 4

@@ -25,9 +25,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from lm_lightning import run
 from lm_lightning.checkpoints import sharded as sharded_checkpoint
-from lm_lightning.checkpoints.files import BackgroundCheckpoints
+from lm_lightning.checkpoints.loading import load_checkpoint
+from lm_lightning.checkpoints.plugins import BackgroundCheckpoints
 from lm_lightning.errors import UserError
 from lm_lightning.networks import blocks
 from lm_lightning.strategies import tensor_parallel
@@ -136,7 +136,7 @@ class FSDP2(ModelParallelStrategy):
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: Optional[bool] = None) -> dict[str, Any]:
         path = Path(self.broadcast(checkpoint_path))
-        checkpoint = run.load_checkpoint(path, weights=not path.is_dir(), checked=True)
+        checkpoint = load_checkpoint(path, weights=not path.is_dir(), verified=True)
         self.lightning_module.on_load_checkpoint(checkpoint)  # refuses another network, before its weights are loaded
         optimizer = self.optimizers[0] if self.optimizers else None
         state: Any
