@@ -113,7 +113,7 @@ class Reader:
             else:
                 arguments.append(self.known.get(word, word))
         out = self.run(*arguments)
-        if arguments[0] == "fit":
+        if arguments[0] == "fit" and "--print_config" not in arguments:
             folder = Path(re.search(r"^run folder: (.*)$", out, re.M)[1])  # type: ignore[index]
             self.fitted.append(folder)
             assert self.logged("val/loss") and all(map(math.isfinite, self.logged("val/loss")))
