@@ -15,6 +15,8 @@ from forks import python
 ROOT = Path(__file__).parent.parent  # of the repository
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "true"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the networks are tiny, and several processes run at a time
+os.fsync = lambda file: None  # no test cuts the power
 
 WORDS = {
     "subject": ["the old captain", "a small girl", "my neighbour", "the river", "every student", "our cat"],
