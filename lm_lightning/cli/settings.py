@@ -13,14 +13,13 @@ from lm_lightning.cli.explain import flags_of
 from lm_lightning.console import printable
 from lm_lightning.errors import UserError, first_process
 from lm_lightning.security.redaction import remember
-from lm_lightning.yaml12 import LARGEST, dump, load, problem
+from lm_lightning.yaml_text import LARGEST, dump, explain_error, load
 
 SECTIONS = ("model", "data", "trainer", "best", "last")
 KINDS = ("class_path", "model_type")  # what else a mapping has belongs to the value of these
 SPEC = {"class_path", "init_args", "dict_kwargs"}
 
-
-set_loader("yaml", load, (yaml.YAMLError,))  # of the values of flags, too
+set_loader("yaml", load, (yaml.YAMLError,))  # for the values of flags, too
 set_dumper("yaml", dump)
 
 
@@ -76,9 +75,9 @@ def read(file: str) -> dict[str, Any]:
         content = load(path.read_text(encoding="utf-8-sig"))
         remember(content)
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"the config {file} cannot be read: it is no text in UTF-8 ({error})") from error
+        raise UserError(f"the config {file} cannot be read: it is not text in UTF-8 ({error})") from error
     except yaml.YAMLError as error:
-        raise UserError(f"{file}{problem(error)}") from error
+        raise UserError(f"{file}{explain_error(error)}") from error
     if content is None:
         raise UserError(f"the config {file} is empty")
     if not isinstance(content, dict):

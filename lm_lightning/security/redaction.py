@@ -137,7 +137,7 @@ def parsed(text: str) -> Any:
         return json.loads(text)
     import yaml  # (only here, as this module is imported by each start)
 
-    from lm_lightning.yaml12 import load
+    from lm_lightning.yaml_text import load
 
     with contextlib.suppress(yaml.YAMLError):
         return load(text)

@@ -1,4 +1,4 @@
-"""YAML 1.2, read with limits: text in, plain values out."""
+"""YAML 1.2: reads and writes it, and limits the size of what it reads, so that no file can exhaust the memory."""
 
 import re
 from typing import Any, Optional
@@ -43,7 +43,7 @@ def load(text: str) -> Any:
     """The value of a YAML text.
 
     Raises:
-        yaml.YAMLError: If it is not YAML, has a key twice, is nested too deeply, or its aliases expand to too much.
+        yaml.YAMLError: If it is not YAML, has a key twice, is nested too deeply, or its aliases expand too far.
     """
     loader = Loader(text)
     try:
@@ -60,7 +60,7 @@ def load(text: str) -> Any:
 
 
 class Dumper(yaml.SafeDumper):
-    """Puts text in quotes that this loader or one of YAML 1.1 would not read as text."""
+    """Puts text in quotes that this loader or one of YAML 1.1 would read as something else."""
 
 
 for _letter, _patterns in Loader.yaml_implicit_resolvers.items():
@@ -74,11 +74,11 @@ def dump(value: Any) -> str:
 
 
 def refuse_expanding(root: yaml.Node) -> None:
-    """Refuses deep nesting, aliases that refer to a value that contains them, and aliases that expand to too much.
+    """Refuses aliases that refer to themselves or that expand to much more than the text, and deep nesting.
 
-    Otherwise a few lines could be a list of billions, or one without an end.
+    A few lines could otherwise be a list of billions, or an endless one.
     """
-    # Of each node its size, written out, and its depth; None while its parts are counted.
+    # Size (with aliases written out) and depth of each node; None while its parts are counted
     known: dict[int, Optional[tuple[int, int]]] = {}
     waiting = [(root, False)]
     while waiting:
@@ -107,7 +107,7 @@ def refuse_expanding(root: yaml.Node) -> None:
 
 
 def refuse_duplicates(node: yaml.Node) -> None:
-    """Refuses a mapping that has a key twice, of which YAML would keep the last."""
+    """Refuses a mapping that has a key twice, of which the YAML library would keep the last."""
     waiting, done = [node], set[int]()
     while waiting:
         node = waiting.pop()
@@ -129,9 +129,9 @@ def refuse_duplicates(node: yaml.Node) -> None:
             waiting.append(value)
 
 
-def problem(error: yaml.YAMLError) -> str:
-    """Where and why a text is not YAML, in words."""
-    mark, reason = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
+def explain_error(error: yaml.YAMLError) -> str:
+    """Where and why a text is not YAML, in plain words, to be put after the name of its file."""
+    mark, text = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
     advice = {
         "cannot start any token": "a value or key begins with a character that YAML reserves, or a line with a tab: "
         "indent with spaces, and put such values in quotes",
@@ -144,5 +144,5 @@ def problem(error: yaml.YAMLError) -> str:
         "unacceptable character": "there is a control character in it: is it a text file?",
         "control characters": "there is a control character in it: is it a text file?",
     }
-    words = next((words for part, words in advice.items() if part in str(error)), reason)
+    words = next((words for part, words in advice.items() if part in str(error)), text)
     return (f", line {mark.line + 1}" if mark else "") + f": {words}"
