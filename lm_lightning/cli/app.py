@@ -28,7 +28,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lm_lightning import features, files, hub, strategies
+from lm_lightning import features, files, hub, strategies, yaml_text
 from lm_lightning import run as runs
 from lm_lightning.callbacks.ending import Ending, check_after_validation
 from lm_lightning.callbacks.export import Export, Weights
@@ -130,6 +130,7 @@ class CLI(LightningCLI):
             logging.getLogger(library).setLevel(logging.WARNING)  # of what they report, we tell what matters
         for message in EXPECTED_WARNINGS:
             warnings.filterwarnings("ignore", message=message)
+        self.command = next(iter(sys.argv[1:] if args is None else args if isinstance(args, list) else []), None)
         super().__init__(
             LanguageModule,
             LightningDataModule,
@@ -142,8 +143,13 @@ class CLI(LightningCLI):
             auto_configure_optimizers=False,
             parser_class=OptionParser,
             parser_kwargs={"prog": explain.program(), "exit_on_error": False, "formatter_class": guide.Help}
-            | guide.of_commands(LanguageModule, LightningDataModule),
+            | guide.of_commands(self.subcommands(), LanguageModule, LightningDataModule),
         )
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """Only the one that is run, if it is known already: a parser has hundreds of options and is slow to make."""
+        every = super().subcommands()
+        return {name: every[name] for name in every if self.command is None or name == self.command} or every
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
@@ -384,7 +390,7 @@ class RunFolder(SaveConfigCallback):
         saving.write(self.parser, self.config, config)
         for logger in trainer.loggers:
             if not isinstance(logger, (CSVLogger, TensorBoardLogger)):  # whose files lie beside it
-                logger.log_hyperparams(settings.load(config.read_text(encoding="utf-8")))
+                logger.log_hyperparams(yaml_text.load(config.read_text(encoding="utf-8")))
         files.write_text(run / "environment.json", json.dumps(environment(), indent=2))
         files.write_text(run / "data.json", json.dumps(redact(trainer.datamodule.info), indent=2))
         with files.replacing_folder(run / "tokenizer") as folder:

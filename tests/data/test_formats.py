@@ -8,7 +8,8 @@ import pytest
 from lm_lightning.data.corpus import Corpus
 from lm_lightning.data.corpus import read as read_corpus
 from lm_lightning.errors import UserError
-from lm_lightning.finetuning.data import Tables, of_files
+from lm_lightning.finetuning.tables import Tables, read_files
+from lm_lightning.tasks.questions.data import QuestionData
 
 
 def write(path: Path, data: str | bytes) -> Path:
@@ -18,7 +19,8 @@ def write(path: Path, data: str | bytes) -> Path:
 
 def table(path: Path, **options) -> list[tuple[int, dict]]:
     """The rows of a table with the numbers of their lines."""
-    return [(int(row.where.rsplit(":", 1)[1]), dict(row)) for row in of_files(str(path), Tables(**options))]
+    rows = read_files(str(path), Tables(**options), QuestionData.formats)
+    return [(int(row.where.rsplit(":", 1)[1]), dict(row)) for row in rows]
 
 
 def texts(path: Path, **options) -> list[str]:
@@ -71,7 +73,7 @@ def test_other_delimiters_of_a_csv_file_are_detected_and_reported(tmp_path: Path
 
 def test_a_delimiter_that_cannot_be_detected_is_named(tmp_path: Path):
     path = write(tmp_path / "a.csv", "text;a,b;label\nx;1,2;y\n")
-    (row,) = of_files(str(path), Tables())
+    (row,) = read_files(str(path), Tables())
     with pytest.raises(UserError, match="no column 'text'; .* if ';' separates .* give --data.tables.delimiter ';'"):
         row.text("text")
     with pytest.raises(UserError, match="if ';' separates .* give --data.corpus.delimiter ';'"):
