@@ -76,6 +76,7 @@ class CLI(LightningCLI):
             logging.getLogger(library).setLevel(logging.WARNING)  # we print what matters of their reports
         for message in EXPECTED_WARNINGS:
             warnings.filterwarnings("ignore", message=message)
+        self.command = next(iter(sys.argv[1:] if args is None else args if isinstance(args, list) else []), None)
         super().__init__(
             LanguageModule,
             LightningDataModule,
@@ -88,8 +89,13 @@ class CLI(LightningCLI):
             auto_configure_optimizers=False,
             parser_class=OptionParser,
             parser_kwargs={"prog": explain.program(), "exit_on_error": False, "formatter_class": guide.Help}
-            | guide.of_commands(LanguageModule, LightningDataModule),
+            | guide.of_commands(self.subcommands(), LanguageModule, LightningDataModule),
         )
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """Only the one that is run, if it is known already: a parser has hundreds of options and is slow to make."""
+        every = super().subcommands()
+        return {name: every[name] for name in every if self.command is None or name == self.command} or every
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         add_options(parser)

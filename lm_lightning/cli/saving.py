@@ -67,10 +67,10 @@ def refusal(names: list[tuple], reason: str) -> UserError:
 
 
 def dumped(parser: LightningArgumentParser, config: Any) -> str:
-    """The config as YAML, as it is saved."""
+    """The config as YAML, as it is saved; it was validated when it was parsed."""
     with warnings.catch_warnings():  # of what is checked here
         warnings.simplefilter("ignore")
-        return parser.dump(config, skip_unset=False)
+        return parser.dump(config, skip_unset=False, skip_validation=True)
 
 
 def leaves(value: Any, name: tuple = ()) -> Iterator[tuple[tuple, Any]]:
