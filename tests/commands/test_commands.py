@@ -10,6 +10,7 @@ import torch
 import yaml
 from conftest import command, evaluation, refusal
 
+from lm_lightning.__main__ import CORE, commands
 from lm_lightning.errors import UserError
 
 
@@ -27,7 +28,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, corpus_file: Path, cache_dir: 
 
 
 @pytest.mark.parametrize(
-    "name", ["--help", "prepare --help", "generate --help", "export --help", "verify --help", "report --help"]
+    "name", ["--help", *(f"{n} --help" for n, (module, _) in sorted(commands().items()) if module != CORE["fit"][0])]
 )
 def test_help_of_commands_that_do_not_train_imports_no_heavy_library(name: str):
     script = (
