@@ -287,3 +287,16 @@ def test_two_processes_of_a_refused_run_leave_no_folder(recipe: Path):
     flags = ("--trainer.strategy", "ddp", "--trainer.devices", 2, "--data.block_size", 128)
     assert "positions for 64" in refusal(command("fit", "--config", recipe, *flags))
     assert not (recipe.parent / "runs").exists()
+
+
+def test_an_evaluation_reads_each_checkpoint_once_and_lightning_the_chosen_one_again(trained, cli, monkeypatch):
+    _, run, _ = trained("gpt")
+    loaded, load = [], torch.load
+
+    def counting(file: Any, *args: Any, **settings: Any) -> Any:
+        loaded.append(Path(getattr(file, "name", file)).name)
+        return load(file, *args, **settings)
+
+    monkeypatch.setattr(torch, "load", counting)
+    cli("validate", run, "--ckpt_path", "last", "--trainer.limit_val_batches", 1)
+    assert sorted(loaded) == ["best.ckpt", "last.ckpt", "last.ckpt"]
