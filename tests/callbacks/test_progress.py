@@ -11,7 +11,7 @@ import termios
 from pathlib import Path
 
 import pytest
-from conftest import command
+from conftest import command, needs
 
 LINE = re.compile(r"train (\d+)/10 \d+%, \d\d:\d\d left, +[\d.]+(?: steps/s|s/ steps)")
 
@@ -40,9 +40,10 @@ def in_a_terminal(columns: int, *args: object) -> str:
     return output.decode()
 
 
+@needs("tasks.generation")
 @pytest.mark.parametrize("columns", [80, 40, 0])
 def test_a_terminal_shows_speed_and_time_left(recipe: Path, columns: int):
-    flags = "--trainer.callbacks+=lm_lightning.tasks.generation.samples.Samples"
+    flags = ("--trainer.callbacks+=lm_lightning.tasks.generation.samples.Samples",)
     output = in_a_terminal(columns, "fit", "--config", recipe, *flags)
     updates = [part.strip("\n") for part in re.split(r"\r\n|\r", output) if part.strip("\n").startswith("train ")]
     assert all(len(line.rstrip()) <= (columns or 80) for line in updates if line.startswith("train "))

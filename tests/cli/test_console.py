@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import command
+from conftest import command, needs
 from interrupts import ended_by_interrupt, interrupt, interrupt_at_any_time
 
 from lm_lightning.console import printable
@@ -25,6 +25,7 @@ runpy.run_module("lm_lightning", run_name="__main__", alter_sys=True)
 """
 
 
+@needs("tasks.generation")
 def test_console_without_the_characters_of_a_sample_does_not_end_training(recipe: Path, tmp_path: Path):
     prompt = "Tür 漢字 \x1b[31m\x9b"
     samples = {"class_path": "lm_lightning.tasks.generation.samples.Samples", "init_args": {"prompts": [prompt]}}
@@ -82,6 +83,7 @@ def long_model(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@needs("tasks.generation")
 def test_interrupt_ends_generate(long_model: Path):
     args = ["generate", long_model, "--prompt", "begin", "--max_new_tokens", 50_000]
     status, errors, _ = interrupt(args, lambda output, _: len(output) > 10)
