@@ -1,7 +1,7 @@
-"""`prepare`: a corpus in, shards and a look at them out."""
+"""`prepare`: tokenizes a corpus and prints statistics or samples of it."""
 
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Optional
 
 from lm_lightning.console import printable
 from lm_lightning.data.corpus import Corpus
@@ -9,8 +9,8 @@ from lm_lightning.data.tokenizer import Tokenizer
 from lm_lightning.errors import UserError
 
 if TYPE_CHECKING:
-    from lm_lightning.data.shards import Prepared
-    from lm_lightning.tasks.masked_lm.data import MaskedData
+    from lm_lightning.data.pretraining import PretrainingData
+    from lm_lightning.data.shards import Packing, Prepared
 
 
 def prepare(
@@ -22,7 +22,7 @@ def prepare(
 ) -> None:
     """Tokenizes a corpus, so that a run that uses it starts at once, and prints what is in it.
 
-    `--config` takes a recipe; of it, the options of the data are used.
+    `--config` is a config of fit, of which the data section is used.
 
     Args:
         corpus: Where the documents come from.
@@ -31,41 +31,39 @@ def prepare(
         cache_dir: Folder that keeps trained tokenizers and tokenized corpora.
         show: Training samples (numbers of blocks) to print, as messages and logs name them.
     """
-    from lm_lightning.data.shards import Layout
+    from lm_lightning.data.shards import Layout, Packing
     from lm_lightning.data.shards import prepare as prepare_shards
 
     if block_size < 1:
         raise UserError(f"data.block_size is {block_size}, but must be 1 or more")
-    prepared = prepare_shards(corpus, tokenizer, Layout(), cache_dir)
-    if show:
-        show_samples(prepared, block_size, show)
-    else:
-        count(prepared, block_size, left_out=1)
+    report(prepare_shards(corpus, tokenizer, Layout(), cache_dir), Packing(block_size, context=1), show)
 
 
-def prepare_masked(data: "MaskedData", show: list[int]) -> None:
-    """The same for a BERT, whose samples are shown with nothing hidden."""
+def prepare_data(data: "PretrainingData", show: list[int]) -> None:
+    """As `prepare`, for a data module of another class."""
     from lm_lightning.data.shards import prepare as prepare_shards
 
     data.check()
     prepared = prepare_shards(data.corpus, data.tokenizer_options, data.layout(), data.cache_dir)
-    room = data.room(prepared.tokenizer)
-    if not show:
-        return count(prepared, room, left_out=0, full=() if data.next_sentence else ("train",))
-    if data.next_sentence:
-        print("of a pair: where its first segment is; the second one may be of any document, and is another each epoch")
-    show_samples(prepared, room, show)
+    report(prepared, data.packing(prepared.tokenizer), show)
 
 
-def show_samples(prepared: "Prepared", size: int, show: list[int]) -> None:
-    """Prints training samples.
+def report(prepared: "Prepared", packing: "Packing", show: list[int]) -> None:
+    """Prints statistics of a corpus, or training samples.
 
     Args:
         prepared: The corpus.
-        size: Tokens of a sample.
-        show: Their numbers.
+        packing: How its tokens are cut into samples.
+        show: Numbers of samples.
+
+    Raises:
+        UserError: If there is no such sample.
     """
-    tokens = prepared.split("train").tokens
+    if not show:
+        return print_statistics(prepared, packing)
+    if packing.note:
+        print(packing.note)
+    tokens, size = prepared.split("train").tokens, packing.size
     for sample in show:
         text = tokens[sample * size : (sample + 1) * size]
         if len(text) == 0 or sample < 0:
@@ -73,15 +71,8 @@ def show_samples(prepared: "Prepared", size: int, show: list[int]) -> None:
         print(f"--- sample {sample}\n{printable(prepared.tokenizer.decode(text))}")
 
 
-def count(prepared: "Prepared", size: int, left_out: int, full: tuple[str, ...] = ("train",)) -> None:
-    """Prints what is in the splits.
-
-    Args:
-        prepared: The corpus.
-        size: Tokens of a sample.
-        left_out: Tokens at the beginning that are no targets.
-        full: Splits without a sample at their end that is not full.
-    """
+def print_statistics(prepared: "Prepared", packing: "Packing") -> None:
+    """Prints the sizes of the splits."""
     from lm_lightning.data.shards import SPLITS
 
     print(
@@ -89,8 +80,8 @@ def count(prepared: "Prepared", size: int, left_out: int, full: tuple[str, ...] 
     )
     for name in SPLITS:
         counts = prepared.info["splits"][name]
-        targets = max(0, counts["tokens"] - left_out)
-        blocks = targets // size if name in full else -(-targets // size)  # as `fit` takes them
+        targets = max(0, counts["tokens"] - packing.context)
+        blocks = targets // packing.size if name in packing.full else -(-targets // packing.size)
         unknown = prepared.about_unknown(name)
         print(
             f"{name:12}{counts['documents']:12,}{counts['tokens']:14,}{counts['bytes']:14,}"
@@ -101,48 +92,65 @@ def count(prepared: "Prepared", size: int, left_out: int, full: tuple[str, ...] 
 
 
 def main() -> None:
-    """Reads the command line: `--config` as `fit` takes it, of which the options of the data count, and flags."""
+    """Reads the command line: `--config` as for `fit`, of which the data section is used, and flags."""
     from lm_lightning.cli import command, settings
 
     recipe, files, rest = settings.layered(sys.argv[2:])
     parser = command.parser_of(prepare, options=False)
-    parser.add_argument("-c", "--config", type=str, help="Recipe as for fit; of it, the options of the data count.")
+    parser.add_argument("-c", "--config", type=str, help="Config as for fit, of which the data section is used.")
     parser.add_argument("--show", type=int, nargs="+", default=[], help="Training samples to print, by their numbers.")
-    kind, section = data_section(recipe, " and ".join(files))
-    masked = kind == "MaskedData"
-    if masked:
-        from lm_lightning.tasks.masked_lm.data import MaskedData  # not before it is needed: it takes seconds
-
-        added = parser.add_class_arguments(MaskedData, "data")
-    else:
+    data_class, section = data_section(recipe, " and ".join(files))
+    if data_class is None:
         added = parser.add_function_arguments(prepare, "data", skip={"show"})
+    else:
+        added = parser.add_class_arguments(data_class, "data")
     options = {name.removeprefix("data.") for name in added}
     for name, value in section.items():
         if name in options:
             try:
                 parser.set_defaults({f"data.{name}": value})
             except KeyError as error:
-                raise UserError(f"{', '.join(files)}: data.{name} has an option that is not known: {error}") from error
+                raise UserError(f"{', '.join(files)}: data.{name} has an unknown option: {error}") from error
     given = parser.instantiate_classes(parser.parse_args(rest))
-    if masked:
-        prepare_masked(given.data, given.show)
-    else:
+    if data_class is None:
         prepare(**vars(given.data), show=given.show)
+    else:
+        prepare_data(given.data, given.show)
 
 
-def data_section(recipe: dict[str, Any], files: str) -> tuple[str, dict[str, Any]]:
-    """The class of the data in a recipe, "" if it says none, and its options.
+def data_section(recipe: dict[str, Any], files: str) -> tuple[Optional[type], dict[str, Any]]:
+    """The class of the data in a config and its options; None for PretrainingData itself.
 
     Args:
-        recipe: Its options.
-        files: Where they are from, for messages.
+        recipe: Options of the config.
+        files: Its files, for messages.
+
+    Raises:
+        UserError: If it is of a class whose data is not a corpus.
     """
     data = recipe.get("data") or {}
     if not isinstance(data, dict):
-        raise UserError(f"{files} is no recipe: its data section has no options by name")
-    kind = str(data.get("class_path", "")).rpartition(".")[2]
-    if kind not in ("", "PretrainingData", "MaskedData"):  # its documents become other tokens than would be shown here
+        raise UserError(f"the data section of {files} must have options by name, such as `block_size: 256`")
+    path = str(data.get("class_path", ""))
+    options = data.get("init_args") or {name: value for name, value in data.items() if name != "class_path"}
+    return None if path.rpartition(".")[2] in ("", "PretrainingData") else find_class(path, files), options
+
+
+def find_class(path: str, files: str) -> type:
+    """The subclass of PretrainingData with an import path or a short name.
+
+    Raises:
+        UserError: If there is none.
+    """
+    from lm_lightning import features  # not before they are needed: these imports take seconds
+    from lm_lightning.cli import explain
+    from lm_lightning.data.pretraining import PretrainingData
+    from lm_lightning.security import imports
+
+    features.import_classes()
+    found = imports.locate(path) if "." in path else explain.subclasses(PretrainingData).get(path)
+    if not isinstance(found, type) or not issubclass(found, PretrainingData):
         raise UserError(
-            f"{files} takes its data from {kind}, which prepare does not know yet: `fit` tokenizes it itself"
+            f"prepare supports data of PretrainingData and its subclasses, but {files} has {path}: `fit` prepares it"
         )
-    return kind, data.get("init_args") or {name: value for name, value in data.items() if name != "class_path"}
+    return found

@@ -6,7 +6,7 @@ and every token of the split is a target once. Nothing is padded.
 """
 
 import os
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 import numpy as np
 import torch
@@ -18,6 +18,9 @@ from lm_lightning.data.order import PADDING, samples_at
 from lm_lightning.data.stream import StreamData
 from lm_lightning.data.tokenizer import Tokenizer
 from lm_lightning.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 class Blocks(Dataset):
@@ -110,6 +113,10 @@ class PretrainingData(StreamData):
     def layout(self) -> shards.Layout:
         """How documents become tokens."""
         return shards.Layout("gpt")
+
+    def packing(self, tokenizer: "PreTrainedTokenizerFast") -> shards.Packing:
+        """How tokens become samples."""
+        return shards.Packing(self.block_size, context=1)
 
     def check(self) -> None:
         """Refuses sizes that mean nothing."""

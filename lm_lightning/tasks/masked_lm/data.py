@@ -197,6 +197,12 @@ class MaskedData(PretrainingData):
     def layout(self) -> shards.Layout:
         return shards.Layout("bert", self.language if self.next_sentence else None, self.masking.unit == "space")
 
+    def packing(self, tokenizer: "PreTrainedTokenizerFast") -> shards.Packing:
+        if not self.next_sentence:
+            return shards.Packing(self.block_size)
+        note = "first segments of pairs; the second segment may be of any document, and changes with each epoch"
+        return shards.Packing(self.room(tokenizer), full=(), note=note)
+
     def samples(self, split: str) -> MaskedBlocks | MaskedPairs:
         masker = Masker(self.masking, self.tokenizer, self.block_size)
         seed = self.seed if split == "train" else None
