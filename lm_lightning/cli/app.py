@@ -1,10 +1,8 @@
 """`fit`, `validate`, `test` and `predict`: a LightningCLI that runs in a run folder."""
 
 import linecache
-import logging
 import sys
 import traceback
-import warnings
 from argparse import ArgumentError
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +16,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lm_lightning import features, files, hub, strategies
+from lm_lightning import features, files, strategies
 from lm_lightning import run as runs
 from lm_lightning.callbacks.ending import Ending, check_after_validation
 from lm_lightning.callbacks.export import Export
@@ -37,6 +35,8 @@ from lm_lightning.cli import checks, defaults, evaluation, explain, guide, savin
 from lm_lightning.cli.defaults import as_list
 from lm_lightning.cli.options import TRAINER_DEFAULTS, OptionParser, add_options
 from lm_lightning.cli.run_folder import RunFolder
+from lm_lightning.compat.lightning import hide_expected_warnings, subcommand_parser
+from lm_lightning.compat.transformers import hide_load_report
 from lm_lightning.console import printable
 from lm_lightning.data.pretraining import PretrainingData  # noqa: F401
 from lm_lightning.errors import UserError, of_instance
@@ -46,20 +46,6 @@ from lm_lightning.security import imports, untrusted
 from lm_lightning.security.redaction import REDACTED, find_redacted
 
 features.import_classes()  # here, not in a function, since Ctrl-C is handled differently once the command runs
-
-EXPECTED_WARNINGS = (
-    "Experiment logs directory",  # MetricsFile appends to it
-    "Checkpoint directory .* exists and is not empty",  # as it should be in a resumed run
-    "You're resuming from a checkpoint that ended before the epoch ended",  # the order of samples is resumed, too
-    "The '.*_dataloader' does not have many workers",  # blocks come from a memory map
-    "`isinstance\\(treespec, LeafSpec\\)` is deprecated",
-    "The dirpath has changed",  # an earlier state is resumed in another folder
-    "It is recommended to use `self.log",  # what is logged is the same on all ranks
-    "Metric `SpearmanCorrcoef` will save all",  # as many numbers as there are rows
-    "LightningCLI's args parameter is intended",  # commands pass it
-    "The number of training batches .* is smaller than the logging interval",  # steps are logged across epochs
-    "You are using a custom batch sampler",  # SequentialBatches omits no sample
-)
 
 
 class CLI(LightningCLI):
@@ -71,11 +57,8 @@ class CLI(LightningCLI):
     """
 
     def __init__(self, args: Optional[list[str]] = None, callbacks: Sequence[Callback] = ()) -> None:
-        hub.quiet()
-        for library in ("lightning.pytorch", "lightning.fabric"):
-            logging.getLogger(library).setLevel(logging.WARNING)  # we print what matters of their reports
-        for message in EXPECTED_WARNINGS:
-            warnings.filterwarnings("ignore", message=message)
+        hide_load_report()
+        hide_expected_warnings()
         self.command = next(iter(sys.argv[1:] if args is None else args if isinstance(args, list) else []), None)
         super().__init__(
             LanguageModule,
@@ -150,7 +133,7 @@ class CLI(LightningCLI):
             raise UserError(f"an option's value cannot be read: {error}") from error
         except ArgumentError as error:
             imports.check()
-            names = explain.flags_of(self._parser(arguments[0]))
+            names = explain.flags_of(subcommand_parser(self, arguments[0]))
             for section in ("model", "data"):
                 names += explain.options_of(chosen_class(section, options, flags), section)
             raise explain.of_command_line(error, arguments, names) from error
@@ -173,7 +156,7 @@ class CLI(LightningCLI):
             run = self.resumed_run(config)
         else:
             weights = self.evaluated_weights(config)
-        defaults.complete(config, self.subcommand, self._parser(self.subcommand).get_defaults())
+        defaults.complete(config, self.subcommand, subcommand_parser(self, self.subcommand).get_defaults())
         if missing := sorted(set(find_redacted(config.as_dict()))):
             raise UserError(
                 f"the config has {REDACTED} in the place of {', '.join(missing)}, as secrets are not saved: give "
@@ -183,11 +166,13 @@ class CLI(LightningCLI):
         self.reusable_config = config.clone()  # with `<run>` in it, so that it can be run again
         if self.subcommand == "fit":
             self.reusable_config.ckpt_path = None
-            self.reusable_config = saving.checked(self._parser("fit"), self.reusable_config)
+            self.reusable_config = saving.checked(subcommand_parser(self, "fit"), self.reusable_config)
             self.run_folder = run or runs.new_run(runs.experiment_folder(config.runs_dir, config.name))
         else:
             self.run_folder = self.evaluation_folder(config, run)
-        self.record = evaluation.Evaluation(self._parser(self.subcommand), self.reusable_config, run, weights)
+        self.record = evaluation.Evaluation(
+            subcommand_parser(self, self.subcommand), self.reusable_config, run, weights
+        )
         defaults.count_micro_batches(config.trainer)
         self.config[self.subcommand] = defaults.fill_in(config, str(self.run_folder))
 

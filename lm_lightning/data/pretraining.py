@@ -6,21 +6,19 @@ and every token of the split is a target once. Nothing is padded.
 """
 
 import os
-from typing import TYPE_CHECKING, Any, Optional
+from collections.abc import Sequence
+from typing import Any, Optional
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from lm_lightning.data import shards
+from lm_lightning.data import inspection, shards
 from lm_lightning.data.corpus import Corpus
 from lm_lightning.data.order import PADDING, samples_at
 from lm_lightning.data.stream import StreamData
 from lm_lightning.data.tokenizer import Tokenizer
 from lm_lightning.errors import UserError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 
 class Blocks(Dataset):
@@ -114,10 +112,6 @@ class PretrainingData(StreamData):
         """How documents become tokens."""
         return shards.Layout("gpt")
 
-    def packing(self, tokenizer: "PreTrainedTokenizerFast") -> shards.Packing:
-        """How tokens become samples."""
-        return shards.Packing(self.block_size, context=1)
-
     def check(self) -> None:
         """Refuses sizes that mean nothing."""
         for name, least in (("block_size", 1), ("batch_size", 1), ("num_workers", 0)):
@@ -127,6 +121,18 @@ class PretrainingData(StreamData):
     def prepare_data(self) -> None:
         self.check()
         shards.prepare(self.corpus, self.tokenizer_options, self.layout(), self.cache_dir)
+
+    def prepare_corpus(self, show: Sequence[int] = ()) -> None:
+        """Tokenizes the corpus, and prints what is in it or, if there are any to `show`, training samples by number.
+
+        The command `prepare` calls it, without a trainer.
+        """
+        self.check()
+        prepared = shards.prepare(self.corpus, self.tokenizer_options, self.layout(), self.cache_dir)
+        if show:
+            inspection.print_samples(prepared, self.block_size, show)
+        else:
+            inspection.print_counts(prepared, self.block_size, omitted=1)
 
     def setup(self, stage: str) -> None:
         """Opens the shards; every process does."""

@@ -87,22 +87,6 @@ class Split(NamedTuple):
         return (Split, tuple(self)) if self.path is None else (open_split, self.path)
 
 
-class Packing(NamedTuple):
-    """How the tokens of a split are cut into samples, for the command `prepare`.
-
-    Args:
-        size: Tokens of a sample.
-        context: Tokens at the beginning of a split that are no targets.
-        full: Splits whose last tokens are omitted if they do not fill a sample.
-        note: Printed before samples.
-    """
-
-    size: int
-    context: int = 0
-    full: tuple[str, ...] = ("train",)
-    note: str = ""
-
-
 class Prepared(NamedTuple):
     """A tokenizer and the folder of the corpus tokenized with it."""
 

@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 from lm_lightning import hub
 from lm_lightning import run as runs
 from lm_lightning.checkpoints.loading import load_checkpoint
+from lm_lightning.compat.torch import multiply
 from lm_lightning.console import printable
 from lm_lightning.data.order import PADDING, seed_of
 from lm_lightning.data.tokenizer import document_ids, fingerprint, load, vocabulary
@@ -577,7 +578,7 @@ class LanguageModule(LightningModule):
         """Multiplies all gradients by a number, () float."""
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         if gradients:
-            torch._foreach_mul_([g.to_local() if isinstance(g, DTensor) else g for g in gradients], factor)
+            multiply([g.to_local() if isinstance(g, DTensor) else g for g in gradients], factor)
 
     def all_samples(self, own: list[int]) -> list[int]:
         """The samples of all processes, which have to call this together."""
