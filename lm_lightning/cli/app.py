@@ -29,7 +29,7 @@ from lm_lightning.callbacks.resuming import Resuming
 from lm_lightning.callbacks.spikes import Spikes
 from lm_lightning.callbacks.throughput import Throughput
 from lm_lightning.checkpoints.callback import Checkpoints
-from lm_lightning.checkpoints.loading import find_checkpoint, folder_of, load_checkpoint, run_of
+from lm_lightning.checkpoints.loading import find_checkpoint, folder_of, run_of
 from lm_lightning.checkpoints.plugins import BackgroundCheckpoints, CheckpointFiles  # noqa: F401
 from lm_lightning.cli import checks, defaults, evaluation, explain, guide, saving, settings
 from lm_lightning.cli.defaults import as_list
@@ -151,11 +151,12 @@ class CLI(LightningCLI):
         config = self.config[self.subcommand]
         config.name = defaults.name_of(config)
         imports.check_folders(config.trainer, self.arguments)
-        run, weights = self.evaluated, ""
+        run, weights = self.evaluated, evaluation.Weights("")
         if self.subcommand == "fit":
             run = self.resumed_run(config)
         else:
-            weights = self.evaluated_weights(config)
+            weights = evaluation.weights_of(config, run, self.subcommand)
+        self.evaluated_network = weights.network
         defaults.complete(config, self.subcommand, subcommand_parser(self, self.subcommand).get_defaults())
         if missing := sorted(set(find_redacted(config.as_dict()))):
             raise UserError(
@@ -171,7 +172,7 @@ class CLI(LightningCLI):
         else:
             self.run_folder = self.evaluation_folder(config, run)
         self.record = evaluation.Evaluation(
-            subcommand_parser(self, self.subcommand), self.reusable_config, run, weights
+            subcommand_parser(self, self.subcommand), self.reusable_config, run, weights.name
         )
         defaults.count_micro_batches(config.trainer)
         self.config[self.subcommand] = defaults.fill_in(config, str(self.run_folder))
@@ -204,23 +205,6 @@ class CLI(LightningCLI):
         config.trainer.logger = defaults.fill_in(config.trainer.logger, str(logs or folder))
         return folder
 
-    def evaluated_weights(self, config: Any) -> str:
-        """The folder, checkpoint or Hub model that an evaluation loads; sets the options that load it."""
-        if self.evaluated is not None and not evaluation.record_of(config.config):
-            weights = evaluation.configure(config, self.evaluated)
-        elif config.ckpt_path is not None:
-            weights = config.ckpt_path = str(Path(config.ckpt_path).expanduser().absolute())
-        elif pretrained := config.model.init_args.get("pretrained"):
-            weights = pretrained
-        else:
-            raise UserError(
-                f"{self.subcommand} needs trained weights: give a run, as in `{self.subcommand} RUN`, "
-                "--ckpt_path last or a checkpoint, or --model.pretrained"
-            )
-        if config.ckpt_path is not None:
-            load_checkpoint(Path(config.ckpt_path), weights=False)
-        return weights
-
     def elsewhere(self, run: Path) -> bool:
         """Whether the command line asks for another name or folder than those of a run."""
         config = self.config[self.subcommand]
@@ -233,7 +217,7 @@ class CLI(LightningCLI):
         trainer = self.trainer
         # (Lightning makes the checkpoint known only after the setup of the data)
         self.model.from_checkpoint = self.checkpoint is not None
-        self.model.evaluated_checkpoint = None if self.subcommand == "fit" else self.checkpoint
+        self.model.evaluated_network = self.evaluated_network
         if trainer.is_global_zero:
             print(f"{'run' if self.subcommand == 'fit' else 'evaluation'} folder: {self.run_folder}")
             print(f"device: {trainer.strategy.root_device} x {trainer.world_size}, precision: {trainer.precision}")

@@ -24,7 +24,6 @@ from torch.distributed.tensor import DTensor
 
 from lm_lightning import hub
 from lm_lightning import run as runs
-from lm_lightning.checkpoints.loading import load_checkpoint
 from lm_lightning.compat.torch import multiply
 from lm_lightning.console import printable
 from lm_lightning.data.order import PADDING, seed_of
@@ -133,7 +132,7 @@ class LanguageModule(LightningModule):
         self.nonfinite = NonFiniteGuard(on_nonfinite, skip_limit, self.all_samples, self.print)
         self.resumed_at = 0  # the step of the checkpoint
         # Of an evaluation; the command line sets it, since Lightning tells of it only when the network is made.
-        self.evaluated_checkpoint: Optional[str] = None
+        self.evaluated_network: Optional[dict[str, Any]] = None
         self.unfinished = False  # whether the run that is resumed was killed before it wrote model/
         self.from_checkpoint = False  # whether a checkpoint's weights will take the place of those made here
 
@@ -210,7 +209,7 @@ class LanguageModule(LightningModule):
                     f"{self.pretrained} has no weights for {', '.join(frozen[:5])}, and model.freeze would leave them "
                     "random: give patterns that do not match them"
                 )
-        elif new and self.evaluated_checkpoint is None:  # (a checkpoint brings them)
+        elif new and self.evaluated_network is None:  # (a checkpoint brings them)
             raise hub.untrained(str(self.pretrained), self.network, new)
 
     def head_settings(self) -> dict[str, Any]:
@@ -227,8 +226,8 @@ class LanguageModule(LightningModule):
 
         None without a head for them.
         """
-        if self.evaluated_checkpoint is not None:
-            saved = load_checkpoint(Path(self.evaluated_checkpoint), weights=False, verified=True)["network"]
+        if self.evaluated_network is not None:
+            saved = self.evaluated_network
             config = untrusted.network_class(saved["class"]).config_class.from_dict(saved["config"])
             config.architectures = [saved["class"]]
         elif self.pretrained is not None:
