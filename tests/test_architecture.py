@@ -1,4 +1,4 @@
-"""Imports go one way, so that tasks and optional features can be deleted; see `[tool.importlinter]` in pyproject.toml."""
+"""Imports go one way, so that tasks and optional features can be deleted; pyproject.toml has the contracts."""
 
 import graphlib
 
