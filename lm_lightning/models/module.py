@@ -38,6 +38,7 @@ from lm_lightning.models.nonfinite import NonFiniteGuard, Step
 from lm_lightning.networks import blocks, gradient_norm, positions
 from lm_lightning.optim import OptimizerFactory, Schedule, parameter_groups
 from lm_lightning.security import untrusted
+from lm_lightning.strategies.capabilities import capabilities
 
 # Settings of a network that training may change on resuming: they decide no weight and no output in evaluation.
 HARMLESS_KEYS = ("drop", "use_cache", "transformers_version", "dtype", "_name_or_path", "token_id", "architectures")
@@ -531,9 +532,9 @@ class LanguageModule(LightningModule):
         self.scale_gradients(divided / tokens)
         self.gradient_norm = gradient_norm(self.parameters())
 
-        # To ask for a value makes the host wait for the device. So a GPU is asked one step late, when it has the answer
-        # anyway, and XLA after a step that was logged, which had to be waited for. (With float16, the scaler provokes
-        # infinite gradients, and leaves their steps out itself.)
+        # Reading a value makes the host wait for the device. So a GPU's is read one step late, when it is computed
+        # anyway, and that of a lazy strategy after a logged step, for which the host has waited. (With float16, the
+        # scaler provokes infinite gradients and skips their steps itself.)
         scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
         skip = self.nonfinite.on_nonfinite == "skip" and not scaled
         in_kernel = skip and all(group.get("fused") for group in optimizer.param_groups)
@@ -543,7 +544,8 @@ class LanguageModule(LightningModule):
         if not scaled:
             self.nonfinite.pending.append(Step(total.step + 1, total.samples, loss))
         at_once = self.device.type == "cpu" or (skip and not in_kernel)
-        if at_once or self.device.type != "xla" or total.step % self.trainer.log_every_n_steps == 0:
+        lazy = capabilities(self.trainer.strategy).lazy
+        if at_once or not lazy or total.step % self.trainer.log_every_n_steps == 0:
             finite = self.nonfinite.check(keep=0 if at_once else 1)
             if at_once and not finite and not in_kernel:
                 for parameter in self.parameters():
