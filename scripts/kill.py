@@ -26,6 +26,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 import lm_lightning.cli  # noqa: F401 (so that the forks need not)
 from lm_lightning import run as runs
 from lm_lightning.__main__ import main as command_line
+from lm_lightning.checkpoints.files import OLD
+from lm_lightning.checkpoints.loading import load_checkpoint
 
 
 class Samples(Callback):
@@ -82,7 +84,7 @@ def wait(processes: set[int], seconds: float) -> list[int]:
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of all runs of a name; that which is being replaced by a folder counts until this is there."""
     found = [*folder.glob("*/checkpoints/*.ckpt")]
-    return found + [p for p in folder.glob(f"*/checkpoints/*.ckpt{runs.OLD}") if p.with_suffix("") not in found]
+    return found + [p for p in folder.glob(f"*/checkpoints/*.ckpt{OLD}") if p.with_suffix("") not in found]
 
 
 def order(run: Path) -> dict[tuple, list[int]]:
@@ -142,7 +144,7 @@ def main() -> None:
             wait(running, 20)
             kills += 1
             for checkpoint in checkpoints(folder / name):
-                runs.load_checkpoint(checkpoint)
+                load_checkpoint(checkpoint)
         elif any(statuses) or not list((folder / name).glob("*/model")):
             raise SystemExit(f"the run does not go on: see {folder}/{name}.log")
 
@@ -152,7 +154,7 @@ def main() -> None:
             raise SystemExit(f"{cut} has other samples than {whole}")
         if metrics(cut) != metrics(whole):
             raise SystemExit(f"{cut} has other metrics than {whole}")
-        states = [runs.load_checkpoint(run / "checkpoints" / "last.ckpt")["state_dict"] for run in (cut, whole)]
+        states = [load_checkpoint(run / "checkpoints" / "last.ckpt")["state_dict"] for run in (cut, whole)]
         if not all(torch.equal(states[0][key], states[1][key]) for key in states[1]):
             raise SystemExit(f"{cut} has other weights than {whole}")
     print(f"{kills} kills in {len(names)} runs: samples, metrics and weights are those of a run that was never killed")

@@ -13,7 +13,7 @@ from conftest import command
 from lightning.pytorch import Callback, LightningModule, Trainer
 from test_survival import CONSTANT, DDP, SHARDED, logged, names, only
 
-from lm_lightning import run as runs
+from lm_lightning.checkpoints.loading import CheckpointFolder, load_checkpoint
 from lm_lightning.errors import UserError
 from lm_lightning.models.export import generation_config
 from lm_lightning.security.untrusted import TRUST_PACKAGES
@@ -44,7 +44,7 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
 
 def holds(folder: Path, checkpoint: Path) -> bool:
     """Whether a `from_pretrained` folder has the weights of a checkpoint."""
-    own, saved = weights_of(folder), runs.load_checkpoint(checkpoint)["state_dict"]
+    own, saved = weights_of(folder), load_checkpoint(checkpoint)["state_dict"]
     return all(torch.equal(tensor, saved[f"network.{name}"][: len(tensor)]) for name, tensor in own.items())
 
 
@@ -74,7 +74,7 @@ def test_the_best_of_several_checkpoints_is_found_after_a_resume_and_a_move(
     files = {f"best-{step}-{losses[step]:.4f}.ckpt" for step in ranked[:3]}
     assert names(run) == files | {"last.ckpt"}
     best = run / "checkpoints" / f"best-{ranked[0]}-{losses[ranked[0]]:.4f}.ckpt"
-    assert runs.best_checkpoint(run / "checkpoints") == best and holds(run / "model", best)
+    assert CheckpointFolder(run / "checkpoints").best_path() == best and holds(run / "model", best)
     assert about(run) == {
         "checkpoint": "best",
         "step": ranked[0],
@@ -102,10 +102,13 @@ def test_model_holds_the_last_step_if_asked_and_every_checkpoint_is_kept_if_aske
     assert names(run) == files | {f"last-{step}.ckpt" for step in (4, 8, 12, 16, 20, 24)} | {"last.ckpt"}
     assert holds(run / "model", run / "checkpoints" / "last.ckpt")
     assert about(run) == {"checkpoint": "last", "step": 24}
-    best = runs.best_checkpoint(run / "checkpoints")
-    assert runs.load_checkpoint(best)["global_step"] == lowest(run) < 24
+    best = CheckpointFolder(run / "checkpoints").best_path()
+    assert load_checkpoint(best)["global_step"] == lowest(run) < 24
     (run / "checkpoints" / "last.ckpt").unlink()  # as a kill leaves it
-    assert runs.newest_first(run / "checkpoints")[0].name in ("last-24.ckpt", f"best-24-{losses[24]:.4f}.ckpt")
+    assert CheckpointFolder(run / "checkpoints").newest_first()[0].name in (
+        "last-24.ckpt",
+        f"best-24-{losses[24]:.4f}.ckpt",
+    )
     cli("export", run)
     assert about(run)["step"] == 24
 
@@ -119,7 +122,7 @@ def test_the_last_step_is_validated_unless_validation_is_off(fit):
     """Also if it is amid an epoch, amid an interval, or if the time or patience was over."""
     run = fit("--trainer.max_steps", 7, "--trainer.accumulate_grad_batches", 2, "--trainer.val_check_interval", 5)
     assert sorted(logged(run, "val/loss")) == [5, 7] and about(run)["step"] in (5, 7)
-    assert runs.load_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == 7
+    assert load_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == 7
     epochs = ("--trainer.max_steps", -1, "--trainer.max_epochs", 3, "--trainer.limit_train_batches", 2)
     run = fit(*epochs, "--trainer.check_val_every_n_epoch", 2, "--trainer.val_check_interval", 1.0)
     assert sorted(logged(run, "val/loss")) == [4, 6]
@@ -136,8 +139,8 @@ def test_several_processes_export_the_best(recipe: Path, strategy: tuple):
     result = command("fit", "--config", recipe, *flags, env=os.environ | {"PYTHONPATH": path})
     assert result.returncode == 0, result.stderr
     run = only(recipe.parent / "runs" / "tiny")
-    best = runs.best_checkpoint(run / "checkpoints")
-    assert runs.load_checkpoint(best)["global_step"] == about(run)["step"] == lowest(run) < 13
+    best = CheckpointFolder(run / "checkpoints").best_path()
+    assert load_checkpoint(best)["global_step"] == about(run)["step"] == lowest(run) < 13
     assert holds(run / "model", best)
 
 
@@ -157,7 +160,7 @@ def test_a_network_is_exported_only_as_far_as_it_is_pruned(fit, cli):
 def test_the_direction_is_that_of_the_metric(fit, capsys):
     stop = ("--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor")
     run = fit("--trainer.max_steps", 3, *stop, "val/perplexity", "--best.monitor", "train/tokens_per_second")
-    states = runs.load_checkpoint(run / "checkpoints" / "last.ckpt")["callbacks"]
+    states = load_checkpoint(run / "checkpoints" / "last.ckpt")["callbacks"]
     assert "EarlyStopping{'monitor': 'val/perplexity', 'mode': 'min'}" in states
     assert any(key.startswith("Checkpoints{'monitor': 'train/tokens_per_second', 'mode': 'max'") for key in states)
     for flags, reason in (

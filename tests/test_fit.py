@@ -200,8 +200,8 @@ def test_srun_makes_one_run_folder_and_says_everything_once(recipe: Path):
         (("--model.network.n_embd", 33), "cannot be made"),
         (("--model.attention", "banana"), "cannot be made"),
         (("--model.optimizer.init_args.lr", -1), "does not accept its settings"),
-        (("--trainer.strategy", "fsdp"), "take --trainer.strategy fsdp2"),
-        (("--trainer.strategy", "deepspeed_stage_3"), "take --trainer.strategy fsdp2"),
+        (("--trainer.strategy", "fsdp"), "use --trainer.strategy fsdp2"),
+        (("--trainer.strategy", "deepspeed_stage_3"), "use --trainer.strategy fsdp2"),
         (("--trainer.strategy", "banana"), "there is no strategy banana"),
         (("--trainer.strategy", "fsdp2"), "there is only one"),
         (("--trainer.strategy", "tp"), "there is only one"),
@@ -377,7 +377,7 @@ class TestRefusals:
 
     def test_nothing_to_resume(self, recipe: Path):
         message = refusal(command("fit", "--config", recipe, "--ckpt_path", "last"))
-        assert "no checkpoint to go on from" in message
+        assert "no checkpoint to resume from" in message
 
     def test_unknown_command(self):
         assert "no command trian" in refusal(command("trian"))

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from test_fit import same, weights
 
-from lm_lightning import run as runs
-from lm_lightning.checkpoints.files import CheckpointFiles
+from lm_lightning.checkpoints.loading import load_checkpoint
+from lm_lightning.checkpoints.plugins import CheckpointFiles
 from lm_lightning.errors import UserError
 
 LOGGER = {"class_path": "lm_lightning.callbacks.metrics_file.MetricsFile", "init_args": {"save_dir": "<run>"}}
@@ -82,14 +82,14 @@ def test_a_run_resumes_exactly_from_every_checkpoint(
         kept = snapshots(patch, tmp_path / "kept")
         whole = fit(*flags)
     steps = 4 if end in ("steps", "steps first") or accumulate == 2 else 6
-    assert runs.load_checkpoint(whole / "checkpoints" / "last.ckpt")["global_step"] == steps
+    assert load_checkpoint(whole / "checkpoints" / "last.ckpt")["global_step"] == steps
     assert len(kept) >= steps
     for run in kept:
         checkpoint = run / "checkpoints" / "last.ckpt"
-        before = runs.load_checkpoint(checkpoint, weights=False)
+        before = load_checkpoint(checkpoint, weights=False)
         place = f"step {before['global_step']}, {before['loops']['fit_loop']['epoch_loop.batch_progress']['current']}"
         fit(*flags, "--ckpt_path", checkpoint)
-        assert runs.load_checkpoint(checkpoint)["global_step"] == steps, place
+        assert load_checkpoint(checkpoint)["global_step"] == steps, place
         assert rows(run) == rows(whole), place
         assert same(weights(run), weights(whole)), place
 
@@ -122,7 +122,7 @@ def test_the_same_epochs_with_other_micro_batches_are_continued(fit):
     part = fit(*flags, 8, "--data.batch_size", 4, "--trainer.max_steps", 4)
     other = ("--data.batch_size", 2, "--trainer.accumulate_grad_batches", 2, "--trainer.max_steps", 100)
     assert fit(*flags, 16, *other, "--ckpt_path", "last") == part
-    assert runs.load_checkpoint(part / "checkpoints" / "last.ckpt")["global_step"] == 8
+    assert load_checkpoint(part / "checkpoints" / "last.ckpt")["global_step"] == 8
 
 
 # Why a run has ended
@@ -157,7 +157,7 @@ def test_a_run_that_was_stopped_early_says_so_and_continues_only_if_it_is_asked_
 def test_early_stopping_does_not_look_for_a_metric_that_is_not_there_yet(fit):
     flags = ("--trainer.val_check_interval", 1.0, "--trainer.check_val_every_n_epoch", 1, "--trainer.max_steps", 3)
     run = fit(*TINY, *flags, "--trainer.limit_train_batches", 4, "--trainer.callbacks", STOPPING)
-    assert runs.load_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == 3
+    assert load_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == 3
 
 
 def test_a_run_names_the_limit_that_has_ended_it(cli, recipe: Path):

@@ -10,8 +10,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 from test_resuming import TINY
 
-from lm_lightning import run as runs
-from lm_lightning.checkpoints.files import Checkpoints
+from lm_lightning.checkpoints.callback import Checkpoints
+from lm_lightning.checkpoints.loading import load_checkpoint
 from lm_lightning.cli import app as command_line
 from lm_lightning.errors import UserError
 from lm_lightning.optim import Schedule
@@ -191,4 +191,4 @@ def test_other_changed_options_are_refused_and_leave_the_run_as_it_was(fit, corp
         with pytest.raises(UserError, match=message):
             fit(*flags(changes), "--ckpt_path", "last")
         assert {file: file.stat().st_mtime_ns for file in run.rglob("*") if file.is_file()} == before, name
-    assert runs.load_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == 4
+    assert load_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == 4

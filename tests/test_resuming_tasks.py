@@ -9,7 +9,7 @@ from test_configs import ROOT, SMALL
 from test_fit import metrics, same, weights
 from test_resuming import snapshots
 
-from lm_lightning import run as runs
+from lm_lightning.checkpoints.loading import load_checkpoint
 from lm_lightning.data.tokenizer import Tokenizer, train
 
 TASKS = {  # recipe: more flags
@@ -60,7 +60,7 @@ def test_a_task_resumes_exactly_with_dropout(task: str, cli, tmp_path: Path, mon
     with monkeypatch.context() as patch:
         kept = snapshots(patch, tmp_path / "kept")
         whole = Path(cli(*flags).split("run folder: ")[1].splitlines()[0])
-    steps = {runs.load_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"]: run for run in kept}
+    steps = {load_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"]: run for run in kept}
     for step in (2, 3):  # the latter is the end of an epoch, whose validation is finished
         copy = steps[step]  # (another --runs_dir than that of the copy would start a new run)
         cli(*flags, "--runs_dir", copy.parent.parent, "--ckpt_path", copy / "checkpoints" / "last.ckpt")

@@ -125,7 +125,7 @@ def test_flags_override_what_the_run_says(trained, cli, corpus_file: Path, tmp_p
     cli("validate", last, "--runs_dir", tmp_path / "elsewhere", "--trainer.limit_val_batches", 1)
     (folder,) = (tmp_path / "elsewhere" / "tiny").iterdir()
     assert json.loads((folder / "evaluation.json").read_text())["weights"] == str(last)
-    with pytest.raises(UserError, match="no run folder"):
+    with pytest.raises(UserError, match="is not a run folder"):
         cli("validate", tmp_path)
     with pytest.raises(UserError, match="does not exist"):
         cli("test", tmp_path / "nowhere")

@@ -18,8 +18,8 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from test_fit import metrics, same, weights
 
-from lm_lightning import run as runs
-from lm_lightning.checkpoints.files import BackgroundCheckpoints, CheckpointFiles
+from lm_lightning.checkpoints.loading import load_checkpoint, newest_folder
+from lm_lightning.checkpoints.plugins import BackgroundCheckpoints, CheckpointFiles
 from lm_lightning.cli import saving
 from lm_lightning.errors import UserError
 from lm_lightning.models.gpt import CausalLM
@@ -200,7 +200,7 @@ def test_a_run_on_a_disk_with_room_for_one_checkpoint_and_a_half_ends_in_one_sen
             fit("--runs_dir", disk, "--best.save_top_k", 0, "--trainer.max_steps", 100, *CONSTANT)
         run = only(disk / "tiny")
         assert names(run) == {"last.ckpt"}
-        assert runs.load_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == 5
+        assert load_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == 5
     finally:
         subprocess.run(["umount", "-l", disk], check=True)
 
@@ -215,7 +215,7 @@ def test_no_damage_to_a_checkpoint_goes_unnoticed(fit, tmp_path: Path):
     whole = (fit("--trainer.max_steps", 3, "--trainer.limit_val_batches", 0) / "checkpoints" / "last.ckpt").read_bytes()
     file = tmp_path / "x.ckpt"
     file.write_bytes(whole)
-    expected = runs.load_checkpoint(file)["state_dict"]
+    expected = load_checkpoint(file)["state_dict"]
     draw, found = torch.Generator().manual_seed(0), 0
     places = torch.randint(len(whole), (150,), generator=draw).tolist()
     for place in [*places, *range(len(whole) - 30, len(whole))]:
@@ -223,7 +223,7 @@ def test_no_damage_to_a_checkpoint_goes_unnoticed(fit, tmp_path: Path):
         damaged[place] ^= 1 << place % 8
         file.write_bytes(damaged)
         try:
-            loaded = runs.load_checkpoint(file)
+            loaded = load_checkpoint(file)
         except UserError as error:
             assert str(file) in str(error)
             found += 1
@@ -233,7 +233,7 @@ def test_no_damage_to_a_checkpoint_goes_unnoticed(fit, tmp_path: Path):
     for length in (0, 1, 1000, len(whole) // 2, len(whole) - 1):
         file.write_bytes(whole[:length])
         with pytest.raises(UserError, match="x.ckpt"):
-            runs.load_checkpoint(file)
+            load_checkpoint(file)
 
 
 def test_a_damaged_last_checkpoint_is_told_and_the_one_before_it_taken(fit, cli, recipe: Path):
@@ -244,7 +244,7 @@ def test_a_damaged_last_checkpoint_is_told_and_the_one_before_it_taken(fit, cli,
     content[len(content) // 2] ^= 1
     last.write_bytes(content)
     out = cli("fit", "--config", recipe, "--name", "cut", *CONSTANT, "--ckpt_path", "last")
-    assert f"the checkpoint {last} is damaged" in out and "going on from best.ckpt of step 5" in out
+    assert f"the checkpoint {last} is damaged" in out and "using best.ckpt of step 5" in out
     assert same(weights(whole), weights(cut)) and metrics(whole) == metrics(cut)
 
 
@@ -264,7 +264,7 @@ def test_a_run_that_was_moved_knows_its_best_checkpoint(fit, tmp_path: Path):
     fit(*flags)
     (tmp_path / "runs").rename(tmp_path / "moved")
     run = fit(*flags, "--runs_dir", tmp_path / "moved", "--ckpt_path", "last", "--trainer.max_steps", 20)
-    assert runs.load_checkpoint(run / "checkpoints" / "best.ckpt")["global_step"] == 5
+    assert load_checkpoint(run / "checkpoints" / "best.ckpt")["global_step"] == 5
 
 
 @pytest.mark.parametrize(
@@ -275,9 +275,9 @@ def test_a_score_is_that_of_the_step_that_the_checkpoint_holds(fit, every: int, 
     flags = ("--best.every_n_train_steps", every, "--best.monitor", monitor, "--best.save_top_k", -1)
     interval = 10 if every == 10 else 5
     run = fit(*flags, "--best.filename", "{step}", "--trainer.max_steps", 20, "--trainer.val_check_interval", interval)
-    states = runs.load_checkpoint(run / "checkpoints" / "last.ckpt")["callbacks"].values()
+    states = load_checkpoint(run / "checkpoints" / "last.ckpt")["callbacks"].values()
     (scores,) = [state["best_k_models"] for state in states if state.get("monitor") == monitor]
-    found = {runs.load_checkpoint(Path(path))["global_step"]: score.item() for path, score in scores.items()}
+    found = {load_checkpoint(Path(path))["global_step"]: score.item() for path, score in scores.items()}
     assert sorted(found) == (steps or [5, 10, 15, 20])
     losses = logged(run, monitor)
     assert found == pytest.approx({step: losses[step] for step in found})
@@ -286,7 +286,7 @@ def test_a_score_is_that_of_the_step_that_the_checkpoint_holds(fit, every: int, 
 def test_what_is_not_a_number_is_never_the_best(fit):
     run = fit(*poison(validations=[0, 2]), "--trainer.max_steps", 15)
     assert list(map(str, logged(run, "val/loss").values())).count("nan") == 2
-    assert runs.load_checkpoint(run / "checkpoints" / "best.ckpt")["global_step"] == 10
+    assert load_checkpoint(run / "checkpoints" / "best.ckpt")["global_step"] == 10
     alone = fit(*poison(validations=[0]), "--trainer.max_steps", 5)
     assert names(alone) == {"last.ckpt"}
 
@@ -303,7 +303,7 @@ def test_saved_by_steps_or_time_a_run_goes_on_exactly(fit, recipe: Path, when: t
     with pytest.raises(RuntimeError, match="power failure"):
         fit("--name", "cut", *flags, *callbacks((Stop, {"batches": 9})))
     cut = only(recipe.parent / "runs" / "cut")
-    assert runs.load_checkpoint(cut / "checkpoints" / "last.ckpt")["global_step"] == step
+    assert load_checkpoint(cut / "checkpoints" / "last.ckpt")["global_step"] == step
     fit("--name", "cut", *flags, "--ckpt_path", "last")
     assert same(weights(whole), weights(cut)) and metrics(whole) == metrics(cut)
 
@@ -315,7 +315,7 @@ def test_a_step_and_its_validation_that_are_done_again_are_logged_once(fit, reci
         fit("--name", "cut", *flags, *callbacks((Stop, {"batches": 6})))
     cut = only(recipe.parent / "runs" / "cut")
     assert 5 in logged(cut, "val/loss")
-    assert runs.load_checkpoint(cut / "checkpoints" / "last.ckpt")["global_step"] == 4
+    assert load_checkpoint(cut / "checkpoints" / "last.ckpt")["global_step"] == 4
     fit("--name", "cut", *flags, "--ckpt_path", "last")
     assert metrics(whole) == metrics(cut)
 
@@ -353,7 +353,7 @@ def test_saved_on_an_error_amid_accumulation_a_run_goes_on_exactly(fit, recipe: 
     with pytest.raises(RuntimeError, match="power failure"):
         fit("--name", "cut", *flags, *callbacks((Stop, {"batches": 22})))
     cut = only(recipe.parent / "runs" / "cut")
-    assert runs.load_checkpoint(cut / "checkpoints" / "last.ckpt")["global_step"] == 7
+    assert load_checkpoint(cut / "checkpoints" / "last.ckpt")["global_step"] == 7
     fit("--name", "cut", *flags, "--ckpt_path", "last")
     assert same(weights(whole), weights(cut)) and metrics(whole) == metrics(cut)
 
@@ -361,7 +361,7 @@ def test_saved_on_an_error_amid_accumulation_a_run_goes_on_exactly(fit, recipe: 
 def test_a_state_that_could_not_be_loaded_safely_is_refused_when_it_is_saved(fit, recipe: Path):
     fit("--name", "plain", *callbacks((Remembers, {"kind": "plain"})), "--trainer.max_steps", 5)
     run = only(recipe.parent / "runs" / "plain")
-    assert any("state" in s for s in runs.load_checkpoint(run / "checkpoints" / "last.ckpt")["callbacks"].values())
+    assert any("state" in s for s in load_checkpoint(run / "checkpoints" / "last.ckpt")["callbacks"].values())
     with pytest.raises(UserError, match="could not be loaded again.*Path"):
         fit("--name", "path", *callbacks((Remembers, {"kind": "path"})))
     assert names(only(recipe.parent / "runs" / "path")) == set()
@@ -378,7 +378,7 @@ def test_a_run_that_saves_in_the_background_ends_when_all_is_written(fit, monkey
     run = fit("--trainer.plugins", "BackgroundCheckpoints")
     assert names(run) == {"best.ckpt", "last.ckpt"}
     for name in names(run):
-        assert runs.load_checkpoint(run / "checkpoints" / name)["global_step"] == 10
+        assert load_checkpoint(run / "checkpoints" / name)["global_step"] == 10
 
 
 def test_an_error_in_the_background_is_one_of_the_run(fit, monkeypatch: pytest.MonkeyPatch):
@@ -429,7 +429,7 @@ def test_a_signal_ends_the_run_between_two_steps_and_it_goes_on_exactly(
     cut = only(recipe.parent / "runs" / "cut")
     said = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("stopped by"))
     assert signal.Signals(number).name in said and "--ckpt_path last" in said
-    assert runs.load_checkpoint(cut / "checkpoints" / "last.ckpt")["global_step"] == (step or 4)
+    assert load_checkpoint(cut / "checkpoints" / "last.ckpt")["global_step"] == (step or 4)
     assert not (cut / "model").exists()
     fit("--name", "cut", *flags, "--ckpt_path", "last")
     assert same(weights(whole), weights(cut)) and metrics(whole) == metrics(cut)
@@ -439,12 +439,12 @@ def test_a_run_that_is_stopped_in_its_last_validation_still_makes_its_model(fit,
     with pytest.raises(SystemExit):
         fit(*callbacks((Signals, {"hook": "validation", "call": 3, "numbers": [signal.SIGTERM]})))
     run = only(recipe.parent / "runs" / "tiny")
-    assert runs.load_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == 10
+    assert load_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == 10
     assert "which finishes the validation and writes model/" in capsys.readouterr().out and not (run / "model").exists()
     assert fit("--ckpt_path", "last") == run
     assert sorted(logged(run, "val/loss")) == [5, 10]
     assert (run / "model" / "model.safetensors").is_file()
-    assert runs.load_checkpoint(run / "checkpoints" / "best.ckpt")["global_step"] == 10
+    assert load_checkpoint(run / "checkpoints" / "best.ckpt")["global_step"] == 10
     with pytest.raises(UserError, match="raise trainer.max_steps"):
         fit("--ckpt_path", "last")
 
@@ -461,7 +461,7 @@ def test_a_second_signal_ends_the_run_at_once(recipe: Path):
     result = command("fit", "--config", recipe, *callbacks((Signals, twice)), env=environment)
     assert result.returncode == -signal.SIGTERM
     checkpoint = only(recipe.parent / "runs" / "tiny") / "checkpoints" / "last.ckpt"
-    assert runs.load_checkpoint(checkpoint)["global_step"] == 5
+    assert load_checkpoint(checkpoint)["global_step"] == 5
 
 
 @pytest.mark.parametrize(
@@ -507,7 +507,7 @@ def test_a_signal_to_one_of_two_processes_ends_both_and_one_process_goes_on(
     cut = only(recipe.parent / "runs" / "cut")
     last = cut / "checkpoints" / "last.ckpt"
     assert last.is_dir() == (strategy is SHARDED)
-    step = runs.load_checkpoint(last)["global_step"]
+    step = load_checkpoint(last)["global_step"]
     more = ("--trainer.max_steps", step + 3)
     whole = fit("--name", "whole", *off, *CONSTANT, *more)
     fit("--name", "cut", *off, *CONSTANT, *more, "--ckpt_path", "last")
@@ -546,9 +546,9 @@ def test_a_slurm_job_that_is_queued_again_goes_on_with_its_own_run(tmp_path: Pat
         )
         assert said.strip().endswith("--ckpt_path last") == goes_on
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    assert runs.last_checkpoint(str(tmp_path), "tiny").parent.parent.name == "slurm-7-0-0"
+    assert newest_folder(str(tmp_path), "tiny").parent.name == "slurm-7-0-0"
     monkeypatch.delenv("SLURM_JOB_ID")
-    assert runs.last_checkpoint(str(tmp_path), "tiny").parent.parent.name == "slurm-8-0-0"
+    assert newest_folder(str(tmp_path), "tiny").parent.name == "slurm-8-0-0"
 
 
 @pytest.mark.parametrize(
@@ -576,7 +576,7 @@ def test_a_slurm_job_is_queued_again_when_its_time_is_over_and_resumes(
     assert ("the job is queued again" in capsys.readouterr().out) == (job is not None)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     run = fit(*flags, "--ckpt_path", "last")
-    assert run.name == "slurm-77-0-0" and runs.load_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == 4
+    assert run.name == "slurm-77-0-0" and load_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == 4
 
 
 # Divergence
@@ -587,7 +587,7 @@ def test_a_step_that_is_not_finite_is_left_out(fit, capsys, fused: bool):
     flags = (*poison(steps=[3], on_nonfinite="skip"), "--trainer.accumulate_grad_batches", 2)
     flags = (*flags, "--trainer.val_check_interval", 5)
     run = fit(*flags, "--model.optimizer.init_args.fused", str(fused).lower())
-    state = runs.load_checkpoint(run / "checkpoints" / "last.ckpt")
+    state = load_checkpoint(run / "checkpoints" / "last.ckpt")
     assert state["global_step"] == 10
     assert {int(s["step"]) for s in state["optimizer_states"][0]["state"].values()} == {9}
     assert all(tensor.isfinite().all() for tensor in state["state_dict"].values())

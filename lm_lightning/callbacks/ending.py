@@ -62,7 +62,7 @@ class Ending(Callback):
         option = limit(trainer, step, epochs, elapsed[0] if elapsed else 0)
         if option:
             reason = f"where {option} ended this run: raise {option.split()[0]}"
-        if reason and not pl_module.ended_early:
+        if reason and not pl_module.unfinished:
             raise UserError(
                 f"there is nothing left to train: the checkpoint is at step {step}, {reason} to train further"
             )

@@ -10,10 +10,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 
 from lm_lightning import files
-from lm_lightning.checkpoints.files import Checkpoints
+from lm_lightning.checkpoints.callback import Checkpoints
+from lm_lightning.checkpoints.loading import load_checkpoint
 from lm_lightning.errors import UserError
 from lm_lightning.models.export import check_export
-from lm_lightning.run import TRAINING, described, load_checkpoint
+from lm_lightning.run import TRAINING, describe_weights
 
 Weights = Literal["best", "last"]
 
@@ -61,7 +62,7 @@ class Export(Callback):
         last = run / "checkpoints" / "last.ckpt"
         trainer.strategy.checkpoint_io.teardown()  # of one that writes in the background: waits
         try:
-            stale = load_checkpoint(last, weights=False, checked=True)["global_step"] != trainer.global_step
+            stale = load_checkpoint(last, weights=False, verified=True)["global_step"] != trainer.global_step
         except UserError:  # there is none, or it is damaged
             stale = True
         if trainer.strategy.broadcast(stale):  # saving is done by all processes or none
@@ -79,7 +80,7 @@ class Export(Callback):
             return None, last
         monitor = monitors[0]
         try:
-            saved = load_checkpoint(Path(monitor.best_model_path), checked=True)
+            saved = load_checkpoint(Path(monitor.best_model_path), verified=True)
         except UserError as error:
             print(f"model/ gets the weights of the last step instead of the best one: {error}")
             return None, last
@@ -128,7 +129,7 @@ def export(
     if pl_module.lora is not None:
         replace(pl_module, folder.with_name("adapter"), lambda partial: pl_module.export_adapter(partial, saved))
     if pl_module.trainer.is_global_zero:
-        print(f"model: {folder} (weights of the {about['checkpoint']} checkpoint, {described(about)})")
+        print(f"model: {folder} (weights of the {about['checkpoint']} checkpoint, {describe_weights(about)})")
 
 
 def unwritable(folder: Path) -> str:

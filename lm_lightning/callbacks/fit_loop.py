@@ -22,7 +22,7 @@ class FitLoop(_FitLoop):
 
     @property
     def skip(self) -> bool:
-        return super().skip and not self.trainer.lightning_module.ended_early
+        return super().skip and not self.trainer.lightning_module.unfinished
 
     def on_iteration_done(self) -> None:
         super().on_iteration_done()

@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 
+from lm_lightning.callbacks.metrics_reader import csv_rows
 from lm_lightning.errors import UserError
 from lm_lightning.files import replacing
 
@@ -42,13 +43,9 @@ class Rows(ExperimentWriter):
         super().__init__(log_dir)
         self.earlier: list[dict[str, Any]] = []  # rows of the run that this one goes on with
         if os.path.exists(self.metrics_file_path):
-            with open(self.metrics_file_path, newline="", encoding="utf-8") as file:
-                rows = csv.DictReader(file)
-                try:  # a kill may cut the last
-                    self.earlier = [row for row in rows if (row.get("step") or "").isdecimal()]
-                except (csv.Error, ValueError) as error:
-                    raise UserError(f"{self.metrics_file_path} cannot be continued ({error}): move it away") from error
-                self.metrics_keys = list(rows.fieldnames or []) if self.earlier else []
+            columns, rows = self.read_rows()
+            self.earlier = [row for row in rows if row.get("step", "").isdecimal()]  # a kill may cut the last
+            self.metrics_keys = columns if self.earlier else []
 
         if not self.earlier and os.path.islink(self.metrics_file_path):  # which would be written through
             os.remove(self.metrics_file_path)
@@ -71,9 +68,22 @@ class Rows(ExperimentWriter):
         super().log_metrics(metrics_dict, step)
 
     def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
-        with open(self.metrics_file_path, newline="", encoding="utf-8") as file:
-            rows = [row for row in csv.DictReader(file) if row.get("step")]
-        self.rewrite(rows)
+        self.rewrite([row for row in self.read_rows()[1] if row.get("step")])
+
+    def read_rows(self) -> tuple[list[str], list[dict[str, str]]]:
+        """The columns of the file, and its rows as they are written there.
+
+        Raises:
+            UserError: If it is not a CSV file in UTF-8.
+        """
+        try:
+            with open(self.metrics_file_path, newline="", encoding="utf-8") as file:
+                columns, *rows = [*csv_rows(file)] or [[]]
+        except ValueError as error:
+            raise UserError(f"{self.metrics_file_path} cannot be continued ({error}): move it away") from error
+        if columns is None or None in rows:
+            raise UserError(f"{self.metrics_file_path} cannot be continued (it is no table): move it away")
+        return columns, [dict(zip(columns, row or [])) for row in rows]
 
     def rewrite(self, rows: list[dict[str, Any]]) -> None:
         """Replaces the file by one of these rows."""

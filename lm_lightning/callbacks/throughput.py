@@ -8,8 +8,6 @@ import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lm_lightning.xla.strategy import compilations
-
 
 class Throughput(Callback):
     """Logs `train/tokens_per_second`, `train/tokens`, `train/seconds`, `train/mfu` and `train/memory`.
@@ -19,8 +17,8 @@ class Throughput(Callback):
     it is not counted. Seconds are those of the clock, validations and checkpoints included.
 
     Memory is the most that this process has held so far, in GiB: on a GPU of PyTorch's tensors there, else of the whole
-    process (its peak resident set, libraries included; not on Windows). On XLA devices there is `train/compilations`,
-    too, the programs compiled so far: if these grow, something changes its shape.
+    process (its peak resident set, libraries included; not on Windows). A strategy may add more, as that for XLA
+    does.
 
     MFU, the model FLOPs utilization, is the arithmetic that the network needs for these tokens, 6 FLOPs a parameter and
     token and 12 a layer, hidden unit, context token and token for attention (Chowdhery et al., 2022, arXiv:2204.02311,
@@ -76,8 +74,8 @@ class Throughput(Callback):
         memory = peak_memory(pl_module.device)
         if memory is not None:
             metrics["train/memory"] = memory
-        if pl_module.device.type == "xla":
-            metrics["train/compilations"] = compilations()
+        if hasattr(trainer.strategy, "throughput_metrics"):
+            metrics |= trainer.strategy.throughput_metrics()
         pl_module.log_dict({name: torch.tensor(float(value)) for name, value in metrics.items()})
         self.restart()
 
@@ -103,10 +101,10 @@ def peak_flops(device: torch.device, precision: str) -> Optional[float]:
         precision: Lightning's name of the precision, such as `bf16-mixed`.
     """
     dtype = {"bf16": torch.bfloat16, "16": torch.float16}.get(precision.split("-")[0], torch.float32)
-    if device.type == "xla":
-        return None  # Lightning would ask the cloud what kind of TPU it is
-    if device.type != "cpu":
+    if device.type == "cuda":
         return get_available_flops(device, dtype)
+    if device.type != "cpu":
+        return None
     a = torch.ones(1024, 1024, dtype=dtype)
     a @ a
     best, begin = float("inf"), time.perf_counter()

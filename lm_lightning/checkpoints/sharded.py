@@ -1,7 +1,7 @@
 """Sharded checkpoints: a folder that all processes write, each its share of the tensors.
 
-`torch.distributed.checkpoint` keeps the tensors; whoever reads them, another number of processes or one alone, gets the
-parts that it needs. All else is in `meta.pt`. Of neither file is anything run when it is read.
+`torch.distributed.checkpoint` keeps the tensors; any number of processes reads the parts that it needs. Everything else
+is in `meta.pt`. Reading these files runs no code.
 """
 
 import contextlib
@@ -20,11 +20,10 @@ from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
 
-from lm_lightning.checkpoints.files import check_loads, unwritten
+from lm_lightning.checkpoints.files import OLD, check_loads, remove_partial, write_error
 from lm_lightning.console import printable
 from lm_lightning.errors import UserError
 from lm_lightning.files import PARTIAL, checksum, put, remove, sync
-from lm_lightning.run import OLD
 from lm_lightning.security.untrusted import plain_name, refuse_expanding_zip
 
 META = "meta.pt"  # Lightning's name, by which it knows such a folder
@@ -33,23 +32,27 @@ METADATA = "torch.distributed.checkpoint.metadata"
 Names = list[list[str]]  # of the parameters of each group of an optimizer
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder is a sharded checkpoint."""
+    return (path / META).is_file()
+
+
 def save(checkpoint: dict[str, Any], path: Path) -> None:
-    """Writes a checkpoint of a sharded network; all processes call it.
+    """Writes a checkpoint of a sharded network; all processes call it together.
 
     Args:
         checkpoint: Lightning's, where the state of the optimizer goes by the names of the parameters.
-        path: Folder to write. An older checkpoint of that name is replaced when the new one is whole.
+        path: Folder to write. An older checkpoint of that name is replaced when the new one is complete.
 
     Raises:
-        UserError: As in `CheckpointFiles`.
+        UserError: If there is no room for it, or it holds something that could not be loaded again.
     """
     weights, states = checkpoint.pop("state_dict"), checkpoint.pop("optimizer_states", [])
     state = states[0] if states else None
     tensors, partial = flat(weights, state), path.with_name(path.name + PARTIAL)
     first = torch.distributed.get_rank() == 0
     if first:
-        for stale in path.parent.glob(f"*{PARTIAL}"):  # a killed run has left it
-            remove(stale)
+        remove_partial(path.parent)
     torch.distributed.barrier()
     try:
         dcp.save(tensors, storage_writer=dcp.FileSystemWriter(partial, overwrite=True))
@@ -69,7 +72,7 @@ def save(checkpoint: dict[str, Any], path: Path) -> None:
             sync(partial)
             put(partial, path, path.with_name(path.name + OLD))
     except (dcp.CheckpointException, OSError) as error:
-        # (Of the first kind all processes know, whichever of them has met it.)
+        # (All processes get an error of the first kind, whichever of them has failed.)
         failures = error.failures.values() if isinstance(error, dcp.CheckpointException) else [(error, None)]
         reason = next((failure for failure, _ in failures if isinstance(failure, OSError)), None)
         if reason is None:
@@ -77,7 +80,7 @@ def save(checkpoint: dict[str, Any], path: Path) -> None:
         if first:
             remove(partial)
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        raise unwritten(path, reason, f"more than {size:,}") from error
+        raise write_error(path, reason, f"more than {size:,}") from error
     finally:
         if first:
             remove(partial)
@@ -103,7 +106,7 @@ def meta(path: Path) -> dict[str, Any]:
 
 
 def load(path: Path, weights: dict[str, Any], state: Optional[dict[str, Any]]) -> None:
-    """Reads into the tensors of a sharded network, and of its optimizer if given; all processes call it.
+    """Reads into the tensors of a sharded network, and of its optimizer if given; all processes call it together.
 
     Args:
         path: Folder of the checkpoint.
@@ -121,7 +124,7 @@ def load(path: Path, weights: dict[str, Any], state: Optional[dict[str, Any]]) -
 
 
 def gather(path: Path) -> dict[str, Any]:
-    """A checkpoint as one process would have saved it, with all tensors whole in its memory."""
+    """A checkpoint as one process would have saved it, with full tensors in its memory."""
     with readable(path):
         reader = Reader(path)
         tensors = {
@@ -146,7 +149,7 @@ def gather(path: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """What goes wrong in the block becomes a UserError that names the checkpoint.
+    """Makes a UserError that names the checkpoint of any error in the block.
 
     (`dcp.CheckpointException` is no `Exception`.)
     """
@@ -169,7 +172,7 @@ def flat(weights: dict[str, Any], state: Optional[dict[str, Any]]) -> dict[str, 
 
 
 def numbered(state: dict[str, Any]) -> dict[str, Any]:
-    """The state of an optimizer by the names of the parameters, as PyTorch has it: by their numbers."""
+    """The state of an optimizer with the numbers of the parameters, as in PyTorch, not their names."""
     names = [name for group in state["param_groups"] for name in group["params"]]
     numbers = {name: number for number, name in enumerate(names)}
     return {
@@ -179,7 +182,7 @@ def numbered(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def named(state: dict[str, Any], names: Names) -> dict[str, Any]:
-    """The state of an optimizer as PyTorch has it, by the names of the parameters of each group instead."""
+    """The state of an optimizer with the names of the parameters, not their numbers as in PyTorch."""
     name_of = {
         number: name for group, own in zip(state["param_groups"], names) for number, name in zip(group["params"], own)
     }
@@ -219,7 +222,7 @@ def check_table(metadata: Any, path: Path) -> None:
         file = path / plain_name(info.relative_path, f"a file name in {path / TABLE}")
         size = file.stat().st_size if file.is_file() and not file.is_symlink() else -1
         if min(info.offset, info.length) < 0 or info.offset + info.length > size:
-            raise UserError(f"{path / TABLE} names bytes of {file.name} that are not there: the checkpoint is damaged")
+            raise UserError(f"{path / TABLE} names bytes of {file.name} that do not exist: the checkpoint is damaged")
         if info.transform_descriptors:
             raise UserError(f"{path / TABLE} has a part that is transformed, which lm_lightning never writes")
         room[index.fqn] = room.get(index.fqn, 0) + info.length
@@ -234,7 +237,7 @@ def check_table(metadata: Any, path: Path) -> None:
 
 
 class TableUnpickler(pickle.Unpickler):
-    """Knows the classes of which a table of contents consists."""
+    """Loads only the classes that a table of contents consists of."""
 
     def find_class(self, module: str, name: str) -> Any:
         # a module is not even imported unless a table needs it: an import runs code
@@ -249,5 +252,5 @@ class TableUnpickler(pickle.Unpickler):
             or (module, name) in (("pathlib", "PosixPath"), ("pathlib", "WindowsPath"), ("collections", "OrderedDict"))
         )
         if not allowed:
-            raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint's table of contents")
+            raise pickle.UnpicklingError(f"{module}.{name} does not belong in a checkpoint's table of contents")
         return found

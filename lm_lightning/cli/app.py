@@ -41,7 +41,9 @@ from lm_lightning.callbacks.progress import RunProgress
 from lm_lightning.callbacks.resuming import Resuming
 from lm_lightning.callbacks.spikes import Spikes
 from lm_lightning.callbacks.throughput import Throughput
-from lm_lightning.checkpoints.files import BackgroundCheckpoints, CheckpointFiles, Checkpoints  # noqa: F401
+from lm_lightning.checkpoints.callback import Checkpoints
+from lm_lightning.checkpoints.loading import find_checkpoint, folder_of, load_checkpoint, run_of
+from lm_lightning.checkpoints.plugins import BackgroundCheckpoints, CheckpointFiles  # noqa: F401
 from lm_lightning.cli import evaluation, explain, guide, saving, settings
 from lm_lightning.console import printable
 from lm_lightning.data.pretraining import PretrainingData  # noqa: F401
@@ -239,11 +241,11 @@ class CLI(LightningCLI):
         if self.subcommand != "fit":
             weights = self.evaluated_weights(config)
         elif config.ckpt_path is not None:
-            checkpoint = evaluation.checkpoint_of(config.ckpt_path, None, config.runs_dir, name)
-            runs.load_checkpoint(checkpoint, weights=False)
+            folder = folder_of(config.ckpt_path, config.runs_dir, name)
+            checkpoint, _ = find_checkpoint(config.ckpt_path, folder)
             # An earlier state than the last starts a run folder of its own, and so does another name or folder.
             same = config.ckpt_path == "last" or checkpoint.name == "last.ckpt"
-            run = runs.run_of(checkpoint) if same else None
+            run = run_of(checkpoint) if same else None
             run = None if run is not None and self.elsewhere(run) else run
             if run is not None:
                 untrusted.refuse_links(run)
@@ -253,7 +255,7 @@ class CLI(LightningCLI):
         pretrained, options = config.model.init_args.get("pretrained"), config.data.init_args
         trains_none = "tables" in options or self.subcommand != "fit"
         if pretrained and trains_none and hasattr(options.get("tokenizer"), "path") and options.tokenizer.path is None:
-            options.tokenizer.path = runs.folder_of(pretrained, "tokenizer")
+            options.tokenizer.path = runs.pretrained_name(pretrained, "tokenizer")
         config.weights_only = True  # of what a checkpoint holds, nothing is run
         for complete in features.trainer_settings():
             complete(config.trainer)
@@ -269,9 +271,9 @@ class CLI(LightningCLI):
         if self.subcommand == "fit":
             self.reusable_config.ckpt_path = None
             self.reusable_config = saving.checked(self._parser("fit"), self.reusable_config)
-            self.run_folder = run or runs.new_run(runs.runs_of(config.runs_dir, name))
+            self.run_folder = run or runs.new_run(runs.experiment_folder(config.runs_dir, name))
         else:
-            parent, logs = runs.runs_of(config.runs_dir, name), None
+            parent, logs = runs.experiment_folder(config.runs_dir, name), None
             if run is not None and not self.elsewhere(run):
                 untrusted.refuse_links(run)
                 parent, logs = run / "evaluations", run
@@ -298,7 +300,7 @@ class CLI(LightningCLI):
                 "--ckpt_path last or a checkpoint, or --model.pretrained"
             )
         if config.ckpt_path is not None:
-            runs.load_checkpoint(Path(config.ckpt_path), weights=False)
+            load_checkpoint(Path(config.ckpt_path), weights=False)
         return weights
 
     def elsewhere(self, run: Path) -> bool:

@@ -14,8 +14,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lm_lightning import run as runs
+from lm_lightning.checkpoints.loading import CheckpointFolder, find_checkpoint, folder_of, run_of
 from lm_lightning.cli import saving, settings
-from lm_lightning.commands.export import default_checkpoint
 from lm_lightning.console import printable
 from lm_lightning.errors import UserError
 from lm_lightning.files import write_text
@@ -42,7 +42,7 @@ def of_arguments(arguments: list[str]) -> tuple[Optional[Path], list[str]]:
     if arguments[:1] == [] or arguments[0] not in COMMANDS or len(arguments) < 2 or arguments[1].startswith("-"):
         return None, arguments
     command, name, *rest = arguments
-    run = runs.run_folder(name)
+    run = runs.find_run(name)
     if name.rstrip("/").endswith(".ckpt"):
         rest = ["--ckpt_path", str(Path(name).expanduser()), *rest]
     return run, [command, "--config", str(run / "config.yaml"), *rest]
@@ -62,24 +62,11 @@ def of_config(config: Any, name: str) -> Optional[Path]:
         run = read_json(record).get("run")
         return Path(run) if isinstance(run, str) and run else None
     if config.ckpt_path is not None:
-        return runs.run_of(checkpoint_of(config.ckpt_path, None, config.runs_dir, name))
+        return run_of(folder_of(config.ckpt_path, config.runs_dir, name) / "last.ckpt")
     pretrained = options_of(config, "model").get("pretrained")
     if pretrained is not None and runs.is_run(folder := Path(pretrained).expanduser()):
         return folder.absolute()
     return None
-
-
-def checkpoint_of(ckpt_path: str, run: Optional[Path], runs_dir: str, name: str) -> Path:
-    """The checkpoint that is meant by `last`, `best` or a path: of a run, or of the newest run of a name."""
-    if ckpt_path in ("last", "best"):
-        if run is None:
-            return runs.last_checkpoint(runs_dir, name, ckpt_path)
-        folder = run / "checkpoints"
-        return runs.usable_checkpoint(folder) if ckpt_path == "last" else runs.best_checkpoint(folder)
-    checkpoint = Path(ckpt_path).expanduser()
-    if checkpoint.name == "best.ckpt" and not checkpoint.exists():  # of several best ones, which have other names
-        return runs.best_checkpoint(checkpoint.parent)
-    return checkpoint
 
 
 def options_of(config: Any, part: str) -> Any:
@@ -128,7 +115,7 @@ def configure(config: Any, run: Path) -> str:
     if hasattr(tokenizer, "path") and tokenizer.as_dict() == (saved_data.get("tokenizer") or {}):
         tokenizer.path = str(run / "tokenizer")
     if config.ckpt_path is not None:
-        checkpoint = checkpoint_of(config.ckpt_path, run, "", "")
+        checkpoint, _ = find_checkpoint(config.ckpt_path, run / "checkpoints")
     else:
         pretrained = model.get("pretrained")
         if pretrained is not None and Path(pretrained).expanduser().absolute() == run:  # by which it was found
@@ -145,7 +132,7 @@ def configure(config: Any, run: Path) -> str:
             return str(run / "model")
         if not (run / "checkpoints").is_dir():
             raise UserError(f"{run} has neither a model/ nor checkpoints/, so there is nothing to evaluate")
-        checkpoint = default_checkpoint(run / "checkpoints")
+        checkpoint, _ = CheckpointFolder(run / "checkpoints").exported()
     config.ckpt_path = str(checkpoint.absolute())
     return config.ckpt_path
 

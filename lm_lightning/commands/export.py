@@ -1,14 +1,14 @@
 """`export`: a checkpoint in, a folder that plain `transformers` loads out, checked."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any, Optional
 
 from lm_lightning import files, hub
 from lm_lightning import run as runs
+from lm_lightning.checkpoints.loading import CheckpointFolder, find_checkpoint, load_checkpoint
 from lm_lightning.errors import UserError
-from lm_lightning.run import load_checkpoint, run_folder
+from lm_lightning.run import find_run
 from lm_lightning.security import untrusted
 
 
@@ -29,14 +29,13 @@ def export(
         max_shard_size: Largest file of weights, such as `5GB`; larger ones are written in parts. Default: that of
             `transformers`.
     """
-    run = str(run_folder(run))
+    run = str(find_run(run))
     if output is None:
         untrusted.refuse_links(Path(run))
     checkpoints = Path(run) / "checkpoints"
-    file = default_checkpoint(checkpoints) if checkpoint is None else Path(checkpoint)
-    if checkpoint is not None and not (file.is_file() or (file / "meta.pt").is_file()):
-        file = runs.named_checkpoint(checkpoints, checkpoint)
-    saved = load_checkpoint(file)
+    folder_of_run = CheckpointFolder(checkpoints)
+    file, _ = folder_of_run.exported() if checkpoint is None else find_checkpoint(checkpoint, checkpoints)
+    saved = load_checkpoint(file, verified=True)
     about = {"checkpoint": file.stem, "step": saved["global_step"]} | score(saved, file)
     if output is not None and Path(output).exists():
         raise UserError(f"the output folder {output} exists already: remove it or name another one")
@@ -58,22 +57,8 @@ def export(
             files.put(adapter, Path(run) / "adapter")
     finally:
         files.remove(adapter)
-    print(f"checkpoint: {file}, {runs.described(about)}")
+    print(f"checkpoint: {file}, {runs.describe_weights(about)}")
     print(folder)
-
-
-def default_checkpoint(folder: Path) -> Path:
-    """The checkpoint that the end of the training exports, or would export if it were now."""
-    newest = next(iter(runs.newest_first(folder)), folder / "last.ckpt")
-    settings = load_checkpoint(newest, weights=False, checked=True).get("export", {"weights": "last"})
-    if settings["weights"] == "last":
-        return newest
-    try:
-        best = runs.best_checkpoint(folder)
-    except UserError:  # none is monitored
-        return newest
-    complete = load_checkpoint(best, weights=False, checked=True)["global_step"] >= settings["complete_from"]
-    return best if complete else newest
 
 
 def score(saved: dict[str, Any], file: Path) -> dict[str, Any]:
@@ -158,9 +143,6 @@ def write_checked(
 
 def main() -> None:
     """Reads the command line."""
-    from jsonargparse import auto_cli
+    from lm_lightning.cli import command
 
-    from lm_lightning.cli.explain import program
-    from lm_lightning.cli.settings import Parser
-
-    auto_cli(export, args=sys.argv[2:], prog=program("export"), parser_class=Parser)
+    command.run(export)

@@ -102,12 +102,10 @@ def count(prepared: "Prepared", size: int, left_out: int, full: tuple[str, ...] 
 
 def main() -> None:
     """Reads the command line: `--config` as `fit` takes it, of which the options of the data count, and flags."""
-    from lm_lightning.cli import settings
-    from lm_lightning.cli.explain import program
+    from lm_lightning.cli import command, settings
 
     recipe, files, rest = settings.layered(sys.argv[2:])
-
-    parser = settings.Parser(prog=program("prepare"), description=(prepare.__doc__ or "").split("\n\n")[0])
+    parser = command.parser_of(prepare, options=False)
     parser.add_argument("-c", "--config", type=str, help="Recipe as for fit; of it, the options of the data count.")
     parser.add_argument("--show", type=int, nargs="+", default=[], help="Training samples to print, by their numbers.")
     kind, section = data_section(recipe, " and ".join(files))

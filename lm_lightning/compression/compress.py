@@ -11,16 +11,11 @@ import hashlib
 import io
 import json
 import math
-import os
-import subprocess
-import sys
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Optional
 
 from lm_lightning import hub
-from lm_lightning import run as runs
 from lm_lightning.console import printable
 from lm_lightning.errors import UserError
 from lm_lightning.files import write_picture, write_text
@@ -67,11 +62,12 @@ def compress(
         device: What the times are measured on.
         measure: Whether to measure, and not only to make the compressed models.
     """
+    from lm_lightning.cli.command import split_list
     from lm_lightning.compression import calibration, measures, recipes
 
     hub.quiet()
     source = model_folder(model)
-    recipe, modules = names(recipe), names(modules)
+    recipe, modules = split_list(recipe), split_list(modules)
     chosen = [one for one in recipe or recipes.STEPS if one != "none"]
     for one in chosen:
         recipes.steps_of(one)
@@ -226,26 +222,6 @@ def files(folder: Path) -> list:
     return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in found]
 
 
-def names(given: Sequence[str]) -> list[str]:
-    """Names of an option, also of a list that YAML does not read as one: 2:4 is a number to it, *mlp* an alias."""
-    if not isinstance(given, str):
-        return list(given)
-    return [name for part in given.strip("[] ").split(",") if (name := part.strip(" '\""))]
-
-
-def in_own_process(model: Path, *flags: str) -> None:
-    """Runs the command in a process of its own, which knows nothing of the others of a training run.
-
-    Raises:
-        UserError: If it fails; what it prints tells why.
-    """
-    of_runs = ("RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "NODE_RANK", "MASTER_", "TORCHELASTIC_", "SLURM_")
-    own = {name: value for name, value in os.environ.items() if not name.startswith((*of_runs, runs.ENVIRONMENT))}
-    command = [sys.executable, "-m", "lm_lightning", "compress", str(model), *flags]
-    if subprocess.run(command, env=own, check=False).returncode:
-        raise UserError(f"the model is finished, but was not compressed: {' '.join(command[1:])} has failed")
-
-
 def default_folder(model: Path, source: Path) -> Path:
     """`compressed` in a run folder, else beside the model's."""
     return source.with_name(f"{source.name}-compressed") if model == source else model / "compressed"
@@ -384,9 +360,6 @@ def draw(table: list[Row], folder: Path) -> None:
 
 def main() -> None:
     """Reads the command line."""
-    from lm_lightning.cli.explain import program
-    from lm_lightning.cli.settings import Parser
+    from lm_lightning.cli import command
 
-    parser = Parser(prog=program("compress"))
-    parser.add_function_arguments(compress, as_positional=True)  # (`auto_cli` keeps an option --config for itself)
-    compress(**vars(parser.parse_args(sys.argv[2:])))
+    command.run(compress)

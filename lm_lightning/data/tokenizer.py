@@ -72,7 +72,7 @@ def load(path: str) -> "PreTrainedTokenizerFast":
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    path = runs.folder_of(path, "tokenizer")
+    path = runs.pretrained_name(path, "tokenizer")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             path,

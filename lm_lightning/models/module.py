@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 
 from lm_lightning import hub
 from lm_lightning import run as runs
+from lm_lightning.checkpoints.loading import load_checkpoint
 from lm_lightning.console import printable
 from lm_lightning.data.order import PADDING, seed_of
 from lm_lightning.data.tokenizer import document_ids, fingerprint, load, vocabulary
@@ -132,7 +133,7 @@ class LanguageModule(LightningModule):
         self.resumed_at = 0  # the step of the checkpoint
         # Of an evaluation; the command line sets it, since Lightning tells of it only when the network is made.
         self.evaluated_checkpoint: Optional[str] = None
-        self.ended_early = False  # whether the run that is resumed was killed before it wrote model/
+        self.unfinished = False  # whether the run that is resumed was killed before it wrote model/
         self.from_checkpoint = False  # whether a checkpoint's weights will take the place of those made here
 
     @staticmethod
@@ -226,7 +227,7 @@ class LanguageModule(LightningModule):
         None without a head for them.
         """
         if self.evaluated_checkpoint is not None:
-            saved = runs.load_checkpoint(Path(self.evaluated_checkpoint), weights=False, checked=True)["network"]
+            saved = load_checkpoint(Path(self.evaluated_checkpoint), weights=False, verified=True)["network"]
             config = untrusted.network_class(saved["class"]).config_class.from_dict(saved["config"])
             config.architectures = [saved["class"]]
         elif self.pretrained is not None:
@@ -240,7 +241,7 @@ class LanguageModule(LightningModule):
 
     def pretrained_folder(self) -> str:
         """What `pretrained` names: a folder, that of a run's model, or a download of the Hub."""
-        return runs.folder_of(str(self.pretrained))
+        return runs.pretrained_name(str(self.pretrained))
 
     def checkpoint_activations(self) -> None:
         """Has every `activation_checkpointing`-th block compute its activations again."""
@@ -729,4 +730,4 @@ class LanguageModule(LightningModule):
             )
         if self.pretrained is not None and self.lora is None:
             self.print(f"weights: those of the checkpoint, not of model.pretrained ({self.pretrained})")
-        self.ended_early = runs.ended_early(Path(self.trainer.default_root_dir), Path(self.trainer.ckpt_path))
+        self.unfinished = runs.is_unfinished(Path(self.trainer.default_root_dir), Path(self.trainer.ckpt_path))

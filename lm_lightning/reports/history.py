@@ -1,28 +1,20 @@
 """History: a run folder in; its curves, options, samples and spikes out, as far as they can be read."""
 
-import csv
 import itertools
 import json
-import os
-import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
+from lm_lightning.callbacks.metrics_reader import NAME, Points, csv_rows, read_metrics, step_of
 from lm_lightning.errors import UserError
+from lm_lightning.security.bounded import WHOLE_BYTES, text_of
 from lm_lightning.security.redaction import redact, redact_arguments
-
-Points = list[tuple[int, float]]  # (step, value), by rising steps
 
 # A run may be of somebody else, or damaged: what is read and shown of it is bounded.
 YAML_BYTES = 1 << 20  # of a config
-WHOLE_BYTES = 4 << 20  # of another file that is read as a whole
-LAST_BYTES = 32 << 20  # of a file of lines, of which the last ones are read
-ROWS = 500_000  # of metrics.csv
 LINES = 20_000  # of a JSONL file
-COLUMNS = 200  # of a table
-NAME = 200  # characters of the name of a column or option
 CELL = 1000  # characters of a cell of another table
 TEXT = 10_000  # characters of any other text
 OPTIONS = 5000  # of a file
@@ -112,10 +104,10 @@ def read_steps(run: Run) -> int:
     checkpoint = run.folder / "checkpoints" / "last.ckpt"
     if not checkpoint.exists():
         return steps
-    from lm_lightning.run import load_checkpoint
+    from lm_lightning.checkpoints.loading import load_checkpoint
 
     try:
-        return max(steps, step_of(load_checkpoint(checkpoint, weights=False, checked=True)["global_step"]))
+        return max(steps, step_of(load_checkpoint(checkpoint, weights=False, verified=True)["global_step"]))
     except (UserError, ValueError, TypeError, KeyError, OverflowError):
         run.notes.append("checkpoints/last.ckpt is cut or damaged")
         return steps
@@ -123,69 +115,11 @@ def read_steps(run: Run) -> int:
 
 def read_table(file: Path, notes: list[str]) -> list[list[str]]:
     """The rows of a CSV file, as many cells each as the first; nothing if it is not there."""
-    rows = list(rows_of(text_of(file, notes).splitlines()))
+    rows = list(csv_rows(text_of(file, notes).splitlines()))
     whole = [[cut(cell, CELL) for cell in row] for row in rows if row is not None and len(row) == len(rows[0] or [])]
     if len(whole) < len(rows):
         notes.append(f"{file.name}: cut or damaged rows are left out ({len(rows) - len(whole)})")
     return whole
-
-
-def rows_of(lines: Sequence[str]) -> Iterator[Optional[list[str]]]:
-    """The rows of CSV, None for one that cannot be read, such as one with a cell of more than 128 KiB."""
-    csv.field_size_limit(1 << 17)  # of the whole process, which may have read tables of long texts
-    reader = csv.reader(line.replace("\0", "") for line in lines)
-    while True:
-        try:
-            row = next(reader)
-        except StopIteration:
-            return
-        except csv.Error:
-            yield None
-        else:
-            yield row
-
-
-def read_metrics(file: Path, notes: list[str]) -> dict[str, Points]:
-    """The columns of metrics.csv; a row that is cut, such as the last of a killed run, is left out."""
-    metrics: dict[str, dict[int, float]] = {}
-    *lines, rest = text_of(file, notes, last=True).split("\n")
-    bad = int(bool(rest))  # (its last number may be cut, too)
-    if len(lines) > ROWS + 1:
-        notes.append(f"{file.name}: only the last {ROWS:,} of {len(lines) - 1:,} rows are shown")
-        lines = [lines[0], *lines[-ROWS:]]
-    columns: list[str] = []
-    for row in rows_of(lines):
-        if not columns and row:
-            columns = row[:COLUMNS]
-            if len(row) > COLUMNS:
-                notes.append(f"{file.name}: {len(row) - COLUMNS} of {len(row)} columns are left out")
-            continue
-        if row == []:
-            continue
-        cells = dict(zip(columns, row or []))
-        try:
-            step = step_of(cells.pop("step", ""))
-            values = {name: float(value) for name, value in cells.items() if 0 < len(name) <= NAME and value}
-        except (TypeError, ValueError):
-            bad += 1
-            continue
-        for name, value in values.items():
-            metrics.setdefault(name, {})[step] = value
-    if bad:
-        notes.append(f"{file.name}: cut or damaged rows are left out ({bad})")
-    return {name: sorted(points.items()) for name, points in metrics.items()}
-
-
-def step_of(value: Any) -> int:
-    """A number of steps.
-
-    Raises:
-        ValueError: If a run cannot have so many; also TypeError and OverflowError.
-    """
-    step = int(value)
-    if not 0 <= step < 1 << 53:
-        raise ValueError(f"{step} is no step")
-    return step
 
 
 def whole_numbers(value: Any) -> list[int]:
@@ -254,37 +188,3 @@ def read_lines(file: Path, fields: dict[str, Callable[[Any], Any]], notes: list[
     if bad:
         notes.append(f"{file.name}: cut or damaged lines are left out ({bad})")
     return rows
-
-
-def text_of(file: Path, notes: list[str], most: int = 0, last: bool = False) -> str:
-    """A file's text; nothing if it is not there, or is too large.
-
-    Args:
-        file: Its path.
-        notes: Are added to.
-        most: Bytes that are read, at most. Default: what suits the kind of file.
-        last: Whether, of a larger file, the first line and the last ones are read.
-    """
-    most = most or (LAST_BYTES if last else WHOLE_BYTES)
-    try:
-        about = os.stat(file)
-        if not stat.S_ISREG(about.st_mode):  # a pipe or device might have no end
-            notes.append(f"{file.name} cannot be read (it is not a file)")
-            return ""
-        if about.st_size > most and not last:
-            notes.append(f"{file.name} is left out: it has {about.st_size:,} bytes, more than {most:,}")
-            return ""
-        with open(file, "rb") as stream:
-            head = b""
-            if about.st_size > most:
-                notes.append(f"{file.name}: only the last {most:,} of its {about.st_size:,} bytes are shown")
-                head = stream.readline(most)
-                stream.seek(about.st_size - most)
-                stream.readline(most)  # the rest of a line
-            text = (head + stream.read(most)).decode("utf-8", errors="replace")
-            return text.replace("\r\n", "\n").replace("\r", "\n")
-    except FileNotFoundError:
-        return ""
-    except OSError as error:
-        notes.append(f"{file.name} cannot be read ({error.strerror})")
-        return ""

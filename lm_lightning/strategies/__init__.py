@@ -1,68 +1,73 @@
-"""Strategies: what `--trainer.strategy` names, each with what language models need already right.
+"""Strategies: what `--trainer.strategy` names, each with the settings that language models need.
 
-A strategy says where the weights, the data and the work lie. The models know nothing of it, and a run has the same
-losses under each. Lightning's own `auto`, `ddp` and `ddp_spawn` are used as they are.
+A strategy decides where weights, data and computation are. The models do not depend on it, and a run has the same
+losses with each. Lightning's own `auto`, `ddp` and `ddp_spawn` are used as they are.
 """
 
-from lightning.pytorch.accelerators import AcceleratorRegistry
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy, StrategyRegistry
+from typing import Any
 
-from lm_lightning.checkpoints.files import BackgroundCheckpoints
+from lightning.pytorch.strategies import Strategy, StrategyRegistry
+
 from lm_lightning.errors import UserError
+from lm_lightning.strategies.capabilities import capabilities
 from lm_lightning.strategies.sharded import FSDP2, TensorParallel
-from lm_lightning.xla.strategy import XLA, XLADevices, XLASharded
 
-# name -> strategy, its settings and what it does
-PRESETS = {
-    "fsdp2": (FSDP2, {}, "weights, gradients and optimizer sharded over all processes"),
-    "hsdp": (FSDP2, {"within_node": True}, "sharded over the processes of a node, repeated on each node"),
-    "tp": (TensorParallel, {}, "each matrix split over the processes of a node, which share their batches"),
-    "xla": (XLA, {}, "one device, through torch_xla"),
-    "xla_spmd": (XLASharded, {}, "all devices, driven by one process, through torch_xla"),
-}
-SUPPORTED = (SingleDeviceStrategy, DDPStrategy, FSDP2)
 REPLACED = {
-    "fsdp": "PyTorch's first FSDP is superseded by its second: take --trainer.strategy fsdp2",
+    "fsdp": "PyTorch's first FSDP is superseded by its second: use --trainer.strategy fsdp2",
     "deepspeed": (
-        "DeepSpeed keeps the gradients to itself, so that a step could not be made exact over unequal batches: take "
+        "DeepSpeed does not expose its gradients, so a step could not be exact over unequal batches: use "
         "--trainer.strategy fsdp2, which shards as much as DeepSpeed's stage 3"
     ),
 }
-for name, (strategy, settings, description) in PRESETS.items():
+names = ["auto", "ddp", "ddp_spawn"]  # which are known to work
+
+
+def register(name: str, strategy: type[Strategy], description: str, **settings: Any) -> None:
+    """Makes a strategy available as `--trainer.strategy NAME`.
+
+    Args:
+        name: Of the strategy with these settings.
+        strategy: Its class, which states its capabilities.
+        description: What it does, in a few words.
+        settings: Arguments of the class.
+    """
     StrategyRegistry.register(name, strategy, description=description, override=True, **settings)
-AcceleratorRegistry.register("xla", XLADevices, "TPUs, or the CPU, through torch_xla", override=True)
+    if name not in names:
+        names.append(name)
 
 
 def check_name(name: object) -> None:
-    """Refuses what `--trainer.strategy` names and Lightning would fail at, or take although its results were wrong.
+    """Refuses names of strategies that do not exist, or whose results would be wrong.
 
     Raises:
-        UserError: Says what to take instead.
+        UserError: Names what to use instead.
     """
     if not isinstance(name, str):
         return
     sentence = REPLACED.get(name.split("_")[0])  # as in deepspeed_stage_2
     if sentence is not None:
         raise UserError(sentence)
-    if name != "auto" and name not in StrategyRegistry.available_strategies() and "." not in name:
-        known = ", ".join(["auto", "ddp", "ddp_spawn", *PRESETS])
-        raise UserError(f"there is no strategy {name} (--trainer.strategy): take one of {known}")
+    if "." in name:  # without options of the class, jsonargparse leaves it a string, which Lightning does not know
+        raise UserError(f"--trainer.strategy {name} is no name: give a class as '{{class_path: {name}}}'")
+    if name != "auto" and name not in StrategyRegistry.available_strategies():
+        raise UserError(f"there is no strategy {name} (--trainer.strategy): use one of {', '.join(names)}")
 
 
 def check(strategy: Strategy) -> None:
-    """Refuses strategies of which it is not known that they leave gradients as `LanguageModule` expects them.
+    """Refuses strategies that do not leave gradients as `LanguageModule` expects them.
 
     Raises:
         UserError: Names the strategy, or says why it cannot work with these processes.
     """
-    if isinstance(strategy, FSDP2):
+    if hasattr(strategy, "check_processes"):
         strategy.check_processes()
-        if strategy.sharded_checkpoints and isinstance(strategy.checkpoint_io, BackgroundCheckpoints):
-            raise UserError(
-                "BackgroundCheckpoints (--trainer.plugins) writes files from one process, and a folder of "
-                "sharded_checkpoints is written by all of them at once: leave one of the two out"
-            )
-    if not isinstance(strategy, SUPPORTED):
+    if not capabilities(strategy).averages_gradients:
         raise UserError(
-            f"{type(strategy).__name__} is not supported (--trainer.strategy): take auto, ddp, {', '.join(PRESETS)}"
+            f"{type(strategy).__name__} is not supported (--trainer.strategy): use one of {', '.join(names)}, or a "
+            "class that states averages_gradients (see lm_lightning/strategies/capabilities.py)"
         )
+
+
+register("fsdp2", FSDP2, "weights, gradients and optimizer state sharded over all processes")
+register("hsdp", FSDP2, "sharded over the processes of a node, replicated across nodes", within_node=True)
+register("tp", TensorParallel, "each matrix split over the processes of a node, which share their batches")

@@ -25,8 +25,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from lm_lightning import run
 from lm_lightning.checkpoints import sharded as sharded_checkpoint
+from lm_lightning.checkpoints.loading import load_checkpoint
+from lm_lightning.checkpoints.plugins import BackgroundCheckpoints
 from lm_lightning.errors import UserError
 from lm_lightning.networks import blocks
 from lm_lightning.strategies import tensor_parallel
@@ -43,6 +44,11 @@ class FSDP2(ModelParallelStrategy):
             file that the first process gathers in its memory. Either goes on under any strategy.
         process_group_backend: Of torch.distributed. Default: nccl on GPUs, gloo on CPUs.
     """
+
+    # Capabilities, see `capabilities.py`
+    averages_gradients = True
+    shards_parameters = True
+    quantized_weights = False
 
     def __init__(
         self,
@@ -64,11 +70,16 @@ class FSDP2(ModelParallelStrategy):
         """Refuses processes that cannot do this, before they are started."""
         if self.num_processes * self.num_nodes == 1 and not self.cpu_offload:
             raise UserError(
-                "this strategy spreads a network over processes, and there is only one: raise --trainer.devices (or "
-                "--trainer.num_nodes), or leave --trainer.strategy out"
+                "this strategy distributes a network over processes, and there is only one: raise --trainer.devices "
+                "(or --trainer.num_nodes), or omit --trainer.strategy"
             )
         if self.cpu_offload and self.root_device.type == "cpu":
-            raise UserError("cpu_offload moves weights from GPUs to the host, and there is no GPU: leave it out")
+            raise UserError("cpu_offload moves weights from GPUs to the host, and there is no GPU: omit it")
+        if self.sharded_checkpoints and isinstance(self.checkpoint_io, BackgroundCheckpoints):
+            raise UserError(
+                "BackgroundCheckpoints (--trainer.plugins) writes files from one process, but the folder of "
+                "sharded_checkpoints is written by all processes at once: omit one of the two"
+            )
         self._tensor_parallel_size = self.group_size()
         self._data_parallel_size = self.num_processes * self.num_nodes // self._tensor_parallel_size
 
@@ -125,7 +136,7 @@ class FSDP2(ModelParallelStrategy):
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: Optional[bool] = None) -> dict[str, Any]:
         path = Path(self.broadcast(checkpoint_path))
-        checkpoint = run.load_checkpoint(path, weights=not path.is_dir(), checked=True)
+        checkpoint = load_checkpoint(path, weights=not path.is_dir(), verified=True)
         self.lightning_module.on_load_checkpoint(checkpoint)  # refuses another network, before its weights are loaded
         optimizer = self.optimizers[0] if self.optimizers else None
         state: Any
@@ -163,6 +174,8 @@ class TensorParallel(FSDP2):
         sharded_checkpoints: As in FSDP2.
         process_group_backend: Of torch.distributed. Default: nccl on GPUs, gloo on CPUs.
     """
+
+    splits_matrices = True
 
     def __init__(
         self,

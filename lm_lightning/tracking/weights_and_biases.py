@@ -17,9 +17,10 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
+from lm_lightning.checkpoints.loading import load_checkpoint
 from lm_lightning.errors import UserError
 from lm_lightning.files import write_text
-from lm_lightning.run import PLACEHOLDER, TRAINING, load_checkpoint
+from lm_lightning.run import PLACEHOLDER, TRAINING
 from lm_lightning.security.redaction import redacted_command_line
 from lm_lightning.security.untrusted import read_json
 
@@ -175,7 +176,7 @@ class WandbRun(WandbLogger):
             if model and (path / TRAINING).exists():
                 step = read_json(path / TRAINING)["step"]
             elif not model:
-                step = load_checkpoint(path, weights=False, checked=True)["global_step"]
+                step = load_checkpoint(path, weights=False, verified=True)["global_step"]
             if self.before.get(path) != time:
                 self.log_artifact(path, *(("model", "latest") if model else ("checkpoint", path.stem)), step)
         try:

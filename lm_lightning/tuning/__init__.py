@@ -7,5 +7,5 @@ FEATURE = Feature(
         "tune": ("lm_lightning.tuning.tune", "search good values of flags, a learning rate, the largest micro-batch"),
         "verify": ("lm_lightning.tuning.verify", "compare ways to run a config on this machine with a plain run"),
     },
-    classes=("lm_lightning.tuning.sweep",),
+    classes=("lm_lightning.tuning.range_test",),
 )

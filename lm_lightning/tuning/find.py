@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any, Optional
 
 from lm_lightning.errors import UserError
-from lm_lightning.tuning.fits import fit, logged, read_settings, run_folder, shorten
+from lm_lightning.tuning.fit_process import fit, logged, newest_run, read_settings, shorten
 
-MEMORY = "GiB that each process may use, as train/memory of metrics.csv has it. Default: all that there is."
 OUT_OF_MEMORY = re.compile(r"out of memory|OutOfMemory|can't allocate memory|MemoryError|DefaultCPUAllocator", re.I)
 
 
@@ -37,11 +36,11 @@ def learning_rate(fit_flags: list[str], low: float = 1e-6, high: float = 1.0, st
     with tempfile.TemporaryDirectory(prefix="tune-", ignore_cleanup_errors=True) as scratch:
         folder = Path(scratch)
         settings = read_settings(fit_flags, folder)
-        sweep = {"class_path": "lm_lightning.tuning.sweep.Sweep", "init_args": {"low": low, "high": high}}
-        shorten(settings, steps, [sweep])
+        range_test = {"class_path": "lm_lightning.tuning.range_test.LearningRateRangeTest"}
+        shorten(settings, steps, [range_test | {"init_args": {"low": low, "high": high}}])
         settings["trainer"] |= {"limit_val_batches": 0, "val_check_interval": 10**9}
-        reason = short_run(settings, folder, "sweep")
-        run = run_folder(folder / "runs", "sweep")
+        reason = short_run(settings, folder, "range-test")
+        run = newest_run(folder / "runs", "range-test")
         losses, rates = logged(run, "train/loss"), logged(run, "train/learning_rate")
     points = [(rates[step], loss) for step, loss in sorted(losses.items()) if math.isfinite(loss)]
     if len(points) < 10:
@@ -105,7 +104,7 @@ def batch_size(fit_flags: list[str], memory: Optional[float] = None) -> int:
             trainer["val_check_interval"] = 2  # the third step tells of its memory
             name = f"batch-{size}"
             reason = short_run(settings, folder, name)
-            used = max(logged(run_folder(folder / "runs", name), "train/memory").values(), default=None)
+            used = max(logged(newest_run(folder / "runs", name), "train/memory").values(), default=None)
             errors = reason + (folder / "err.txt").read_text(encoding="utf-8", errors="replace")  # of all processes
             if reason and not OUT_OF_MEMORY.search(errors):
                 raise UserError(f"a micro-batch of {size} cannot be tried: {reason}")

@@ -52,7 +52,7 @@ class Values:
 
 
 @dataclass
-class Search:
+class SearchSpace:
     """What a study tries, and what is good.
 
     Args:
@@ -94,8 +94,8 @@ class Search:
         return found
 
 
-def read_search(file: str, trials: Optional[int] = None) -> Search:
-    """Reads a YAML file with the fields of `Search`, of which `trials` may be given.
+def read_search_space(file: str, trials: Optional[int] = None) -> SearchSpace:
+    """Reads a YAML file with the fields of `SearchSpace`, of which `trials` may be given.
 
     Raises:
         UserError: Names the file and what is wrong with it.
@@ -104,9 +104,9 @@ def read_search(file: str, trials: Optional[int] = None) -> Search:
     from jsonargparse import ArgumentParser
 
     if not Path(file).is_file():
-        raise UserError(f"there is no search space {file}: configs/search/gpt.yaml shows what is in one")
+        raise UserError(f"there is no search space {file}: configs/tuning/gpt.yaml shows what is in one")
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(Search)
+    parser.add_class_arguments(SearchSpace)
     try:
         content = settings.load(Path(file).read_text(encoding="utf-8"))
         flags = content.get("flags") if isinstance(content, dict) else None
@@ -115,7 +115,7 @@ def read_search(file: str, trials: Optional[int] = None) -> Search:
                 f"the search space {file} needs flags, each with a range or choices, as "
                 "`flags: {model.schedule.warmup_steps: {low: 10, high: 100}}`"
             )
-        search = Search(**vars(parser.instantiate(parser.parse_path(file))))
+        search = SearchSpace(**vars(parser.instantiate(parser.parse_path(file))))
     except (argparse.ArgumentError, ValueError, TypeError, yaml.YAMLError) as error:
         raise UserError(f"the search space {file} cannot be used: {of_command_line(error, ['tune'])}") from error
     search.trials = search.trials if trials is None else trials

@@ -17,13 +17,14 @@ from typing import Any, Optional
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.accelerators import XLAAccelerator
+from lightning.pytorch.accelerators import AcceleratorRegistry, XLAAccelerator
 from lightning.pytorch.strategies import SingleDeviceStrategy, SingleDeviceXLAStrategy
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from transformers import masking_utils
 from transformers.utils.import_utils import is_tracing
 
+from lm_lightning import strategies
 from lm_lightning.errors import UserError
 
 STRATEGIES = ("xla", "xla_spmd", f"{__name__}.XLA", f"{__name__}.XLASharded")  # as trainer.strategy names them
@@ -61,6 +62,8 @@ class XLADevices(XLAAccelerator):
 class XLA(SingleDeviceXLAStrategy):
     """One device, through `torch_xla`."""
 
+    quantized_weights = False
+    lazy = True
     checkpoint_io = SingleDeviceStrategy.checkpoint_io  # any, where Lightning takes only one that fetches the tensors
 
     def __init__(self) -> None:
@@ -110,6 +113,13 @@ class XLA(SingleDeviceXLAStrategy):
 
         torch_xla.manual_seed(torch.initial_seed())  # XLA draws from a generator of its own; the module seeds torch's
         return super().training_step(*args, **kwargs)
+
+    def throughput_metrics(self) -> dict[str, float]:
+        """`train/compilations`, the programs compiled so far: if these grow, something changes its shape."""
+        from torch_xla.debug import metrics
+
+        data = metrics.metric_data("CompileTime")
+        return {"train/compilations": data[0] if data else 0}
 
 
 class XLASharded(XLA):
@@ -209,9 +219,6 @@ def complete_settings(trainer: Any) -> None:
         trainer.precision = "32-true"
 
 
-def compilations() -> int:
-    """How many programs XLA has compiled in this process."""
-    from torch_xla.debug import metrics
-
-    data = metrics.metric_data("CompileTime")
-    return data[0] if data else 0
+AcceleratorRegistry.register("xla", XLADevices, "TPUs, or the CPU, through torch_xla", override=True)
+strategies.register("xla", XLA, "one device, through torch_xla")
+strategies.register("xla_spmd", XLASharded, "all devices, driven by one process, through torch_xla")

@@ -6,12 +6,12 @@ from types import SimpleNamespace
 import pytest
 from conftest import paragraphs
 
+from lm_lightning.checkpoints.loading import load_checkpoint
 from lm_lightning.data.corpus import Corpus
 from lm_lightning.data.pretraining import PretrainingData
 from lm_lightning.data.tokenizer import Tokenizer
 from lm_lightning.errors import UserError
 from lm_lightning.finetuning.data import Tables, of_files, read
-from lm_lightning.run import load_checkpoint
 from lm_lightning.tasks.generation.generate import read_prompts
 
 

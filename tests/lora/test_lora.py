@@ -26,10 +26,10 @@ from transformers import (
     AutoTokenizer,
 )
 
+from lm_lightning.checkpoints.loading import load_checkpoint
 from lm_lightning.data.tokenizer import Tokenizer, train
 from lm_lightning.errors import UserError
 from lm_lightning.lora.lora import LoRA
-from lm_lightning.run import load_checkpoint
 from lm_lightning.security.untrusted import TRUST_PACKAGES
 from lm_lightning.strategies import FSDP2, TensorParallel
 

@@ -16,7 +16,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lm_lightning.environment import git
 from lm_lightning.errors import UserError
-from lm_lightning.reports import report
+from lm_lightning.reports import curves
+from lm_lightning.reports import page as report_page
 
 VOID = {"meta", "wbr", "img", "link"}
 
@@ -227,7 +228,7 @@ def test_long_curve_is_thinned_but_keeps_its_extremes_and_ends(folder: Path, cli
     lines = Page(folder / "report.html").lines("loss")
     train = lines["train", 0]
     points = dict(zip(train["step"], train["value"]))
-    assert 500 < len(points) <= report.POINTS
+    assert 500 < len(points) <= curves.POINTS
     assert points[777] == 99 and points[12345] == -5 and points[15000] is None
     assert points[0] == values[0] and points[19999] == values[-1]
     assert train["step"] == sorted(train["step"])
@@ -235,12 +236,12 @@ def test_long_curve_is_thinned_but_keeps_its_extremes_and_ends(folder: Path, cli
 
 
 def test_what_is_no_run_folder_is_refused(folder: Path, cli, tmp_path: Path):
-    with pytest.raises(UserError, match="made is no run folder, but has 1 of them in it: give one, such as .*made.up"):
+    with pytest.raises(UserError, match="made is not a run folder, but contains 1 of them: give .*made.up"):
         cli("report", folder, folder.parent)
     with pytest.raises(UserError, match="nothing does not exist"):
         cli("report", tmp_path / "nothing")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="empty is no run folder: it has no config.yaml"):
+    with pytest.raises(UserError, match="empty is not a run folder: it has no config.yaml"):
         cli("report", tmp_path / "empty")
     with pytest.raises(UserError, match="nowhere/page.html cannot be written .*--output"):
         cli("report", folder, "--output", tmp_path / "nowhere" / "page.html")
@@ -250,9 +251,9 @@ def test_run_whose_report_fails_is_a_run(fit, cli, recipe: Path, monkeypatch: py
     def fail(*_: object) -> None:
         raise RuntimeError("no space")
 
-    monkeypatch.setattr(report, "write", fail)
+    monkeypatch.setattr(report_page, "write", fail)
     out = cli("fit", "--config", recipe, "--trainer.max_steps", 3)
-    assert "no report is made: RuntimeError: no space" in out and "model: " in out
+    assert "the report could not be made: RuntimeError: no space" in out and "model: " in out
 
 
 def test_environment_names_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from lm_lightning.checkpoints import sharded as sharded_checkpoint
+from lm_lightning.checkpoints.loading import load_checkpoint
 from lm_lightning.commands import export
 from lm_lightning.compression import folder as compressed
 from lm_lightning.data import shards, tokenizer
@@ -28,7 +29,6 @@ from lm_lightning.data.corpus import Corpus
 from lm_lightning.data.tokenizer import Tokenizer
 from lm_lightning.errors import UserError
 from lm_lightning.reports import history, report
-from lm_lightning.run import load_checkpoint
 from lm_lightning.tasks.embedding import search
 from lm_lightning.tasks.generation import generate
 from lm_lightning.tasks.generation.generation import Sampling, prompt_ids

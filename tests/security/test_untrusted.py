@@ -16,11 +16,11 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from lm_lightning.checkpoints import sharded as sharded_checkpoint
+from lm_lightning.checkpoints.loading import load_checkpoint
 from lm_lightning.commands import export
 from lm_lightning.compression.folder import copy_beside
 from lm_lightning.console import printable
 from lm_lightning.errors import UserError
-from lm_lightning.run import load_checkpoint
 from lm_lightning.security import untrusted
 
 

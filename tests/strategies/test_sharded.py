@@ -14,9 +14,9 @@ from conftest import ROOT
 from processes import Runs
 
 from lm_lightning.checkpoints import sharded as sharded_checkpoint
+from lm_lightning.checkpoints.loading import load_checkpoint
 from lm_lightning.data.tokenizer import Tokenizer, train
 from lm_lightning.errors import UserError
-from lm_lightning.run import load_checkpoint
 
 FLAGS = {
     "one": (),
@@ -235,7 +235,7 @@ def test_damaged_folder_is_named_and_the_one_before_taken(runs, recipe, cli, tmp
     part.unlink()
     arguments = recipe("gpt2", *flags, "--runs_dir", tmp_path / "runs", "--name", "cut", "--trainer.devices", 1)
     out = cli(*arguments, "--ckpt_path", "last")
-    assert f"the checksum of its part {part.name} is wrong" in out and "going on from last.ckpt.old of step 4" in out
+    assert f"the checksum of its part {part.name} is wrong" in out and "using last.ckpt.old of step 4" in out
 
 
 def test_folder_takes_the_place_of_a_file_and_a_file_that_of_a_folder(runs, recipe, cli, tmp_path: Path):

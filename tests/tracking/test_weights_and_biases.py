@@ -19,7 +19,7 @@ from wandb.proto import wandb_internal_pb2 as pb  # noqa: E402
 
 from lm_lightning.errors import UserError  # noqa: E402
 
-OVERLAY = ROOT / "configs" / "callbacks" / "wandb.yaml"
+OVERLAY = ROOT / "configs" / "tracking" / "wandb.yaml"
 
 
 @pytest.fixture(autouse=True)
@@ -256,7 +256,7 @@ def test_wandb_that_is_not_installed_is_named_with_its_command(fit, monkeypatch:
 def test_the_sweep_is_one_that_an_agent_can_run(cli, recipe: Path, monkeypatch: pytest.MonkeyPatch):
     from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
-    sweep = yaml.safe_load((ROOT / "configs" / "sweep" / "gpt.yaml").read_text())
+    sweep = yaml.safe_load((ROOT / "configs" / "tracking" / "wandb_sweep.yaml").read_text())
     chosen = {
         name: {"value": choice.get("min", choice.get("values", [0])[-1])}
         for name, choice in sweep["parameters"].items()
@@ -264,7 +264,7 @@ def test_the_sweep_is_one_that_an_agent_can_run(cli, recipe: Path, monkeypatch: 
     monkeypatch.setenv("WANDB_RUN_ID", "abc123")  # as an agent gives it
     monkeypatch.setenv("WANDB_SWEEP_ID", "sweep1")
     arguments = [argument for argument in sweep["command"] if not argument.startswith("$")][2:]
-    assert arguments == ["fit", "--config=configs/gpt.yaml", "--config=configs/callbacks/wandb.yaml"]
+    assert arguments == ["fit", "--config=configs/gpt.yaml", "--config=configs/tracking/wandb.yaml"]
     flags = create_sweep_command_args({"args": chosen})["args"]
     out = cli("fit", "--config", recipe, "--config", OVERLAY, *flags, "--trainer.max_steps", 11)
     (part,) = parts(Path(out.split("run folder: ")[1].splitlines()[0]))

@@ -16,9 +16,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lm_lightning.errors import UserError
 from lm_lightning.tuning.find import largest, steepest
-from lm_lightning.tuning.fits import logged
-from lm_lightning.tuning.search_space import read_search
-from lm_lightning.tuning.tune import flags_of
+from lm_lightning.tuning.fit_process import logged
+from lm_lightning.tuning.search_space import read_search_space
+from lm_lightning.tuning.study import flags_of
 
 SHORT = ("--trainer.max_steps", "3", "--trainer.val_check_interval", "1", "--trainer.limit_val_batches", "1")
 
@@ -108,9 +108,9 @@ def test_bad_trial_is_ended_early(cli, recipe: Path, tmp_path: Path):
     assert "pruned at step" in out and "2 trials: 1 complete, 1 pruned" in out
 
 
-@pytest.mark.parametrize("file", sorted(ROOT.glob("configs/search/*.yaml")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", sorted(ROOT.glob("configs/tuning/*.yaml")), ids=lambda file: file.stem)
 def test_search_space_of_the_project_runs(file: Path, cli, tmp_path: Path, cache_dir: Path, corpus_file: Path):
-    search = read_search(str(file))
+    search = read_search_space(str(file))
     for end in ("low", "high"):
         values = {flag: v.choices[-1] if v.choices else getattr(v, end) for flag, v in search.flags.items()}
         cli(
@@ -146,7 +146,7 @@ LR = {"low": 1e-4, "high": 1e-1}
 )
 def test_mistake_in_a_search_space_is_refused_in_one_sentence(content: object, reason: str, tmp_path: Path):
     with pytest.raises(UserError, match=reason) as refused:
-        read_search(str(write(tmp_path / "search.yaml", content)))  # type: ignore
+        read_search_space(str(write(tmp_path / "search.yaml", content)))  # type: ignore
     assert "\n" not in str(refused.value) and "search.yaml" in str(refused.value) or "lr" in str(refused.value)
 
 

@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lm_lightning.errors import UserError
 from lm_lightning.tuning import verify
-from lm_lightning.tuning.verify import VARIANTS, Outcome, obstacle
+from lm_lightning.tuning.variants import VARIANTS, Outcome, obstacle
 
 
 class Sabotage(Callback):
@@ -105,7 +105,7 @@ def test_interrupted_verify_prints_what_was_finished(monkeypatch, capsys):
             raise KeyboardInterrupt
         return done
 
-    monkeypatch.setattr(verify, "run", run)
+    monkeypatch.setattr(verify, "run_variant", run)
     settings = {"data": {"class_path": "PretrainingData", "init_args": {"batch_size": 8}}}
     monkeypatch.setattr(verify, "shared_settings", lambda *_: settings)
     with pytest.raises(KeyboardInterrupt):

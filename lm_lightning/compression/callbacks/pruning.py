@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
-from lm_lightning.compression.compress import in_own_process
+from lm_lightning.compression.callbacks.after_training import compress_alone
 from lm_lightning.errors import UserError
 from lm_lightning.networks import by_rows, linear_layers, smallest, zeros_of
 
@@ -216,10 +216,10 @@ class Pruning(Callback):
             return
         flags = ["--config", str(run / "config.yaml")]  # named, so that classes of the user's are imported again
         if pl_module.pretrained is None:
-            in_own_process(run, "--recipe", "none", *flags)
+            compress_alone(run, "--recipe", "none", *flags)
         else:
             flags += ["--output", str(run / "compressed")]
-            in_own_process(Path(pl_module.pretrained_folder()), "--recipe", "none", "--beside", f"[{run}]", *flags)
+            compress_alone(Path(pl_module.pretrained_folder()), "--recipe", "none", "--beside", f"[{run}]", *flags)
 
     # Checkpoints
 

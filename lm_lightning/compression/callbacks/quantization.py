@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from lm_lightning.compression import recipes
-from lm_lightning.compression.compress import in_own_process
+from lm_lightning.compression.callbacks.after_training import compress_alone
 from lm_lightning.compression.quantization import Rounding
 from lm_lightning.errors import UserError
 from lm_lightning.networks import by_rows, linear_layers
@@ -98,7 +98,7 @@ class Quantization(Callback):
             return
         config = str(run / "config.yaml")  # named, so that classes of the user's are imported again
         flags = ["--recipe", self.recipe, "--modules", ",".join(self.modules), "--config", config]
-        in_own_process(run, *flags, *(() if self.table else ("--measure", "false")))
+        compress_alone(run, *flags, *(() if self.table else ("--measure", "false")))
 
 
 def rounded(layer: nn.Linear, rounding: Rounding, inputs: Tensor) -> Tensor:

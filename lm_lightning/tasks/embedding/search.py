@@ -142,7 +142,7 @@ def model_of(folder: Path, about: About, given: Optional[str]) -> str:
         UserError: If the index names a model outside of its own folder and of its run's, and the user has named none.
     """
     if given is not None:
-        return runs.folder_of(given)
+        return runs.pretrained_name(given)
     own = folder.resolve()
     evaluation = own.parent  # <run>/evaluations/<time>-predict/index
     run = evaluation.parents[1] if evaluation.parent.name == "evaluations" else evaluation
@@ -291,9 +291,6 @@ def graph(folder: Path, embeddings: "np.ndarray", cache: Path) -> Any:
 
 def main() -> None:
     """Reads the command line."""
-    from jsonargparse import auto_cli
+    from lm_lightning.cli import command
 
-    from lm_lightning.cli.explain import program
-    from lm_lightning.cli.settings import Parser
-
-    auto_cli(search, args=sys.argv[2:], prog=program("search"), parser_class=Parser)
+    command.run(search)

@@ -220,9 +220,6 @@ def talk(
 
 def main() -> None:
     """Reads the command line."""
-    from jsonargparse import auto_cli
+    from lm_lightning.cli import command
 
-    from lm_lightning.cli.explain import program
-    from lm_lightning.cli.settings import Parser
-
-    auto_cli(generate, args=sys.argv[2:], prog=program("generate"), parser_class=Parser)
+    command.run(generate)

@@ -1,4 +1,4 @@
-"""Sweep: a learning rate that rises at every step, to see from which to which a network learns."""
+"""The learning-rate range test: a learning rate that rises at every step, to see at which rates a network learns."""
 
 import math
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 
-class Sweep(Callback):
+class LearningRateRangeTest(Callback):
     """Raises the learning rate by the same factor at each step of a run, and ends it where the loss is four times the
     least so far (Smith, 2017, Cyclical Learning Rates for Training Neural Networks, arXiv:1506.01186).
 

@@ -13,7 +13,8 @@ import yaml
 
 from lm_lightning.cli import settings
 from lm_lightning.errors import UserError
-from lm_lightning.reports import history, report
+from lm_lightning.reports import history
+from lm_lightning.reports import page as report_page
 
 NUMBERS = ["inf", "-inf", "nan", "1e308", "-1e308", "9" * 400, "1e-320", ""]
 
@@ -42,7 +43,7 @@ def run(tmp_path: Path) -> Path:
 
 def page(run: Path) -> tuple[str, dict[str, Any]]:
     """The report, and the numbers in it, which are JSON."""
-    text = report.page([history.read(run)])
+    text = report_page.page([history.read(run)])
     data = text.split('type="application/json" id="data">')[1].split("</script>")[0]
     assert len(text) < 30_000_000
     return text, json.loads(data, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))

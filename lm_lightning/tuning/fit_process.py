@@ -1,7 +1,6 @@
 """`fit` in processes of its own: flags in; its settings, what it has logged, or why it has failed, out."""
 
 import contextlib
-import csv
 import os
 import re
 import signal
@@ -13,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Optional
 
+from lm_lightning.callbacks.metrics_reader import read_metrics
 from lm_lightning.cli import settings
 from lm_lightning.errors import UserError
 from lm_lightning.processes import kill_with_parent
@@ -120,21 +120,16 @@ def fit(
     return "", (found or text.strip().splitlines() or [""])[-1][:500] or f"exit status {status}"
 
 
-def run_folder(runs_dir: Path, name: str) -> Optional[Path]:
+def newest_run(runs_dir: Path, name: str) -> Optional[Path]:
     """The newest run of a name, None before there is one."""
     return max((runs_dir / name).glob("*/"), key=lambda path: path.stat().st_mtime_ns, default=None)
 
 
 def logged(run: Optional[Path], metric: str) -> dict[int, float]:
-    """Values of a metric by step, as far as a run, which may be going on, has logged them.
+    """The values of a metric by step that a run has logged so far.
 
     Args:
         run: Run folder; None has logged nothing.
         metric: Such as `val/loss`.
     """
-    file = None if run is None else run / "metrics.csv"
-    if file is None or not file.is_file():
-        return {}
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-    rows = csv.DictReader(line for line in lines if line.endswith("\n"))  # the last may be in the making
-    return {int(row["step"]): float(row[metric]) for row in rows if row.get(metric) and row.get("step")}
+    return {} if run is None else dict(read_metrics(run / "metrics.csv").get(metric, []))

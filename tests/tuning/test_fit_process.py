@@ -15,7 +15,7 @@ LINUX = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells chi
 STARTER = """
 import json, sys
 from pathlib import Path
-from lm_lightning.commands.fits import fit
+from lm_lightning.tuning.fit_process import fit
 print(fit(json.loads(sys.argv[1]), Path(sys.argv[2]), timeout=1000))
 """
 

@@ -1,0 +1,81 @@
+"""The reader of metrics.csv, which `callbacks/metrics_file.py` writes."""
+
+import csv
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Optional
+
+from lm_lightning.security.bounded import text_of
+
+Points = list[tuple[int, float]]  # (step, value), by rising steps
+
+ROWS = 500_000  # that are read, the last ones
+COLUMNS = 200  # that are read
+NAME = 200  # characters of the name of a column
+
+
+def read_metrics(file: Path, notes: Optional[list[str]] = None) -> dict[str, Points]:
+    """The values of metrics.csv, also while a run is still writing it; an incomplete last row is omitted.
+
+    Args:
+        file: Its path. If there is no such file, there are no values.
+        notes: A sentence is added for what could not be read.
+
+    Returns:
+        For each metric, such as `val/loss`, its values by rising steps.
+    """
+    notes = [] if notes is None else notes
+    metrics: dict[str, dict[int, float]] = {}
+    *lines, rest = text_of(file, notes, last=True).split("\n")
+    bad = int(bool(rest))  # (its last number may be cut, too)
+    if len(lines) > ROWS + 1:
+        notes.append(f"{file.name}: only the last {ROWS:,} of {len(lines) - 1:,} rows are shown")
+        lines = [lines[0], *lines[-ROWS:]]
+    columns: list[str] = []
+    for row in csv_rows(lines):
+        if not columns and row:
+            columns = row[:COLUMNS]
+            if len(row) > COLUMNS:
+                notes.append(f"{file.name}: {len(row) - COLUMNS} of {len(row)} columns are left out")
+            continue
+        if row == []:
+            continue
+        cells = dict(zip(columns, row or []))
+        try:
+            step = step_of(cells.pop("step", ""))
+            values = {name: float(value) for name, value in cells.items() if 0 < len(name) <= NAME and value}
+        except (TypeError, ValueError):
+            bad += 1
+            continue
+        for name, value in values.items():
+            metrics.setdefault(name, {})[step] = value
+    if bad:
+        notes.append(f"{file.name}: cut or damaged rows are left out ({bad})")
+    return {name: sorted(points.items()) for name, points in metrics.items()}
+
+
+def csv_rows(lines: Iterable[str]) -> Iterator[Optional[list[str]]]:
+    """The rows of a CSV file; None for a row that cannot be read, such as one with a cell of more than 128 KiB."""
+    csv.field_size_limit(1 << 17)  # of the whole process, which may have read tables of long texts
+    reader = csv.reader(line.replace("\0", "") for line in lines)
+    while True:
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error:
+            yield None
+        else:
+            yield row
+
+
+def step_of(value: Any) -> int:
+    """A number of steps.
+
+    Raises:
+        ValueError: If a run cannot have so many; also TypeError and OverflowError.
+    """
+    step = int(value)
+    if not 0 <= step < 1 << 53:
+        raise ValueError(f"{step} is no step")
+    return step

@@ -1,0 +1,107 @@
+"""When checkpoints are saved: `best` by a metric of the validation, and `last` to resume from."""
+
+import os
+from typing import Any, Literal, Optional
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+
+class Checkpoints(ModelCheckpoint):
+    """Lightning's ModelCheckpoint whose files can be resumed from exactly, with scores of the very step that they hold.
+
+    It saves between optimizer steps only, when the last one has been logged, and never takes what is not a number for
+    the best.
+
+    Args:
+        filename: Name of the files, without `.ckpt`. Where several are kept (`save_top_k` is not 1), each needs a name
+            of its own, so `-{step}` and the score are added unless the name has `{step}` in it.
+        monitor: Metric that tells how good a checkpoint is, such as `val/loss`. Default of `best`: the main metric of
+            the model and its data, such as `val/accuracy`; of `last`: none, and the newest checkpoint is kept.
+        save_top_k: How many of the best are kept, -1 for all, 0 for none.
+        mode: Whether a small value of the metric is good, `min`, or a large one, `max`. Default: what is right for the
+            metric.
+        options: Those of Lightning's ModelCheckpoint.
+    """
+
+    validated = -1  # the step of the last validation
+    option = "checkpoints"  # its name on the command line
+
+    def __init__(
+        self,
+        filename: Optional[str] = None,
+        monitor: Optional[str] = None,
+        save_top_k: int = 1,
+        mode: Optional[Literal["min", "max"]] = None,
+        **options: Any,
+    ) -> None:
+        if save_top_k not in (0, 1) and filename and "{step" not in filename:
+            score = f"-{{{monitor}:.4f}}" if monitor and "{" not in filename else ""
+            filename += "-{step}" + score
+        super().__init__(filename=filename, monitor=monitor, save_top_k=save_top_k, mode=mode or "min", **options)
+        self.given_mode = mode
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        worst_first = sorted(self.best_k_models, key=lambda path: self.best_k_models[path], reverse=self.mode == "min")
+        for path in worst_first[: -self.save_top_k] if self.save_top_k > 0 else ():  # the resumed run kept more of them
+            del self.best_k_models[path]
+            trainer.strategy.remove_checkpoint(path)
+        if self.best_k_models:
+            self.kth_best_model_path = next(path for path in worst_first if path in self.best_k_models)
+            self.kth_value = self.best_k_models[self.kth_best_model_path]
+
+    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        """Lightning saves here, before the step is logged, and amid accumulation."""
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any = None, batch_idx: int = 0
+    ) -> None:
+        if batch_idx % trainer.accumulate_grad_batches == 0 and trainer.global_step > pl_module.resumed_at:
+            super().on_train_batch_end(trainer, pl_module, None, batch, batch_idx)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        # A validation may take long. But the last step is saved when all is done: nothing goes on from there.
+        if self.monitor is not None or trainer.global_step < pl_module.total_steps():
+            self.on_train_batch_start(trainer, pl_module)
+
+    def has_best(self) -> bool:
+        """Whether one of its files is the best of this run."""
+        here = os.path.dirname(self.best_model_path) == str(self.dirpath)
+        return self.monitor is not None and self.best_model_score is not None and here
+
+    def _should_save_on_train_epoch_end(self, trainer: Trainer) -> bool:
+        # Lightning would save at the end of each epoch even if it is validated, too early for the last validation.
+        if self._save_on_train_epoch_end is None and sum(trainer.num_val_batches):
+            return False
+        return super()._should_save_on_train_epoch_end(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.validated = trainer.global_step
+        super().on_validation_end(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.on_train_batch_start(trainer, pl_module)
+        super().on_train_end(trainer, pl_module)
+
+    def _monitor_candidates(self, trainer: Trainer) -> dict[str, Tensor]:
+        # Lightning keeps the metrics of a validation for the steps after it.
+        metrics = super()._monitor_candidates(trainer)
+        if self.validated != trainer.global_step:
+            metrics |= {name: torch.tensor(float("nan")) for name in metrics if name.startswith("val/")}
+            if str(self.monitor).startswith("val/"):
+                metrics.pop(self.monitor, None)  # so it waits for the next validation
+        return metrics
+
+    def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        # Lightning fails here if an epoch or the run ends at a step that was not validated.
+        if self.monitor is None or self.monitor in monitor_candidates:
+            super()._save_topk_checkpoint(trainer, monitor_candidates)
+
+    def check_monitor_top_k(self, trainer: Trainer, current: Optional[Tensor] = None) -> bool:
+        """Whether a score is one of the best; one that is not finite never is."""
+        return current is not None and bool(current.isfinite()) and super().check_monitor_top_k(trainer, current)

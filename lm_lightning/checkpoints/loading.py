@@ -1,0 +1,274 @@
+"""Checkpoints of runs: a path, `last` or `best` in, a verified checkpoint out."""
+
+import contextlib
+import functools
+import os
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, Optional
+
+import torch
+
+from lm_lightning.checkpoints import sharded
+from lm_lightning.checkpoints.files import OLD
+from lm_lightning.errors import UserError
+from lm_lightning.run import experiment_folder
+from lm_lightning.security import untrusted
+
+KINDS = ("*.ckpt", f"*.ckpt{OLD}")
+
+
+class Checkpoint(NamedTuple):
+    """A checkpoint that was compared with its checksums.
+
+    `content` has all of it but the tensors of a sharded one; those of a file stay on disk until they are used.
+    """
+
+    path: Path
+    content: dict[str, Any]
+
+
+def load_checkpoint(path: Path, weights: bool = True, verified: bool = False) -> dict[str, Any]:
+    """Loads a checkpoint, a file whose tensors stay on disk until they are used, or a sharded folder.
+
+    Args:
+        path: The file or folder.
+        weights: Whether the tensors of a folder are wanted, which are read and put together.
+        verified: Whether its parts were compared with their checksums before.
+
+    Raises:
+        UserError: Names the file and the problem.
+    """
+    if not exists(path):
+        raise UserError(f"there is no checkpoint file {path}")
+    if not verified:
+        verify(path)
+    with readable(path):
+        if sharded.is_checkpoint(path):
+            return sharded.gather(path) if weights else sharded.meta(path)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    complete = isinstance(checkpoint, dict) and {"network", "state_dict", "global_step"} <= checkpoint.keys()
+    if not complete or type(checkpoint["global_step"]) is not int:
+        raise UserError(f"{path} is not a checkpoint of lm_lightning: {remedy(path)}")
+    return checkpoint
+
+
+def exists(path: Path) -> bool:
+    """Whether there is a checkpoint of either kind."""
+    return path.is_file() or sharded.is_checkpoint(path)
+
+
+def verify(path: Path) -> None:
+    """Compares a checkpoint with its checksums.
+
+    Raises:
+        UserError: If a part of it is not as it was written.
+    """
+    with readable(path):
+        if sharded.is_checkpoint(path):
+            damaged = sharded.damaged(path)
+        else:
+            with zipfile.ZipFile(path) as file:
+                untrusted.refuse_expanding_zip(file, path)
+                damaged = file.testzip()  # torch.load does not compare the sums
+        if damaged:
+            raise UserError(
+                f"the checkpoint {path} is damaged (the checksum of its part {damaged} is wrong): {remedy(path)}"
+            )
+
+
+@contextlib.contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Makes a UserError that names the checkpoint of any error in the block."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # zipfile and pickle raise anything for damaged files
+        size = f" ({path.stat().st_size:,} bytes)" if path.is_file() else ""
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"the checkpoint {path}{size} is cut short, damaged, or not a checkpoint ({reason}): {remedy(path)}"
+        ) from error
+
+
+def remedy(path: Path) -> str:
+    """What to do without a checkpoint."""
+    if any(other != path for kind in KINDS for other in path.parent.glob(kind)):
+        return f"use another one of {path.parent}"
+    return f"{path.parent} has no other one, so start a new run"
+
+
+class CheckpointFolder:
+    """The checkpoints in `checkpoints/` of a run, each read once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @functools.cached_property
+    def contents(self) -> dict[Path, dict[str, Any]]:
+        """Those that can be read, by their paths, not yet verified and without the tensors of sharded ones."""
+        found = {}
+        for path in self.paths:
+            with contextlib.suppress(UserError):
+                found[path] = load_checkpoint(path, weights=False, verified=True)
+        return found
+
+    @functools.cached_property
+    def paths(self) -> list[Path]:
+        """All of them, in no order."""
+        return [path for kind in KINDS for path in self.folder.glob(kind)]
+
+    def newest_first(self) -> list[Path]:
+        """All of them, the one of the latest step first; unreadable ones at the end, except `last.ckpt`."""
+
+        def order(path: Path) -> tuple:
+            last = path.name == "last.ckpt"
+            unknown = float("inf") if last else -1.0
+            step = float(self.contents[path]["global_step"]) if path in self.contents else unknown
+            return step, last, path.stat().st_mtime
+
+        return sorted(self.paths, key=order, reverse=True)
+
+    def newest(self) -> Checkpoint:
+        """The one of the latest step that is not damaged.
+
+        Raises:
+            UserError: If there is none.
+        """
+        errors = []
+        for path in self.newest_first():
+            try:
+                checkpoint = self.verified(path)
+            except UserError as error:
+                errors.append(error)
+            else:
+                if errors:
+                    print(f"{errors[0]}: using {path.name} of step {checkpoint.content['global_step']}")
+                return checkpoint
+        if not errors:
+            raise UserError(f"there is no checkpoint in {self.folder}")
+        if len(errors) == 1:
+            raise errors[0]
+        reason = str(errors[0]).rpartition(": ")[0]  # its remedy is another checkpoint
+        raise UserError(
+            f"none of the {len(errors)} checkpoints of {self.folder} can be used, so start a new run ({reason})"
+        )
+
+    def verified(self, path: Path) -> Checkpoint:
+        """One of them.
+
+        Raises:
+            UserError: If it is missing or damaged.
+        """
+        if path not in self.contents:
+            return Checkpoint(path, load_checkpoint(path, weights=False))  # (says what is wrong with it)
+        verify(path)
+        return Checkpoint(path, self.contents[path])
+
+    def best_path(self) -> Path:
+        """The file that the newest checkpoint has recorded as the best by `best.monitor`.
+
+        Raises:
+            UserError: If there is none.
+        """
+        for path in self.newest_first():
+            for state in self.contents.get(path, {}).get("callbacks", {}).values():
+                if isinstance(state, dict) and state.get("monitor") and state.get("best_model_score") is not None:
+                    if os.path.dirname(state["best_model_path"]) != str(state["dirpath"]):
+                        continue  # of the run that this one was started from
+                    best = self.folder / os.path.basename(state["best_model_path"])
+                    if best.exists():
+                        return best
+                    raise UserError(f"the best checkpoint {best} is missing: use another one of {self.folder}")
+        raise UserError(
+            f"there is no best checkpoint in {self.folder}: "
+            "none was monitored (best.monitor, best.save_top_k) or validated"
+        )
+
+    def exported(self) -> Checkpoint:
+        """The one that the end of the training exports, or would export if it were now.
+
+        Raises:
+            UserError: If there is none, or it is damaged.
+        """
+        newest = next(iter(self.newest_first()), self.folder / "last.ckpt")
+        settings = self.contents.get(newest, {}).get("export", {"weights": "last"})
+        if settings["weights"] == "last":
+            return self.verified(newest)
+        try:
+            best = self.best_path()
+        except UserError:  # none is monitored
+            return self.verified(newest)
+        complete = best in self.contents and self.contents[best]["global_step"] >= settings["complete_from"]
+        return self.verified(best if complete else newest)
+
+    def named(self, name: str) -> Checkpoint:
+        """The one that `best`, `last` or the name of its file means.
+
+        Raises:
+            UserError: If it is missing or damaged.
+        """
+        stem = name.removesuffix(".ckpt")
+        if stem == "last":
+            return self.newest()
+        return self.verified(self.best_path() if stem == "best" else self.folder / f"{stem}.ckpt")
+
+
+def find_checkpoint(given: str, folder: Path) -> Checkpoint:
+    """The checkpoint that a user means.
+
+    Args:
+        given: A path, `last` (the newest one that is not damaged), `best`, or the name of another file in `folder`.
+            A path to `best.ckpt` or `last.ckpt` may also be that of a folder where these have other names.
+        folder: `checkpoints/` of the run.
+
+    Raises:
+        UserError: If it is missing or damaged.
+    """
+    path = Path(given).expanduser()
+    if is_word(given):
+        return CheckpointFolder(folder).named(given)
+    if not exists(path) and path.stem in ("last", "best"):
+        return CheckpointFolder(path.parent).named(path.name)
+    return Checkpoint(path, load_checkpoint(path, weights=False))
+
+
+def is_word(given: str) -> bool:
+    """Whether a checkpoint is given by `last`, `best` or a name of its folder, not by a path."""
+    path = Path(given).expanduser()
+    return given in ("last", "best") or not (exists(path) or len(path.parts) > 1)
+
+
+def folder_of(given: str, runs_dir: str, name: str) -> Path:
+    """The folder of the checkpoint that a user means by a path, or by a word: that of the newest run of a name.
+
+    Raises:
+        UserError: If there is no such run.
+    """
+    return newest_folder(runs_dir, name) if is_word(given) else Path(given).expanduser().parent
+
+
+def newest_folder(runs_dir: str, name: str) -> Path:
+    """`checkpoints/` of the newest run of a name that has any.
+
+    Raises:
+        UserError: If there is none.
+    """
+    checkpoints = [path for kind in KINDS for path in experiment_folder(runs_dir, name).glob(f"*/checkpoints/{kind}")]
+    if not checkpoints:
+        raise UserError(
+            f"there is no checkpoint to resume from: no {runs_dir}/{name}/*/checkpoints/last.ckpt; start without "
+            "--ckpt_path, or give the path of a checkpoint"
+        )
+    # A job that SLURM has queued again resumes its own run, whatever others of that name have done since.
+    job = f"slurm-{os.environ.get('SLURM_JOB_ID')}-"
+    checkpoints = [path for path in checkpoints if path.parent.parent.name.startswith(job)] or checkpoints
+    return max(checkpoints, key=lambda path: path.stat().st_mtime).parent
+
+
+def run_of(checkpoint: Path) -> Optional[Path]:
+    """The run folder that a checkpoint lies in, None if it lies elsewhere."""
+    run = checkpoint.absolute().parent.parent
+    return run if (run / "config.yaml").is_file() else None

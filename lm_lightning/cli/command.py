@@ -1,0 +1,101 @@
+"""Command lines of the commands beside `fit` and its evaluations: a documented, typed function in, a call of it out.
+
+A new command is such a function, and beside it
+
+    def main() -> None:
+        command.run(function)
+"""
+
+import inspect
+import re
+import sys
+from argparse import RawDescriptionHelpFormatter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import docstring_parser
+from jsonargparse import DefaultHelpFormatter
+
+from lm_lightning.cli.explain import program
+from lm_lightning.cli.settings import Parser
+
+FIT_FLAGS = "fit_flags"  # name of a parameter that takes all flags that are not the function's own
+
+
+class Formatter(DefaultHelpFormatter):
+    """Keeps the paragraphs of a description."""
+
+    _fill_text = RawDescriptionHelpFormatter._fill_text
+
+
+def run(function: Callable, epilog: str = "") -> Any:
+    """Calls a function with the arguments of the command line, `sys.argv` without the program and the command.
+
+    Args:
+        function: Its name is that of the command, its docstring is the help. Parameters without a default are
+            positional, a `list[str]` among them takes one or more values; the others are options. If it has a parameter
+            `fit_flags: list[str]`, that gets all arguments that are not the function's own, which are flags of `fit`.
+        epilog: Ends the help.
+
+    Returns:
+        What the function returns.
+
+    Raises:
+        argparse.ArgumentError: If the command line is refused.
+    """
+    parser, arguments = parser_of(function, epilog), sys.argv[2:]
+    if FIT_FLAGS not in inspect.signature(function).parameters:
+        return function(**vars(parser.parse_args(arguments)))
+    own, fit_flags = split(arguments, parser._option_string_actions)
+    return function(fit_flags, **vars(parser.parse_args(own)))
+
+
+def parser_of(function: Callable, epilog: str = "", options: bool = True) -> Parser:
+    """The parser of a command, see `run`.
+
+    Args:
+        function: The command.
+        epilog: Ends the help.
+        options: Whether the parser gets the function's parameters, or only its name and help.
+    """
+    doc, name = docstring_parser.parse(function.__doc__ or ""), program(function.__name__)
+    parameters = inspect.signature(function).parameters.values()
+    lists = [p.name for p in parameters if p.annotation == list[str] and p.default is p.empty]
+    usage = f"{name} --config CONFIG [any flag of fit] [options]" if FIT_FLAGS in lists else None
+    description = "\n\n".join(filter(None, (doc.short_description, doc.long_description)))
+    parser = Parser(prog=name, usage=usage, description=description, epilog=epilog, formatter_class=Formatter)
+    if options:
+        helps = {parameter.arg_name: parameter.description for parameter in doc.params}
+        for positional in lists:
+            if positional != FIT_FLAGS:
+                parser.add_argument(positional, nargs="+", type=str, help=helps.get(positional))
+        parser.add_function_arguments(function, as_group=False, as_positional=True, skip={*lists})
+    return parser
+
+
+def split(arguments: Sequence[str], own: Any) -> tuple[list[str], list[str]]:
+    """Divides a command line into flags of the command, with their values, and the flags of `fit`.
+
+    Args:
+        arguments: Of the command line.
+        own: A container of the command's flags, with their dashes. Each has a value, but for those of the help.
+    """
+    found, others = list[str](), list[str]()
+    waiting = list(arguments)
+    while waiting:
+        argument = waiting.pop(0)
+        flag, has_value, _ = argument.partition("=")
+        if flag not in own:
+            others.append(argument)
+            continue
+        found.append(argument)
+        if waiting and not has_value and flag not in ("-h", "--help") and not re.match("--?[a-zA-Z]", waiting[0]):
+            found.append(waiting.pop(0))
+    return found, others
+
+
+def split_list(given: Sequence[str]) -> list[str]:
+    """The names of an option, also of a list that YAML does not read as one: 2:4 is a number to it, *mlp* an alias."""
+    if not isinstance(given, str):
+        return list(given)
+    return [name for part in given.strip("[] ").split(",") if (name := part.strip(" '\""))]
