@@ -3,6 +3,7 @@
 from lightning.pytorch import Trainer
 from lightning.pytorch.loops.fit_loop import _FitLoop
 
+from lm_lightning.callbacks.ending import resumes_unfinished
 from lm_lightning.callbacks.resuming import Resuming
 
 
@@ -22,7 +23,7 @@ class FitLoop(_FitLoop):
 
     @property
     def skip(self) -> bool:
-        return super().skip and not self.trainer.lightning_module.unfinished
+        return super().skip and not resumes_unfinished(self.trainer)
 
     def on_iteration_done(self) -> None:
         super().on_iteration_done()

@@ -313,8 +313,6 @@ class CLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         trainer = self.trainer
-        # (Lightning tells of the checkpoint only after the data's setup)
-        self.model.from_checkpoint = self.checkpoint is not None
         self.model.evaluated_checkpoint = None if self.subcommand == "fit" else self.checkpoint
         if trainer.is_global_zero:
             print(f"{'run' if self.subcommand == 'fit' else 'evaluation'} folder: {self.run_folder}")

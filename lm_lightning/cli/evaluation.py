@@ -126,7 +126,7 @@ def configure(config: Any, run: Path) -> str:
             return str(pretrained)
         if "pretrained" in model and (run / "model" / "config.json").is_file():
             model["pretrained"] = str(run / "model")
-            for key, value in {"network": None, "lora": None, "keep_head": False}.items():
+            for key, value in {"network": None, "adapter": None, "keep_head": False}.items():
                 if key in model:
                     model[key] = value
             return str(run / "model")

@@ -15,7 +15,7 @@ id              list of B ints, not a tensor: which sample of the split each row
                 only fills up the last batch. Without ids, messages about spikes and non-finite losses name no samples,
                 and predictions are numbered in the order of the batches.
 
-The batches of other models are described at `loss` of these models. Callbacks read only `input_ids`, `targets` and `id`.
+Batches of other models are described at their `loss`. Callbacks read only `input_ids`, `targets` and `id`.
 
 All attributes of the data module that are read are listed in `DataModule`. Each of them is optional and has a default
 in `DEFAULTS`, which `optional` returns for a data module that does not have it.
@@ -151,15 +151,23 @@ def rows(batch: Mapping[str, Any]) -> int:
     return len(batch["input_ids"])
 
 
-def check_batch(batch: Any, data: Any) -> None:
-    """Refuses a batch that is no dict of `input_ids` and `targets`.
+def check_batch(batch: Any, data: Any, vocab_size: int) -> None:
+    """Refuses a batch that is no dict of `input_ids` and `targets`, or has tokens that the network does not have.
+
+    Args:
+        batch: The batch.
+        data: The data module.
+        vocab_size: Tokens of the network.
 
     Raises:
-        UserError: Says what it is instead.
+        UserError: Says what is wrong.
     """
+    name = type(data).__name__
     found = f"with {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else f"of type {type(batch).__name__}"
     if not isinstance(batch, Mapping) or not {"input_ids", "targets"} <= batch.keys():
         raise UserError(
-            f"{type(data).__name__} yields batches {found}, but must yield dicts with input_ids and targets, see "
+            f"{name} yields batches {found}, but must yield dicts with input_ids and targets, see "
             "lm_lightning/data/contract.py"
         )
+    if optional(data, "tokenizer") is None and (largest := int(batch["input_ids"].max())) >= vocab_size:
+        raise UserError(f"{name} yields the token {largest}, but the network has {vocab_size}: raise its vocab_size")

@@ -481,7 +481,7 @@ class LabelledData(StreamData):
             if not own:
                 raise UserError("which labels there are, the training split says: give --data.tables.train")
             return own
-        if self.trainer.state.fn != "fit" and not self.trainer.lightning_module.from_checkpoint:
+        if self.trainer.state.fn != "fit" and self.trainer.lightning_module.evaluated_checkpoint is None:
             if not own:
                 raise UserError(
                     f"model.pretrained has no head for the labels {', '.join(names[:20])}: fit it first, or give a "

@@ -23,8 +23,7 @@ from lm_lightning.models.adapter import Adapter
 from lm_lightning.models.export import HEAD_FILE
 from lm_lightning.networks import linear_layers
 from lm_lightning.security import untrusted
-from lm_lightning.strategies.sharded import FSDP2, TensorParallel
-from lm_lightning.xla.strategy import XLA
+from lm_lightning.strategies.capabilities import capabilities
 
 package = partial(errors.package, what="the adapter LoRA", extra="lora")
 COMPUTE = {"bf16": torch.bfloat16, "16": torch.float16}  # the trainer's precision -> that of a quantized base
@@ -35,9 +34,9 @@ class LoRA(Adapter):
     """Trains low-rank matrices beside the frozen ones of a pretrained network.
 
     The output of a layer with the matrix W, (outputs, inputs), becomes that of W + alpha / rank * B A, with B (outputs,
-    rank) and A (rank, inputs), where B is zero at first (Hu et al., 2021, arXiv:2106.09685). With a quantized base, this
-    is QLoRA (Dettmers et al., 2023, arXiv:2305.14314). Tensors that the pretrained weights do not have, such as a new
-    head, are trained as well.
+    rank) and A (rank, inputs), where B is zero at first (Hu et al., 2021, arXiv:2106.09685). With a quantized base,
+    this is QLoRA (Dettmers et al., 2023, arXiv:2305.14314). Tensors that the pretrained weights do not have, such as a
+    new head, are trained as well.
 
     Args:
         rank: Rank of the product B A.
@@ -69,13 +68,12 @@ class LoRA(Adapter):
         return self.base != "full"
 
     def check(self, strategy: Strategy) -> None:
-        if isinstance(strategy, TensorParallel):
+        if capabilities(strategy).splits_matrices:
             raise UserError("tensor parallelism cannot split the matrices of LoRA: use --trainer.strategy ddp")
-        if self.quantized and isinstance(strategy, (FSDP2, XLA)):
-            why = "splits its matrices" if isinstance(strategy, FSDP2) else "bitsandbytes does not support"
+        if self.quantized and not capabilities(strategy).quantized_weights:
             raise UserError(
-                f"model.adapter.base {self.base} does not work with {type(strategy).__name__}, which {why}: use "
-                "--trainer.strategy ddp, or model.adapter.base full"
+                f"model.adapter.base {self.base} does not work with {type(strategy).__name__}, which does not support "
+                "the data types of bitsandbytes: use --trainer.strategy ddp, or model.adapter.base full"
             )
 
     def loading_options(
@@ -185,7 +183,7 @@ class LoRA(Adapter):
         (folder / "README.md").write_text(model_card(self, record["pretrained"], skeleton), encoding="utf-8")
 
     def summary(self, network: transformers.PreTrainedModel) -> str:
-        return f"lora: rank {self.rank} in {len(adapted_layers(network))} layers, base: {self.base}"
+        return f"lora: rank {self.rank} in {len(adapted_layers(network))} layers (base: {self.base})"
 
 
 def refuse_unchanged(network: nn.Module, names: Collection[str], kinds: Any, remedy: str) -> None:
@@ -236,8 +234,8 @@ def model_card(lora: LoRA, pretrained: str, skeleton: transformers.PreTrainedMod
         imports.append("BitsAndBytesConfig")
         hint = (
             f"\nThe base was quantized by bitsandbytes ({lora.base}) in training. Load the adapter on the base "
-            "quantized in the same way, as here: on the unquantized base, or on one quantized in another way, its outputs "
-            "differ from those that were trained and measured.\n"
+            "quantized in the same way, as here: on the unquantized base, or on one quantized in another way, its "
+            "outputs differ from those that were trained and measured.\n"
         )
     base = json.dumps(pretrained)
     arguments = ",\n    ".join([base, *options])

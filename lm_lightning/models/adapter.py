@@ -144,9 +144,7 @@ def flags_of(record: dict[str, Any]) -> str:
     return f"--model.adapter {record['class'].rpartition('.')[2]} {options}".strip()
 
 
-def refuse_other(
-    saved: Optional[dict[str, Any]], own: Optional[dict[str, Any]], ignored: Collection[str] = ()
-) -> None:
+def refuse_other(saved: Optional[dict[str, Any]], own: Optional[dict[str, Any]], ignored: Collection[str] = ()) -> None:
     """Refuses a checkpoint whose adapter is not that of this run, or belongs to another base.
 
     Args:

@@ -18,6 +18,7 @@ from lm_lightning.data.tokenizer import document_ids, fingerprint, load, vocabul
 from lm_lightning.errors import UserError
 from lm_lightning.models.adapter import Adapter
 from lm_lightning.networks import blocks, positions
+from lm_lightning.security import untrusted
 
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -195,16 +196,13 @@ class NetworkBuilder:
                 "remove the tokenizer from that folder if this is intended"
             )
 
-    def add_tokens(self, network: transformers.PreTrainedModel, name: str) -> list[str]:
+    def add_tokens(self, network: transformers.PreTrainedModel) -> list[str]:
         """Adds embeddings of tokens of the data's tokenizer that a pretrained network does not have, in place.
-
-        Args:
-            network: The network.
-            name: Its folder or Hub name, for messages.
 
         Returns:
             What is new.
         """
+        name = network.config.name_or_path
         rows = network.get_input_embeddings().weight.shape[0]
         if self.tokenizer is None or rows >= (tokens := vocabulary(self.tokenizer)):
             return []
@@ -217,19 +215,40 @@ class NetworkBuilder:
         network.resize_token_embeddings(tokens)
         return [f"{tokens - rows} tokens of the data's tokenizer"]
 
-    def reset_head(self, network: transformers.PreTrainedModel, labels: int, new: Sequence[str]) -> list[str]:
+    def replace_head(
+        self,
+        network: transformers.PreTrainedModel,
+        own: list[str],
+        labels: list[str],
+        new: Sequence[str],
+        keep: bool,
+    ) -> list[str]:
         """Gives new weights to the pretrained head of a network, in place, because it is one for other labels.
 
         Args:
             network: The network.
-            labels: Number of labels of the data; 0 for numbers.
+            own: The labels that its head predicts; empty if there are none.
+            labels: The labels of the data; empty for numbers.
             new: Names of tensors that are new already.
+            keep: Keeps the head nevertheless.
 
         Returns:
             Names of the tensors that got new weights: those whose sizes depend on the number of labels.
+
+        Raises:
+            UserError: If a head that has to be kept has another number of labels.
         """
+        name = network.config.name_or_path
+        if keep:
+            if len(own) != len(labels):
+                raise UserError(
+                    f"model.keep_head cannot keep the head of {name}, which has {len(own)} labels, as the data has "
+                    f"{len(labels)}: omit it"
+                )
+            self.print(f"kept head: {', '.join(f'{a} is now {b}' for a, b in list(zip(own, labels))[:20])}")
+            return []
         sizes: list[dict[str, torch.Size]] = []
-        for number in (labels or 1, labels + 2):
+        for number in (len(labels) or 1, len(labels) + 2):
             config = copy.deepcopy(network.config)
             config.num_labels = number
             sizes.append({key: parameter.shape for key, parameter in self.skeleton(config).named_parameters()})
@@ -240,6 +259,10 @@ class NetworkBuilder:
                 nn.init.normal_(parameter, std=getattr(network.config, "initializer_range", 0.02))
             else:
                 nn.init.zeros_(parameter)
+        if reset:
+            had = f"for the labels {', '.join(own[:20])}" if own else "of another task"
+            wanted = f"the data's {', '.join(labels[:20])}" if labels else "numbers"
+            self.print(f"{name} has a head {had}, not for {wanted}: it is replaced by a new one ({', '.join(reset)})")
         return reset
 
 
@@ -296,3 +319,38 @@ def checkpoint_activations(network: transformers.PreTrainedModel, every: int) ->
     network.gradient_checkpointing_enable({"use_reentrant": False})
     for number, block in enumerate(blocks(network)):
         setattr(block, "gradient_checkpointing", number % every == 0)  # noqa: B010 (mypy)
+
+
+def refuse_untrained(network: transformers.PreTrainedModel, name: str, new: list[str], training: bool) -> None:
+    """Refuses new tensors that would stay random, because they are frozen or the network is only evaluated.
+
+    Args:
+        network: The network.
+        name: Where its other weights are from.
+        new: Names of its tensors without pretrained weights.
+        training: Whether it will be trained.
+    """
+    if not training and new:
+        raise hub.untrained(name, network, new)
+    parameters = dict(network.named_parameters())
+    frozen = [key for key in new if key in parameters and not parameters[key].requires_grad]
+    if frozen:
+        raise UserError(
+            f"{name} has no weights for {', '.join(frozen[:5])}, and model.freeze would leave them random: give "
+            "patterns that do not match them"
+        )
+
+
+def config_of(description: dict[str, Any]) -> transformers.PreTrainedConfig:
+    """The config of a network's description in a checkpoint, see `export.describe`."""
+    config = untrusted.network_class(description["class"]).config_class.from_dict(description["config"])
+    config.architectures = [description["class"]]
+    return config
+
+
+def labels_of(config: transformers.PreTrainedConfig, auto_class: Any) -> list[str]:
+    """The labels that a network predicts, in the order of their numbers; empty if it has no head of `auto_class`."""
+    head = auto_class.__name__.removeprefix("AutoModel")  # such as ForSequenceClassification
+    if not any(architecture.endswith(head) for architecture in config.architectures or []):
+        return []
+    return [config.id2label[number] for number in range(config.num_labels)]

@@ -16,6 +16,7 @@ from lm_lightning.console import printable
 from lm_lightning.data.tokenizer import fingerprint, load
 from lm_lightning.data.tokenizer import save as save_tokenizer
 from lm_lightning.errors import UserError
+from lm_lightning.models.adapter import Adapter
 from lm_lightning.security import imports, untrusted
 
 HEAD_FILE = "head.safetensors"  # in an exported folder: weights of a head that `transformers` does not have
@@ -67,25 +68,65 @@ def describe(
     return description
 
 
-def full_weights(
-    network: transformers.PreTrainedModel, saved: Optional[dict[str, Any]] = None, adapted: bool = False, plain: bool = True
-) -> dict[str, Any]:
-    """The state dict of a network with full tensors on the CPU, in the first process; all processes call it.
+@dataclasses.dataclass
+class Exporter:
+    """Writes the network of a run; all processes call its methods.
+
+    Where the weights are sharded, the first process gathers them in the host's memory.
 
     Args:
-        network: The network.
-        saved: A checkpoint whose weights replace the present ones.
-        adapted: Whether the network has an adapter, so that checkpoints hold a part of it only.
-        plain: Whether all its tensors are PyTorch's own, which may be sharded.
+        network: The network, perhaps sharded or adapted.
+        description: See `describe`.
+        tokenizer: Is written beside the network, if there is one.
+        adapter: Of the network, if it has one.
+        record: Of the adapter, see `adapter.record_of`.
+        first: Whether this is the first process, the one that writes.
     """
-    weights = saved["state_dict"] if saved else {}
-    weights = {name.removeprefix("network."): w for name, w in weights.items() if name.startswith("network.")}
-    if saved is not None and not adapted:
-        return weights
-    if not plain:
-        return {name: tensor.cpu() for name, tensor in network.state_dict().items()} | weights
-    full = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return get_model_state_dict(network, options=full) | weights
+
+    network: transformers.PreTrainedModel
+    description: dict[str, Any]
+    tokenizer: Optional[transformers.PreTrainedTokenizerFast]
+    adapter: Optional[Adapter]
+    record: Optional[dict[str, Any]]
+    first: bool
+
+    def write(self, folder: Path, saved: Optional[dict[str, Any]] = None) -> None:
+        """Writes the network and its tokenizer as a `from_pretrained` folder.
+
+        Args:
+            folder: Is created if it does not exist.
+            saved: A checkpoint of this network, whose weights are written instead of the present ones.
+        """
+        weights = self.weights(saved)
+        if not self.first:
+            return
+        if self.adapter is not None:
+            weights = self.adapter.merge(self.network, weights)
+        save_network(self.description, weights, folder)
+        if self.tokenizer is not None:
+            save_tokenizer(self.tokenizer, folder)
+
+    def write_adapter(self, folder: Path, saved: Optional[dict[str, Any]] = None) -> None:
+        """Writes what the adapter has trained as its own files.
+
+        Args:
+            folder: As in `write`.
+            saved: As in `write`.
+        """
+        weights = self.weights(saved)
+        if self.adapter is not None and self.record is not None and self.first:
+            self.adapter.save(self.network, weights, self.record, self.description, folder)
+
+    def weights(self, saved: Optional[dict[str, Any]]) -> dict[str, Any]:
+        """The state dict, or that of a checkpoint: full tensors on the CPU, in the first process."""
+        weights = saved["state_dict"] if saved else {}
+        weights = {name.removeprefix("network."): w for name, w in weights.items() if name.startswith("network.")}
+        if saved is not None and self.adapter is None:
+            return weights
+        if self.adapter is not None and self.adapter.quantized:  # never sharded, and its tensors are not PyTorch's
+            return {name: tensor.cpu() for name, tensor in self.network.state_dict().items()} | weights
+        full = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        return get_model_state_dict(self.network, options=full) | weights  # (checkpoints of adapters lack the base)
 
 
 def generation_config(settings: dict[str, Any]) -> tuple[transformers.GenerationConfig, list[str]]:

@@ -47,9 +47,7 @@ def refuse_other_tokenizer(saved: Optional[str], own: Optional[str]) -> None:
         )
 
 
-def grouping(
-    network: transformers.PreTrainedModel, layer_decay: float, frozen: Sequence[str]
-) -> dict[str, Any]:
+def grouping(network: transformers.PreTrainedModel, layer_decay: float, frozen: Sequence[str]) -> dict[str, Any]:
     """How the optimizer's state belongs to the parameters, JSON-able.
 
     Args:
@@ -83,8 +81,8 @@ def refuse_other_grouping(saved: dict[str, Any], own: dict[str, Any]) -> None:
         if name != "groups" and saved[name] != value
     ]
     raise UserError(
-        f"the checkpoint was made with {', '.join(changed) or 'other trained parameters'}, and its optimizer state fits "
-        f"only these: use the old value, {NEW_RUN}"
+        f"the checkpoint was made with {', '.join(changed) or 'other trained parameters'}, and its optimizer state "
+        f"fits only these: use the old value, {NEW_RUN}"
     )
 
 

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from lm_lightning.data import contract
 from lm_lightning.models.nonfinite import NonFiniteGuard, Step
 from lm_lightning.networks import gradient_norm
+from lm_lightning.strategies.capabilities import capabilities
 
 
 class StepAccumulator(NamedTuple):
@@ -133,8 +134,8 @@ class OptimizerSteps:
         """Stops the run at a loss or gradient that is not finite, or skips the step; returns whether steps are skipped.
 
         To read a value makes the host wait for the device. So a GPU's is read one step late, when it is there anyway,
-        and that of XLA after a step that was logged, which had to be waited for. With float16, the scaler provokes
-        infinite gradients and skips their steps itself.
+        and that of a lazy device (XLA) after a step that was logged, which had to be waited for. With float16, the
+        scaler provokes infinite gradients and skips their steps itself.
         """
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         skip = self.nonfinite.on_nonfinite == "skip" and not scaled
@@ -146,7 +147,7 @@ class OptimizerSteps:
         if not scaled:
             self.nonfinite.pending.append(Step(sums.step + 1, sums.samples, loss))
         at_once = device.type == "cpu" or (skip and not in_kernel)
-        if at_once or device.type != "xla" or sums.step % trainer.log_every_n_steps == 0:
+        if at_once or not capabilities(trainer.strategy).lazy or sums.step % trainer.log_every_n_steps == 0:
             finite = self.nonfinite.check(keep=0 if at_once else 1)
             if at_once and not finite and not in_kernel:
                 for parameter in module.parameters():

@@ -218,7 +218,9 @@ def recorded_class(path: Any, base: type[T], what: str) -> type[T]:
     except pydoc.ErrorDuringImport as error:
         raise UserError(f"the checkpoint's {what} {name} cannot be imported: {error}") from error
     if not (isinstance(found, type) and issubclass(found, base)):
-        raise UserError(f"the checkpoint's {what} {name} does not exist (any more): it is damaged, or of another version")
+        raise UserError(
+            f"the checkpoint's {what} {name} does not exist (any more): it is damaged, or of another version"
+        )
     return found
 
 

@@ -243,7 +243,7 @@ class SentenceEncoder(LanguageModule):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "index.json").unlink(missing_ok=True)  # written last: an index with it is whole
         if of_checkpoint:
-            self.export(folder / "model")
+            self.exporter().write(folder / "model")
         if not self.trainer.is_global_zero:
             return
         data = self.trainer.datamodule
