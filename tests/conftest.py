@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +15,8 @@ from forks import python
 ROOT = Path(__file__).parent.parent  # of the repository
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "true"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the networks are tiny, and several processes run at a time
+os.fsync = lambda file: None  # no test cuts the power
 
 WORDS = {
     "subject": ["the old captain", "a small girl", "my neighbour", "the river", "every student", "our cat"],
@@ -188,3 +191,33 @@ def refusal(result: subprocess.CompletedProcess) -> str:
     errors = [line for line in result.stderr.splitlines() if "error: " in line]
     assert len(errors) == 1, result.stderr
     return errors[0]
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pretrained BERT, as it comes from elsewhere."""
+    import torch
+    from transformers import AutoConfig, AutoModelForMaskedLM
+
+    from lm_lightning.data.tokenizer import Tokenizer, train
+
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer = train(Tokenizer(algorithm="wordpiece", vocab_size=400, lowercase=True), iter(paragraphs(100)), "bert")
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 128, "num_hidden_layers": 2}
+    settings = sizes | {"vocab_size": len(tokenizer), "max_position_embeddings": 512}
+    AutoModelForMaskedLM.from_config(AutoConfig.for_model("bert", **settings)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def reader(cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: Path, cache_dir: Path, corpus_file: Path):
+    """A reader of the documentation in a fresh folder, see `reading`."""
+    from reading import Reader, shrink
+
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    shutil.copy(corpus_file, tmp_path / "my_novel.txt")
+    monkeypatch.chdir(tmp_path)
+    shrink(tmp_path / "configs", cache_dir, corpus_file)
+    return Reader(cli, base)

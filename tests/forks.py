@@ -12,6 +12,7 @@ they start a real Python. So they do on all but Linux, and where there is a GPU,
 import atexit
 import contextlib
 import functools
+import gc
 import importlib.util
 import marshal
 import os
@@ -35,6 +36,8 @@ RUNTIME = ("SLURM_", "WANDB_", "MASTER_", "NODE_RANK", "LOCAL_", "RANK", "WORLD_
 RUNTIME += ("LM_LIGHTNING_", "PYTEST_", "PYTHONPATH", "OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM")
 RUNTIME += ("PWD", "OLDPWD", "SHLVL", "COLUMNS", "LINES", "_")
 RUNTIME += ("PYTHONIOENCODING", "OPENBLAS_NUM_THREADS")
+LOG_LEVELS = {"KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR"}  # set by a command before it imports torch
+RUNTIME += tuple(LOG_LEVELS)
 # Imported by a `fit` anyway, after the command line is read
 MODULES = {
     "transformers": ["torch", "transformers", "transformers.models.gpt2.modeling_gpt2"]
@@ -77,7 +80,9 @@ def start() -> Optional[Path]:
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=log,
-            env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},  # else numpy starts threads, which are not forked
+            env=os.environ
+            | LOG_LEVELS
+            | {"OPENBLAS_NUM_THREADS": "1"},  # else numpy starts threads, which are not forked
         )
     atexit.register(server.communicate)
     while not all((folder / f"{name}.socket").exists() for name in MODULES):
@@ -146,6 +151,22 @@ class Job:
             sys.modules["torch"].set_num_threads(int(self.environment["OMP_NUM_THREADS"]))
 
     def run(self) -> None:
+        """Runs what a real process would, and ends without the interpreter's freeing of all that was imported."""
+        try:
+            self.execute()
+        except SystemExit as ended:
+            if ended.code is not None and not isinstance(ended.code, int):
+                print(ended.code, file=sys.stderr)
+            status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        else:
+            status = 0
+        threading._shutdown()  # type: ignore[attr-defined]  # waits for threads, as an interpreter does
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+    def execute(self) -> None:
         kind, what = (*self.arguments, "")[:2]
         if kind == "-m":
             sys.argv = [what, *self.arguments[2:]]
@@ -183,6 +204,10 @@ def serve(folder: Path, parent: str) -> Job:
         if importlib.util.find_spec(name) is None:  # a feature that was removed
             continue
         importlib.import_module(name)
+    os.fsync = lambda file: None  # no test cuts the power
+    if parent == "lm_lightning":
+        torch.set_num_threads(1)  # more threads would not be forked
+        importlib.import_module("lm_lightning.callbacks.throughput").cpu_flops(torch.float32, 1)
     assert len(os.listdir("/proc/self/task")) == 1, "a thread that another module has started would not be forked"
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(folder / f"{parent}.partial"))
@@ -190,6 +215,8 @@ def serve(folder: Path, parent: str) -> Job:
     client = folder / parent
     client.write_text(CLIENT.format(python=sys.executable, address=str(folder / f"{parent}.socket")))
     client.chmod(0o755)
+    gc.collect()
+    gc.freeze()  # else a collection in a forked process would write to all pages of what is imported here
     (folder / f"{parent}.partial").rename(folder / f"{parent}.socket")
     while True:
         ready, *_ = select.select([listener, 0], [], [])
@@ -223,7 +250,7 @@ def serve(folder: Path, parent: str) -> Job:
 if __name__ == "__main__":
     sys.path.pop(0)
     folder = Path(sys.argv[1])
-    import torch  # noqa: F401
+    import torch
     import transformers  # noqa: F401
 
     parent = "lm_lightning" if os.fork() else "transformers"

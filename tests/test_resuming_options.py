@@ -85,8 +85,8 @@ ELSEWHERE = {
     "another metric begins anew, with its own state": "monitor mode",
     "where training has begun, before the checkpoint": "pretrained unigram_start keep_head adapter",
     "part of the fingerprint of the training rows or of the data's identity": "tables columns max_length language "
-    "masking next_sentence kind separator scheme mark overlap max_question retrieval hard_negatives least_score "
-    "greatest_score",
+    "masking next_sentence kind separator scheme mark overlap max_question retrieval hard_negatives min_score "
+    "max_score",
     "of the loss or the evaluation, read anew": "candidates class_weights label_smoothing dropout max_answer threshold "
     "scoring scale pooling",
     "sizes of the network, which a checkpoint does not fit otherwise": "arc_size relation_size",

@@ -14,7 +14,7 @@ from lm_lightning.data.tokenizer import Tokenizer, train
 
 TASKS = {  # recipe: more flags
     "sentiment": (),
-    "similarity": ("--data.kind", "number", "--data.columns.pair", "null", "--data.columns.label", "number"),
+    "similarity": ("--data.kind", "regression", "--data.columns.pair", "null", "--data.columns.label", "number"),
     "tagging": (),
     "roles": (),
     "parsing": (),

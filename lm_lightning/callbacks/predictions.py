@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 
 from lm_lightning.data.cells import without_formula
+from lm_lightning.data.order import PADDING
 from lm_lightning.files import remove, replacing
 
 TABLE_ROWS = 10_000  # which W&B shows of a table
@@ -18,10 +19,11 @@ TABLE_ROWS = 10_000  # which W&B shows of a table
 class Predictions(Callback):
     """Writes the dicts that `predict_step` returns to `predictions.jsonl` in the run folder, in the data's order.
 
-    Each process writes a part; the first one joins them by the samples' `id` (processes of tensor parallelism have the
-    same samples), and the module may join what belongs to one (`join_predictions`). If the samples came from CSV or TSV
-    files (`predict_table` of the data), there is `predictions.csv`, too: their columns as they are in the files, in the
-    order of the files, and beside them what was predicted, in columns such as `predicted.label`.
+    Each process writes a part, without rows that only fill up a batch (`id` is `PADDING`); the first one joins them by
+    the samples' `id` (processes of tensor parallelism have the same samples), and the module may join what belongs to
+    one (`join_predictions`). If the samples came from CSV or TSV files (`predict_table` of the data), there is
+    `predictions.csv`, too: their columns as they are in the files, in the order of the files, and beside them what was
+    predicted, in columns such as `predicted.label`.
 
     Args:
         escape_formulas: Whether texts and names in `predictions.csv`, `results.csv` and `confusion.csv` that a
@@ -44,7 +46,8 @@ class Predictions(Callback):
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: list[dict], *_: Any, **__: Any
     ) -> None:
-        self.file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in outputs)
+        rows = (row for row in outputs if row["id"] != PADDING)
+        self.file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.file.close()

@@ -1,5 +1,6 @@
 """Throughput: how many tokens, in which time, and how much of the device's arithmetic and memory that uses."""
 
+import functools
 import sys
 import time
 from typing import Any, Optional
@@ -107,6 +108,17 @@ def peak_flops(device: torch.device, precision: str) -> Optional[float]:
         return get_available_flops(device, dtype)
     if device.type != "cpu":
         return None
+    return cpu_flops(dtype, torch.get_num_threads())
+
+
+@functools.cache
+def cpu_flops(dtype: torch.dtype, threads: int) -> float:
+    """Floating-point operations a second of the fastest of some matrix products, measured once in a process.
+
+    Args:
+        dtype: Of the matrices.
+        threads: PyTorch's at present; another number is measured again.
+    """
     a = torch.ones(1024, 1024, dtype=dtype)
     a @ a
     best, begin = float("inf"), time.perf_counter()

@@ -12,6 +12,7 @@ from typing import Any, Optional
 import yaml
 
 from lm_lightning.errors import UserError
+from lm_lightning.yaml_text import Loader
 
 # What a class that an option names may lack, and the extra that brings it.
 MISSING = re.compile(r"(?:No module named '|import of )(bitsandbytes)\b")
@@ -143,7 +144,6 @@ def config_files(arguments: list[str]) -> list[str]:
 
 def line_of(file: str, option: list[str]) -> Optional[int]:
     """The line of a config file that sets an option; None if there is none."""
-    from lm_lightning.cli.settings import Loader
 
     def find(node: yaml.Node, parts: list[str], line: Optional[int]) -> Optional[int]:
         if not parts:

@@ -1,6 +1,7 @@
 """The guide with which the help of `fit` and the other commands of the CLI begins."""
 
 from argparse import RawDescriptionHelpFormatter
+from collections.abc import Iterable
 from pathlib import Path
 
 from jsonargparse import DefaultHelpFormatter
@@ -65,16 +66,18 @@ COMMANDS = {
 }
 
 
-def of_commands(model: type, data: type) -> dict[str, dict[str, str]]:
+def of_commands(commands: Iterable[str], model: type, data: type) -> dict[str, dict[str, str]]:
     """Usage and description of each command.
 
     Args:
+        commands: Their names.
         model: Base of all models.
         data: Base of all data modules.
     """
     recipes = ", ".join(file.stem for file in sorted(Path("configs").glob("*.yaml")))
     found = {}
-    for command, (guide, what, split) in COMMANDS.items():
+    for command in commands:
+        guide, what, split = COMMANDS[command]
         program = explain.program(command)
         description = guide.format(
             what=what,

@@ -8,7 +8,7 @@ from typing import Any
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
-from lm_lightning.cli import settings
+from lm_lightning import yaml_text
 from lm_lightning.errors import UserError
 from lm_lightning.files import write_text
 from lm_lightning.security.redaction import redact
@@ -30,7 +30,7 @@ def checked(parser: LightningArgumentParser, config: Any) -> Any:
         UserError: If there are others; names the option.
     """
     saved = config.clone()
-    lost = [name for name, value in leaves(settings.load(dumped(parser, saved))) if str(value).startswith(UNSAVEABLE)]
+    lost = [name for name, value in leaves(yaml_text.load(dumped(parser, saved))) if str(value).startswith(UNSAVEABLE)]
     for name in lost:
         remove(saved, name)
     try:
@@ -49,11 +49,11 @@ def checked(parser: LightningArgumentParser, config: Any) -> Any:
 def write(parser: LightningArgumentParser, config: Any, file: Path) -> None:
     """Writes a config as YAML, without its secrets."""
     text = dumped(parser, config)
-    content = settings.load(text)
+    content = yaml_text.load(text)
     redacted = redact(content)
     if redacted != content:
         head = "".join(line for line in text.splitlines(keepends=True) if line.startswith("#"))
-        text = head + settings.dump(redacted)
+        text = head + yaml_text.dump(redacted)
     write_text(file, text)
 
 
@@ -67,10 +67,10 @@ def refusal(names: list[tuple], reason: str) -> UserError:
 
 
 def dumped(parser: LightningArgumentParser, config: Any) -> str:
-    """The config as YAML, as it is saved."""
+    """The config as YAML, as it is saved; it was validated when it was parsed."""
     with warnings.catch_warnings():  # of what is checked here
         warnings.simplefilter("ignore")
-        return parser.dump(config, skip_unset=False)
+        return parser.dump(config, skip_unset=False, skip_validation=True)
 
 
 def leaves(value: Any, name: tuple = ()) -> Iterator[tuple[tuple, Any]]:

@@ -17,7 +17,7 @@ FORMULA = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")  # which a formula of spre
 
 
 def parsed(cell: str) -> Any:
-    """What a cell spells, as JSON or as Python writes lists and dicts.
+    """The value that a cell spells, as JSON or as Python writes lists and dicts.
 
     Raises:
         ValueError: If it is neither of the two, or too long.
@@ -66,7 +66,7 @@ def label(value: Any) -> str:
     return str(value).strip()
 
 
-def padded(value: Any) -> bool:
+def has_outer_space(value: Any) -> bool:
     """Whether a label has space around it."""
     return isinstance(value, str) and value != value.strip()
 
@@ -95,7 +95,7 @@ def number(value: Any) -> float:
     """
     if isinstance(value, str):
         if re.fullmatch(r"\s*[+-]?\d+,\d+\s*", value):
-            raise ValueError("write a point in the place of the comma")
+            raise ValueError("write a point instead of the comma")
         if not NUMBER.fullmatch(value):
             raise ValueError("")
     elif isinstance(value, bool) or not isinstance(value, (int, float)):

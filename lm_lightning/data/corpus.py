@@ -19,7 +19,9 @@ from typing import Any, Literal, NamedTuple, Optional
 
 from lm_lightning.console import printable
 from lm_lightning.data import builtin, formats
-from lm_lightning.data.formats import PIECE, Counts, Line, Reading, Rows, encodable, suffixes
+from lm_lightning.data.formats import Format, Rows
+from lm_lightning.data.hub_rows import hub_rows
+from lm_lightning.data.reading import PIECE, Line, ReadOptions, ReadReport, encodable, lines, suffixes
 from lm_lightning.errors import UserError
 from lm_lightning.files import write_text
 
@@ -32,13 +34,17 @@ _CUTS = (
 )
 
 
+PREFIX = "--data.corpus"  # of the options, for messages
+
+
 @dataclass
 class Corpus:
     """The documents to train on, and how they are split into training, validation and test documents.
 
     The format of a file is that of its suffix: .jsonl and .ndjson, .csv, .tsv, .parquet, and plain UTF-8 text for all
-    others; each may be compressed as .gz or .zst. Documents fall into a split by a hash of their name (whole files,
-    rows with a name, the built-in corpus) or else of their text, so the same text is never in two splits.
+    others, unless `format` names one; each may be compressed as .gz or .zst. Documents fall into a split by a hash of
+    their name (whole files, rows with a name, the built-in corpus) or else of their text, so the same text is never in
+    two splits.
 
     Args:
         paths: Files, folders (read recursively, without hidden files) and patterns such as `books/**/*.txt`. Without
@@ -48,6 +54,8 @@ class Corpus:
         test_paths: The same for the test split.
         document: What one document of a plain text file is: the file, a paragraph (paragraphs are separated by blank
             lines) or a line.
+        format: Format of all files, where their names do not tell: `jsonl`, `csv`, `tsv`, `parquet`, or the class path
+            of your own subclass of `lm_lightning.data.formats.Format`, which gives rows with the columns below.
         text_column: The column with the text, in every format but plain text.
         name_column: The column of strings that names the document. All rows of one name fall into the same split.
         hub: Name of a data set of the Hugging Face Hub.
@@ -70,6 +78,7 @@ class Corpus:
     validation_paths: list[str] | str = field(default_factory=list)
     test_paths: list[str] | str = field(default_factory=list)
     document: Literal["file", "paragraph", "line"] = "paragraph"
+    format: Format | str | None = None
     text_column: str = "text"
     name_column: str | None = None
     hub: str | None = None
@@ -91,10 +100,10 @@ class Corpus:
             setattr(self, option, [value] if isinstance(value, str) else value)
 
 
-def reading(corpus: Corpus) -> Reading:
+def read_options(corpus: Corpus) -> ReadOptions:
     """Return how the files of a corpus are read."""
-    return Reading(
-        "--data.corpus",
+    return ReadOptions(
+        PREFIX,
         corpus.encoding,
         corpus.encoding_errors,
         corpus.delimiter,
@@ -143,9 +152,9 @@ def read(corpus: Corpus, cache_dir: Path) -> Iterator[Piece]:
         UserError: The corpus has no document, or part of it is missing, damaged or not in the expected form.
     """
     _check(corpus)
-    counts = Counts()
+    report = ReadReport()
     empty = True
-    for document in _documents(corpus, cache_dir, counts):
+    for document in _documents(corpus, cache_dir, report):
         split = document.split
         for text, last in _cut(document.parts):
             # The first piece stands for the text: the whole of a huge document is not known yet.
@@ -154,12 +163,12 @@ def read(corpus: Corpus, cache_dir: Path) -> Iterator[Piece]:
             yield Piece(split, document.name, text, last)
     if empty:
         raise UserError("The corpus holds no text at all; check --data.corpus.paths.")
-    for note in counts.notes:
+    for note in report.notes:
         print(printable(note), file=sys.stderr)
-    if counts.replaced_bytes:
-        print(f"corpus: {counts.replaced_bytes} bytes that could not be read were replaced by U+FFFD", file=sys.stderr)
-    if counts.empty_rows:
-        print(f"corpus: {counts.empty_rows} rows without text were skipped", file=sys.stderr)
+    if report.replaced_bytes:
+        print(f"corpus: {report.replaced_bytes} bytes that could not be read were replaced by U+FFFD", file=sys.stderr)
+    if report.empty_rows:
+        print(f"corpus: {report.empty_rows} rows without text were skipped", file=sys.stderr)
 
 
 def inputs(corpus: Corpus, cache_dir: Path) -> dict[str, Any]:
@@ -169,7 +178,9 @@ def inputs(corpus: Corpus, cache_dir: Path) -> dict[str, Any]:
     """
     _check(corpus)
     result = asdict(corpus)
-    del result["streaming"]
+    del result["streaming"], result["format"]
+    if corpus.format is not None:
+        result["format"] = formats.identity(corpus.format)
     for option in ("paths", "validation_paths", "test_paths"):
         result[option] = bool(result[option])  # the folders' places do not matter, only whether a split has files
     result["files"] = [[file.split, file.name, _content(file.path, cache_dir)] for file in _files(corpus)]
@@ -198,7 +209,7 @@ def _content(path: Path, cache_dir: Path) -> str:
 def total_bytes(corpus: Corpus, cache_dir: Path) -> int | None:
     """Return about how many bytes of UTF-8 `read` yields (markup such as JSON's counts too), None if unknown."""
     files = _files(corpus)
-    if corpus.hub or any(suffixes(file.path)[0] == ".parquet" or suffixes(file.path)[1] for file in files):
+    if corpus.hub or any(suffixes(file.path)[1] or getattr(_format(corpus, file), "compact", False) for file in files):
         return None
     texts = [text for _, text in builtin.documents(cache_dir)] if _is_builtin(corpus) else []
     return sum(file.path.stat().st_size for file in files) + sum(len(text.encode()) for text in texts)
@@ -287,57 +298,59 @@ def expand(pattern: str) -> list[tuple[str, Path]]:
 # From files to documents
 
 
-def _documents(corpus: Corpus, cache_dir: Path, counts: Counts) -> Iterator[_Document]:
-    how = reading(corpus)
+def _documents(corpus: Corpus, cache_dir: Path, report: ReadReport) -> Iterator[_Document]:
+    options = read_options(corpus)
     for file in _files(corpus):
-        if rows := formats.ROWS.get(suffixes(file.path)[0]):
-            yield from _of_rows(rows(file.path, how, counts), file, corpus, counts)
+        if file_format := _format(corpus, file):
+            rows = file_format.rows(file.path, options, report)
+            yield from _of_rows(rows, file, corpus, options, report)
         else:
-            yield from _of_text(file, corpus, counts)
+            yield from _of_text(file, corpus.document, options, report)
     if corpus.hub:
         remedy = "HF_HUB_OFFLINE=1 and --data.corpus.streaming false"
-        rows_of_hub = formats.hub_rows(
-            corpus.hub, corpus.hub_config, corpus.hub_split, corpus.hub_revision, corpus.streaming, remedy
-        )
-        yield from _of_rows(rows_of_hub, _File(Path(corpus.hub), corpus.hub, None), corpus, counts)
+        rows = hub_rows(corpus.hub, corpus.hub_config, corpus.hub_split, corpus.hub_revision, corpus.streaming, remedy)
+        yield from _of_rows(rows, _File(Path(corpus.hub), corpus.hub, None), corpus, options, report)
     if _is_builtin(corpus):
         for name, text in builtin.documents(cache_dir):
             yield _Document(None, name, True, [text])
 
 
-def _of_text(file: _File, corpus: Corpus, counts: Counts) -> Iterator[_Document]:
+def _format(corpus: Corpus, file: _File) -> Optional[Format]:
+    """Return the format of a file with rows, None if it is plain text."""
+    return formats.find(file.path, corpus.format, formats.FORMATS, PREFIX)
+
+
+def _of_text(file: _File, document: str, options: ReadOptions, report: ReadReport) -> Iterator[_Document]:
     """Yield a text file's documents: its lines without the last line break, and without blank lines at the start."""
-    lines = formats.lines(file.path, reading(corpus), counts, plain=True)
     keys = {"file": lambda line: None, "paragraph": lambda line: line.blank, "line": lambda line: line.number}
-    lines = itertools.dropwhile(lambda line: line.blank, lines)
-    for _, group in itertools.groupby(lines, keys[corpus.document]):
+    started = itertools.dropwhile(lambda line: line.blank, lines(file.path, options, report, plain=True))
+    for _, group in itertools.groupby(started, keys[document]):
         first = next(group)
         if not first.blank:
-            named = corpus.document == "file"
+            named = document == "file"
             name = file.name if named else f"{file.name}:{first.number}"
             group = itertools.chain([first], group)
             yield _Document(file.split, name, named, _joined(group))
 
 
-def _joined(lines: Iterable[Line]) -> Iterator[str]:
+def _joined(group: Iterable[Line]) -> Iterator[str]:
     number = None
-    for line in lines:
+    for line in group:
         yield line.text if number in (None, line.number) else "\n" + line.text
         number = line.number
 
 
-def _of_rows(rows: Rows, file: _File, corpus: Corpus, counts: Counts) -> Iterator[_Document]:
-    how = reading(corpus)
+def _of_rows(rows: Rows, file: _File, corpus: Corpus, options: ReadOptions, report: ReadReport) -> Iterator[_Document]:
     for number, row in rows:
         where = f"{file.path}:{number}"
-        text = encodable(_string(row, corpus.text_column, "text_column", where), where, how, counts)
+        text = encodable(_string(row, corpus.text_column, "text_column", where), where, options, report)
         name = ""
         if corpus.name_column is not None:
             name = _string(row, corpus.name_column, "name_column", where)
         if text.strip():
             yield _Document(file.split, name or f"{file.name}:{number}", bool(name), [text])
         else:
-            counts.empty_rows += 1
+            report.empty_rows += 1
 
 
 def _string(row: Mapping[str, Any], column: str, option: str, where: str) -> str:
@@ -345,6 +358,6 @@ def _string(row: Mapping[str, Any], column: str, option: str, where: str) -> str
     if not isinstance(value, str):
         raise UserError(
             f"{where}: the row has no string in column {column!r} but {value!r:.40}; its columns are "
-            f"{', '.join(map(str, row))}: choose one with --data.corpus.{option}{formats.hint(row, '--data.corpus')}."
+            f"{', '.join(map(str, row))}: choose one with --data.corpus.{option}{formats.delimiter_hint(row, PREFIX)}."
         )
     return value

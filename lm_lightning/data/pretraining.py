@@ -139,7 +139,7 @@ class PretrainingData(StreamData):
                 remedy += f"name other files with --data.corpus.{name}_paths"
             else:
                 remedy += f"raise --data.corpus.{name}_fraction (or name files with --data.corpus.{name}_paths)"
-            shards.need(self.splits[name], name, self.block_size, remedy)
+            shards.require_full_block(self.splits[name], name, self.block_size, remedy)
             if self.trainer.is_global_zero:
                 self.report(name)
 

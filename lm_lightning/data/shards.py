@@ -382,7 +382,7 @@ def unigram_perplexity(training: np.ndarray, counts: np.ndarray) -> float:
     return float(np.exp(-(counts * log_probability).sum() / counts.sum()))
 
 
-def need(split: Split, name: str, block_size: int, remedy: str) -> None:
+def require_full_block(split: Split, name: str, block_size: int, remedy: str) -> None:
     """Refuses a split that does not fill one block.
 
     Raises:

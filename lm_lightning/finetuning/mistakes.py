@@ -1,4 +1,4 @@
-"""Mistakes: the examples that an evaluation gets most wrong, written for people to read."""
+"""Mistakes: the wrong predictions of an evaluation that have the highest losses, written for people to read."""
 
 import heapq
 import json
@@ -27,7 +27,7 @@ class Mistakes:
         self.kept: list[tuple[float, int, Any, Any]] = []  # a heap of (loss, -number of the row, right, predicted)
 
     def add(self, number: int, loss: float, right: Any, predicted: Any) -> None:
-        """Adds a row, with what `write` passes on to `describe`; one that fills up a batch is skipped."""
+        """Adds a row, with what `write` passes on to `describe`; a row that only fills up a batch is skipped."""
         if number == PADDING or loss != loss:
             return
         (heapq.heappush if len(self.kept) < KEPT else heapq.heappushpop)(self.kept, (loss, -number, right, predicted))
@@ -75,7 +75,7 @@ def readable(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> str:
 
 
 def words_of(tokenizer: "PreTrainedTokenizerBase", example: dict[str, Any]) -> list[str]:
-    """The words of an example with `words`, see `encode_words`, as far as they are not cut off ("…")."""
+    """The words of an example with `words`, see `encode_words`, "…" for those that are truncated."""
     places = example["words"].tolist()
     bounds = [*sorted(place for place in places if place >= 0), len(example["input_ids"])]
     ends = dict(zip(bounds, bounds[1:]))

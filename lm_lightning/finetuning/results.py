@@ -1,4 +1,4 @@
-"""Results: how often labels were right in; tables and a picture in the run folder out, written at each evaluation."""
+"""Results of an evaluation: scores of each label and a confusion matrix, as tables and a picture in the run folder."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,15 +13,15 @@ from lm_lightning.callbacks.predictions import escapes_formulas, rows_writer
 DRAWN = 60  # labels; a picture of more could not be read
 
 
-class Result(NamedTuple):
-    """How well a label is told.
+class LabelScore(NamedTuple):
+    """Precision, recall and F1 of a label.
 
     Attributes:
         label: Its name.
-        precision: Share of the rows told to have it that have it.
-        recall: Share of the rows that have it that are told to.
+        precision: Share of the rows with this prediction that have the label.
+        recall: Share of the rows that have the label that have this prediction.
         f1: Their harmonic mean.
-        rows: How many have it.
+        rows: How many rows have the label.
     """
 
     label: str
@@ -31,29 +31,31 @@ class Result(NamedTuple):
     rows: int
 
 
-def of(labels: list[str], right: Tensor, gold: Tensor, told: Tensor) -> list[Result]:
-    """The results of each label.
+def label_scores(labels: list[str], correct: Tensor, true: Tensor, predicted: Tensor) -> list[LabelScore]:
+    """The scores of each label.
 
     Args:
         labels: Their names.
-        right: Rows that have each and are told to, (labels,) int64.
-        gold: Rows that have it.
-        told: Rows that are told to have it.
+        correct: Rows that have each label and for which it is predicted (true positives), (labels,) int64.
+        true: Rows that have it, (labels,) int64.
+        predicted: Rows for which it is predicted, (labels,) int64.
     """
     return [
-        Result(label, r / t if t else 0.0, r / g if g else 0.0, 2 * r / (g + t) if g + t else 0.0, g)
-        for label, r, g, t in zip(labels, right.tolist(), gold.tolist(), told.tolist())
+        LabelScore(label, c / p if p else 0.0, c / t if t else 0.0, 2 * c / (t + p) if t + p else 0.0, t)
+        for label, c, t, p in zip(labels, correct.tolist(), true.tolist(), predicted.tolist())
     ]
 
 
 def write(results: Sequence[Any], title: str, trainer: Trainer) -> None:
-    """Writes `results.csv`, and `results.md` with the title over it.
+    """Writes `results.csv` and `results.md` in the run folder; only the first process does, after a real evaluation.
 
     Args:
-        results: Named tuples of one kind, such as `Result`, that begin with a name and end with a number of rows.
-        title: What they are of.
-        trainer: Of the evaluation; its folder is there.
+        results: Named tuples of one kind, such as `LabelScore`, that begin with a name and end with a number of rows.
+        title: What was evaluated, the heading of `results.md`.
+        trainer: That of the evaluation.
     """
+    if not writes_results(trainer):
+        return
     folder = Path(trainer.default_root_dir)
     with files.replacing(folder / "results.csv", newline="") as file:
         write_row = rows_writer(file, escapes_formulas(trainer))
@@ -67,19 +69,26 @@ def write(results: Sequence[Any], title: str, trainer: Trainer) -> None:
     files.write_text(folder / "results.md", "\n".join(lines) + "\n")
 
 
+def writes_results(trainer: Trainer) -> bool:
+    """Whether this process writes results now: the first one, and not while `fit` only tries an evaluation."""
+    return trainer.is_global_zero and not trainer.sanity_checking
+
+
 def write_confusion(confusion: Tensor, labels: list[str], title: str, trainer: Trainer) -> None:
-    """Writes `confusion.csv`, how often each label was taken for which, and draws `confusion.png` of up to 60 labels.
+    """Writes `confusion.csv` in the run folder and draws `confusion.png` of up to 60 labels; see `write`.
 
     Args:
-        confusion: (labels, labels) int64, right ones by rows.
+        confusion: How often which label is predicted for which, (labels, labels) int64; true labels are the rows.
         labels: Their names.
         title: Over the picture, which is drawn where matplotlib is installed.
-        trainer: Of the evaluation; its folder is there.
+        trainer: That of the evaluation.
     """
-    folder = Path(trainer.default_root_dir)
+    if not writes_results(trainer):
+        return
+    confusion, folder = confusion.cpu(), Path(trainer.default_root_dir)
     with files.replacing(folder / "confusion.csv", newline="") as file:
         write_row = rows_writer(file, escapes_formulas(trainer))
-        write_row(["right \\ told", *labels])
+        write_row(["true \\ predicted", *labels])
         for label, row in zip(labels, confusion.tolist()):
             write_row([label, *row])
     if len(labels) > DRAWN:
@@ -98,7 +107,7 @@ def write_confusion(confusion: Tensor, labels: list[str], title: str, trainer: T
     names = [name if len(name) <= 24 else name[:23] + "…" for name in names]
     axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(len(names)), names)
-    axes.set(xlabel="told", ylabel="right", title=title)
+    axes.set(xlabel="predicted", ylabel="true", title=title)
     for i, row in enumerate(confusion.tolist() if len(labels) <= 20 else []):
         for j, count in enumerate(row):
             colour = "white" if shares[i, j] > 0.5 else "black"

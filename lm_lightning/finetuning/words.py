@@ -1,4 +1,4 @@
-"""Words: sentences whose words are known in, tokens out, and which token stands for each word."""
+"""Words: sentences that are split into words in; tokens out, and which token stands for each word."""
 
 from itertools import accumulate
 from typing import TYPE_CHECKING
@@ -8,20 +8,20 @@ import torch
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-CUT = -1  # in the place of a word's token, if that is cut off
+TRUNCATED = -1  # instead of the place of a word's token, if that is truncated
 
 
 def encode_words(tokenizer: "PreTrainedTokenizerFast", sentences: list[list[str]], max_length: int) -> list[dict]:
-    """Tokenizes sentences as texts with spaces between the words, as which pipelines of `transformers` get them, too.
+    """Tokenizes sentences as texts with spaces between the words, which is what pipelines of `transformers` get, too.
 
     Args:
         tokenizer: A fast one.
         sentences: Their words.
-        max_length: Tokens of a sentence with the special ones.
+        max_length: Tokens of a sentence with the special ones; longer ones are truncated.
 
     Returns:
-        Of each sentence what the tokenizer gives, and `words`, (W,) int64: the place of each word's first token, or
-        `CUT`. A word of which the tokenizer makes nothing, such as a control character, is its unknown token.
+        Of each sentence what the tokenizer returns, and `words`, (W,) int64: the place of each word's first token, or
+        `TRUNCATED`. A word that has no tokens, such as a control character, becomes the unknown token.
     """
     rows = tokenized(tokenizer, sentences, max_length)
     lost = [number for number, row in enumerate(rows) if any(word is None for word in row["words"])]
@@ -33,12 +33,12 @@ def encode_words(tokenizer: "PreTrainedTokenizerFast", sentences: list[list[str]
         for number, row in zip(lost, tokenized(tokenizer, filled, max_length)):
             rows[number] = row
     for row in rows:
-        row["words"] = torch.tensor([CUT if place is None else place for place in row["words"]])
+        row["words"] = torch.tensor([TRUNCATED if place is None else place for place in row["words"]])
     return rows
 
 
 def tokenized(tokenizer: "PreTrainedTokenizerFast", sentences: list[list[str]], max_length: int) -> list[dict]:
-    """Of each sentence what the tokenizer gives, and `words`: the place of each word's first token, CUT, or None."""
+    """Of each sentence what the tokenizer returns, and `words`: the place of its first token, `TRUNCATED`, or None."""
     encoded = tokenizer(
         [" ".join(words) for words in sentences],
         return_attention_mask=False,
@@ -61,6 +61,6 @@ def tokenized(tokenizer: "PreTrainedTokenizerFast", sentences: list[list[str]], 
             if first[word] is None:
                 first[word] = place
         if encoding.overflowing:
-            first = [CUT if place is None and end > seen else place for place, end in zip(first, ends)]
+            first = [TRUNCATED if place is None and end > seen else place for place, end in zip(first, ends)]
         row["words"] = first
     return rows

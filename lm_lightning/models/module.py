@@ -229,7 +229,7 @@ class LanguageModule(LightningModule):
             head_settings=self.head_settings(),
             attention=self.attention,
             adapter=self.adapter,
-            precision=self.trainer.precision,
+            precision="32-true" if self.adapter is None else self.trainer.precision,
             print=self.print,
         )
 

@@ -135,19 +135,19 @@ def read_options(file: Path, notes: list[str]) -> dict[str, str]:
     """A YAML or JSON file as texts by dotted names, without secrets."""
     import yaml
 
-    from lm_lightning.cli import settings
+    from lm_lightning import yaml_text
 
     is_json = file.suffix == ".json"
     text = text_of(file, notes, WHOLE_BYTES if is_json else YAML_BYTES)
     if not text.strip():
         return {}
     try:
-        content = json.loads(text) if is_json else settings.load(text)
+        content = json.loads(text) if is_json else yaml_text.load(text)
         if isinstance(content, dict) and isinstance(command := content.get("command"), list):
             content["command"] = redact_arguments([str(argument) for argument in command])
         options = list(itertools.islice(flat(redact(content)), OPTIONS + 1))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        reason = settings.yaml_problem(error) if isinstance(error, yaml.MarkedYAMLError) else ""
+        reason = yaml_text.explain_error(error) if isinstance(error, yaml.MarkedYAMLError) else ""
         notes.append(f"{file.name} is cut or damaged{reason}")
         return {}
     if len(options) > OPTIONS:

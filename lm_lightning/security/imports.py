@@ -1,7 +1,7 @@
-"""Imports that a config asks for: any in a config that was given with `--config`, few in one that a run brings along.
+"""Which classes a config may import: all in a config that is given with `--config`, known ones in that of a run.
 
-`validate RUN` and the like use the run's config.yaml, which somebody else may have written and which nobody has read.
-Of it, only classes of packages that are known to be harmless are imported, see SECURITY.md.
+`validate RUN` and the like use the run's config.yaml, which somebody else may have written and nobody has read. Only
+harmless classes of known packages are imported for it, see SECURITY.md.
 """
 
 import contextlib
@@ -23,13 +23,18 @@ from lm_lightning.security.untrusted import TRUST_PACKAGES
 
 T = TypeVar("T")
 PACKAGES = ("lm_lightning", "lightning", "torch", "torchmetrics", "transformers", "bitsandbytes")
-FOLDERS = ("dirpath", "save_dir", "folder", "filename")  # options of what Lightning and this package write
+FOLDERS = (
+    "dirpath",
+    "save_dir",
+    "folder",
+    "filename",
+)  # options of classes of Lightning and this package that write files
 PATH = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)+")  # an import path
 
 
 @dataclass
 class State:
-    """What may be imported.
+    """The restrictions of imports.
 
     Args:
         config: The run's config; None while everything may be imported.
@@ -47,7 +52,7 @@ state = State()
 
 @contextlib.contextmanager
 def scope() -> Iterator[None]:
-    """Ends restrictions that a command has begun."""
+    """Ends the restrictions of a command with it."""
     global state
     before, state = state, State()
     try:
@@ -57,7 +62,7 @@ def scope() -> Iterator[None]:
 
 
 def restrict(config: Path, arguments: Iterable[str] = ()) -> None:
-    """Has only harmless classes imported from now on, and what the user has named.
+    """Allows, from now on, only imports of harmless classes and of names that the user has given.
 
     Args:
         config: The run's config, for messages.
@@ -69,7 +74,7 @@ def restrict(config: Path, arguments: Iterable[str] = ()) -> None:
 
 
 def check() -> None:
-    """Refuses the config if it asked for an import that is not allowed; jsonargparse may have tried something else.
+    """Refuses the config if it asked for an import that is not allowed, which jsonargparse may have passed over.
 
     Raises:
         UserError: Names the import and the option that allows it.
@@ -84,7 +89,7 @@ def check() -> None:
 
 
 def check_folders(options: Any, arguments: Iterable[str]) -> None:
-    """Refuses a run's own config that would have a profiler, callback or the like write into any folder.
+    """Refuses a run's own config that makes a profiler, callback or the like write outside of the run folder.
 
     Args:
         options: Of the trainer, or within those.
@@ -101,7 +106,7 @@ def check_folders(options: Any, arguments: Iterable[str]) -> None:
             path = Path(value).expanduser()
             if path.is_absolute() or ".." in path.parts:
                 raise UserError(
-                    f"{state.config} has files written to {printable(value)[:200]}: give that folder with a flag that "
+                    f"{state.config} writes files to {printable(value)[:200]}: give that folder with a flag that "
                     f"ends with .{name}, or remove it from the config"
                 )
         elif isinstance(value, list) or hasattr(value, "items"):
@@ -115,13 +120,13 @@ def trusted(name: str) -> bool:
 
 
 def known(name: str) -> bool:
-    """Whether an import path is one of a known package, which can be imported to look at what it is."""
+    """Whether an import path belongs to a known package, so that it may be imported to see what it is."""
     first, *rest = name.split(".")
     return first in PACKAGES and not any(part.startswith("__") for part in rest)
 
 
 def harmless(found: Any) -> bool:
-    """Whether what was found is a class whose making runs no code that its options could choose."""
+    """Whether something imported is a class that runs no code chosen by its options when an instance is made."""
     import torch
     from lightning.fabric.accelerators import Accelerator
     from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment, Precision
@@ -153,13 +158,13 @@ def harmless(found: Any) -> bool:
 
 
 def refuse(name: str) -> ImportError:
-    """The error for an import path, which jsonargparse may catch; `check` raises one that it has not seen."""
+    """The error for an import path; jsonargparse may catch it, so `check` raises another."""
     state.refused = state.refused or name
     return ImportError(f"{name} is not trusted")
 
 
 def guarded(import_object: Callable) -> Callable:
-    """jsonargparse's own function, which imports what a value names, with our restrictions."""
+    """jsonargparse's function that imports the class that a value names, with our restrictions."""
 
     @functools.wraps(import_object)
     def wrapped(name: Any, *args: Any, **kwargs: Any) -> Any:
@@ -182,7 +187,7 @@ def guarded(import_object: Callable) -> Callable:
 
 
 def locate(name: str) -> Any:
-    """What an import path names, None if there is nothing.
+    """The class or function of an import path, None if there is none.
 
     Raises:
         UserError: If it may not be imported.

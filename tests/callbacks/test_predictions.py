@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from lm_lightning.callbacks.predictions import Predictions
-from lm_lightning.finetuning.data import Tables, of_files
+from lm_lightning.finetuning.tables import Tables, read_files
 
 
 def table(folder: Path, inputs: list, predicted: list[dict]) -> list[list[str]]:
@@ -40,11 +40,11 @@ def test_columns_of_the_input_are_kept_in_its_order(tmp_path: Path, suffix: str,
     with open(path, "w", newline="", encoding="utf-8") as file:
         csv.writer(file, delimiter=delimiter, quoting=quoting, quotechar=None if quoting else '"').writerows(lines)
     predicted = [{"id": i, "label": "y", "scores": {"x": 0.25, "y": 0.75}, "labels": ["x", "y"]} for i in range(3)]
-    found = table(tmp_path, list(of_files(str(path), Tables())), predicted)
+    found = table(tmp_path, list(read_files(str(path), Tables())), predicted)
     assert [line[:3] for line in found] == lines
     assert found[0][3:] == [f"predicted.{name}" for name in ("id", "label", "scores.x", "scores.y", "labels")]
     assert [line[3:] for line in found[1:]] == [[str(i), "y", "0.25", "0.75", '["x", "y"]'] for i in range(3)]
-    again = table(tmp_path, list(of_files(str(tmp_path / "predictions.csv"), Tables())), predicted)
+    again = table(tmp_path, list(read_files(str(tmp_path / "predictions.csv"), Tables())), predicted)
     assert again[0] == [*found[0], *(f"predicted.{name}" for name in found[0][3:])]
 
 

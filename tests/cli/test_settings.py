@@ -11,6 +11,7 @@ import torch
 import yaml
 from conftest import ROOT
 
+from lm_lightning import yaml_text
 from lm_lightning.cli import settings
 from lm_lightning.data.tokenizer import Tokenizer, train
 from lm_lightning.errors import UserError
@@ -156,12 +157,12 @@ def test_column_names_are_text_or_refused_with_advice(parsed, cli):
     "text", ["1e-3", "3.0e-5", "0.1", "-2", "1_000", ".5", "1.", "1e3", ".inf", "true", "null", "0x1f", "abc", "'1'"]
 )
 def test_values_mean_what_they_mean_elsewhere(text: str):
-    assert settings.load(text) == {"1e-3": 0.001, "1e3": 1000.0}.get(text, yaml.safe_load(text))
+    assert yaml_text.load(text) == {"1e-3": 0.001, "1e3": 1000.0}.get(text, yaml.safe_load(text))
 
 
 def test_anchors_and_merge_keys_work():
     text = "base: &base {lr: 1, betas: [0, 1]}\nother: {<<: *base, lr: 2}\nsame: *base\n"
-    assert settings.load(text) == yaml.safe_load(text)
+    assert yaml_text.load(text) == yaml.safe_load(text)
 
 
 def test_null_and_lists_reach_options_of_options(parsed):
@@ -172,8 +173,8 @@ def test_null_and_lists_reach_options_of_options(parsed):
 
 def test_text_that_looks_like_a_number_survives_a_saved_config(parsed, tmp_path: Path):
     names = ["1e3", "yes", "010", "1.5", "null", "None", "12:30", "0x1f", "true"]
-    file = write(tmp_path / "saved.yaml", settings.dump({"data": {"init_args": {"tables": {"header": names}}}}))
-    assert settings.load(file.read_text()) == yaml.safe_load(file.read_text())
+    file = write(tmp_path / "saved.yaml", yaml_text.dump({"data": {"init_args": {"tables": {"header": names}}}}))
+    assert yaml_text.load(file.read_text()) == yaml.safe_load(file.read_text())
     assert parsed("fit", "--config", SENTIMENT, "--config", file)["data"]["init_args"]["tables"]["header"] == names
 
 

@@ -181,12 +181,12 @@ def inputs_of(tokenizer) -> dict[str, torch.Tensor]:
     return {"input_ids": tokens, "attention_mask": mask}
 
 
-@pytest.mark.parametrize("kind", ["single", "several", "number"])
+@pytest.mark.parametrize("kind", ["multiclass", "multilabel", "regression"])
 def test_loss_of_a_classifier_is_the_formula_of_each_kind(kind: str, tokenizer, tmp_path: Path):
     auto, labels = transformers.AutoModelForSequenceClassification, dict(enumerate(LABELS))
-    settings = {"num_labels": 1} if kind == "number" else {"id2label": labels}
+    settings = {"num_labels": 1} if kind == "regression" else {"id2label": labels}
     folder_of(auto, BERT, tmp_path, tokenizer, **settings)
-    weighed = {"class_weights": {"good": 2.0}} if kind == "single" else {}
+    weighed = {"class_weights": {"good": 2.0}} if kind == "multiclass" else {}
     model, reference, other, callback = distilled(
         Classification(network=BERT, **weighed), tmp_path, tokenizer, kind=kind
     )
@@ -194,12 +194,12 @@ def test_loss_of_a_classifier_is_the_formula_of_each_kind(kind: str, tokenizer, 
     logits = reference(**inputs).logits[:3]  # the last row is padding
     with torch.no_grad():
         told = other(**inputs).logits[:3]
-    if kind == "single":
+    if kind == "multiclass":
         targets = torch.tensor([2, 1, 0, -100])
         each = torch.tensor([1.0, 2.0, 1.0])
         own = (each * F.cross_entropy(logits, targets[:3], reduction="none")).sum()
         divergence = sum(weight * kl(a, b) for weight, a, b in zip(each, logits, told))
-    elif kind == "several":
+    elif kind == "multilabel":
         targets = torch.tensor([[1.0, 0, 0], [0, 0, 0], [1, 0, 1], [torch.nan] * 3])
         own = F.binary_cross_entropy_with_logits(logits, targets[:3], reduction="sum") / 3
         p, q = (logits.double() / TEMPERATURE).sigmoid(), (told.double() / TEMPERATURE).sigmoid()
@@ -208,7 +208,7 @@ def test_loss_of_a_classifier_is_the_formula_of_each_kind(kind: str, tokenizer, 
         targets = torch.tensor([0.5, -1, 2, torch.nan])
         own, divergence = ((logits[:, 0] - other).square().sum() for other in (targets[:3], told[:, 0]))
     assert_same(model, inputs | {"targets": targets, "id": [0, 1, 2, -1]}, reference, own, divergence, callback)
-    assert model.loss(inputs | {"targets": targets})[1] == (4 if kind == "single" else 3)
+    assert model.loss(inputs | {"targets": targets})[1] == (4 if kind == "multiclass" else 3)
 
 
 def test_loss_of_a_tagger_is_the_formula_at_the_first_tokens_of_words(tokenizer, tmp_path: Path):
@@ -348,9 +348,9 @@ def test_teacher_of_other_labels_or_none_is_refused(tokenizer, tmp_path: Path):
     folder_of(auto, BERT, tmp_path / "order", tokenizer, id2label=dict(enumerate(reversed(LABELS))))
     folder_of(transformers.AutoModelForMaskedLM, BERT, tmp_path / "none", tokenizer)
     with pytest.raises(UserError, match="tells the labels mixed, good, bad, and the data has bad, good, mixed"):
-        distilled(Classification(network=BERT), tmp_path / "order", tokenizer, kind="single")
+        distilled(Classification(network=BERT), tmp_path / "order", tokenizer, kind="multiclass")
     with pytest.raises(UserError, match="does not know .*classifier.weight.*: take one that was trained for this task"):
-        distilled(Classification(network=BERT), tmp_path / "none", tokenizer, kind="single")
+        distilled(Classification(network=BERT), tmp_path / "none", tokenizer, kind="multiclass")
 
 
 def test_models_that_it_does_not_know_are_refused(tmp_path: Path):

@@ -90,7 +90,7 @@ def test_run_that_is_resumed_amid_the_schedule_prunes_the_same(fit, recipe: Path
         ({"start": 5, "end": 3}, "0 <= start <= end"),
         ({"modules": '["*attention*"]'}, r"\*attention\* is the name of no linear layer, such as transformer.h.0"),
         ({"pattern": "2:4", "sparsity": 0.6}, "2:4 has a sparsity of 0.5"),
-        ({"method": "wanda", "scope": "global"}, "leave scope out"),
+        ({"method": "wanda", "scope": "global"}, "omit scope"),
     ],
 )
 def test_impossible_prunings_are_refused(fit, flags: dict, message: str):

@@ -13,10 +13,10 @@ from lm_lightning.callbacks.predictions import write_table
 from lm_lightning.data import cells
 from lm_lightning.data.tokenizer import Tokenizer, train
 from lm_lightning.errors import UserError
-from lm_lightning.finetuning.data import LabelledData, Row, Tables
-from lm_lightning.tasks.classification.data import ClassificationData, Columns
-from lm_lightning.tasks.embedding.data import Columns as PairColumns
-from lm_lightning.tasks.embedding.data import PairData
+from lm_lightning.finetuning.data import LabelledData
+from lm_lightning.finetuning.tables import Row, Tables
+from lm_lightning.tasks.classification.data import ClassificationData, TextColumns
+from lm_lightning.tasks.embedding.data import PairColumns, PairData
 from lm_lightning.tasks.parsing.data import ParsingData
 from lm_lightning.tasks.questions.data import Answer, QuestionData
 from lm_lightning.tasks.tagging.data import TaggingData
@@ -55,7 +55,7 @@ def table(path: Path, labels: list, name: str = "label") -> str:
 def several(tmp_path: Path, tokenizer: Tokenizer, labels: list, suffix: str = ".csv") -> tuple[list, list]:
     """The names of the labels, and those of each row."""
     file = table(tmp_path / f"a{suffix}", labels)
-    data = made(ClassificationData(kind="several", tables=Tables(file, file), tokenizer=tokenizer))
+    data = made(ClassificationData(kind="multilabel", tables=Tables(file, file), tokenizer=tokenizer))
     rows = data.examples["validation"].rows
     return data.labels, [[n for n, told in zip(data.labels, row["targets"].tolist()) if told] for row in rows]
 
@@ -81,7 +81,7 @@ def test_predictions_of_several_labels_can_be_read_again(tmp_path: Path, tokeniz
     rows = [{"id": i, "text": f"text {i}", "label": names} for i, names in enumerate([["a", "b,c"], [], ["b,c"]])]
     write_table(cells_of_predictions(rows), tmp_path / "a.csv")
     file = str(tmp_path / "a.csv")
-    data = made(ClassificationData(kind="several", tables=Tables(file, file), tokenizer=tokenizer))
+    data = made(ClassificationData(kind="multilabel", tables=Tables(file, file), tokenizer=tokenizer))
     assert data.labels == ["a", "b,c"]
     assert [row["targets"].tolist() for row in data.examples["train"].rows] == [[1, 1], [0, 0], [0, 1]]
 
@@ -100,7 +100,7 @@ def test_lists_that_cannot_be_read_are_refused_with_their_row(tmp_path: Path, to
 def test_lists_are_no_single_label(tmp_path: Path, tokenizer: Tokenizer):
     for name, value in (("a.csv", "['a', 'b']"), ("a.jsonl", ["a"]), ("b.jsonl", {"a": 1})):
         file = table(tmp_path / name, ["a", value, "b"])
-        with pytest.raises(UserError, match=rf"{name}:\d: column 'label' has .* no single label: give --data.kind sev"):
+        with pytest.raises(UserError, match=rf"{name}:\d: column 'label' has .* no single label: give --data.kind"):
             made(ClassificationData(tables=Tables(file, file), tokenizer=tokenizer))
 
 
@@ -143,7 +143,7 @@ def test_a_missing_label_is_refused(tmp_path: Path, tokenizer: Tokenizer, value:
 @pytest.mark.parametrize(
     ("value", "reason"),
     [
-        ("1,5", r" \(write a point in the place of the comma\)"),
+        ("1,5", r" \(write a point instead of the comma\)"),
         ("nan", ""),
         ("inf", ""),
         (float("nan"), r" \(it must be finite\)"),
@@ -161,7 +161,7 @@ def test_what_is_no_number_is_refused_with_its_row(tmp_path: Path, tokenizer: To
     file = table(tmp_path / "a.jsonl", [1, value])
     message = rf"a.jsonl:2: column 'label' has no number, but .*{reason}: fix"
     with pytest.raises(UserError, match=message):
-        made(ClassificationData(kind="number", tables=Tables(file, file), tokenizer=tokenizer))
+        made(ClassificationData(kind="regression", tables=Tables(file, file), tokenizer=tokenizer))
     pairs = PairColumns(pair="text", score="label")
     with pytest.raises(UserError, match=message):
         made(PairData(columns=pairs, tables=Tables(file, file), tokenizer=tokenizer))
@@ -169,7 +169,7 @@ def test_what_is_no_number_is_refused_with_its_row(tmp_path: Path, tokenizer: To
 
 def test_numbers_are_those_that_are_written(tmp_path: Path, tokenizer: Tokenizer):
     file = table(tmp_path / "a.csv", ["1", " -2.5 ", "+.5", "1e-3", "3."])
-    data = made(ClassificationData(kind="number", tables=Tables(file, file), tokenizer=tokenizer))
+    data = made(ClassificationData(kind="regression", tables=Tables(file, file), tokenizer=tokenizer))
     told = torch.stack([row["targets"] for row in data.examples["train"].rows])
     assert torch.equal(told, torch.tensor([1, -2.5, 0.5, 1e-3, 3]))
 
@@ -223,13 +223,13 @@ def test_nothing_in_a_cell_is_run():
 def test_lists_of_named_labels_of_the_hub(monkeypatch):
     import datasets
 
-    from lm_lightning.data import formats
+    from lm_lightning.data.hub_rows import hub_rows
 
     tags = datasets.Sequence(datasets.ClassLabel(names=["O", "B-X"]))
     features = datasets.Features({"words": datasets.Sequence(datasets.Value("string")), "tags": tags})
     content = datasets.Dataset.from_list([{"words": ["a", "b"], "tags": [1, 0]}], features=features)
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: content)
-    rows = list(formats.hub_rows("any/name", None, "train", None, False, ""))
+    rows = list(hub_rows("any/name", None, "train", None, False, ""))
     assert rows == [(1, {"words": ["a", "b"], "tags": ["B-X", "O"]})]
 
 
@@ -237,5 +237,5 @@ def test_columns_of_labels_are_found(tmp_path: Path, tokenizer: Tokenizer):
     file = table(tmp_path / "a.csv", ["x", "y"], name="stars")
     with pytest.raises(UserError, match="there is no column 'label'; the columns are text, stars"):
         made(ClassificationData(tables=Tables(file, file), tokenizer=tokenizer))
-    data = made(ClassificationData(Columns(label="stars"), tables=Tables(file, file), tokenizer=tokenizer))
+    data = made(ClassificationData(TextColumns(label="stars"), tables=Tables(file, file), tokenizer=tokenizer))
     assert data.labels == ["x", "y"]

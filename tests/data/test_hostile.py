@@ -7,43 +7,44 @@ from pathlib import Path
 
 import pytest
 
-from lm_lightning.data import formats, tokenizer
-from lm_lightning.data.formats import Counts, Reading
+from lm_lightning.data import reading, tokenizer
+from lm_lightning.data.formats import Csv, Format, Jsonl, Tsv
+from lm_lightning.data.reading import ReadOptions, ReadReport
 from lm_lightning.data.tokenizer import Tokenizer
 from lm_lightning.errors import UserError
 
-READING = Reading("--data.tables")
+OPTIONS = ReadOptions("--data.tables")
 
 
 def test_a_compressed_file_that_expands_without_bound_is_refused(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(formats, "ALWAYS_ALLOWED", 1 << 20)
+    monkeypatch.setattr(reading, "ALWAYS_ALLOWED", 1 << 20)
     file = tmp_path / "rows.jsonl.gz"
     with gzip.open(file, "wb") as stream:
         for _ in range(32):
             stream.write(b" " * (1 << 20))  # one line without an end
     with pytest.raises(UserError, match="rows.jsonl.gz expands to more than 200 times its size"):
-        list(formats.ROWS[".jsonl"](file, READING, Counts()))
+        list(Jsonl().rows(file, OPTIONS, ReadReport()))
     text = json.dumps({"text": "a b c " * 40}) + "\n"
     with gzip.open(file, "wt") as stream:
         stream.write(text * 100)
-    assert len(list(formats.ROWS[".jsonl"](file, READING, Counts()))) == 100
+    assert len(list(Jsonl().rows(file, OPTIONS, ReadReport()))) == 100
 
 
-@pytest.mark.parametrize("form", [".jsonl", ".csv", ".tsv"])
-def test_a_row_without_end_is_refused(form: str, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(formats, "LONGEST_ROW", 10_000)
-    file = tmp_path / f"rows{form}"
-    file.write_text("text\n" + "a" * 20_000 + "\n" if form != ".jsonl" else "a" * 20_000)
+@pytest.mark.parametrize("form", [Jsonl(), Csv(), Tsv()], ids=lambda form: form.name)
+def test_a_row_without_end_is_refused(form: Format, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(reading, "LONGEST_ROW", 10_000)
+    file = tmp_path / f"rows.{form.name}"
+    file.write_text("text\n" + "a" * 20_000 + "\n" if form.name != "jsonl" else "a" * 20_000)
     with pytest.raises(UserError, match=r"rows\.\w+:\d: a line of more than 10,000 characters"):
-        list(formats.ROWS[form](file, READING, Counts()))
+        list(form.rows(file, OPTIONS, ReadReport()))
 
 
 def test_a_cell_that_swallows_the_file_is_refused(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(formats, "LONGEST_ROW", 10_000)
+    monkeypatch.setattr(reading, "LONGEST_ROW", 10_000)
     file = tmp_path / "rows.csv"
     file.write_text('text\n"' + "an open quote\n" * 1000)
     with pytest.raises(UserError, match="rows.csv:2: .*field larger than field limit"):
-        list(formats.ROWS[".csv"](file, READING, Counts()))
+        list(Csv().rows(file, OPTIONS, ReadReport()))
 
 
 def test_an_id_that_needs_a_huge_vocabulary_is_refused(tmp_path: Path):

@@ -161,9 +161,9 @@ def test_positions_start_again_after_each_end_of_a_real_corpus(tmp_path):
 
 
 def test_a_split_must_have_a_block_and_one_more_token():
-    shards.need(split(T + 1), "train", T, "")
+    shards.require_full_block(split(T + 1), "train", T, "")
     with pytest.raises(UserError, match="train split has 2 documents with 8 tokens.* takes 9: do this"):
-        shards.need(split(T, documents=(0, 3)), "train", T, "do this")
+        shards.require_full_block(split(T, documents=(0, 3)), "train", T, "do this")
 
 
 @pytest.mark.parametrize("stage, name", [("fit", "train"), ("validate", "validation"), ("test", "test")])

@@ -16,7 +16,7 @@ from lm_lightning.data.corpus import Corpus
 from lm_lightning.data.pretraining import PretrainingData
 from lm_lightning.data.stream import StreamData
 from lm_lightning.data.tokenizer import Tokenizer, train
-from lm_lightning.finetuning.data import Tables
+from lm_lightning.finetuning.tables import Tables
 from lm_lightning.tasks.classification.data import ClassificationData
 from lm_lightning.tasks.embedding.data import PairData
 from lm_lightning.tasks.masked_lm.data import MaskedData, Texts

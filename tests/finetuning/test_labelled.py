@@ -11,7 +11,7 @@ from lm_lightning.data.corpus import Corpus
 from lm_lightning.data.pretraining import PretrainingData
 from lm_lightning.data.tokenizer import Tokenizer
 from lm_lightning.errors import UserError
-from lm_lightning.finetuning.data import Tables, of_files, read
+from lm_lightning.finetuning.tables import Tables, read_files, read_split
 from lm_lightning.tasks.generation.generate import read_prompts
 
 
@@ -46,13 +46,13 @@ def test_a_split_without_rows(tmp_path: Path, monkeypatch, tables: dict, split: 
     Path("empty.csv").write_text("text,label\n")
     Path("nothing.csv").write_text("")
     with pytest.raises(UserError, match=message):
-        read(Tables(**tables), split, lambda row: row.text("text"))
+        read_split(Tables(**tables), split, lambda row: row.text("text"))
 
 
 def test_a_missing_column_is_named_with_options_of_its_format(tmp_path: Path):
     for name, content in (("a.csv", "body\nx\n"), ("a.jsonl", '{"body": "x"}'), ("a.conll", "x\n")):
         (tmp_path / name).write_text(content)
-        (row,) = of_files(str(tmp_path / name), Tables())
+        (row,) = read_files(str(tmp_path / name), Tables())
         with pytest.raises(UserError, match="there is no column 'text'; .* with --data.columns") as caught:
             row.text("text")
         assert ("--data.tables.header" in str(caught.value)) == (name != "a.jsonl")

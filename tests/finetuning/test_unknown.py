@@ -12,8 +12,9 @@ from lm_lightning.data.corpus import Corpus
 from lm_lightning.data.pretraining import PretrainingData
 from lm_lightning.data.stream import StreamData
 from lm_lightning.data.tokenizer import Tokenizer, load, train, unknown_id, unknown_word
-from lm_lightning.finetuning.data import LabelledData, Tables
-from lm_lightning.tasks.classification.data import ClassificationData, Columns
+from lm_lightning.finetuning.data import LabelledData
+from lm_lightning.finetuning.tables import Tables
+from lm_lightning.tasks.classification.data import ClassificationData, TextColumns
 from lm_lightning.tasks.embedding.data import PairData
 from lm_lightning.tasks.masked_lm.data import MaskedData, Texts
 from lm_lightning.tasks.questions.data import QuestionData
@@ -52,7 +53,7 @@ def labelled(kind: type, **options: object) -> Callable[..., LabelledData]:
     "make",
     [
         labelled(ClassificationData),
-        labelled(ClassificationData, columns=Columns(pair="pair")),
+        labelled(ClassificationData, columns=TextColumns(pair="pair")),
         labelled(TaggingData),
         labelled(PairData),
         labelled(QuestionData, max_length=64, max_question=16, overlap=8),

@@ -10,8 +10,8 @@ import torch
 
 from lm_lightning.data.tokenizer import Tokenizer, load, train
 from lm_lightning.errors import UserError
-from lm_lightning.finetuning.data import Row, Tables, read
-from lm_lightning.tasks.questions.data import Columns, QuestionData
+from lm_lightning.finetuning.tables import Row, Tables, read_split
+from lm_lightning.tasks.questions.data import QuestionColumns, QuestionData
 
 CONTEXT = "🙂 👩‍👩‍👧 e\u0301te\u0301 " + "one two three four five six seven eight nine ten " * 6 + "eleven 🙂 twelve"
 QUESTION = "which one is it"
@@ -36,7 +36,7 @@ def data(tokenizer: Path, **options) -> QuestionData:
     return made
 
 
-def write(folder: Path, form: str) -> tuple[Path, Columns]:
+def write(folder: Path, form: str) -> tuple[Path, QuestionColumns]:
     """The same three questions in one of the forms."""
     file = folder / f"rows.{'json' if form == 'squad' else 'csv' if form == 'csv' else 'jsonl'}"
     lists = [[{"text": text, "answer_start": start} for text, start in row["answers"]] for row in FLAT]
@@ -44,28 +44,28 @@ def write(folder: Path, form: str) -> tuple[Path, Columns]:
     if form == "squad":
         qas = [{"id": row["id"], "question": row["question"], "answers": a} for row, a in zip(FLAT, lists)]
         file.write_text(json.dumps({"data": [{"paragraphs": [{"context": CONTEXT, "qas": qas}]}]}))
-        return file, Columns()
+        return file, QuestionColumns()
     if form == "csv":
         with open(file, "w", newline="", encoding="utf-8") as stream:
             table = csv.writer(stream)
             table.writerow(["passage", "question", "right", "at"])
             for row in FLAT:
                 table.writerow([CONTEXT, row["question"], *(row["answers"] or [("", "")])[0]])
-        return file, Columns(context="passage", answer="right", answer_start="at")
+        return file, QuestionColumns(context="passage", answer="right", answer_start="at")
     rows = [row | {"answers": a} for row, a in zip(FLAT, columns if form == "hub" else lists)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return file, Columns()
+    return file, QuestionColumns()
 
 
 @pytest.mark.parametrize("form", ["squad", "csv", "jsonl", "hub"])
 def test_answers_are_found_in_every_form(tokenizer: Path, tmp_path: Path, form: str):
     file, columns = write(tmp_path, form)
     own = data(tokenizer, columns=columns, tables=Tables(test=[str(file)]))
-    examples = own.encode("test", read(own.tables, "test", own.key))
+    examples = own.encode("test", read_split(own.tables, "test", own.key, own.formats))
     assert [q.id for q in own.questions["test"]] == ([0, 1, 2] if form == "csv" else ["x", "y", "z"])
     found: dict[int, set[str]] = {0: set(), 1: set(), 2: set()}
     ends: dict[int, list[int]] = {0: [], 1: [], 2: []}
-    for row, window in zip(examples.rows, own.windows["test"], strict=True):
+    for row, window in zip(examples, own.windows["test"], strict=True):
         first, last = row["targets"].tolist()
         assert len(row["input_ids"]) == len(row["context"]) <= 32
         inside = row["context"].nonzero().flatten().tolist()
@@ -83,9 +83,9 @@ def test_an_answer_longer_than_the_overlap_is_told_and_not_learned(tokenizer: Pa
     own = data(tokenizer)
     values = FLAT[0] | {"answers": [{"text": long, "answer_start": CONTEXT.index(long)}], "question": "which " * 30}
     examples = own.encode("train", [Row(values, "a:1")])
-    assert all(torch.equal(row["targets"], torch.tensor([-100, -100])) for row in examples.rows)
+    assert all(torch.equal(row["targets"], torch.tensor([-100, -100])) for row in examples)
     out = capsys.readouterr().out
-    assert "train: 1 questions, 0 without an answer" in out and "1 questions are cut to 8 tokens" in out
+    assert "train: 1 questions, 0 without an answer" in out and "1 questions are truncated to 8 tokens" in out
     assert "1 have an answer that is longer" in out
 
 
@@ -114,7 +114,7 @@ def test_files_that_are_not_squads_are_refused(tmp_path: Path):
     ):
         (tmp_path / "a.json").write_text(text)
         with pytest.raises(UserError, match=told):
-            read(Tables(test=[str(tmp_path / "a.json")]), "test", lambda row: "")
+            read_split(Tables(test=[str(tmp_path / "a.json")]), "test", lambda row: "", QuestionData.formats)
 
 
 def test_windows_must_go_on(tokenizer: Path):

@@ -21,12 +21,12 @@ pytestmark = pytest.mark.slow  # the first test evaluates all tasks
 ROWS = 41  # no batch size and no number of processes divides them
 TASKS: dict[str, tuple[str, str, dict]] = {
     "single": ("Classification", "ClassificationData", {"columns": {"label": "verb"}}),
-    "several": ("Classification", "ClassificationData", {"columns": {"label": "named"}, "kind": "several"}),
-    "number": ("Classification", "ClassificationData", {"columns": {"label": "size"}, "kind": "number"}),
+    "several": ("Classification", "ClassificationData", {"columns": {"label": "named"}, "kind": "multilabel"}),
+    "number": ("Classification", "ClassificationData", {"columns": {"label": "size"}, "kind": "regression"}),
     "similarity": (
         "Classification",
         "ClassificationData",
-        {"columns": {"pair": "pair", "label": "score"}, "kind": "number"},
+        {"columns": {"pair": "pair", "label": "score"}, "kind": "regression"},
     ),
     "embedding": ("SentenceEncoder", "PairData", {"columns": {"score": "score"}}),
     "search": ("SentenceEncoder", "PairData", {}),

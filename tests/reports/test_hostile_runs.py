@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from lm_lightning import yaml_text
 from lm_lightning.cli import settings
 from lm_lightning.errors import UserError
 from lm_lightning.reports import history
@@ -106,7 +107,7 @@ def test_yaml_that_expands_has_no_end_or_is_none_is_refused(
 ):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(yaml.YAMLError):
-        settings.load(content)
+        yaml_text.load(content)
     (run / "config.yaml").write_text(content)
     with pytest.raises(UserError, match="config.yaml") as refused:
         settings.read(str(run / "config.yaml"))
@@ -118,7 +119,7 @@ def test_yaml_that_expands_has_no_end_or_is_none_is_refused(
 
 
 def test_yaml_with_honest_aliases_is_read():
-    assert settings.load("a: &a {x: [1, 2]}\nb: *a\nc: {<<: *a, y: 3}\n") == {
+    assert yaml_text.load("a: &a {x: [1, 2]}\nb: *a\nc: {<<: *a, y: 3}\n") == {
         "a": {"x": [1, 2]},
         "b": {"x": [1, 2]},
         "c": {"x": [1, 2], "y": 3},

@@ -125,7 +125,7 @@ def test_the_config_of_a_run_imports_no_other_classes(fit, cli, payload: Path, m
     for folder in (payload.parent / "harmed", "../harmed"):
         profiler = {"class_path": "AdvancedProfiler", "init_args": {"dirpath": str(folder), "filename": "x"}}
         change(of_trainer("profiler", profiler))
-        with pytest.raises(UserError, match="has files written to .*harmed"):
+        with pytest.raises(UserError, match="writes files to .*harmed"):
             cli("validate", run)
         assert not payload.exists()
 

@@ -164,9 +164,9 @@ class Distillation(Callback):
         logits, told, targets = student.logits(batch), self.told("logits", batch), batch["targets"]
         own, count = student.losses(logits, targets)
         kind = student.trainer.datamodule.kind
-        if kind == "number":
+        if kind == "regression":
             apart, missing = (logits - told).squeeze(-1).square(), targets.isnan()
-        elif kind == "several":  # each label, and that it is none: two logits, of which one is 0
+        elif kind == "multilabel":  # each label, and that it is none: two logits, of which one is 0
             two, told_two = (F.pad(both.unsqueeze(-1), (1, 0)) for both in (logits, told))
             apart, missing = kd_loss(two, told_two, self.temperature).mean(1), targets[:, 0].isnan()
         else:

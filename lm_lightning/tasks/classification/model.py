@@ -21,6 +21,7 @@ from torchmetrics.classification import (
 from lm_lightning.data.order import PADDING
 from lm_lightning.errors import UserError
 from lm_lightning.finetuning import results
+from lm_lightning.finetuning.examples import network_inputs
 from lm_lightning.finetuning.mistakes import Mistakes, readable
 from lm_lightning.models.metrics import Agreement, Mode, mode_of
 from lm_lightning.models.module import LanguageModule
@@ -40,7 +41,8 @@ class Classification(LanguageModule):
 
     @staticmethod
     def main_metric(data: Any) -> str:
-        return {"single": "accuracy", "several": "macro_f1", "number": "spearman"}.get(data.get("kind"), "loss")
+        names = {"multiclass": "accuracy", "multilabel": "macro_f1", "regression": "spearman"}
+        return names.get(data.get("kind"), "loss")
 
     def __init__(
         self,
@@ -55,20 +57,20 @@ class Classification(LanguageModule):
 
     def head_settings(self) -> dict[str, Any]:
         data = self.trainer.datamodule
-        kinds = {"single": "single_label_classification", "several": "multi_label_classification"}
-        if data.kind == "number":
+        kinds = {"multiclass": "single_label_classification", "multilabel": "multi_label_classification"}
+        if data.kind == "regression":
             return {"num_labels": 1, "problem_type": "regression"}
         return self.label_settings() | {"problem_type": kinds[data.kind]}
 
     def head_fits(self) -> bool:
-        if self.trainer.datamodule.kind == "number":
+        if self.trainer.datamodule.kind == "regression":
             return len(self.own_labels()) == 1
         return super().head_fits()
 
     def network_made(self) -> None:
         data = self.trainer.datamodule
         self.network.config.pad_token_id = data.tokenizer.pad_token_id  # GPTs look for the last token before it
-        new = self.pretrained is not None and data.kind == "number" and not self.head_fits()
+        new = self.pretrained is not None and data.kind == "regression" and not self.head_fits()
         if self.trainer.state.fn == "fit" and new:
             self.start_at_the_mean()
         self.mistakes = Mistakes()
@@ -78,9 +80,9 @@ class Classification(LanguageModule):
         self.register_buffer("weights", weights, persistent=False)
 
     def start_at_the_mean(self) -> None:
-        """Has the new head of pretrained weights tell the mean of the training numbers, which need not be learned then.
+        """Has the new head of pretrained weights predict the mean of the training numbers from the start.
 
-        New networks leave the plateau of telling the mean more easily if they do not begin there.
+        New networks leave the plateau of predicting the mean more easily if they do not begin there.
         """
         heads = [m for m in self.network.modules() if isinstance(m, nn.Linear) and m.out_features == 1]
         if heads and heads[-1].bias is not None:
@@ -90,8 +92,8 @@ class Classification(LanguageModule):
     def weights_of_labels(self) -> Tensor:
         """How much each label counts, (labels,) float32."""
         data = self.trainer.datamodule
-        if data.kind != "single":
-            raise UserError("model.class_weights are for data.kind single")
+        if data.kind != "multiclass":
+            raise UserError("model.class_weights are for data.kind multiclass")
         if self.class_weights == "balanced":
             numbers = torch.stack([row["targets"] for row in data.examples["train"].rows])
             counts = torch.bincount(numbers, minlength=len(data.labels))
@@ -104,9 +106,9 @@ class Classification(LanguageModule):
     def new_metrics(self) -> dict[str, Metric]:
         """The metrics of an evaluation, of rows without padding."""
         data = self.trainer.datamodule
-        if data.kind == "number":
+        if data.kind == "regression":
             return {"agreement": Agreement()}
-        if data.kind == "several":
+        if data.kind == "multilabel":
             settings = {"num_labels": len(data.labels)}
             return {
                 "macro_f1": MultilabelF1Score(**settings),
@@ -125,15 +127,14 @@ class Classification(LanguageModule):
 
     def logits(self, batch: dict) -> Tensor:
         """(B, labels) float32."""
-        inputs = {key: value for key, value in batch.items() if key not in ("targets", "id")}
-        return self.network(**inputs).logits.float()
+        return self.network(**network_inputs(batch)).logits.float()
 
     def losses(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Their sum over the rows that count, and how many these are or weigh: () float32 both."""
-        if self.trainer.datamodule.kind == "number":
+        if self.trainer.datamodule.kind == "regression":
             counts = ~targets.isnan()
             return ((logits.squeeze(-1) - targets.nan_to_num()).square() * counts).sum(), counts.sum().float()
-        if self.trainer.datamodule.kind == "several":
+        if self.trainer.datamodule.kind == "multilabel":
             counts = ~targets.isnan()
             losses = F.binary_cross_entropy_with_logits(logits, targets.nan_to_num(), reduction="none")
             return (losses * counts).sum() / targets.shape[1], counts[:, 0].sum().float()
@@ -155,40 +156,40 @@ class Classification(LanguageModule):
         kind = self.trainer.datamodule.kind
         if not len(targets):  # the last batch of a process may be all padding
             return
-        if kind == "number":
-            told = logits.squeeze(-1)
-            self.val_metrics.update(told, targets)
-            losses, wrong = (told - targets).square(), torch.ones_like(rows[rows])
-        elif kind == "several":
+        if kind == "regression":
+            predicted = logits.squeeze(-1)
+            self.val_metrics.update(predicted, targets)
+            losses, wrong = (predicted - targets).square(), torch.ones_like(rows[rows])
+        elif kind == "multilabel":
             self.val_metrics.update(logits.sigmoid(), targets.long())
             losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(1)
-            told = (logits.sigmoid() > 0.5).long()
-            wrong = (told != targets).any(1)
+            predicted = (logits.sigmoid() > 0.5).long()
+            wrong = (predicted != targets).any(1)
         else:
             self.val_metrics.update(logits, targets)
-            losses, told = F.cross_entropy(logits, targets, reduction="none"), logits.argmax(-1)
-            wrong = told != targets
+            losses, predicted = F.cross_entropy(logits, targets, reduction="none"), logits.argmax(-1)
+            wrong = predicted != targets
         numbers = [number for number in batch["id"] if number != PADDING]
-        for row in zip(numbers, losses.tolist(), targets.tolist(), told.tolist(), wrong.tolist()):
+        for row in zip(numbers, losses.tolist(), targets.tolist(), predicted.tolist(), wrong.tolist()):
             if row[-1]:
                 self.mistakes.add(*row[:-1])
 
-    def described(self, split: str, row: int, right: Any, told: Any) -> dict[str, str]:
-        """A row for people to read: its text, and what is right and was predicted."""
+    def described(self, split: str, row: int, right: Any, predicted: Any) -> dict[str, str]:
+        """A row for people to read: its text, the right answer and the prediction."""
         data = self.trainer.datamodule
 
         def name(value: Any) -> str:
-            if data.kind == "number":
+            if data.kind == "regression":
                 return f"{value:.4g}"
-            if data.kind == "several":
+            if data.kind == "multilabel":
                 return ", ".join(label for label, on in zip(data.labels, value) if on)
             return data.labels[value]
 
         text = readable(data.tokenizer, data.examples[split].rows[row]["input_ids"])
-        return {"text": text, "right": name(right), "predicted": name(told)}
+        return {"text": text, "right": name(right), "predicted": name(predicted)}
 
     def metric_modes(self) -> dict[str, Optional[Mode]]:
-        if self.trainer.datamodule.kind == "number":
+        if self.trainer.datamodule.kind == "regression":
             return {"loss": "min", "pearson": "max", "spearman": "max", "mae": "min"}
         modes: dict[str, Optional[Mode]] = {"loss": "min"}
         modes |= {name: mode_of(metric) for name, metric in self.new_metrics().items()}
@@ -200,33 +201,28 @@ class Classification(LanguageModule):
         values = self.val_metrics.compute()
         self.val_metrics.reset()
         confusion, counts = (values.pop(name, None) for name in ("confusion", "counts"))
-        if self.trainer.is_global_zero and not self.trainer.sanity_checking:
-            labels = self.trainer.datamodule.labels
-            title = self.title(split)
-            if confusion is not None:
-                confusion = confusion.cpu()
-                told = results.of(labels, confusion.diag(), confusion.sum(1), confusion.sum(0))
-                results.write(told, title, self.trainer)
-                results.write_confusion(confusion, labels, title, self.trainer)
-            elif counts is not None:
-                right, wrong, _, missed, _ = counts.cpu().unbind(1)
-                results.write(results.of(labels, right, right + missed, right + wrong), title, self.trainer)
+        labels, title = self.trainer.datamodule.labels, self.title(split)
+        if confusion is not None:
+            scores = results.label_scores(labels, confusion.diag(), confusion.sum(1), confusion.sum(0))
+            results.write(scores, title, self.trainer)
+            results.write_confusion(confusion, labels, title, self.trainer)
+        elif counts is not None:
+            correct, wrong, _, missed, _ = counts.unbind(1)
+            results.write(results.label_scores(labels, correct, correct + missed, correct + wrong), title, self.trainer)
         return {"loss": loss} | values
 
     def predict_step(self, batch: dict, batch_idx: int) -> list[dict]:
         """For each row its `id` (its number), `label` and the `scores` of all; several `labels`; or a `score`."""
         data = self.trainer.datamodule
         logits, rows = self.logits(batch), []
-        scores = {"single": lambda: logits.softmax(-1), "several": logits.sigmoid, "number": lambda: logits}[
+        scores = {"multiclass": lambda: logits.softmax(-1), "multilabel": logits.sigmoid, "regression": lambda: logits}[
             data.kind
         ]()
         for number, values in zip(batch["id"], scores.tolist()):
-            if number == PADDING:
-                continue
             named = dict(zip(data.labels, values))
-            if data.kind == "number":
+            if data.kind == "regression":
                 rows.append({"id": number, "score": values[0]})
-            elif data.kind == "several":
+            elif data.kind == "multilabel":
                 rows.append({"id": number, "labels": [k for k, v in named.items() if v > 0.5], "scores": named})
             else:
                 label = max(named, key=lambda name: named[name])

@@ -6,22 +6,24 @@ with one text each.
 
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 import torch
 
 from lm_lightning.console import printable
 from lm_lightning.data import cells
+from lm_lightning.data.order import sequence_key
 from lm_lightning.errors import UserError
-from lm_lightning.finetuning.data import Examples, LabelledData, Row, Tables, of_files
+from lm_lightning.finetuning.data import LabelledData, counted
+from lm_lightning.finetuning.tables import Row, Tables, read_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
 @dataclass
-class Columns:
+class PairColumns:
     """Names of the columns.
 
     Args:
@@ -92,9 +94,7 @@ def batch_of_pairs(tokenizer: "PreTrainedTokenizerFast", items: list[dict]) -> d
             padded = tokenizer.pad({"input_ids": tokens}, padding_side="right", return_tensors="pt")
             batch[f"{name or 'input_'}ids"] = padded["input_ids"]
             batch[f"{name or 'attention_'}mask"] = padded["attention_mask"]
-            batch[f"{name}keys"] = torch.tensor(
-                [hash(tuple(text)) for text in tokens]
-            )  # (of integers: everywhere equal)
+            batch[f"{name}keys"] = torch.tensor([sequence_key(text) for text in tokens])
     return batch | {"id": [item["id"] for item in items]}
 
 
@@ -112,27 +112,27 @@ class PairData(LabelledData):
         retrieval: A search to measure by. `predict` embeds its corpus, unless there are rows to predict.
         hard_negatives: How many of a row's `columns.negatives` are used, the first ones; a row that has fewer has
             them repeated, which counts once.
-        least_score: The score of texts that have nothing in common.
-        greatest_score: The score of texts that say the same.
+        min_score: The score of texts that have nothing in common.
+        max_score: The score of texts that say the same.
         options: Those of all labelled data, see `LabelledData`.
     """
 
     def __init__(
         self,
-        columns: Columns = Columns(),
+        columns: PairColumns = PairColumns(),
         retrieval: Retrieval = Retrieval(),
         hard_negatives: int = 1,
-        least_score: float = 0.0,
-        greatest_score: float = 5.0,
+        min_score: float = 0.0,
+        max_score: float = 5.0,
         **options: Any,
     ) -> None:
         super().__init__(**options)
         if hard_negatives < 1:
             raise UserError(f"data.hard_negatives is {hard_negatives}, but must be 1 or more")
-        if not least_score < greatest_score:
-            raise UserError(f"data.least_score is {least_score}, but must be less than greatest_score {greatest_score}")
+        if not min_score < max_score:
+            raise UserError(f"data.min_score is {min_score}, but must be less than max_score {max_score}")
         self.columns, self.retrieval, self.hard_negatives = columns, retrieval, hard_negatives
-        self.least_score, self.greatest_score = least_score, greatest_score
+        self.min_score, self.max_score = min_score, max_score
         self.judged: dict[str, Judged] = {}
         self.answered: list[dict] = []  # of each row to predict, `id` and `text`
 
@@ -163,7 +163,7 @@ class PairData(LabelledData):
             raise UserError(f"data.retrieval.{name} is missing: name its JSONL file")
         empty = 0
         places: dict[str, str] = {}  # of each _id
-        for row in of_files(path, Tables(encoding=self.tables.encoding, encoding_errors=self.tables.encoding_errors)):
+        for row in read_files(path, Tables(encoding=self.tables.encoding, encoding_errors=self.tables.encoding_errors)):
             if row.get("_id") is None or "text" not in row:
                 raise UserError(f"{row.where}: a row of data.retrieval.{name} needs _id and text")
             if row.where != (first := places.setdefault(str(row["_id"]), row.where)):
@@ -183,7 +183,7 @@ class PairData(LabelledData):
         scores: dict[str, dict[str, float]] = {row["_id"]: {} for row in queries}
         seen: dict[tuple[str, str], str] = {}
         unknown: list[str] = []
-        for row in of_files(path, Tables(encoding=self.tables.encoding, encoding_errors=self.tables.encoding_errors)):
+        for row in read_files(path, Tables(encoding=self.tables.encoding, encoding_errors=self.tables.encoding_errors)):
             try:
                 query, document, score = str(row["query-id"]), str(row["corpus-id"]), cells.number(row["score"])
             except (KeyError, ValueError):
@@ -226,7 +226,7 @@ class PairData(LabelledData):
         rows = list(range(len(documents), len(documents) + len(asked)))
         return Judged(rows, list(range(len(documents))), relevant, excluded), [*documents, *asked]
 
-    def encode(self, split: str, rows: list[Row]) -> Examples:
+    def encode(self, split: str, rows: list[Row]) -> list[dict]:
         """The rows of a split as tokens of all their texts; those of a search and of `predict` have one each."""
         searched = split in self.judged or (rows and "_id" in rows[0] and split == "predict")
         alone = searched or split == "predict"
@@ -247,16 +247,16 @@ class PairData(LabelledData):
             max_length=self.block_size,
         )
         tokens, overflowing = iter(encoded["input_ids"]), iter(bool(e.overflowing) for e in encoded.encodings)
-        examples, cut = [], 0
+        examples, truncated = [], 0
         for row, of_row in zip(rows, texts):
             ids_of_row = [next(tokens) for _ in of_row]
-            cut += sum(next(overflowing) for _ in of_row) > 0  # (of all texts)
+            truncated += sum(next(overflowing) for _ in of_row) > 0  # (of all texts)
             example = {"input_ids": sum(ids_of_row, []), "lengths": [len(ids) for ids in ids_of_row]}
             examples.append(example | {"targets": torch.tensor(0) if alone else self.target(row)})
-        self.report(split, examples, cut, (text for of_row in texts for text in of_row))
+        self.report(split, examples, truncated, (text for of_row in texts for text in of_row))
         if split in ("validation", "test") and self.columns.score is None and not alone:
             self.judged[split] = answers(examples)
-        return Examples(examples, self.seed if split == "train" else None)
+        return examples
 
     def negatives(self, row: Row) -> list[str]:
         """The hard negatives of a row, as many as of any other."""
@@ -271,20 +271,12 @@ class PairData(LabelledData):
         if self.columns.score is None:
             return torch.tensor(0)
         number = row.number(self.columns.score)
-        if not self.least_score <= number <= self.greatest_score:
+        if not self.min_score <= number <= self.max_score:
             raise UserError(
                 f"{row.where}: column {self.columns.score!r} has {number:g}, but must have a number from "
-                f"{self.least_score:g} (data.least_score) to {self.greatest_score:g} (data.greatest_score)"
+                f"{self.min_score:g} (data.min_score) to {self.max_score:g} (data.max_score)"
             )
-        return torch.tensor((number - self.least_score) / (self.greatest_score - self.least_score))
-
-    def identity(self) -> dict:
-        return super().identity() | {"columns": asdict(self.columns)}
-
-
-def counted(number: int, what: str) -> str:
-    """A part of a sentence, empty if there is nothing to count."""
-    return f", {number:,} {what}" if number else ""
+        return torch.tensor((number - self.min_score) / (self.max_score - self.min_score))
 
 
 def answers(examples: list[dict]) -> Judged:

@@ -229,7 +229,7 @@ class SentenceEncoder(LanguageModule):
         alone = self.embed(batch["input_ids"], batch["attention_mask"])
         self.seen.append(Seen(rows, alone, alone[:, :0]))
         texts = self.trainer.datamodule.answered
-        return [{"id": row, "text": texts[row]["text"]} for row in batch["id"] if row != PADDING]
+        return [{"id": row, "text": texts[row]["text"]} for row in batch["id"]]
 
     def on_predict_epoch_end(self) -> None:
         """Writes `index/` in the run folder.

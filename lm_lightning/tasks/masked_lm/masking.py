@@ -1,4 +1,4 @@
-"""Masking: a block of tokens in, the same with some of them hidden, and what was hidden, out."""
+"""Masking: a block of tokens in; the block with some of them masked, and the masked ones, out."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -24,8 +24,8 @@ class Masking:
             (WordPiece by `##`, byte-level and SentencePiece tokenizers by their space), Chinese characters are words.
             `space`: the same, with words as white space separates them, for Chinese text that comes segmented.
             `span`: runs of tokens (Joshi et al., 2020, arXiv:1907.10529).
-        mean_span: Mean length of a span, drawn from a geometric distribution, before it is cut to `longest_span`.
-        longest_span: Longest span.
+        mean_span: Mean length of a span, drawn from a geometric distribution, before it is limited to `max_span`.
+        max_span: Maximum length of a span.
     """
 
     rate: float = 0.15
@@ -33,7 +33,7 @@ class Masking:
     random: float = 0.1
     unit: Literal["token", "word", "space", "span"] = "token"
     mean_span: float = 5.0
-    longest_span: int = 10
+    max_span: int = 10
 
 
 class Masker:
@@ -45,12 +45,12 @@ class Masker:
         length: T, tokens of a block.
 
     Attributes:
-        targets: K, most targets of a block: its share, at least 1.
+        targets: K, maximum number of masked positions of a block: its share of the tokens, at least 1.
     """
 
     def __init__(self, masking: Masking, tokenizer: "PreTrainedTokenizerFast", length: int) -> None:
         if tokenizer.mask_token_id is None:
-            raise UserError("the tokenizer has no mask token: take one of a BERT-like model, or train one here")
+            raise UserError("the tokenizer has no mask token: use one of a BERT-like model, or train one here")
         if not 0 < masking.rate < 1 or min(masking.mask, masking.random) < 0 or masking.mask + masking.random > 1:
             raise UserError(
                 f"data.masking has rate {masking.rate}, mask {masking.mask} and random {masking.random}: these are "
@@ -102,7 +102,7 @@ class Masker:
         if self.masking.unit == "span":
             chosen: set[int] = set()
             while len(chosen) < budget:
-                length = min(generator.geometric(1 / self.masking.mean_span), self.masking.longest_span)
+                length = min(generator.geometric(1 / self.masking.mean_span), self.masking.max_span)
                 start = int(generator.integers(len(free)))
                 span = free[start : start + length]
                 run = span[span - np.arange(len(span)) == span[0]]  # up to the next special token
@@ -111,7 +111,7 @@ class Masker:
                         chosen.add(position)
             return np.array(sorted(chosen))
         begins = self.begins_word[ids[free]] if self.begins_word is not None else words[free] == 1
-        begins = begins | np.concatenate([[True], np.diff(free) != 1])  # nothing goes on across a special token
+        begins = begins | np.concatenate([[True], np.diff(free) != 1])  # no word continues across a special token
         bounds = np.append(np.flatnonzero(begins), len(free))
         order = generator.permutation(len(bounds) - 1)
         picked: list[int] = []
@@ -137,5 +137,5 @@ def word_starts(tokenizer: "PreTrainedTokenizerFast") -> np.ndarray:
         for token, i in tokens.items():
             result[i] = token[0] in "Ġ▁Ċĉ" or not token[0].isalnum()
     else:
-        raise UserError("this tokenizer does not mark words: take data.masking.unit token or span")
+        raise UserError("this tokenizer does not mark words: use data.masking.unit token or span")
     return result

@@ -1,13 +1,13 @@
-"""Data of dependency parsing: sentences whose words hang on each other in, tokens and heads out."""
+"""Data of dependency parsing: sentences with the head of each word in; tokens, heads and relations out."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from lm_lightning.errors import UserError
-from lm_lightning.finetuning.data import Examples, LabelledData, Row
-from lm_lightning.finetuning.words import encode_words
+from lm_lightning.finetuning.data import LabelledData
+from lm_lightning.finetuning.tables import Row
 
 
 @dataclass
@@ -16,8 +16,8 @@ class TreeColumns:
 
     Args:
         words: The words.
-        heads: The number of the word, from 1, on which each hangs, or 0 of the one that is the root.
-        relations: The name of each relation.
+        heads: The number of each word's head, from 1, or 0 for the root.
+        relations: The name of each word's relation to its head.
     """
 
     words: str = "form"
@@ -46,22 +46,21 @@ class ParsingData(LabelledData):
                 train, {name for row in train for name in self.labels_of(row, self.columns.relations)}
             )
 
-    def encode(self, split: str, rows: list[Row]) -> Examples:
+    def encode(self, split: str, rows: list[Row]) -> list[dict]:
         """The rows of a split as tokens, `words`, `targets` and `relations`.
 
         These are, (W,) int64 each: the place of the first token of each word, see `encode_words`; its head, 0 for the
-        root, else the number of a word from 1; and the number of its relation.
+        root, else the number of a word from 1; and the id of its relation.
         """
         sentences = [row.words(self.columns.words) for row in rows]
-        examples = encode_words(self.tokenizer, sentences, self.block_size)
+        examples = self.tokenize_words(split, sentences)
         for example, row, words in zip(examples, rows, sentences):
             if split == "predict":
                 example["targets"] = example["relations"] = torch.full((len(words),), -100)
             else:
                 example["targets"] = torch.tensor(self.heads(row, len(words)))
                 example["relations"] = torch.tensor(self.relations(row, len(words)))
-        self.report_words(split, examples, sentences)
-        return Examples(examples, self.seed if split == "train" else None)
+        return examples
 
     def heads(self, row: Row, words: int) -> list[int]:
         """The head of each word.
@@ -80,7 +79,7 @@ class ParsingData(LabelledData):
         return [int(value) for value in values]
 
     def relations(self, row: Row, words: int) -> list[int]:
-        """The number of each word's relation.
+        """The id of each word's relation.
 
         Raises:
             UserError: If one is unknown, or there are not as many as words.
@@ -88,7 +87,4 @@ class ParsingData(LabelledData):
         names = self.labels_of(row, self.columns.relations)
         if len(names) != words:
             raise UserError(f"{row.where}: there are {words} words, but {len(names)} relations: fix the row")
-        return [self.number(row, name, "relation") for name in names]
-
-    def identity(self) -> dict:
-        return super().identity() | {"columns": asdict(self.columns)}
+        return [self.label_id(row, name, "relation") for name in names]

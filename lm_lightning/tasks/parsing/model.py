@@ -1,4 +1,4 @@
-"""Dependency parsing: on which word each word hangs, and by which relation."""
+"""Dependency parsing: the head of each word, and its relation to it."""
 
 from functools import partial
 from pathlib import Path
@@ -10,11 +10,11 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
-from lm_lightning.data.order import PADDING
 from lm_lightning.errors import UserError
 from lm_lightning.finetuning import results
+from lm_lightning.finetuning.examples import network_inputs
 from lm_lightning.finetuning.mistakes import Mistakes, readable, words_of
-from lm_lightning.finetuning.words import CUT
+from lm_lightning.finetuning.words import TRUNCATED
 from lm_lightning.models.build import NetworkBuilder
 from lm_lightning.models.export import HEAD_FILE
 from lm_lightning.models.metrics import Counts, Mode, Ratio
@@ -33,7 +33,7 @@ class Biaffine(nn.Module):
         relations: How many there are.
         arc_size: Of what decides whether two words belong together.
         relation_size: Of what decides by which relation.
-        dropout: Share of both that is left out in training.
+        dropout: Share of both that is dropped in training.
     """
 
     def __init__(self, hidden_size: int, relations: int, arc_size: int, relation_size: int, dropout: float) -> None:
@@ -47,7 +47,7 @@ class Biaffine(nn.Module):
         self.activation = nn.Sequential(nn.GELU(), nn.Dropout(dropout))
 
     def forward(self, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What the words' states tell.
+        """Scores all pairs of words.
 
         Args:
             states: (B, W, H).
@@ -81,7 +81,7 @@ class Parser(LanguageModule):
     Args:
         arc_size: Of what decides whether two words belong together.
         relation_size: Of what decides by which relation.
-        dropout: Share of both that is left out in training.
+        dropout: Share of both that is dropped in training.
         options: Those of all models, see `LanguageModule`.
     """
 
@@ -149,9 +149,8 @@ class Parser(LanguageModule):
     # Steps
 
     def scores(self, batch: dict) -> tuple[Tensor, Tensor, Tensor]:
-        """What `Biaffine` gives, with scores of heads in float32, -inf for what is no other word or is cut off."""
-        inputs = {key: value for key, value in batch.items() if key not in ("words", "targets", "relations", "id")}
-        hidden = self.network(**inputs)[0]
+        """What `Biaffine` gives, with scores of heads in float32, -inf for what is no other word or is truncated."""
+        hidden = self.network(**network_inputs(batch))[0]
         places = batch["words"].clamp(min=0).unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
         arcs, dependents, heads = self.network.parser(hidden.gather(1, places))
         words = arcs.shape[1]
@@ -162,7 +161,7 @@ class Parser(LanguageModule):
     def losses(self, scores: tuple[Tensor, Tensor, Tensor], batch: dict) -> tuple[Tensor, Tensor]:
         """Cross entropy of heads and relations, summed over the words that have both, () float32, and their number."""
         arcs, dependents, heads = scores
-        # A head that is cut off has no score, nor has a word that is.
+        # A head that is truncated has no score, nor has a word that is.
         places = F.pad(batch["words"], (1, 0)).gather(1, batch["targets"].clamp(min=0))
         counts = (batch["words"] >= 0) & (batch["targets"] >= 0) & (places >= 0)
         targets = batch["targets"].masked_fill(~counts, -100)
@@ -174,29 +173,29 @@ class Parser(LanguageModule):
     def loss(self, batch: dict) -> tuple[Tensor, Tensor]:
         return self.losses(self.scores(batch), batch)
 
-    def told(self, scores: tuple[Tensor, Tensor, Tensor], batch: dict) -> tuple[Tensor, Tensor]:
-        """The heads of each word by the best trees, and its relations, (B, W) int64 each; -100 where it is cut off."""
+    def decode_predictions(self, scores: tuple[Tensor, Tensor, Tensor], batch: dict) -> tuple[Tensor, Tensor]:
+        """Head and relation of each word by the best trees, (B, W) int64 each; -100 where it is truncated."""
         arcs, dependents, heads = scores
-        told = torch.full(batch["words"].shape, -100)
+        predicted = torch.full(batch["words"].shape, -100)
         weights = arcs.log_softmax(-1).double().cpu().numpy()
         for row, places in enumerate(batch["words"].tolist()):
             words = [word for word, place in enumerate(places) if place >= 0]
             if words:
                 columns = [0, *(1 + word for word in words)]
                 tree = spanning_tree(weights[row][words][:, columns])
-                told[row, words] = torch.tensor(columns)[tree]
-        told = told.to(arcs.device)
-        relations = self.network.parser.relations(dependents, heads, told.clamp(min=0)).float()
+                predicted[row, words] = torch.tensor(columns)[tree]
+        predicted = predicted.to(arcs.device)
+        relations = self.network.parser.relations(dependents, heads, predicted.clamp(min=0)).float()
         labels = self.trainer.datamodule.labels
         if ROOT in labels and len(labels) > 1:
-            is_root = torch.arange(len(labels), device=told.device) == labels.index(ROOT)
-            relations = relations.masked_fill(is_root != (told == 0).unsqueeze(-1), -torch.inf)
-        return told, relations.argmax(-1).masked_fill(told < 0, -100)
+            is_root = torch.arange(len(labels), device=predicted.device) == labels.index(ROOT)
+            relations = relations.masked_fill(is_root != (predicted == 0).unsqueeze(-1), -torch.inf)
+        return predicted, relations.argmax(-1).masked_fill(predicted < 0, -100)
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         scores, labels = self.scores(batch), self.trainer.datamodule.labels
         self.val_loss.update(*self.losses(scores, batch))
-        heads, relations = self.told(scores, batch)
+        heads, relations = self.decode_predictions(scores, batch)
         counts = batch["targets"] >= 0
         self.arcs.update(((heads == batch["targets"]) & counts).sum(), counts.sum())
         gold = (batch["targets"].tolist(), batch["relations"].tolist())
@@ -206,7 +205,7 @@ class Parser(LanguageModule):
             if wrong := len(set(right) - set(found)):
                 self.mistakes.add(number, float(wrong), right, found)
 
-    def described(self, split: str, row: int, right: list[Arc], told: list[Arc]) -> dict[str, str]:
+    def described(self, split: str, row: int, right: list[Arc], predicted: list[Arc]) -> dict[str, str]:
         """A row for people to read: its text, and the arcs that are right and those predicted, but not what is both."""
         data = self.trainer.datamodule
         example = data.examples[split].rows[row]
@@ -217,7 +216,7 @@ class Parser(LanguageModule):
             return "; ".join(f"{words[word + 1]} <- {relation} - {words[head]}" for relation, (word, head) in left)
 
         text = readable(data.tokenizer, example["input_ids"])
-        return {"text": text, "right": names(right, told), "predicted": names(told, right)}
+        return {"text": text, "right": names(right, predicted), "predicted": names(predicted, right)}
 
     def metric_modes(self) -> dict[str, Optional[Mode]]:
         return {"loss": "min", "uas": "max", "las": "max"}
@@ -228,32 +227,29 @@ class Parser(LanguageModule):
         self.counts.reset()
         self.arcs.reset()
         self.mistakes.write(self.trainer, self.title(split), partial(self.described, split))
-        if self.trainer.is_global_zero and not self.trainer.sanity_checking:
-            told = results.of(list(self.counts.numbers), *counts.cpu())
-            results.write(told, self.title(split), self.trainer)
+        scores = results.label_scores(list(self.counts.numbers), *counts)
+        results.write(scores, self.title(split), self.trainer)
         return {"loss": loss, "uas": uas, "las": counts[0].sum() / counts[1].sum().clamp(min=1)}
 
     def predict_step(self, batch: dict, batch_idx: int) -> list[dict]:
-        """For each row its `id` (its number), `heads` and `relations`, None of words that are cut off."""
+        """For each row its `id` (its number), `heads` and `relations`, None of words that are truncated."""
         labels = self.trainer.datamodule.labels
-        heads, relations = self.told(self.scores(batch), batch)
+        heads, relations = self.decode_predictions(self.scores(batch), batch)
         rows = []
         for number, places, own, names in zip(batch["id"], batch["words"].tolist(), heads.tolist(), relations.tolist()):
-            if number == PADDING:
-                continue
             words = [word for word, place in enumerate(places) if place != -100]
             rows.append(
                 {
                     "id": number,
-                    "heads": [own[word] if places[word] != CUT else None for word in words],
-                    "relations": [labels[names[word]] if places[word] != CUT else None for word in words],
+                    "heads": [own[word] if places[word] != TRUNCATED else None for word in words],
+                    "relations": [labels[names[word]] if places[word] != TRUNCATED else None for word in words],
                 }
             )
         return rows
 
 
 def universal(relation: str) -> str:
-    """A relation without its subtype, which the CoNLL 2018 script leaves out of account: `nsubj` of `nsubj:pass`."""
+    """A relation without its subtype, which the CoNLL 2018 script ignores: `nsubj` of `nsubj:pass`."""
     return relation.partition(":")[0]
 
 

@@ -3,8 +3,7 @@
 A context that is too long becomes several windows that overlap, each a row of its own with the whole question.
 """
 
-import itertools
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Optional
 
 import numpy as np
@@ -13,11 +12,13 @@ import torch
 from lm_lightning.data import cells
 from lm_lightning.data.tokenizer import about_unknown
 from lm_lightning.errors import UserError
-from lm_lightning.finetuning.data import Examples, LabelledData, Row
+from lm_lightning.finetuning.data import LabelledData, counted
+from lm_lightning.finetuning.tables import Row
+from lm_lightning.tasks.questions.squad import Squad
 
 
 @dataclass
-class Columns:
+class QuestionColumns:
     """Names of the columns; SQuAD's JSON files have the default ones.
 
     Args:
@@ -81,13 +82,15 @@ class QuestionData(LabelledData):
         columns: Names of the tables' columns.
         max_length: Tokens of a window: the question, a part of the context and the special ones.
         overlap: Tokens of the context that a window shares with the one before.
-        max_question: Tokens of a question; longer ones are cut, and counted.
+        max_question: Tokens of a question; longer ones are truncated, and counted.
         options: Those of all labelled data, see `LabelledData`; `batch_size` counts windows.
     """
 
+    formats = (*LabelledData.formats, Squad())
+
     def __init__(
         self,
-        columns: Columns = Columns(),
+        columns: QuestionColumns = QuestionColumns(),
         max_length: int = 384,
         overlap: int = 128,
         max_question: int = 64,
@@ -144,13 +147,13 @@ class QuestionData(LabelledData):
             answers.append(Answer(text, start))
         return answers
 
-    def cut_question(self, text: str) -> str:
-        """A question of no more than `max_question` tokens."""
+    def truncated_question(self, text: str) -> str:
+        """A question, truncated to `max_question` tokens."""
         encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ends = [end for _, end in encoding["offset_mapping"]]
         return text if len(ends) <= self.max_question else text[: ends[self.max_question - 1]]
 
-    def encode(self, split: str, rows: list[Row]) -> Examples:
+    def encode(self, split: str, rows: list[Row]) -> list[dict]:
         """The windows of a split.
 
         Of each: `targets`, (2,) int64, the first and last token of the answer, 0 and 0 (that of [CLS]) if it is not in
@@ -165,7 +168,7 @@ class QuestionData(LabelledData):
         texts = [row.text(self.columns.question) for row in rows]
         contexts = [row.text(self.columns.context) for row in rows]
         answers: list[list[Answer]] = [[] if split == "predict" else self.answers(row) for row in rows]
-        cut = [self.cut_question(text) for text in texts]
+        cut = [self.truncated_question(text) for text in texts]
         encoded = self.tokenizer(
             cut,
             contexts,
@@ -179,7 +182,7 @@ class QuestionData(LabelledData):
         numbers, offsets = encoded.pop("overflow_to_sample_mapping"), encoded.pop("offset_mapping")
         examples = [dict(zip(encoded, values)) for values in zip(*encoded.values())]
         if any(example["input_ids"][0] != self.tokenizer.cls_token_id for example in examples):
-            raise UserError("questions need a tokenizer that puts [CLS] first, as BERT's: take such a network")
+            raise UserError("questions need a tokenizer that puts [CLS] first, such as BERT's: use such a network")
         windows = [Window(number, np.array(pairs, np.int32)) for number, pairs in zip(numbers, offsets)]
         for number, (example, window) in enumerate(zip(examples, windows)):
             of_context = [sequence == 1 for sequence in encoded.sequence_ids(number)]
@@ -199,26 +202,17 @@ class QuestionData(LabelledData):
         self.questions[split] = [Question(*values) for values in zip(ids, contexts, answers, texts)]
         if split != "train":
             self.windows[split] = windows
-        if self.trainer.is_global_zero:
-            tokens, unknown = sum(map(len, encoded["input_ids"])), self.unknown(examples)
-            print(
-                f"{split}: {len(rows):,} questions"
-                + (f", {sum(not right for right in answers):,} without an answer" if split != "predict" else "")
-                + f", {len(windows):,} windows, {tokens:,} tokens"
-                + told(sum(map(str.__ne__, texts, cut)), f"questions are cut to {self.max_question} tokens")
-                + told(len(lost), "have an answer that is longer than the windows' overlap allows, and are not learned")
-                + about_unknown(unknown, tokens)
-            )
-            self.warn_of_unknown(split, unknown, tokens, itertools.chain(cut, contexts))
-        return Examples(examples, self.seed if split == "train" else None)
-
-    def identity(self) -> dict:
-        return super().identity() | {"columns": asdict(self.columns)}
-
-
-def told(number: int, what: str) -> str:
-    """A part of a sentence that is left out if there is nothing to tell."""
-    return f", {number:,} {what}" if number else ""
+        tokens, unknown = sum(map(len, encoded["input_ids"])), self.unknown(examples)
+        self.print(
+            f"{split}: {len(rows):,} questions"
+            + (f", {sum(not right for right in answers):,} without an answer" if split != "predict" else "")
+            + f", {len(windows):,} windows, {tokens:,} tokens"
+            + counted(sum(map(str.__ne__, texts, cut)), f"questions are truncated to {self.max_question} tokens")
+            + counted(len(lost), "have an answer that is longer than the windows' overlap allows, and are not learned")
+            + about_unknown(unknown, tokens)
+        )
+        self.warn_of_unknown(split, unknown, tokens, [*cut, *contexts])
+        return examples
 
 
 def span(offsets: np.ndarray, of_context: np.ndarray, answers: list[Answer]) -> tuple[int, int]:

@@ -19,6 +19,7 @@ from torchmetrics.utilities import dim_zero_cat
 from lm_lightning.data.order import PADDING
 from lm_lightning.errors import UserError
 from lm_lightning.finetuning import results
+from lm_lightning.finetuning.examples import network_inputs
 from lm_lightning.finetuning.mistakes import Mistakes
 from lm_lightning.models.metrics import Mode
 from lm_lightning.models.module import LanguageModule
@@ -45,7 +46,7 @@ class Span(NamedTuple):
     no_answer: float
 
 
-class Result(NamedTuple):
+class AnswerScore(NamedTuple):
     """How well a part of the questions is answered, as in the official scripts, but as shares, not percents."""
 
     questions: str
@@ -117,8 +118,7 @@ class QuestionAnswering(LanguageModule):
 
     def logits(self, batch: dict) -> Tensor:
         """Of start and end, (2, B, T) float32."""
-        inputs = {key: value for key, value in batch.items() if key not in ("targets", "context", "id")}
-        output = self.network(**inputs)
+        output = self.network(**network_inputs(batch))
         return torch.stack([output.start_logits, output.end_logits]).float()
 
     def of_places(self, logits: Tensor, batch: dict) -> Tensor:
@@ -161,13 +161,13 @@ class QuestionAnswering(LanguageModule):
         spans = self.joined(split, *self.spans.compute())
         self.spans.reset()
         questions = self.trainer.datamodule.questions[split]
-        told = {number: self.answer(span) for number, span in spans.items()}
-        scores = {n: self.score(told[n], [a.text for a in questions[n].answers]) for n in spans}
+        predicted = {number: self.answer(span) for number, span in spans.items()}
+        scores = {n: self.score(predicted[n], [a.text for a in questions[n].answers]) for n in spans}
         with_answer = [n for n in spans if questions[n].answers]
         without = [n for n in spans if not questions[n].answers]
         parts = {"all": list(spans), "with an answer": with_answer, "without an answer": without}
         table = [
-            Result(
+            AnswerScore(
                 name,
                 sum(scores[n][0] for n in part) / len(part),
                 sum(scores[n][1] for n in part) / len(part),
@@ -186,10 +186,9 @@ class QuestionAnswering(LanguageModule):
         mistakes = Mistakes()
         for number in spans if self.trainer.is_global_zero else ():
             if not scores[number][0]:
-                mistakes.add(number, 1 - scores[number][1], None, told[number])
+                mistakes.add(number, 1 - scores[number][1], None, predicted[number])
         mistakes.write(self.trainer, self.title(split), partial(described, questions))
-        if self.trainer.is_global_zero and not self.trainer.sanity_checking:
-            results.write(table, self.title(split), self.trainer)
+        results.write(table, self.title(split), self.trainer)
         return {"loss": loss} | {name: torch.tensor(value, device=loss.device) for name, value in values.items()}
 
     def joined(self, split: str, places: list[list[int]], scores: list[list[float]]) -> dict[int, Span]:
@@ -206,7 +205,7 @@ class QuestionAnswering(LanguageModule):
         """The best span of each window, of which `join_predictions` makes answers."""
         places, scores = self.found(self.logits(batch), batch)
         rows = zip(places.tolist(), scores.tolist())
-        return [{"id": row[0][0], "place": row[0], "scores": row[1]} for row in rows if row[0][0] != PADDING]
+        return [{"id": row[0][0], "place": row[0], "scores": row[1]} for row in rows]
 
     def join_predictions(self, rows: list[dict]) -> list[dict]:
         """For each question its `id`, `row`, `answer`, `score`, `start`, `end` and `no_answer_score`.
@@ -225,13 +224,14 @@ class QuestionAnswering(LanguageModule):
         ]
 
 
-def described(questions: list[Question], number: int, _: None, told: str) -> dict[str, str]:
+def described(questions: list[Question], number: int, _: None, predicted: str) -> dict[str, str]:
     """A question for people to read, with the context around its first answer."""
     question = questions[number]
-    start = question.answers[0].start if question.answers else max(question.context.find(told), 0)
+    start = question.answers[0].start if question.answers else max(question.context.find(predicted), 0)
     context = question.context[max(0, start - 200) : start + 400]
     right = " / ".join(dict.fromkeys(answer.text for answer in question.answers))
-    return {"text": f"{question.text} | {context}", "right": right or "(no answer)", "predicted": told or "(no answer)"}
+    text, nothing = f"{question.text} | {context}", "(no answer)"
+    return {"text": text, "right": right or nothing, "predicted": predicted or nothing}
 
 
 def best_spans(logits: Tensor, of_context: Tensor, longest: int) -> tuple[Tensor, Tensor]:
@@ -302,16 +302,16 @@ def normalized(text: str) -> str:
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
-def squad(told: str, answers: list[str]) -> tuple[float, float]:
+def squad(predicted: str, answers: list[str]) -> tuple[float, float]:
     """Exact match and F1 by words, the best over the right answers, as in evaluate-v2.0.py of SQuAD.
 
-    Where all answers and what is told have words beside articles, they are those of evaluate-v1.1.py, too.
+    Where all answers and the predicted one have words beside articles, they are those of evaluate-v1.1.py, too.
 
     Args:
-        told: The answer to score, empty for none.
+        predicted: The answer to score, empty for none.
         answers: The right ones; none if there is none.
     """
-    words = normalized(told).split()
+    words = normalized(predicted).split()
     exact = f1 = 0.0
     for right in [gold for answer in answers if (gold := normalized(answer).split())] or [[]]:
         common = sum((Counter(right) & Counter(words)).values())
@@ -333,21 +333,21 @@ def segments(text: str) -> list[str]:
     return re.sub("([\u4e00-\u9fa5])", r" \1 ", unpunctuated(text)).split()
 
 
-def cmrc(told: str, answers: list[str]) -> tuple[float, float]:
+def cmrc(predicted: str, answers: list[str]) -> tuple[float, float]:
     """Exact match and F1 by Chinese characters, the best over the right answers, as in CMRC 2018's script.
 
     F1 is that of the longest run of characters that both have.
 
     Args:
-        told: The answer to score, empty for none.
+        predicted: The answer to score, empty for none.
         answers: The right ones; none if there is none.
     """
-    characters = segments(told)
+    characters = segments(predicted)
     exact = f1 = 0.0
     for answer in answers or [""]:
         right = segments(answer)
         common = SequenceMatcher(None, right, characters, autojunk=False).find_longest_match().size
-        same = float(unpunctuated(answer) == unpunctuated(told))
+        same = float(unpunctuated(answer) == unpunctuated(predicted))
         exact = max(exact, same)
         f1 = max(f1, 2 * common / (len(right) + len(characters)) if right and characters else same)
     return exact, f1

@@ -7,15 +7,15 @@ prefixes are converted: IOB1 and IO (I- begins a span, too) to BIO, IOE to BIOES
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
 from lm_lightning.console import printable
 from lm_lightning.errors import UserError
-from lm_lightning.finetuning.data import Examples, LabelledData, Row
-from lm_lightning.finetuning.words import encode_words
+from lm_lightning.finetuning.data import LabelledData
+from lm_lightning.finetuning.tables import Row
 
 OUTSIDE = "O"
 PREFIXES = {"bio": "BI", "bioes": "BIES"}
@@ -23,7 +23,7 @@ MARKED = re.compile(r"[BIES]-.")
 LIKE_MARKED = re.compile(r"[BIESLU]([-_].*)?|.+[-_][BIESLU]", re.IGNORECASE)  # in the forms of other projects
 BEGINS, ENDS = ("B", "S"), ("E", "S")
 
-# What is right or wrong as a whole: a type, and the words (the first, the one after the last).
+# What is correct or wrong as a whole: a type, and the words (the first, the one after the last).
 Found = tuple[str, tuple]
 
 
@@ -59,7 +59,7 @@ def encoded(spans: Sequence[Found], words: int, scheme: str) -> list[str]:
 
 
 @dataclass
-class Columns:
+class WordColumns:
     """Names of the columns.
 
     Args:
@@ -85,13 +85,13 @@ class TaggingData(LabelledData):
 
     def __init__(
         self,
-        columns: Columns = Columns(),
+        columns: WordColumns = WordColumns(),
         scheme: Literal["auto", "plain", "bio", "bioes"] = "auto",
         **options: Any,
     ) -> None:
         super().__init__(**options)
         self.columns, self.scheme = columns, scheme
-        self.converted = 0
+        self.converted = 0  # labels of a split that are of another scheme
 
     def key(self, row: Row) -> str:
         return " ".join(row.words(self.columns.words))
@@ -103,11 +103,11 @@ class TaggingData(LabelledData):
 
     @property
     def kinds(self) -> list[str]:
-        """What is counted: the types of spans, or the labels."""
+        """What scores are computed of: the types of spans, or the labels."""
         return sorted({parts(label)[1] for label in self.labels} - {""}) if self.marks_spans else self.labels
 
     def found(self, labels: Sequence[str]) -> list[Found]:
-        """What is right or wrong of a sentence's labels: the spans, or each word's label (none of words cut off)."""
+        """What is correct or wrong of a sentence: the spans, or each word's label (none of truncated words)."""
         if self.marks_spans:
             return spans_of(labels)
         return [(label, (word, word + 1)) for word, label in enumerate(labels) if label]
@@ -164,9 +164,9 @@ class TaggingData(LabelledData):
                 f"model.pretrained has a label I-{never[0]}, but no B-{never[0]} to begin such a span with: give "
                 f"--data.tables.train and fit it{', or --data.scheme plain to score each word' * self.has_scheme}"
             )
-        if never and self.trainer.is_global_zero:
+        if never:
             names = printable(", ".join(never[:20]))
-            print(
+            self.print(
                 f"no label begins with B- or S- for {names}: labels I- and E- alone mark these spans, "
                 f"and neighboring ones are one{'; --data.scheme plain scores each word instead' * self.has_scheme}"
             )
@@ -185,7 +185,7 @@ class TaggingData(LabelledData):
                     )
 
     def targets(self, row: Row, labels: list[str]) -> torch.Tensor:
-        """The numbers of labels, (W,) int64; those that mark spans by another scheme are converted.
+        """The ids of labels, (W,) int64; those that mark spans by another scheme are converted.
 
         Raises:
             UserError: If one is unknown.
@@ -194,18 +194,18 @@ class TaggingData(LabelledData):
             legal = tuple(f"{prefix}-" for prefix in PREFIXES[self.scheme])
             for label in labels:
                 if label != OUTSIDE and not label.startswith(legal):
-                    self.number(row, label)  # refuses it
+                    self.label_id(row, label)  # refuses it
             given, labels = labels, encoded(spans_of(labels), len(labels), self.scheme)
             self.converted += sum(map(str.__ne__, given, labels))
-        return torch.tensor([self.number(row, label) for label in labels])
+        return torch.tensor([self.label_id(row, label) for label in labels])
 
     # Examples
 
-    def encode(self, split: str, rows: list[Row]) -> Examples:
+    def encode(self, split: str, rows: list[Row]) -> list[dict]:
         """The rows of a split as tokens, `words` (the place of each word's first token) and `targets` (its label)."""
         sentences = [row.words(self.columns.words) for row in rows]
-        examples = encode_words(self.tokenizer, sentences, self.block_size)
-        self.converted = 0  # labels of another scheme that were converted
+        examples = self.tokenize_words(split, sentences)
+        self.converted = 0
         for example, row, words in zip(examples, rows, sentences):
             if split == "predict":
                 example["targets"] = torch.full((len(words),), -100)
@@ -214,23 +214,21 @@ class TaggingData(LabelledData):
             if len(labels) != len(words):
                 raise UserError(f"{row.where}: there are {len(words)} words, but {len(labels)} labels: fix the row")
             example["targets"] = self.targets(row, labels)
-        self.report_words(split, examples, sentences)
-        return Examples(examples, self.seed if split == "train" else None)
+        return examples
 
-    def report_words(self, split: str, examples: list[dict], sentences: list[list[str]]) -> None:
-        """Prints what a split has, how many words of it are cut off, and how many labels were converted."""
-        super().report_words(split, examples, sentences)
-        if self.trainer.is_global_zero and self.converted:
+    def report_labels(self, split: str) -> None:
+        """Prints how many labels of a split were changed, and how many were converted."""
+        super().report_labels(split)
+        if self.converted:
             example = "I- that begins a span to B-" if self.scheme == "bio" else "I- that ends a span to E-"
-            print(f"{split}: {self.converted:,} labels were converted to the scheme {self.scheme} (such as {example})")
+            self.print(
+                f"{split}: {self.converted:,} labels were converted to the scheme {self.scheme} (such as {example})"
+            )
 
     def prediction(self, number: int) -> dict[str, Any]:
-        """What a prediction tells of the example that it is for."""
+        """What a prediction has beside its labels, by the number of its example."""
         return {}
 
     @property
     def info(self) -> dict:
         return super().info | {"scheme": self.scheme}
-
-    def identity(self) -> dict:
-        return super().identity() | {"columns": asdict(self.columns)}

@@ -1,4 +1,4 @@
-"""Tagging: the label of each word, of which spans are made where the labels mark them; semantic roles, too."""
+"""Tagging: the label of each word, and the spans that labels mark; semantic roles, too."""
 
 from functools import partial
 from typing import Any, Optional
@@ -9,10 +9,10 @@ import transformers
 from torch import Tensor
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from lm_lightning.data.order import PADDING
 from lm_lightning.finetuning import results
+from lm_lightning.finetuning.examples import network_inputs
 from lm_lightning.finetuning.mistakes import Mistakes, readable, words_of
-from lm_lightning.finetuning.words import CUT
+from lm_lightning.finetuning.words import TRUNCATED
 from lm_lightning.models.metrics import Counts, Mode
 from lm_lightning.models.module import LanguageModule
 from lm_lightning.tasks.tagging.data import OUTSIDE, Found, spans_of
@@ -20,9 +20,9 @@ from lm_lightning.tasks.tagging.viterbi import decode, legal
 
 
 class Tagging(LanguageModule):
-    """A network of `transformers` with a head over each token, of which the first of each word tells its label.
+    """A network of `transformers` with a head over each token; the first token of each word predicts its label.
 
-    Where labels mark spans, the best legal sequence of them is taken: no I- without its B-.
+    Where labels mark spans, the best legal sequence of them is predicted: no I- without its B-.
     """
 
     auto_class = transformers.AutoModelForTokenClassification
@@ -45,24 +45,23 @@ class Tagging(LanguageModule):
     # Steps
 
     def logits(self, batch: dict) -> Tensor:
-        """Of each word, (B, W, labels) float32; meaningless where it is cut off."""
-        inputs = {key: value for key, value in batch.items() if key not in ("words", "targets", "id")}
+        """Of each word, (B, W, labels) float32; meaningless where it is truncated."""
         places = batch["words"].clamp(min=0).unsqueeze(-1)
-        logits = self.network(**inputs).logits
+        logits = self.network(**network_inputs(batch)).logits
         return logits.gather(1, places.expand(-1, -1, logits.shape[-1])).float()
 
     def losses(self, logits: Tensor, batch: dict) -> tuple[Tensor, Tensor]:
-        """Their sum over the words that have a label and are not cut off, () float32, and their number, () int64."""
-        targets = batch["targets"].masked_fill(batch["words"] == CUT, -100)
+        """Their sum over the words that have a label and are not truncated, () float32, and their number, () int64."""
+        targets = batch["targets"].masked_fill(batch["words"] == TRUNCATED, -100)
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum"), (targets != -100).sum()
 
     def loss(self, batch: dict) -> tuple[Tensor, Tensor]:
         return self.losses(self.logits(batch), batch)
 
-    def told(self, logits: Tensor, batch: dict) -> Tensor:
+    def decode_predictions(self, logits: Tensor, batch: dict) -> Tensor:
         """The label of each word, (B, W) int64: the best ones, if the labels mark spans, of all that are legal.
 
-        -100 where there is no word; where one is cut off, as well, or `O`.
+        -100 where there is no word; where one is truncated, as well, or `O`.
         """
         words = batch["words"]
         if self.rules is None:
@@ -70,17 +69,17 @@ class Tagging(LanguageModule):
         scores = logits.log_softmax(-1)
         outside = torch.full_like(scores[0, 0], -torch.inf)
         outside[self.trainer.datamodule.labels.index(OUTSIDE)] = 0
-        scores = torch.where((words == CUT).unsqueeze(-1), outside, scores)
+        scores = torch.where((words == TRUNCATED).unsqueeze(-1), outside, scores)
         return decode(scores, (words != -100).sum(1), self.rules)
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         data, logits, targets = self.trainer.datamodule, self.logits(batch), batch["targets"]
         self.val_loss.update(*self.losses(logits, batch))
-        told = self.told(logits, batch)
-        self.confusion.update(told.clamp(min=0), targets.masked_fill(told < 0, -100))
-        of_words = targets.masked_fill(batch["words"] == CUT, -100)
+        predicted = self.decode_predictions(logits, batch)
+        self.confusion.update(predicted.clamp(min=0), targets.masked_fill(predicted < 0, -100))
+        of_words = targets.masked_fill(batch["words"] == TRUNCATED, -100)
         losses = F.cross_entropy(logits.transpose(1, 2), of_words, reduction="none").sum(1).tolist()
-        for number, own, gold, loss in zip(batch["id"], told.tolist(), targets.tolist(), losses):
+        for number, own, gold, loss in zip(batch["id"], predicted.tolist(), targets.tolist(), losses):
             words = [n for n, label in enumerate(gold) if label != -100]
             gold_labels = [data.labels[gold[n]] for n in words]
             own_labels = [data.labels[own[n]] if own[n] >= 0 else "" for n in words]
@@ -89,7 +88,7 @@ class Tagging(LanguageModule):
             if set(right) != set(found):
                 self.mistakes.add(number, loss, right, found)
 
-    def described(self, split: str, row: int, right: list[Found], told: list[Found]) -> dict[str, str]:
+    def described(self, split: str, row: int, right: list[Found], predicted: list[Found]) -> dict[str, str]:
         """A row for people to read: its text, and what is right and was predicted, but not what is both."""
         data = self.trainer.datamodule
         example = data.examples[split].rows[row]
@@ -105,7 +104,7 @@ class Tagging(LanguageModule):
             return "; ".join(named)
 
         text = readable(data.tokenizer, example["input_ids"])
-        return {"text": text, "right": names(right, told), "predicted": names(told, right)}
+        return {"text": text, "right": names(right, predicted), "predicted": names(predicted, right)}
 
     def metric_modes(self) -> dict[str, Optional[Mode]]:
         names = ("precision", "recall") if self.trainer.datamodule.marks_spans else ("accuracy",)
@@ -117,35 +116,32 @@ class Tagging(LanguageModule):
         self.counts.reset()
         self.confusion.reset()
         self.mistakes.write(self.trainer, self.title(split), partial(self.described, split))
-        if self.trainer.is_global_zero and not self.trainer.sanity_checking:
-            title = self.title(split)
-            results.write(results.of(data.kinds, *counts.cpu()), title, self.trainer)
-            results.write_confusion(confusion.cpu(), data.labels, title, self.trainer)
+        title = self.title(split)
+        results.write(results.label_scores(data.kinds, *counts), title, self.trainer)
+        results.write_confusion(confusion, data.labels, title, self.trainer)
         each = 2 * counts[0] / (counts[1] + counts[2])  # NaN of what is nowhere
-        right, gold, told = counts.sum(1)
-        values = {"loss": loss, "f1": 2 * right / (gold + told).clamp(min=1), "macro_f1": each.nanmean()}
+        right, gold, predicted = counts.sum(1)
+        values = {"loss": loss, "f1": 2 * right / (gold + predicted).clamp(min=1), "macro_f1": each.nanmean()}
         if data.marks_spans:
-            return values | {"precision": right / told.clamp(min=1), "recall": right / gold.clamp(min=1)}
+            return values | {"precision": right / predicted.clamp(min=1), "recall": right / gold.clamp(min=1)}
         return values | {"accuracy": right / gold.clamp(min=1)}
 
     def predict_step(self, batch: dict, batch_idx: int) -> list[dict]:
-        """For each row its `id` (its number), and of each word the label and its probability, None where it is cut off.
+        """For each row its `id` (its number), and of each word the label and its probability, None if it is truncated.
 
         Labels that mark spans come as `spans`, too: [first word, last word, label].
         """
         data, logits = self.trainer.datamodule, self.logits(batch)
-        told = self.told(logits, batch)
-        scores = logits.softmax(-1).gather(2, told.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        predicted = self.decode_predictions(logits, batch)
+        scores = logits.softmax(-1).gather(2, predicted.clamp(min=0).unsqueeze(-1)).squeeze(-1)
         rows = []
         for number, places, own, probability in zip(
-            batch["id"], batch["words"].tolist(), told.tolist(), scores.tolist()
+            batch["id"], batch["words"].tolist(), predicted.tolist(), scores.tolist()
         ):
-            if number == PADDING:
-                continue
             words = [n for n, place in enumerate(places) if place != -100]
             row = {"id": number} | data.prediction(number)
-            row["labels"] = [data.labels[own[n]] if places[n] != CUT else None for n in words]
-            row["scores"] = [probability[n] if places[n] != CUT else None for n in words]
+            row["labels"] = [data.labels[own[n]] if places[n] != TRUNCATED else None for n in words]
+            row["scores"] = [probability[n] if places[n] != TRUNCATED else None for n in words]
             if data.marks_spans:
                 spans = spans_of([label or OUTSIDE for label in row["labels"]])
                 row["spans"] = [[start, end - 1, kind] for kind, (start, end) in spans]

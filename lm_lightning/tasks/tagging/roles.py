@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lm_lightning.errors import UserError
-from lm_lightning.finetuning.data import Examples, Row
+from lm_lightning.finetuning.tables import Row
 from lm_lightning.finetuning.words import encode_words
 from lm_lightning.tasks.tagging.data import OUTSIDE, Found, TaggingData, spans_of
 
@@ -58,11 +58,11 @@ class RoleData(TaggingData):
 
     @property
     def kinds(self) -> list[str]:
-        """What is counted: the types of arguments, of which a continued one is a part; not the predicate."""
+        """What scores are computed of: the types of arguments, without C- of continuations; not the predicate."""
         return sorted({kind.removeprefix(CONTINUED) for kind in super().kinds} - {PREDICATE})
 
     def found(self, labels: Sequence[str]) -> list[Found]:
-        """The arguments, as the script of CoNLL-2005 counts them: C-X goes on with the last X before it.
+        """The arguments, as the script of CoNLL-2005 counts them: C-X continues the last X before it.
 
         A C-X without any is an X. An argument is right if all its parts are. The predicate does not count.
         """
@@ -130,7 +130,7 @@ class RoleData(TaggingData):
             labels[start : last + 1] = [f"B-{kind}"] + [f"I-{kind}"] * (last - start)
         return labels
 
-    def encode(self, split: str, rows: list[Row]) -> Examples:
+    def encode(self, split: str, rows: list[Row]) -> list[dict]:
         """The frames of a split as tokens, `words` (the place of each word's first token) and `targets` (its label)."""
         sentences, targets, self.of_frame[split] = [], [], []
         self.converted = 0
@@ -153,9 +153,9 @@ class RoleData(TaggingData):
             unmarked = [word for word in range(len(example["words"])) if word not in (predicate, predicate + 2)]
             example["words"], example["targets"] = example["words"][unmarked], target
         self.report_words(split, examples, sentences)
-        return Examples(examples, self.seed if split == "train" else None)
+        return examples
 
     def prediction(self, number: int) -> dict[str, Any]:
-        """Of which row and predicate a prediction is."""
+        """The row and the predicate of a prediction."""
         row, predicate = self.of_frame["predict"][number]
         return {"row": row, "predicate": predicate}

@@ -57,5 +57,5 @@ def decode(scores: Tensor, lengths: Tensor, rules: tuple[Tensor, Tensor, Tensor]
     for word in range(scores.shape[1] - 1, 0, -1):
         label = torch.where(word < lengths, before[word - 1].gather(1, label.unsqueeze(1)).squeeze(1), label)
         labels.append(label)
-    told = torch.stack(labels[::-1], 1)
-    return told.masked_fill(torch.arange(scores.shape[1], device=scores.device) >= lengths.unsqueeze(1), -100)
+    best = torch.stack(labels[::-1], 1)
+    return best.masked_fill(torch.arange(scores.shape[1], device=scores.device) >= lengths.unsqueeze(1), -100)

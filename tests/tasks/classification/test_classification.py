@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from lm_lightning.data.order import by_length, samples_at
 from lm_lightning.data.tokenizer import Tokenizer, train
 from lm_lightning.errors import UserError
-from lm_lightning.finetuning.data import Examples, Tables, read
+from lm_lightning.finetuning.examples import Examples
+from lm_lightning.finetuning.tables import Tables
 from lm_lightning.optim import parameter_groups
 from lm_lightning.tasks.classification.data import ClassificationData
 
@@ -96,7 +97,7 @@ def recipe(tmp_path: Path, tokenizer: Path) -> Path:
 def test_labels_are_learned_and_told_by_transformers_pipeline(fit, cli, recipe: Path, tmp_path: Path):
     from transformers import pipeline
 
-    run = fit("--trainer.max_steps", 80)
+    run = fit("--trainer.max_steps", 120)
     out = cli("test", "--config", recipe, "--ckpt_path", run / "checkpoints" / "best.ckpt")
     gold = rows(45, 2)
     tell = pipeline("text-classification", str(run / "model"))
@@ -241,8 +242,8 @@ assert "lm_lightning" not in sys.modules
 @pytest.mark.parametrize(
     ("flags", "metric"),
     [
-        (("--data.kind", "number", "--data.columns.label", "number"), "spearman"),
-        (("--data.kind", "several", "--data.columns.label", "several"), "exact_match"),
+        (("--data.kind", "regression", "--data.columns.label", "number"), "spearman"),
+        (("--data.kind", "multilabel", "--data.columns.label", "several"), "exact_match"),
         (
             ("--data.columns.pair", "other", "--model.class_weights", "balanced", "--model.label_smoothing", 0.1),
             "accuracy",
@@ -266,7 +267,7 @@ def test_kinds(fit, cli, recipe: Path, flags: tuple, metric: str):
 
 
 def test_results_of_several_labels_are_those_of_the_definitions(fit, cli, recipe: Path):
-    flags = ("--data.kind", "several", "--data.columns.label", "several", "--best.monitor", "val/loss")
+    flags = ("--data.kind", "multilabel", "--data.columns.label", "several", "--best.monitor", "val/loss")
     flags = (*flags, "--model.schedule.warmup_steps", 2)
     run = fit(*flags, "--trainer.max_steps", 120)
     for command_ in ("test", "predict"):
@@ -293,7 +294,7 @@ def test_training_stops_early(fit):
 
 
 def test_a_new_head_for_numbers_starts_at_their_mean(fit, recipe: Path):
-    numbers = ("--data.kind", "number", "--data.columns.label", "number", "--best.monitor", "val/loss")
+    numbers = ("--data.kind", "regression", "--data.columns.label", "number", "--best.monitor", "val/loss")
     flags = ("--trainer.max_steps", 3, "--model.optimizer.lr", 1e-6)
     base = fit("--trainer.max_steps", 3)  # of labels, whose head is not taken
     run = fit(*numbers, *flags, "--model.network", "null", "--model.pretrained", base)
@@ -335,7 +336,7 @@ def test_two_processes_do_and_score_what_one_does(fit, recipe: Path):
 def test_two_processes_score_numbers_as_one_does(fit, recipe: Path, held: int):
     write(recipe.parent / "validation.jsonl", rows(held, 1))
     off = ("--model.network.hidden_dropout_prob", 0, "--model.network.attention_probs_dropout_prob", 0)
-    flags = ("--data.kind", "number", "--data.columns.label", "number", "--best.monitor", "val/loss", *off)
+    flags = ("--data.kind", "regression", "--data.columns.label", "number", "--best.monitor", "val/loss", *off)
     flags = (*flags, "--trainer.max_steps", 20)
     one = fit("--name", "one", *flags)
     ddp = ("--trainer.strategy", "ddp", "--trainer.devices", 2, "--data.batch_size", 8, "--name", "two")
@@ -477,7 +478,7 @@ def test_a_text_is_not_in_training_and_validation(tmp_path: Path):
     data = ClassificationData(
         tables=Tables(train=str(write(tmp_path / "rows.jsonl", content)), validation_fraction=0.3)
     )
-    train, held = ({row["text"] for row in read(data.tables, split, data.key)} for split in ("train", "validation"))
+    train, held = ({row["text"] for row in data.read(split)} for split in ("train", "validation"))
     assert not train & held and train | held == {row["text"] for row in content}
     assert 0.15 < len(held) / len(train | held) < 0.45
 
@@ -505,7 +506,7 @@ def test_wrong_columns_and_numbers_are_refused(fit):
     with pytest.raises(UserError, match="no column 'review'; the columns are text, other, label"):
         fit("--data.columns.text", "review")
     with pytest.raises(UserError, match="train.jsonl:1: column 'label' has no number"):
-        fit("--data.kind", "number")
+        fit("--data.kind", "regression")
     with pytest.raises(UserError, match="the train split has no rows: name files with --data.tables.train"):
         fit("--data.tables.train", "[]")
     with pytest.raises(UserError, match="data.max_length is 512, but this network has positions for 64"):
@@ -517,9 +518,8 @@ def test_wrong_columns_and_numbers_are_refused(fit):
 def test_what_is_cut_is_counted(cli, recipe: Path):
     out = cli("fit", "--config", recipe, "--data.max_length", 8, "--trainer.max_steps", 3)
     tokens = [len(row["text"].split()) + 2 for row in rows(300, 0)]  # each word is one, by this tokenizer
-    assert (
-        f"train: 300 rows, {sum(min(n, 8) for n in tokens):,} tokens, {sum(n > 8 for n in tokens)} rows are cut" in out
-    )
+    total, truncated = sum(min(n, 8) for n in tokens), sum(n > 8 for n in tokens)
+    assert f"train: 300 rows, {total:,} tokens, {truncated} rows are truncated" in out
 
 
 def test_order_by_length_is_a_permutation_that_needs_little_padding():
@@ -623,14 +623,16 @@ def test_the_head_of_another_task_is_replaced(cli, recipe: Path, tmp_path: Path,
         cli("test", *flags)
 
 
-@pytest.mark.parametrize(("kind", "metric"), [("single", "accuracy"), ("several", "macro_f1"), ("number", "spearman")])
+@pytest.mark.parametrize(
+    ("kind", "metric"), [("multiclass", "accuracy"), ("multilabel", "macro_f1"), ("regression", "spearman")]
+)
 def test_the_recipe_chooses_the_best_checkpoint_for_each_kind(cli, recipe: Path, kind: str, metric: str):
     """As the README has it: the kind is all that is given."""
     own = yaml.safe_load(recipe.read_text())
     network, options = own["model"]["init_args"]["network"], own["data"]["init_args"]
     flags = ("--model.network", json.dumps(network), "--data.tables", json.dumps(options["tables"]))
     flags = (*flags, "--data.tokenizer.path", options["tokenizer"]["path"], "--data.max_length", 32)
-    column = {"single": "label", "several": "several", "number": "number"}[kind]
+    column = {"multiclass": "label", "multilabel": "several", "regression": "number"}[kind]
     flags = (*flags, "--data.kind", kind, "--data.columns.label", column, "--model.schedule.warmup_steps", 1)
     flags = (*flags, "--trainer.max_steps", 4, "--trainer.accelerator", "cpu", "--runs_dir", own["runs_dir"])
     out = cli("fit", "--config", ROOT / "configs" / "sentiment.yaml", *flags)

@@ -472,7 +472,7 @@ def test_batches(tokenizer: Path):
     [
         (("--data.columns.pair", "nothing"), "there is no column 'nothing'"),
         (("--data.columns.negatives", "nothing"), "there is no column 'nothing'"),
-        ((*SCORES, "--data.greatest_score", 1), r"train.jsonl:\d+: column 'score' has .* a number from 0 .* to 1"),
+        ((*SCORES, "--data.max_score", 1), r"train.jsonl:\d+: column 'score' has .* a number from 0 .* to 1"),
         (("--data.retrieval.validation", "qrels.tsv"), "data.retrieval.queries is missing"),
         (("--model.cache_chunk", 0), "model.cache_chunk is 0"),
     ],

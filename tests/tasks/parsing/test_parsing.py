@@ -113,7 +113,7 @@ def test_words_that_are_cut_off_count_as_missed(fit, cli, recipe: Path):
     run = fit()
     flags = ("--ckpt_path", run / "checkpoints" / "best.ckpt", "--data.max_length", 8)
     out = cli("test", "--config", recipe, *flags)
-    assert "words are cut off, and what they should tell counts as missed" in out
+    assert "words are truncated, and count as false negatives" in out
     cli("predict", "--config", recipe, *flags)
     gold = sentences(45, 2)
     right = [

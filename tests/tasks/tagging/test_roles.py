@@ -10,7 +10,7 @@ from clauses import sentences, write
 from conftest import evaluation
 
 from lm_lightning.errors import UserError
-from lm_lightning.finetuning.data import Row
+from lm_lightning.finetuning.tables import Row
 from lm_lightning.tasks.tagging.roles import RoleColumns, RoleData
 
 
@@ -90,7 +90,7 @@ def test_rows_may_be_frames_with_labels(fit, cli, recipe: Path, tmp_path: Path):
 
 
 def frame_row(frame: dict):
-    from lm_lightning.finetuning.data import Row
+    from lm_lightning.finetuning.tables import Row
 
     return Row(frame, "here")
 

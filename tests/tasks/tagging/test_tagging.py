@@ -69,10 +69,10 @@ def test_spans_are_those_of_seqeval(labels: list[str]):
 def test_names_are_learned_scored_as_by_seqeval_and_told_by_the_pipeline(fit, cli, recipe: Path, tmp_path: Path):
     run = fit("--trainer.max_steps", 25)  # not yet perfect
     gold = sentences(45, 2)
-    # Of the longest sentences the end is cut off, and what should be there counts as missed.
+    # The longest sentences are truncated, and what should be there counts as false negatives.
     flags = ("--config", recipe, "--ckpt_path", run / "checkpoints" / "best.ckpt", "--data.max_length", 14)
     out = cli("test", *flags)
-    assert "words are cut off, and what they should tell counts as missed" in out
+    assert "words are truncated, and count as false negatives" in out
     cli("predict", *flags)
     told = [json.loads(line) for line in (evaluation(run) / "predictions.jsonl").read_text().splitlines()]
     assert [len(row["labels"]) for row in told] == [len(row["words"]) for row in gold]

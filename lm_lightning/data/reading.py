@@ -1,0 +1,205 @@
+"""Reading: a file in, which may be compressed and in any encoding, its lines out, one at a time."""
+
+import codecs
+import contextlib
+import gzip
+import io
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, NamedTuple, Optional
+
+from lm_lightning import errors
+from lm_lightning.errors import UserError
+
+PIECE = 65536  # characters; longer texts are cut
+LONGEST_ROW = 1 << 27  # characters of a row, which is in memory as one
+EXPANSION = 200  # times its size, to which a compressed file may expand ...
+ALWAYS_ALLOWED = 1 << 28  # ... or to so many bytes
+package = partial(errors.package, what="this corpus", extra="data")
+_SURROGATE = re.compile("[\ud800-\udfff]")  # "surrogateescape" turns a bad byte into one
+
+
+class Line(NamedTuple):
+    """A line without its line break, or a part of a line over `PIECE` characters."""
+
+    number: int
+    text: str
+    blank: bool  # the whole line is white space
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How files are read.
+
+    Args:
+        prefix: Of the options that decide this, such as `--data.corpus`, for messages.
+        encoding: Encoding of the files, a name that Python knows.
+        encoding_errors: Refuse bytes that the encoding does not allow (`strict`), or `replace` each by U+FFFD.
+        delimiter: Character between the columns of CSV and TSV files. None: a comma or a tab, as the suffix says.
+        quoting: Whether double quotes enclose cells of CSV and TSV files. None: in CSV files only.
+        header: Names of the columns of files that have no line with them.
+        columns: The only columns that are needed, of formats that can skip others. None: all.
+        max_line: Longest line of plain text in characters; 0 allows any length.
+    """
+
+    prefix: str
+    encoding: str = "utf-8"
+    encoding_errors: Literal["strict", "replace"] = "strict"
+    delimiter: Optional[str] = None
+    quoting: Optional[bool] = None
+    header: Optional[list[str]] = None
+    columns: Optional[list[str]] = None
+    max_line: int = 0
+
+    def __post_init__(self) -> None:
+        try:
+            "".encode(self.encoding)
+        except LookupError:
+            raise UserError(
+                f"{self.prefix}.encoding {self.encoding!r} is unknown; well-known ones are utf-8, utf-16, cp1252 and "
+                "gb18030"
+            ) from None
+        if self.delimiter is not None and (len(self.delimiter) != 1 or self.delimiter in '"\r\n'):
+            raise UserError(f"{self.prefix}.delimiter is {self.delimiter!r}, but must be one character, such as ';'")
+
+    @property
+    def codec(self) -> str:
+        """The encoding, which for UTF-8 skips a byte order mark."""
+        return "utf-8-sig" if codecs.lookup(self.encoding).name == "utf-8" else self.encoding
+
+
+@dataclass
+class ReadReport:
+    """What was replaced or skipped while reading, to be printed at the end, and notes about single files."""
+
+    replaced_bytes: int = 0
+    empty_rows: int = 0
+    notes: list[str] = field(default_factory=list)
+
+
+def suffixes(path: Path) -> tuple[str, str]:
+    """Return the suffixes for format and compression: (".jsonl", ".gz") for a.jsonl.gz, ("", "") for a file "a"."""
+    *_, form, last = ["", ""] + [suffix.lower() for suffix in path.suffixes]
+    return (form, last) if last in _OPENERS else (last, "")
+
+
+def encodable(text: str, where: str, options: ReadOptions, report: ReadReport, column: int = 0) -> str:
+    """Return `text` without what UTF-8 cannot express: the bytes that were not UTF-8, and JSON's lone surrogates."""
+    if not (bad := _SURROGATE.search(text)):
+        return text
+    if options.encoding_errors == "strict":
+        code, name = ord(bad[0]), codecs.lookup(options.encoding).name.upper()
+        what = f"byte 0x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"character U+{code:04X}"
+        raise UserError(
+            f"{where}: {what} at column {column + bad.start() + 1} is not {name}; give the file's encoding, such as "
+            f"{options.prefix}.encoding cp1252 (or utf-16, gb18030), or replace what cannot be read with "
+            f"{options.prefix}.encoding_errors replace."
+        )
+    text, replaced = _SURROGATE.subn("\ufffd", text)
+    report.replaced_bytes += replaced
+    return text
+
+
+def _open_zst(path: Path) -> Any:
+    # Unlike the zstandard package, pyarrow reports truncated files and reads those of several frames to their end.
+    return package("pyarrow").input_stream(str(path), compression="zstd")
+
+
+_OPENERS: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".zst": _open_zst}
+
+
+class _Expanding(io.RawIOBase):
+    """The uncompressed bytes of a compressed file, which may be made to expand to any size."""
+
+    def __init__(self, stream: Any, path: Path) -> None:
+        self.stream, self.path, self.size = stream, path, 0
+        self.limit = max(ALWAYS_ALLOWED, EXPANSION * path.stat().st_size)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.stream.read(len(buffer))
+        self.size += len(data)
+        if self.size > self.limit:
+            raise UserError(
+                f"{self.path} expands to more than {EXPANSION} times its size, as no text does; if it is one after "
+                "all, decompress it first"
+            )
+        buffer[: len(data)] = data
+        return len(data)
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for its uncompressed bytes; what goes wrong until it is closed is a UserError."""
+    compression = suffixes(path)[1]
+    try:
+        with _OPENERS.get(compression, partial(open, mode="rb"))(path) as stream:
+            yield io.BufferedReader(_Expanding(stream, path), 1 << 17) if compression else stream
+    except (OSError, EOFError, zlib.error, UnicodeError) as error:
+        raise UserError(f"{path} cannot be read ({error}); is it damaged or incomplete?") from None
+
+
+def lines(path: Path, options: ReadOptions, report: ReadReport, plain: bool = False) -> Iterator[Line]:
+    """Yield the lines of a file; for `plain` text, long ones in parts or, over `max_line`, not at all."""
+    with opened(path) as stream:
+        # newline="\n", as by default a lone carriage return, too, would end a line.
+        text = io.TextIOWrapper(stream, encoding=options.codec, errors="surrogateescape", newline="\n")
+        size = PIECE if plain else LONGEST_ROW
+        number, length = 1, 0
+        while part := text.readline(size):
+            while part[-1] == "\r" and (following := text.readline(1)):
+                part += following  # a part must not end within a CRLF
+            ended = part[-1] == "\n"
+            if len(part) >= LONGEST_ROW and not ended:
+                raise UserError(
+                    f"{path}:{number}: a line of more than {LONGEST_ROW:,} characters, as no row is: split it"
+                )
+            if ended:
+                part = part[: -2 if part.endswith("\r\n") else -1]
+            if "\0" in part:
+                if options.encoding_errors == "strict":
+                    raise UserError(
+                        f"{path}:{number}: a NUL byte at column {length + part.index(chr(0)) + 1}, which no text has; "
+                        f"if the file is UTF-16, give {options.prefix}.encoding utf-16; replace such bytes with "
+                        f"{options.prefix}.encoding_errors replace."
+                    )
+                report.replaced_bytes += part.count("\0")
+                part = part.replace("\0", "\ufffd")
+            if not part.isascii():
+                part = encodable(part, f"{path}:{number}", options, report, column=length)
+            blank = length == 0 and not part.strip() and (ended or len(part) < PIECE)
+            length += len(part)
+            if plain and 0 < options.max_line < length:
+                hint = "; its lines end with CR alone: convert these to LF" if "\r" in part.strip("\r") else ""
+                while not ended and (part := text.readline(size)):
+                    ended = part.endswith("\n")
+                    length += len(part) - ended
+                raise UserError(
+                    f"{path}:{number}: the line has {length} characters, more than {options.prefix}.max_line "
+                    f"({options.max_line}){hint or f'; if it is text after all, give {options.prefix}.max_line 0'}."
+                )
+            yield Line(number, part, blank)
+            if ended:
+                number, length = number + 1, 0
+
+
+def row_lines(path: Path, options: ReadOptions, report: ReadReport) -> Iterator[Line]:
+    """Yield the lines of a file of rows, none of which has a carriage return (CR) within it."""
+    for line in lines(path, options, report):
+        if "\r" in line.text:
+            raise lone_cr(path, line)
+        yield line
+
+
+def lone_cr(path: Path, line: Line) -> UserError:
+    """Return the error of a carriage return within a line."""
+    return UserError(
+        f"{path}:{line.number}: a carriage return (CR) at column {line.text.index(chr(13)) + 1} that does not end the "
+        "line; if it should, convert the file's line ends from CR to LF, or else remove it"
+    )

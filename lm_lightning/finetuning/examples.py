@@ -1,0 +1,83 @@
+"""Examples: tokenized rows with targets, in an order that needs little padding, and their batches."""
+
+import functools
+import math
+from typing import TYPE_CHECKING, Any, Optional
+
+import numpy as np
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
+
+from lm_lightning.data.order import PADDING, by_length, samples_at
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+INPUTS = ("input_ids", "token_type_ids", "attention_mask")  # what tokenizers return and networks accept
+
+
+class Examples(Dataset):
+    """Tokenized examples with targets.
+
+    Args:
+        rows: For each example `input_ids` and what else the tokenizer returns, lists of one length; and its targets,
+            tensors with any names, such as `targets`.
+        seed: Of the order and its epochs; None for evaluation: once through the rows, in `order`, the longest first.
+
+    Items are those rows, with `id`, the number of the row. In rows that only fill up a batch, all targets are ignored:
+    -100, or NaN where targets are floating-point numbers.
+    """
+
+    def __init__(self, rows: list[dict], seed: Optional[int]) -> None:
+        self.rows, self.seed = rows, seed
+        self.lengths = np.array([len(row["input_ids"]) for row in rows])
+        self.longest_first = np.argsort(-self.lengths, kind="stable")
+        self.order = self.longest_first
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, position: int) -> dict:
+        if position == PADDING:
+            shortest = self.rows[self.longest_first[-1]]
+            ignored = {name: ignored_like(v) for name, v in shortest.items() if isinstance(v, torch.Tensor)}
+            return shortest | ignored | {"id": PADDING}
+        order = self.order if self.seed is None else self.epoch(position // len(self))
+        row = int(order[position % len(self)])
+        return self.rows[row] | {"id": row}
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019 (as long-lived as the run)
+    def epoch(self, number: int) -> np.ndarray:
+        """The order of an epoch: rows of similar lengths together."""
+        positions = np.arange(number * len(self), (number + 1) * len(self))
+        seed = self.seed or 0
+        return by_length(samples_at(positions, len(self), seed), self.lengths, seed + number, number * len(self))
+
+
+def ignored_like(target: torch.Tensor) -> torch.Tensor:
+    """A target of the same shape that the loss ignores: -100, or NaN if it is a floating-point number."""
+    return torch.full_like(target, math.nan if target.is_floating_point() else -100)
+
+
+def collate(tokenizer: "PreTrainedTokenizerFast", items: list[dict]) -> dict:
+    """A batch of examples, padded to the longest.
+
+    Returns:
+        `input_ids` and what else the tokenizer returns, (B, T) int64; the targets, (B, ...), padded with ignored ones
+        where their lengths differ; `id`, a list of B numbers.
+    """
+    multiple = 8 if torch.cuda.is_available() else None  # tensor cores work on whole eights; a CPU on what there is
+    targets = [key for key, value in items[0].items() if isinstance(value, torch.Tensor)]
+    encodings = [{key: item[key] for key in item if key not in ("id", *targets)} for item in items]
+    batch = dict(tokenizer.pad(encodings, pad_to_multiple_of=multiple, return_tensors="pt"))
+    for key in targets:
+        values = [item[key] for item in items]
+        fill = ignored_like(values[0].new_zeros(())).item()
+        batch[key] = pad_sequence(values, True, fill) if values[0].ndim else torch.stack(values)
+    return batch | {"id": [item["id"] for item in items]}
+
+
+def network_inputs(batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """What a batch has for the network, (B, T) int64 each: no targets and nothing else of the task."""
+    return {name: batch[name] for name in INPUTS if name in batch}
