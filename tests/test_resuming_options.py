@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from conftest import needs
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 from test_resuming import TINY
@@ -140,6 +141,7 @@ def test_every_option_of_our_callbacks_is_in_a_class():
     assert found == {name: set(" ".join(kinds.values()).split()) for name, kinds in CALLBACKS.items()}
 
 
+@needs("compression")
 @pytest.mark.parametrize(
     ("callback", "name", "value"),
     [

@@ -1,13 +1,13 @@
 """Lightning's training loop, which always validates the last step of a run."""
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.loops.fit_loop import _FitLoop
 
 from lm_lightning.callbacks.ending import resumes_unfinished
 from lm_lightning.callbacks.resuming import Resuming
+from lm_lightning.compat.lightning import LightningFitLoop
 
 
-class FitLoop(_FitLoop):
+class FitLoop(LightningFitLoop):
     """Lightning's loop over the epochs; when training ends, the last step is validated unless it already was.
 
     A run that is resumed at its last step, because it was killed in that validation or before `model/` was written,

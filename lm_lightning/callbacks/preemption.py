@@ -13,6 +13,8 @@ import torch.distributed as dist
 from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lm_lightning.compat import lightning as compat
+
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]
 
 
@@ -47,8 +49,7 @@ class Preemption(Callback):
             signal.signal(number, self.on_signal)
         if trainer.world_size > 1 and dist.is_initialized():
             self.group = dist.new_group(backend="gloo")
-            # It makes all processes wait for their devices at each batch, to ask for a signal.
-            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+            compat.disable_signal_broadcast(trainer)
 
     def on_signal(self, number: int, frame: Optional[FrameType]) -> None:
         if os.getpid() != self.owner:  # a worker of the data: Ctrl-C is for its parent to handle
@@ -104,7 +105,7 @@ class Preemption(Callback):
         if saved:
             trainer.save_checkpoint(last)
             trainer.strategy.checkpoint_io.teardown()  # of one that writes in the background: waits
-        environment = trainer._accelerator_connector.cluster_environment
+        environment = compat.cluster_environment(trainer)
         requeued = trainer.is_global_zero and isinstance(environment, SLURMEnvironment) and requeue(environment, number)
         for child in getattr(self.launcher, "procs", []):  # they have saved nothing, so they are done sooner
             child.wait(60)

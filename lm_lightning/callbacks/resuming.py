@@ -3,7 +3,8 @@
 from typing import Any, Optional
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loops.evaluation_loop import RestartStage
+
+from lm_lightning.compat import lightning as compat
 
 
 class Resuming(Callback):
@@ -51,13 +52,11 @@ class Resuming(Callback):
         if trainer.global_step != pl_module.resumed_at or trainer.global_step == 0:
             return
         begun = loop.batch_progress.current.ready > 0
-        due = begun and loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
+        due = begun and compat.validation_is_due(trainer)
         if due and self.validated != trainer.global_step:
-            # The validation was not finished. Lightning would assume that it was.
-            loop.val_loop.batch_progress.reset_on_run()
-            loop.val_loop._restart_stage = RestartStage.RESTARTED_MID_EVALUATION
+            compat.repeat_validation(trainer)
         elif loop.batch_progress.is_last_batch:
-            loop.val_loop._has_run = True  # else Lightning would train one more batch of this epoch
+            compat.mark_epoch_validated(trainer)
 
     def convert(self, trainer: Trainer) -> None:
         """Converts the counters of a run whose micro-batches had another size, or whose steps another number of them.
@@ -81,8 +80,7 @@ class Resuming(Callback):
         self.accumulated, self.batch_samples = accumulate, samples
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        # Lightning counts this a second time when it resumes, and logs every trainer.log_every_n_steps of it.
-        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+        compat.set_logged_steps(trainer, trainer.global_step)
 
     def state_dict(self) -> dict:
         return {"validated": self.validated, "accumulated": self.accumulated, "batch_samples": self.batch_samples}

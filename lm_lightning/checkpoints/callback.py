@@ -8,6 +8,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
+from lm_lightning.compat import lightning as compat
+
 
 class Checkpoints(ModelCheckpoint):
     """Lightning's ModelCheckpoint whose files can be resumed from exactly, with scores of the very step that they hold.
@@ -76,7 +78,7 @@ class Checkpoints(ModelCheckpoint):
 
     def _should_save_on_train_epoch_end(self, trainer: Trainer) -> bool:
         # Lightning would save at the end of each epoch even if it is validated, too early for the last validation.
-        if self._save_on_train_epoch_end is None and sum(trainer.num_val_batches):
+        if compat.saves_by_default(self) and sum(trainer.num_val_batches):
             return False
         return super()._should_save_on_train_epoch_end(trainer)
 

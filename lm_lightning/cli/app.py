@@ -1,10 +1,8 @@
 """`fit`, `validate`, `test` and `predict`: a LightningCLI that runs in a run folder."""
 
 import linecache
-import logging
 import sys
 import traceback
-import warnings
 from argparse import ArgumentError
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +16,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lm_lightning import features, files, hub, strategies
+from lm_lightning import features, files, strategies
 from lm_lightning import run as runs
 from lm_lightning.callbacks.ending import Ending, check_after_validation
 from lm_lightning.callbacks.export import Export
@@ -31,12 +29,14 @@ from lm_lightning.callbacks.resuming import Resuming
 from lm_lightning.callbacks.spikes import Spikes
 from lm_lightning.callbacks.throughput import Throughput
 from lm_lightning.checkpoints.callback import Checkpoints
-from lm_lightning.checkpoints.loading import find_checkpoint, folder_of, load_checkpoint, run_of
+from lm_lightning.checkpoints.loading import find_checkpoint, folder_of, run_of
 from lm_lightning.checkpoints.plugins import BackgroundCheckpoints, CheckpointFiles  # noqa: F401
 from lm_lightning.cli import checks, defaults, evaluation, explain, guide, saving, settings
 from lm_lightning.cli.defaults import as_list
 from lm_lightning.cli.options import TRAINER_DEFAULTS, OptionParser, add_options
 from lm_lightning.cli.run_folder import RunFolder
+from lm_lightning.compat.lightning import hide_expected_warnings, subcommand_parser
+from lm_lightning.compat.transformers import hide_load_report
 from lm_lightning.console import printable
 from lm_lightning.data.pretraining import PretrainingData  # noqa: F401
 from lm_lightning.errors import UserError, of_instance
@@ -46,20 +46,6 @@ from lm_lightning.security import imports, untrusted
 from lm_lightning.security.redaction import REDACTED, find_redacted
 
 features.import_classes()  # here, not in a function, since Ctrl-C is handled differently once the command runs
-
-EXPECTED_WARNINGS = (
-    "Experiment logs directory",  # MetricsFile appends to it
-    "Checkpoint directory .* exists and is not empty",  # as it should be in a resumed run
-    "You're resuming from a checkpoint that ended before the epoch ended",  # the order of samples is resumed, too
-    "The '.*_dataloader' does not have many workers",  # blocks come from a memory map
-    "`isinstance\\(treespec, LeafSpec\\)` is deprecated",
-    "The dirpath has changed",  # an earlier state is resumed in another folder
-    "It is recommended to use `self.log",  # what is logged is the same on all ranks
-    "Metric `SpearmanCorrcoef` will save all",  # as many numbers as there are rows
-    "LightningCLI's args parameter is intended",  # commands pass it
-    "The number of training batches .* is smaller than the logging interval",  # steps are logged across epochs
-    "You are using a custom batch sampler",  # SequentialBatches omits no sample
-)
 
 
 class CLI(LightningCLI):
@@ -71,11 +57,8 @@ class CLI(LightningCLI):
     """
 
     def __init__(self, args: Optional[list[str]] = None, callbacks: Sequence[Callback] = ()) -> None:
-        hub.quiet()
-        for library in ("lightning.pytorch", "lightning.fabric"):
-            logging.getLogger(library).setLevel(logging.WARNING)  # we print what matters of their reports
-        for message in EXPECTED_WARNINGS:
-            warnings.filterwarnings("ignore", message=message)
+        hide_load_report()
+        hide_expected_warnings()
         self.command = next(iter(sys.argv[1:] if args is None else args if isinstance(args, list) else []), None)
         super().__init__(
             LanguageModule,
@@ -150,7 +133,7 @@ class CLI(LightningCLI):
             raise UserError(f"an option's value cannot be read: {error}") from error
         except ArgumentError as error:
             imports.check()
-            names = explain.flags_of(self._parser(arguments[0]))
+            names = explain.flags_of(subcommand_parser(self, arguments[0]))
             for section in ("model", "data"):
                 names += explain.options_of(chosen_class(section, options, flags), section)
             raise explain.of_command_line(error, arguments, names) from error
@@ -168,12 +151,13 @@ class CLI(LightningCLI):
         config = self.config[self.subcommand]
         config.name = defaults.name_of(config)
         imports.check_folders(config.trainer, self.arguments)
-        run, weights = self.evaluated, ""
+        run, weights = self.evaluated, evaluation.Weights("")
         if self.subcommand == "fit":
             run = self.resumed_run(config)
         else:
-            weights = self.evaluated_weights(config)
-        defaults.complete(config, self.subcommand, self._parser(self.subcommand).get_defaults())
+            weights = evaluation.weights_of(config, run, self.subcommand)
+        self.evaluated_network = weights.network
+        defaults.complete(config, self.subcommand, subcommand_parser(self, self.subcommand).get_defaults())
         if missing := sorted(set(find_redacted(config.as_dict()))):
             raise UserError(
                 f"the config has {REDACTED} in the place of {', '.join(missing)}, as secrets are not saved: give "
@@ -183,11 +167,13 @@ class CLI(LightningCLI):
         self.reusable_config = config.clone()  # with `<run>` in it, so that it can be run again
         if self.subcommand == "fit":
             self.reusable_config.ckpt_path = None
-            self.reusable_config = saving.checked(self._parser("fit"), self.reusable_config)
+            self.reusable_config = saving.checked(subcommand_parser(self, "fit"), self.reusable_config)
             self.run_folder = run or runs.new_run(runs.experiment_folder(config.runs_dir, config.name))
         else:
             self.run_folder = self.evaluation_folder(config, run)
-        self.record = evaluation.Evaluation(self._parser(self.subcommand), self.reusable_config, run, weights)
+        self.record = evaluation.Evaluation(
+            subcommand_parser(self, self.subcommand), self.reusable_config, run, weights.name
+        )
         defaults.count_micro_batches(config.trainer)
         self.config[self.subcommand] = defaults.fill_in(config, str(self.run_folder))
 
@@ -219,23 +205,6 @@ class CLI(LightningCLI):
         config.trainer.logger = defaults.fill_in(config.trainer.logger, str(logs or folder))
         return folder
 
-    def evaluated_weights(self, config: Any) -> str:
-        """The folder, checkpoint or Hub model that an evaluation loads; sets the options that load it."""
-        if self.evaluated is not None and not evaluation.record_of(config.config):
-            weights = evaluation.configure(config, self.evaluated)
-        elif config.ckpt_path is not None:
-            weights = config.ckpt_path = str(Path(config.ckpt_path).expanduser().absolute())
-        elif pretrained := config.model.init_args.get("pretrained"):
-            weights = pretrained
-        else:
-            raise UserError(
-                f"{self.subcommand} needs trained weights: give a run, as in `{self.subcommand} RUN`, "
-                "--ckpt_path last or a checkpoint, or --model.pretrained"
-            )
-        if config.ckpt_path is not None:
-            load_checkpoint(Path(config.ckpt_path), weights=False)
-        return weights
-
     def elsewhere(self, run: Path) -> bool:
         """Whether the command line asks for another name or folder than those of a run."""
         config = self.config[self.subcommand]
@@ -246,7 +215,7 @@ class CLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         trainer = self.trainer
-        self.model.evaluated_checkpoint = None if self.subcommand == "fit" else self.checkpoint
+        self.model.evaluated_network = self.evaluated_network
         if trainer.is_global_zero:
             print(f"{'run' if self.subcommand == 'fit' else 'evaluation'} folder: {self.run_folder}")
             print(f"device: {trainer.strategy.root_device} x {trainer.world_size}, precision: {trainer.precision}")

@@ -7,6 +7,7 @@ import torch
 
 from lm_lightning import features
 from lm_lightning import run as runs
+from lm_lightning.compat.torch import cpu_computes_bf16
 from lm_lightning.security import imports
 
 
@@ -79,6 +80,5 @@ def best_precision(accelerator: Any) -> str:
     elif accelerator in ("auto", "gpu", "mps") and torch.backends.mps.is_available():
         native = False  # autocast to bf16 needs a recent macOS: ask for it with --trainer.precision bf16-mixed
     else:
-        checks = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
-        native = any(check() for check in checks if check is not None)
+        native = cpu_computes_bf16()
     return "bf16-mixed" if native else "32-true"

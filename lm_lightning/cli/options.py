@@ -13,6 +13,7 @@ from lm_lightning import run as runs
 from lm_lightning.callbacks.export import Weights
 from lm_lightning.callbacks.predictions import Predictions
 from lm_lightning.checkpoints.callback import Checkpoints
+from lm_lightning.compat.jsonargparse import parses_class_options, set_help
 
 CHECKPOINTS = {
     "dirpath": f"{runs.PLACEHOLDER}/checkpoints",
@@ -50,7 +51,7 @@ class OptionParser(LightningArgumentParser):
         super().__init__(*args, allow_abbrev=allow_abbrev, **kwargs)
 
     def parse_args(self, args: Any = None, *more: Any, **kwargs: Any) -> Any:  # noqa: D102
-        if getattr(self, "_inner_parser", False) and args and len(args) == 1:  # an option of a class
+        if parses_class_options(self) and args and len(args) == 1:  # an option of a class
             args = [as_yaml(args[0])]
         return super().parse_args(args, *more, **kwargs)
 
@@ -74,8 +75,7 @@ def add_options(parser: LightningArgumentParser) -> None:
         help="Which weights are saved in model/ when training has ended: those of the best checkpoint by best.monitor, "
         "or those of the last step.",
     )
-    for action in parser._actions:
-        action.help = TRAINER_HELP.get(action.dest, action.help)
+    set_help(parser, TRAINER_HELP)
     parser.add_lightning_class_args(Checkpoints, "best")
     parser.set_defaults({f"best.{k}": v for k, v in CHECKPOINTS.items()})
     parser.set_defaults({"best.filename": "best"})

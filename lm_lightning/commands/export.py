@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 from typing import Any, Optional
 
-from lm_lightning import files, hub
+from lm_lightning import files
 from lm_lightning import run as runs
 from lm_lightning.checkpoints.loading import CheckpointFolder, find_checkpoint, load_checkpoint
+from lm_lightning.compat.transformers import hide_load_report
 from lm_lightning.errors import UserError
 from lm_lightning.run import find_run
 from lm_lightning.security import untrusted
@@ -103,7 +104,7 @@ def write_checked(
     from lm_lightning.models import adapter as adapters
     from lm_lightning.models.export import save_network
 
-    hub.quiet()
+    hide_load_report()
     description = saved["network"]
     network_class = untrusted.network_class(description["class"])
     config = network_class.config_class.from_dict(description["config"])

@@ -10,7 +10,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Optional
 
-from lm_lightning import hub
+from lm_lightning.compat.transformers import hide_load_report
 from lm_lightning.compression.results import Results, Row, files_of
 from lm_lightning.console import printable
 from lm_lightning.errors import UserError
@@ -65,7 +65,7 @@ def compress(
     from lm_lightning.cli.command import split_list
     from lm_lightning.compression import evaluation, recipes
 
-    hub.quiet()
+    hide_load_report()
     source = model_folder(model)
     recipe, modules = split_list(recipe), split_list(modules)
     chosen = [one for one in recipe or recipes.STEPS if one != UNCOMPRESSED]

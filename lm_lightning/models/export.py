@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import re
 from pathlib import Path
 from typing import Any, Optional
 
@@ -12,6 +11,7 @@ import transformers
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from lm_lightning import hub
+from lm_lightning.compat.transformers import refused_settings
 from lm_lightning.console import printable
 from lm_lightning.data.tokenizer import fingerprint, load
 from lm_lightning.data.tokenizer import save as save_tokenizer
@@ -144,8 +144,7 @@ def generation_config(settings: dict[str, Any]) -> tuple[transformers.Generation
             config.validate(strict=True)
             return config, removed
         except ValueError as error:
-            named = re.findall(r"^- `(\w+)`", str(error), re.MULTILINE) or re.findall(r"`(\w+)`", str(error))[:1]
-            refused = [name for name in named if kept.get(name) is not None]
+            refused = [name for name in refused_settings(error) if kept.get(name) is not None]
             if not refused and not (refused := [name for name in kept if not name.endswith("_token_id")]):
                 raise
             removed += [f"{name} {kept.pop(name)}" for name in refused]

@@ -16,7 +16,6 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lm_lightning import hub
-from lm_lightning.checkpoints.loading import load_checkpoint
 from lm_lightning.console import printable
 from lm_lightning.data import contract
 from lm_lightning.data.order import PADDING, seed_of
@@ -67,9 +66,9 @@ class LanguageModule(LightningModule):
 
     auto_class: Any  # of transformers, such as AutoModelForCausalLM
     unused: tuple[str, ...] = ()  # prefixes of the names of tensors that are not used, and need not be pretrained
-    # The checkpoint that `validate`, `test` or `predict` will load, else None. The command line sets it, because labels
-    # depend on it and Lightning tells of it only after the data's setup.
-    evaluated_checkpoint: Optional[str] = None
+    # The description of the network in the checkpoint that `validate`, `test` or `predict` will load, else None. The
+    # command line sets it, because labels depend on it and Lightning loads checkpoints only after the data's setup.
+    evaluated_network: Optional[dict[str, Any]] = None
 
     def __init__(
         self,
@@ -202,7 +201,7 @@ class LanguageModule(LightningModule):
             self.own_tensors = self.adapter.adapt(self.network, self.new_tensors)
             self.adapter_record = adapters.record_of(self.adapter, self.pretrained_folder(), self.new_tensors)
         build.freeze(self.network, self.freeze_patterns, self.print)
-        if self.evaluated_checkpoint is None:
+        if self.evaluated_network is None:
             new = [name for name in self.new_tensors if not name.startswith(self.unused)]
             build.refuse_untrained(self.network, str(self.pretrained), new, training=self.trainer.state.fn == "fit")
         self.network_class = type(self.network).__name__  # sharding changes it
@@ -262,9 +261,8 @@ class LanguageModule(LightningModule):
 
         Empty without a head for them.
         """
-        if self.evaluated_checkpoint is not None:
-            saved = load_checkpoint(Path(self.evaluated_checkpoint), weights=False, verified=True)
-            return build.labels_of(build.config_of(saved["network"]), self.auto_class)
+        if self.evaluated_network is not None:
+            return build.labels_of(build.config_of(self.evaluated_network), self.auto_class)
         return [] if self.pretrained is None else build.labels_of(hub.config(self.pretrained_folder()), self.auto_class)
 
     def pretrained_folder(self) -> str:

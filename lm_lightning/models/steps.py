@@ -11,6 +11,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lm_lightning.compat.torch import multiply
 from lm_lightning.data import contract
 from lm_lightning.models.nonfinite import NonFiniteGuard, Step
 from lm_lightning.networks import gradient_norm
@@ -159,4 +160,4 @@ def scale_gradients(parameters: Iterable[nn.Parameter], factor: Tensor) -> None:
     """Multiplies all gradients by a number, () float."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     if gradients:
-        torch._foreach_mul_([g.to_local() if isinstance(g, DTensor) else g for g in gradients], factor)
+        multiply([g.to_local() if isinstance(g, DTensor) else g for g in gradients], factor)

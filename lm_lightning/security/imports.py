@@ -15,8 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional, TypeVar
 
-from jsonargparse import _actions, _typehints
-
+from lm_lightning.compat.jsonargparse import guard_imports
 from lm_lightning.console import printable
 from lm_lightning.errors import UserError
 from lm_lightning.security.untrusted import TRUST_PACKAGES
@@ -229,5 +228,4 @@ def recorded_class(path: Any, base: type[T], what: str) -> type[T]:
     return found
 
 
-for _module in (_actions, _typehints):
-    _module.import_object = guarded(_module.import_object)  # type: ignore[attr-defined]
+guard_imports(guarded)

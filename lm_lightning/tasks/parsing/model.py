@@ -99,7 +99,7 @@ class Parser(LanguageModule):
     # Network
 
     def own_labels(self) -> list[str]:
-        return super().own_labels() if self.evaluated_checkpoint or self.pretrained_head else []
+        return super().own_labels() if self.evaluated_network or self.pretrained_head else []
 
     @property
     def pretrained_head(self) -> Optional[Path]:
