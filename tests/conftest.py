@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -36,10 +37,21 @@ def paragraphs(number: int, seed: int = 0) -> list[str]:
     return [f"{i} " + " ".join(sentence() for _ in range(draw.randint(1, 4))) for i in range(number)]
 
 
+def exists(package: str) -> bool:
+    """Whether the project has a package that may be removed, such as `tasks.tagging`."""
+    return (ROOT / "lm_lightning" / package.replace(".", "/")).is_dir()
+
+
 def needs(*packages: str) -> pytest.MarkDecorator:
-    """Marks a test, or a parameter of one, that uses packages which may be removed, such as `tasks.tagging`."""
-    missing = [name for name in packages if not (ROOT / "lm_lightning" / name.replace(".", "/")).is_dir()]
+    """Marks a test, or a parameter of one, that uses packages which may be removed."""
+    missing = [name for name in packages if not exists(name)]
     return pytest.mark.skipif(bool(missing), reason=f"needs {', '.join(missing)}")
+
+
+def optional(name: str) -> Any:
+    """A class of a package that may be removed, such as `tasks.tagging.data.TaggingData`; the test skips without it."""
+    module, _, name = name.rpartition(".")
+    return getattr(pytest.importorskip(f"lm_lightning.{module}"), name)
 
 
 @pytest.fixture(autouse=True)
@@ -221,3 +233,14 @@ def reader(cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: Path, cac
     monkeypatch.chdir(tmp_path)
     shrink(tmp_path / "configs", cache_dir, corpus_file)
     return Reader(cli, base)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, corpus_file: Path, cache_dir: Path) -> Path:
+    """A finished run of the tiny recipe."""
+    folder = tmp_path_factory.mktemp("run")
+    file = recipe.__wrapped__(folder, corpus_file, cache_dir)
+    result = command("fit", "--config", file, "--trainer.max_steps", 60, "--trainer.limit_val_batches", 0)
+    assert result.returncode == 0, result.stderr
+    (run,) = (folder / "runs" / "tiny").iterdir()
+    return run

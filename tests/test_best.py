@@ -9,7 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from conftest import command
+from conftest import command, needs
 from lightning.pytorch import Callback, LightningModule, Trainer
 from test_survival import CONSTANT, DDP, SHARDED, logged, names, only
 
@@ -144,6 +144,7 @@ def test_several_processes_export_the_best(recipe: Path, strategy: tuple):
     assert holds(run / "model", best)
 
 
+@needs("compression")
 def test_a_network_is_exported_only_as_far_as_it_is_pruned(fit, cli):
     flags = (*SPOILED, "--trainer.callbacks+=Pruning", "--trainer.callbacks.table", "false")
     pruned = ("--trainer.callbacks.sparsity", 0.5, "--trainer.callbacks.frequency", 1, "--trainer.callbacks.end")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import command, paragraphs, refusal
+from conftest import command, needs, paragraphs, refusal
 from lightning.pytorch import Callback, Trainer
 
 
@@ -292,6 +292,7 @@ def test_two_processes_do_what_one_does(recipe: Path):
             assert b == pytest.approx(a, abs=1e-4, rel=1e-5)
 
 
+@needs("tasks.generation")
 def test_samples_are_printed_and_saved_and_never_hold_padding(fit, capsys):
     samples = {"class_path": "lm_lightning.tasks.generation.samples.Samples", "init_args": {"prompts": ["", "The old"]}}
     run = fit("--trainer.callbacks", json.dumps([samples]))
@@ -299,6 +300,7 @@ def test_samples_are_printed_and_saved_and_never_hold_padding(fit, capsys):
     assert [(row["step"], row["prompt"]) for row in rows] == [(5, ""), (5, "The old"), (10, ""), (10, "The old")]
 
 
+@needs("tasks.generation")
 def test_end_of_text_is_learned_although_it_is_also_the_padding(fit, cli, tmp_path: Path):
     lines = ["apples are red", "the sky is blue", "grass grows green", "coal lies black", "lemons look yellow"]
     # the same lines are all that there is to validate, too: two files, so that none is left out

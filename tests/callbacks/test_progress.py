@@ -11,7 +11,7 @@ import termios
 from pathlib import Path
 
 import pytest
-from conftest import command
+from conftest import command, needs
 
 LINE = re.compile(r"train (\d+)/10 \d+%, \d\d:\d\d left, +[\d.]+(?: steps/s|s/ steps)")
 
@@ -40,6 +40,7 @@ def in_a_terminal(columns: int, *args: object) -> str:
     return output.decode()
 
 
+@needs("tasks.generation", "profiling", "reports")
 @pytest.mark.parametrize("columns", [80, 40, 0])
 def test_a_terminal_shows_speed_and_time_left(recipe: Path, columns: int):
     flags = ("--trainer.callbacks+=lm_lightning.tasks.generation.samples.Samples", "--trainer.profiler", "Profile")

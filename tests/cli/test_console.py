@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import command
+from conftest import command, needs
 
 from lm_lightning.console import printable
 
@@ -28,6 +28,7 @@ runpy.run_module("lm_lightning", run_name="__main__", alter_sys=True)
 """
 
 
+@needs("tasks.generation")
 def test_console_without_the_characters_of_a_sample_does_not_end_training(recipe: Path, tmp_path: Path):
     prompt = "Tür 漢字 \x1b[31m\x9b"
     samples = {"class_path": "lm_lightning.tasks.generation.samples.Samples", "init_args": {"prompts": [prompt]}}
@@ -63,7 +64,7 @@ def ended_by_interrupt(status: int, errors: str) -> bool:
 
 @pytest.mark.parametrize(
     ("module", "args"),
-    [("torch.autograd", ["fit", "--config", "x.yaml"]), ("jsonargparse", ["report", "."])],
+    [("torch.autograd", ["fit", "--config", "x.yaml"]), ("jsonargparse", ["export", "."])],
 )
 def test_interrupt_during_an_import_ends_the_command(module: str, args: list[str]):
     result = subprocess.run(
@@ -132,6 +133,7 @@ def long_model(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@needs("tasks.generation")
 def test_interrupt_ends_generate(long_model: Path):
     args = ["generate", long_model, "--prompt", "begin", "--max_new_tokens", 50_000]
     status, errors, _ = interrupt(args, lambda output, _: len(output) > 10)
@@ -145,8 +147,8 @@ def test_interrupt_ends_generate(long_model: Path):
         ["fit"],
         ["fit", "--trainer.strategy", "ddp", "--trainer.devices", "2"],
         ["prepare"],
-        ["tune", "--find", "lr"],
-        ["verify", "--only", "ddp"],
+        pytest.param(["tune", "--find", "lr"], marks=needs("tuning")),
+        pytest.param(["verify", "--only", "ddp"], marks=needs("tuning")),
     ],
     ids=" ".join,
 )

@@ -19,19 +19,15 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import needs
 
 from lm_lightning.checkpoints import sharded as sharded_checkpoint
 from lm_lightning.checkpoints.loading import load_checkpoint
 from lm_lightning.commands import export
-from lm_lightning.compression import folder as compressed
 from lm_lightning.data import shards, tokenizer
 from lm_lightning.data.corpus import Corpus
 from lm_lightning.data.tokenizer import Tokenizer
 from lm_lightning.errors import UserError
-from lm_lightning.reports import history, report
-from lm_lightning.tasks.embedding import search
-from lm_lightning.tasks.generation import generate
-from lm_lightning.tasks.generation.generation import Sampling, prompt_ids
 
 HOSTILE: list[Any] = [None, True, -1, 0, 2**31 - 1, 2**63, 1e308, float("inf"), float("nan"), "", "x" * 100_000]
 HOSTILE += ["../../harmed", "/tmp/harmed", "a\0b", "\x1b[2J", "os.system", "{}", [], {}, [[[[[[]]]]]], {"a": {"b": []}}]
@@ -201,8 +197,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@needs("reports")
 @pytest.mark.slow
 def test_reports_of_damaged_runs(run: Path, guard: Guard, tmp_path: Path):
+    from lm_lightning.reports import history, report
+
     original = tmp_path / "run"
     shutil.copytree(run, original, ignore=shutil.ignore_patterns("checkpoints", "tokenizer"))
 
@@ -278,8 +277,11 @@ def test_damaged_sharded_checkpoints(guard: Guard, tmp_path: Path):
     attack(tmp_path / "original" / "last.ckpt", sharded_checkpoint.gather, 500, guard, tmp_path)
 
 
+@needs("tasks.embedding")
 @pytest.mark.slow
 def test_damaged_indexes(guard: Guard, tmp_path: Path):
+    from lm_lightning.tasks.embedding import search
+
     original = tmp_path / "index"
     (original / "model").mkdir(parents=True)
     np.save(original / "embeddings.npy", np.eye(5, 4, dtype=np.float32))
@@ -306,8 +308,12 @@ def model(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@needs("tasks.generation")
 @pytest.mark.slow
-def test_damaged_models(model: Path, guard: Guard, tmp_path: Path):
+def test_damaged_models_that_generate(model: Path, guard: Guard, tmp_path: Path):
+    from lm_lightning.tasks.generation import generate
+    from lm_lightning.tasks.generation.generation import Sampling, prompt_ids
+
     def read(folder: Path) -> None:
         network, own = generate.load(str(folder), "cpu")
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
@@ -315,5 +321,19 @@ def test_damaged_models(model: Path, guard: Guard, tmp_path: Path):
             generate.stream(network, own, ids, 2, Sampling(greedy=True))
 
     attack(model, read, 200, guard, tmp_path)
+
+
+@needs("compression")
+@pytest.mark.slow
+def test_damaged_models_that_are_compressed(model: Path, guard: Guard, tmp_path: Path):
+    from lm_lightning.compression import folder as compressed
+
     attack(model, compressed.load, 200, guard, tmp_path)
+
+
+@needs("tasks.embedding")
+@pytest.mark.slow
+def test_damaged_models_of_an_index(model: Path, guard: Guard, tmp_path: Path):
+    from lm_lightning.tasks.embedding import search
+
     attack(model, lambda folder: search.embedded("a", str(folder), search.About("", "mean", 8)), 100, guard, tmp_path)

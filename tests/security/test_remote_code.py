@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import command, refusal
+from conftest import command, needs, refusal
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from lm_lightning.__main__ import commands
 from lm_lightning.data import tokenizer
 from lm_lightning.data.tokenizer import Tokenizer
 
@@ -40,7 +41,10 @@ def folder(tmp_path: Path) -> Path:
     return model
 
 
-@pytest.mark.parametrize("name", ["generate", "fit", "validate", "compress"])
+COMMANDS = [name for name in ("generate", "fit", "validate", "compress") if name in commands()]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
 def test_code_of_a_folder_is_not_run_even_if_yes_is_typed(name: str, folder: Path, recipe: Path, cache_dir: Path):
     flags = [
         "--config",
@@ -59,6 +63,7 @@ def test_code_of_a_folder_is_not_run_even_if_yes_is_typed(name: str, folder: Pat
     assert not (folder.parent / "harmed").exists()
 
 
+@needs("tasks.generation")
 def test_code_is_run_on_request(folder: Path):
     done = command("generate", folder, "--prompt", "a", "--max_new_tokens", 2, "--trust_remote_code", "true")
     assert done.returncode == 0, done.stderr

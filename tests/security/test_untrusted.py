@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import needs
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from lm_lightning.checkpoints import sharded as sharded_checkpoint
 from lm_lightning.checkpoints.loading import load_checkpoint
 from lm_lightning.commands import export
-from lm_lightning.compression.folder import copy_beside
 from lm_lightning.console import printable
 from lm_lightning.errors import UserError
 from lm_lightning.security import untrusted
@@ -94,7 +94,10 @@ def test_an_export_writes_no_file_that_the_checkpoint_names(name: str, tmp_path:
     assert not (tmp_path / "harmed").exists()
 
 
+@needs("compression")
 def test_a_model_folder_whose_modules_lead_elsewhere_is_not_copied(tmp_path: Path):
+    from lm_lightning.compression.folder import copy_beside
+
     source, target = tmp_path / "source", tmp_path / "target"
     for folder in (source, target, tmp_path / "payload"):
         folder.mkdir()

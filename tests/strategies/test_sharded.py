@@ -10,7 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 import yaml
-from conftest import ROOT
+from conftest import ROOT, needs
 from processes import Runs
 
 from lm_lightning.checkpoints import sharded as sharded_checkpoint
@@ -110,7 +110,12 @@ def commands(recipe, network: str, names: list[str], *flags: object) -> dict[str
     return result
 
 
-@pytest.mark.parametrize("network", ["gpt2", "bert", "pairs", "qwen3"])
+BERT = needs("tasks.masked_lm")
+
+
+@pytest.mark.parametrize(
+    "network", ["gpt2", pytest.param("bert", marks=BERT), pytest.param("pairs", marks=BERT), "qwen3"]
+)
 def test_every_strategy_has_the_losses_of_one_process(runs, recipe, network: str):
     strategies = ["ddp", "accumulated", "fsdp2", "tp"]
     runs(commands(recipe, network, ["one", *strategies]))
@@ -125,6 +130,7 @@ def test_every_strategy_has_the_losses_of_one_process(runs, recipe, network: str
         assert runs.differ(one, other, "step", "val/loss") < tolerance
 
 
+@needs("tasks.tagging")
 def test_first_step_is_that_of_one_process_whatever_the_lengths(runs, recipe, tmp_path: Path):
     """5 words in one process and 60 in the other: the gradient is that of the mean over all words of both."""
     words = ["anna", "sees", "the", "river", "house"]
@@ -350,6 +356,7 @@ def test_options_do_under_sharding_what_they_do_without(runs, recipe):
             assert runs.differ(f"one_{option}", f"{strategy}_{option}", "step", "train/loss") < tolerance, option
 
 
+@needs("tasks.generation")
 def test_sharded_network_generates_predicts_and_is_exported(runs, recipe, cli):
     callback = (
         '[{"class_path": "lm_lightning.tasks.generation.samples.Samples", "init_args": {"prompts": ["", "The old"]}}]'
@@ -392,7 +399,7 @@ def test_sharded_network_generates_predicts_and_is_exported(runs, recipe, cli):
     ("network", "states", "others"),
     [
         ("gpt2", ["one", "ddp", "fsdp2", "folder", "tp", "split"], ["one", "ddp", "fsdp2", "tp"]),
-        ("bert", ["one", "folder", "tp"], ["one", "fsdp2", "split"]),
+        pytest.param("bert", ["one", "folder", "tp"], ["one", "fsdp2", "split"], marks=BERT),
     ],
     ids=["gpt2", "bert"],
 )
