@@ -117,8 +117,8 @@ def explain(error: BaseException) -> None:
             print(f"error: {console.printable(scrub(str(error), sys.argv))}", file=sys.stderr)
         sys.exit(2)
     if isinstance(error, RuntimeError) and LOST_PEER.search(str(error)):
-        # The process that has ended tells why; a traceback of each that waited for it would only hide that.
-        sys.exit("this process ends, since another one of its run has ended")
+        # That process prints the reason; tracebacks of all that waited for it would only hide it.
+        sys.exit("exiting: a peer process died")
     if isinstance(error, BrokenPipeError):
         try:
             sys.stdout.flush()

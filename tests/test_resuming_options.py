@@ -47,8 +47,8 @@ HONORED = {  # option: new value, and where it is seen to be in force
     "trainer.log_every_n_steps": (1, lambda t: t.log_every_n_steps),
     "trainer.accumulate_grad_batches": (2, lambda t: t.accumulate_grad_batches),
     "trainer.gradient_clip_val": (0.5, lambda t: t.gradient_clip_val),
-    "model.skip_limit": (3, lambda t: t.lightning_module.nonfinite.limit),
-    "model.on_nonfinite": ("skip", lambda t: t.lightning_module.nonfinite.on_nonfinite),
+    "model.skip_limit": (3, lambda t: t.lightning_module.steps.nonfinite.limit),
+    "model.on_nonfinite": ("skip", lambda t: t.lightning_module.steps.nonfinite.on_nonfinite),
     "model.activation_checkpointing": (1, lambda t: t.lightning_module.activation_checkpointing),
     "model.schedule.shape": ("linear", lambda t: t.lightning_module.schedule.shape),
     "model.optimizer.lr": (0.003, lambda t: Seen.lr),
@@ -83,7 +83,7 @@ ELSEWHERE = {
     "names and times of checkpoints, read anew": "filename dirpath save_last save_on_exception save_weights_only "
     "auto_insert_metric_name train_time_interval every_n_epochs save_on_train_epoch_end enable_version_counter",
     "another metric begins anew, with its own state": "monitor mode",
-    "where training has begun, before the checkpoint": "pretrained unigram_start keep_head lora",
+    "where training has begun, before the checkpoint": "pretrained unigram_start keep_head adapter",
     "part of the fingerprint of the training rows or of the data's identity": "tables columns max_length language "
     "masking next_sentence kind separator scheme mark overlap max_question retrieval hard_negatives min_score "
     "max_score",

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Optional
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -10,6 +11,7 @@ from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 
 from lm_lightning.compat import lightning as compat
 from lm_lightning.errors import UserError
+from lm_lightning.run import is_unfinished
 
 THRESHOLDS = ("stopping_threshold", "divergence_threshold", "check_finite")
 
@@ -63,7 +65,7 @@ class Ending(Callback):
         option = limit(trainer, step, epochs, elapsed[0] if elapsed else 0)
         if option:
             reason = f"where {option} ended this run: raise {option.split()[0]}"
-        if reason and not pl_module.unfinished:
+        if reason and not resumes_unfinished(trainer):
             raise UserError(
                 f"there is nothing left to train: the checkpoint is at step {step}, {reason} to train further"
             )
@@ -92,6 +94,12 @@ class Ending(Callback):
         for callback in early:
             return f"stopped early: {explained(callback)}"
         return f"stopped: reached {option}" if option else "stopped by a callback"
+
+
+def resumes_unfinished(trainer: Trainer) -> bool:
+    """Whether this run resumes one, in its folder, that was killed after its last step and before it wrote `model/`."""
+    checkpoint = trainer.ckpt_path
+    return checkpoint is not None and is_unfinished(Path(trainer.default_root_dir), Path(checkpoint))
 
 
 def early_stoppings(trainer: Trainer) -> list[EarlyStopping]:

@@ -2,6 +2,7 @@
 
 from lightning.pytorch import Trainer
 
+from lm_lightning.callbacks.ending import resumes_unfinished
 from lm_lightning.callbacks.resuming import Resuming
 from lm_lightning.compat.lightning import LightningFitLoop
 
@@ -22,7 +23,7 @@ class FitLoop(LightningFitLoop):
 
     @property
     def skip(self) -> bool:
-        return super().skip and not self.trainer.lightning_module.unfinished
+        return super().skip and not resumes_unfinished(self.trainer)
 
     def on_iteration_done(self) -> None:
         super().on_iteration_done()

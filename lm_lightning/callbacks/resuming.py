@@ -1,4 +1,4 @@
-"""Resuming: makes every checkpoint one that lies between two optimizer steps, and resumes exactly from there."""
+"""Resuming: makes each checkpoint one between two optimizer steps, and resumes exactly there."""
 
 from typing import Any, Optional
 
@@ -12,8 +12,8 @@ class Resuming(Callback):
 
     Lightning saves the counters of its loops as they are at that moment, in the middle of an optimizer step, of a
     validation or of the end of an epoch, and resumes differently for each (some lose a step, some an epoch, some train
-    one batch too many). Here a checkpoint always means: so many complete epochs, so many batches of complete optimizer
-    steps in the next one, and whether the last step was validated.
+    one batch too many). Here a checkpoint always consists of the number of complete epochs, the number of batches of
+    complete optimizer steps in the next one, and whether the last step was validated.
     """
 
     def __init__(self) -> None:
@@ -27,7 +27,7 @@ class Resuming(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict) -> None:
         for logger in trainer.loggers:
-            logger.save()  # a resumed run does not log these steps again
+            logger.save()  # since a resumed run does not log these steps again
         loops = checkpoint["loops"]["fit_loop"]
         epochs, batches = loops["epoch_progress"], loops["epoch_loop.batch_progress"]
         length, done = trainer.num_training_batches, batches["current"]["processed"]
@@ -59,9 +59,9 @@ class Resuming(Callback):
             compat.mark_epoch_validated(trainer)
 
     def convert(self, trainer: Trainer) -> None:
-        """Converts the counters of a run whose micro-batches had another size, or whose steps another number of them.
+        """Converts the counters of a run with another batch size or another number of micro-batches in a step.
 
-        The place in the data does not depend on them: it is a number of samples.
+        The position in the data does not depend on them, since it is a number of samples.
         """
         progress, length = trainer.fit_loop.epoch_loop.batch_progress, int(trainer.num_training_batches)
         accumulate = trainer.accumulate_grad_batches

@@ -162,7 +162,7 @@ def weights_of_run(config: Any, run: Path) -> Weights:
         return Weights(str(pretrained))
     if "pretrained" in model and (run / "model" / "config.json").is_file():
         model["pretrained"] = str(run / "model")
-        for key, value in {"network": None, "lora": None, "keep_head": False}.items():
+        for key, value in {"network": None, "adapter": None, "keep_head": False}.items():
             if key in model:
                 model[key] = value
         return Weights(str(run / "model"))

@@ -40,7 +40,7 @@ FLAGS = [
     ("--trainer.precision bf17", "bf16-mixed", "did you mean bf16?"),
     ("--model.freeze 3", "--model.freeze is '3'", "must be a list"),
     ("--model.network gpt2", "--model.network is 'gpt2'", "options by name"),
-    ("--model.lora 8", "--model.lora is '8'", "options by name"),
+    ("--model.adapter LoRa", "did you mean LoRA?"),
     ("--data.tokenizer 3", "--data.tokenizer is '3'", "options by name"),
     ("--trainer fast", "--trainer is 'fast'", "options by name"),
     ("--model GPT", "--model is 'GPT'", "CausalLM"),

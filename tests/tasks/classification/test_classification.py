@@ -578,7 +578,9 @@ def test_frozen_parameters_stay(fit):
 HEAD = ("classifier.weight", "classifier.bias")
 
 
-@pytest.mark.parametrize("lora", [(), ("--model.lora.rank", 2)], ids=["all weights", "lora"])
+@pytest.mark.parametrize(
+    "lora", [(), ("--model.adapter", "LoRA", "--model.adapter.rank", 2)], ids=["all weights", "lora"]
+)
 def test_an_equally_large_head_of_other_labels_is_replaced_and_trained(fit, cli, recipe: Path, lora: tuple):
     names = {"good": "art", "bad": "news", "mixed": "sport"}
     base = load_file(fit("--trainer.max_steps", 3) / "model" / "model.safetensors")
