@@ -12,6 +12,7 @@ import sys
 
 from lm_lightning import console, features
 from lm_lightning.cli.explain import of_command_line, program
+from lm_lightning.compat.torch import LOST_PEER
 from lm_lightning.errors import UserError, first_process
 from lm_lightning.hub import TRUST
 from lm_lightning.processes import end_with_parent
@@ -28,8 +29,6 @@ CORE = {
     "prepare": ("lm_lightning.commands.prepare", "tokenize a corpus, show what is in it"),
     "export": ("lm_lightning.commands.export", "make a from_pretrained folder of a checkpoint"),
 }
-# how torch.distributed tells that another process is gone
-LOST = re.compile(r"(closed|reset) by peer|remote (process|worker)|Broken pipe")
 
 
 def main() -> None:
@@ -117,9 +116,9 @@ def explain(error: BaseException) -> None:
         if first_process():
             print(f"error: {console.printable(scrub(str(error), sys.argv))}", file=sys.stderr)
         sys.exit(2)
-    if isinstance(error, RuntimeError) and LOST.search(str(error)):
-        # The process that has ended tells why; a traceback of each that waited for it would only hide that.
-        sys.exit("this process ends, since another one of its run has ended")
+    if isinstance(error, RuntimeError) and LOST_PEER.search(str(error)):
+        # That process prints the reason; tracebacks of all that waited for it would only hide it.
+        sys.exit("exiting: a peer process died")
     if isinstance(error, BrokenPipeError):
         try:
             sys.stdout.flush()

@@ -6,7 +6,6 @@ asked for an answer first, once per process: `from_pretrained(name, local_files_
 
 import contextlib
 import functools
-import logging
 import os
 import socket
 import textwrap
@@ -111,24 +110,6 @@ def untrained(name: str, network: Any, missing: list[str]) -> UserError:
         f"{name} (a {made_of}) has no weights for {len(missing)} tensors of {type(network).__name__}: {tensors}; they "
         "would be random, so give a model that was trained for this"
     )
-
-
-def quiet() -> None:
-    """Switches off what `transformers` prints when it loads or writes weights: progress bars and a table of tensors.
-
-    What that table says (which tensors are new) is reported in one line where it matters.
-    """
-    from transformers.utils.logging import disable_progress_bar, get_logger
-
-    disable_progress_bar()
-    logger = get_logger("transformers.modeling_utils")
-    if no_load_report not in logger.filters:
-        logger.addFilter(no_load_report)
-
-
-def no_load_report(record: logging.LogRecord) -> bool:
-    """A filter of log records."""
-    return "LOAD REPORT" not in record.getMessage()
 
 
 def _is_path(name: str) -> bool:

@@ -69,7 +69,12 @@ FEATURES = {
         ("configs/embedding*", "configs/search.yaml", "docs/search.md"),
         ("search",),
     ),
-    "finetuning": Feature("finetuning", "tables of labelled rows", ("docs/finetuning.md",), needed_by=TASKS),
+    "finetuning": Feature(
+        "finetuning",
+        "tables of labelled rows",
+        ("docs/finetuning.md", "tests/tables.py", "tests/clauses.py"),
+        needed_by=TASKS,
+    ),
     "lora": Feature("lora", "LoRA and QLoRA", ("docs/lora.md",), ("lora",)),
     "compression": Feature(
         "compression", "quantization, pruning, distillation", ("docs/compression.md",), ("compress",)
@@ -77,11 +82,11 @@ FEATURES = {
     "tuning": Feature(
         "tuning",
         "search of hyperparameters, comparison of strategies",
-        ("configs/tuning", "configs/search/", "docs/tuning.md"),
+        ("configs/tuning/", "docs/tuning.md"),
         ("tune",),
     ),
-    "reports": Feature("reports", "HTML pages of runs"),
-    "tracking": Feature("tracking", "Weights & Biases", ("configs/callbacks/wandb.yaml", "configs/sweep/"), ("wandb",)),
+    "reports": Feature("reports", "HTML pages of runs", ("docs/images/report.png",)),
+    "tracking": Feature("tracking", "Weights & Biases", ("configs/tracking/",), ("wandb",)),
     "xla": Feature("xla", "TPUs", ("scripts/test_xla.sh",), ("tpu",)),
     "profiling": Feature("profiling", "profiles of training steps"),
 }
@@ -89,7 +94,7 @@ CHOICES = [name for name, feature in FEATURES.items() if not feature.needed_by]
 TEMPLATE_ONLY = ("scripts/fork.py", "tests/test_fork.py", "docs/forking.md", "CHANGELOG.md")
 # Files that list packages, one a line: the lines of removed ones go
 LISTS = ("features.py", "pyproject.toml", ".importlinter", "package-data")
-MARKER = re.compile(r"[ \t]*(?:#|<!--) fork: ([a-z, ]+?)(?: -->)?(?= \||$)")
+MARKER = re.compile(r"[ \t]*(?:#|<!--) fork: ([a-z, ]+?)(?: -->)?$")
 
 
 class Refusal(Exception):

@@ -2,14 +2,17 @@
 
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from forks import python
+from hostile import Guard
 
 ROOT = Path(__file__).parent.parent  # of the repository
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -35,10 +38,21 @@ def paragraphs(number: int, seed: int = 0) -> list[str]:
     return [f"{i} " + " ".join(sentence() for _ in range(draw.randint(1, 4))) for i in range(number)]
 
 
+def exists(package: str) -> bool:
+    """Whether the project has a package that may be removed, such as `tasks.tagging`."""
+    return (ROOT / "lm_lightning" / package.replace(".", "/")).is_dir()
+
+
 def needs(*packages: str) -> pytest.MarkDecorator:
-    """Marks a test, or a parameter of one, that uses packages which may be removed, such as `tasks.tagging`."""
-    missing = [name for name in packages if not (ROOT / "lm_lightning" / name.replace(".", "/")).is_dir()]
+    """Marks a test, or a parameter of one, that uses packages which may be removed."""
+    missing = [name for name in packages if not exists(name)]
     return pytest.mark.skipif(bool(missing), reason=f"needs {', '.join(missing)}")
+
+
+def optional(name: str) -> Any:
+    """A class of a package that may be removed, such as `tasks.tagging.data.TaggingData`; the test skips without it."""
+    module, _, name = name.rpartition(".")
+    return getattr(pytest.importorskip(f"lm_lightning.{module}"), name)
 
 
 @pytest.fixture(autouse=True)
@@ -149,6 +163,12 @@ def announced_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LanguageModule, "log_evaluation", compare)
 
 
+@pytest.fixture(scope="module")
+def guard() -> Guard:
+    """Notes harm that reading a damaged file does."""
+    return Guard()
+
+
 @pytest.fixture
 def cli(announced_metrics: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., str]:
     """Runs a command in this process, which is quicker, and returns what it prints; refusals are raised."""
@@ -229,3 +249,44 @@ def refusal(result: subprocess.CompletedProcess) -> str:
     errors = [line for line in result.stderr.splitlines() if "error: " in line]
     assert len(errors) == 1, result.stderr
     return errors[0]
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pretrained BERT, as it comes from elsewhere."""
+    import torch
+    from transformers import AutoConfig, AutoModelForMaskedLM
+
+    from lm_lightning.data.tokenizer import Tokenizer, train
+
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer = train(Tokenizer(algorithm="wordpiece", vocab_size=400, lowercase=True), iter(paragraphs(100)), "bert")
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 128, "num_hidden_layers": 2}
+    settings = sizes | {"vocab_size": len(tokenizer), "max_position_embeddings": 512}
+    AutoModelForMaskedLM.from_config(AutoConfig.for_model("bert", **settings)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def reader(cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: Path, cache_dir: Path, corpus_file: Path):
+    """A reader of the documentation in a fresh folder, see `reading`."""
+    from reading import Reader, shrink
+
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    shutil.copy(corpus_file, tmp_path / "my_novel.txt")
+    monkeypatch.chdir(tmp_path)
+    shrink(tmp_path / "configs", cache_dir, corpus_file)
+    return Reader(cli, base)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, corpus_file: Path, cache_dir: Path) -> Path:
+    """A finished run of the tiny recipe."""
+    folder = tmp_path_factory.mktemp("run")
+    file = recipe.__wrapped__(folder, corpus_file, cache_dir)
+    result = command("fit", "--config", file, "--trainer.max_steps", 60, "--trainer.limit_val_batches", 0)
+    assert result.returncode == 0, result.stderr
+    (run,) = (folder / "runs" / "tiny").iterdir()
+    return run

@@ -43,8 +43,13 @@ RUNTIME += tuple(LOG_LEVELS)
 MODULES = {
     "transformers": ["torch", "transformers", "transformers.models.gpt2.modeling_gpt2"]
     + ["transformers.models.bert.modeling_bert"],
-    "lm_lightning": ["lm_lightning.cli.app", "lm_lightning.tasks.generation.generate", "lm_lightning.reports.report"]
-    + ["torch.utils.tensorboard", "torch.distributed.checkpoint"],
+    "lm_lightning": [
+        "lm_lightning.cli.app",
+        "lm_lightning.tasks.generation.generate",  # fork: gpt
+        "lm_lightning.reports.report",  # fork: reports
+        "torch.utils.tensorboard",
+        "torch.distributed.checkpoint",
+    ],
 }
 ENVIRONMENT = dict(os.environ)  # before a library adds to it
 LOCK = threading.Lock()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import command, paragraphs, refusal
+from conftest import command, needs, paragraphs, refusal
 from forks import python
 from lightning.pytorch import Callback, Trainer
 
@@ -266,6 +266,7 @@ def test_validating_a_checkpoint_with_other_sizes_names_the_mismatch(reference, 
         cli("validate", "--config", recipe, "--ckpt_path", checkpoint, "--model.network.n_embd", 64)
 
 
+@needs("tasks.generation")
 def test_samples_are_printed_and_saved_and_never_hold_padding(fit, capsys):
     samples = {"class_path": "lm_lightning.tasks.generation.samples.Samples", "init_args": {"prompts": ["", "The old"]}}
     run = fit("--trainer.callbacks", json.dumps([samples]))
@@ -273,6 +274,7 @@ def test_samples_are_printed_and_saved_and_never_hold_padding(fit, capsys):
     assert [(row["step"], row["prompt"]) for row in rows] == [(5, ""), (5, "The old"), (10, ""), (10, "The old")]
 
 
+@needs("tasks.generation")
 def test_end_of_text_is_learned_although_it_is_also_the_padding(fit, cli, tmp_path: Path):
     lines = ["apples are red", "the sky is blue", "grass grows green", "coal lies black", "lemons look yellow"]
     # the same lines are all that there is to validate, too: two files, so that none is left out

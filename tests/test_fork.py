@@ -225,9 +225,9 @@ def test_changes_that_are_not_committed_are_refused_where_they_matter(template: 
 
 
 def test_marked_lines_and_tests_go(tmp_path: Path):
-    text = "a\nb  # fork: lora\n# fork: gpt, bert\nc\nd  # fork: lora\n# fork: end\n| e | <!-- fork: lora --> |\nf\n"
+    text = "a\nb  # fork: lora\n# fork: gpt, bert\nc\nd  # fork: lora\n# fork: end\n| e | <!-- fork: lora -->\nf\n"
     assert "".join(fork.without_marked(text, ["bert"], "file")) == "a\nc\nf\n"
-    assert "".join(fork.without_marked(text, ["lora"], "file")) == "a\nb\n| e | |\nf\n"
+    assert "".join(fork.without_marked(text, ["lora"], "file")) == "a\nb\n| e |\nf\n"
     for wrong in ("a  # fork: lroa\n", "# fork: lora\nb\n"):
         with pytest.raises(fork.Refusal, match="lroa|without an end"):
             list(fork.without_marked(wrong, ["lora"], "file"))

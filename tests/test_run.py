@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import command, evaluation, paragraphs, refusal
+from conftest import command, evaluation, needs, paragraphs, refusal
 from lightning.pytorch import Callback
 
 from lm_lightning.errors import UserError
@@ -158,6 +158,7 @@ def test_another_tokenizer_is_refused_wherever_a_checkpoint_is_loaded(trained, c
     assert not list(run.glob("evaluations/*"))
 
 
+@needs("tasks.masked_lm", "tasks.generation")
 def test_weights_that_would_stay_random_are_refused(trained, cli, tmp_path: Path):
     from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, BertModel
 
@@ -181,6 +182,7 @@ def test_weights_that_would_stay_random_are_refused(trained, cli, tmp_path: Path
     assert [path for path in (recipe.parent / "runs").glob("*/*") if path != run] == []
 
 
+@needs("tasks.generation")
 def test_a_gpt_trained_to_classify_does_not_generate(tmp_path: Path, cli):
     """Though its head is tied to the embeddings, so that no weights are missing."""
     from transformers import GPT2Config, GPT2ForSequenceClassification
@@ -285,3 +287,16 @@ def test_two_processes_of_a_refused_run_leave_no_folder(recipe: Path):
     flags = ("--trainer.strategy", "ddp", "--trainer.devices", 2, "--data.block_size", 128)
     assert "positions for 64" in refusal(command("fit", "--config", recipe, *flags))
     assert not (recipe.parent / "runs").exists()
+
+
+def test_an_evaluation_reads_each_checkpoint_once_and_lightning_the_chosen_one_again(trained, cli, monkeypatch):
+    _, run, _ = trained("gpt")
+    loaded, load = [], torch.load
+
+    def counting(file: Any, *args: Any, **settings: Any) -> Any:
+        loaded.append(Path(getattr(file, "name", file)).name)
+        return load(file, *args, **settings)
+
+    monkeypatch.setattr(torch, "load", counting)
+    cli("validate", run, "--ckpt_path", "last", "--trainer.limit_val_batches", 1)
+    assert sorted(loaded) == ["best.ckpt", "last.ckpt", "last.ckpt"]

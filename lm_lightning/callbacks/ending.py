@@ -2,13 +2,16 @@
 
 from collections.abc import Iterable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Optional
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, Timer
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 
+from lm_lightning.compat import lightning as compat
 from lm_lightning.errors import UserError
+from lm_lightning.run import is_unfinished
 
 THRESHOLDS = ("stopping_threshold", "divergence_threshold", "check_finite")
 
@@ -62,7 +65,7 @@ class Ending(Callback):
         option = limit(trainer, step, epochs, elapsed[0] if elapsed else 0)
         if option:
             reason = f"where {option} ended this run: raise {option.split()[0]}"
-        if reason and not pl_module.unfinished:
+        if reason and not resumes_unfinished(trainer):
             raise UserError(
                 f"there is nothing left to train: the checkpoint is at step {step}, {reason} to train further"
             )
@@ -93,6 +96,12 @@ class Ending(Callback):
         return f"stopped: reached {option}" if option else "stopped by a callback"
 
 
+def resumes_unfinished(trainer: Trainer) -> bool:
+    """Whether this run resumes one, in its folder, that was killed after its last step and before it wrote `model/`."""
+    checkpoint = trainer.ckpt_path
+    return checkpoint is not None and is_unfinished(Path(trainer.default_root_dir), Path(checkpoint))
+
+
 def early_stoppings(trainer: Trainer) -> list[EarlyStopping]:
     """The trainer's callbacks that may stop it early."""
     return [callback for callback in trainer.callbacks if isinstance(callback, EarlyStopping)]
@@ -101,13 +110,11 @@ def early_stoppings(trainer: Trainer) -> list[EarlyStopping]:
 def check_after_validation(callbacks: Iterable[Callback]) -> None:
     """Lets EarlyStopping check a validation's metrics after it.
 
-    By default Lightning checks at the end of an epoch, where there may be none yet if trainer.max_steps has ended it,
-    or those of an earlier validation.
+    By default Lightning checks at the end of an epoch, where they may be missing or those of an earlier validation.
     """
     for callback in callbacks:
-        early = isinstance(callback, EarlyStopping) and callback.monitor.startswith("val/")
-        if early and callback._check_on_train_epoch_end is None:
-            callback._check_on_train_epoch_end = False
+        if isinstance(callback, EarlyStopping) and callback.monitor.startswith("val/"):
+            compat.check_after_validation(callback)
 
 
 def limit(trainer: Trainer, step: int, epochs: int, seconds: float) -> Optional[str]:
@@ -124,8 +131,10 @@ def limit(trainer: Trainer, step: int, epochs: int, seconds: float) -> Optional[
     if 0 < (trainer.max_epochs or 0) <= epochs:
         return f"trainer.max_epochs {trainer.max_epochs:,}"
     for callback in trainer.callbacks:
-        if isinstance(callback, Timer) and callback._duration is not None and seconds >= callback._duration:
-            return f"trainer.max_time {timedelta(seconds=callback._duration)}"
+        if isinstance(callback, Timer) and (left := callback.time_remaining()) is not None:
+            duration = round(left + callback.time_elapsed(), 3)  # (the clock runs between both)
+            if seconds >= duration:
+                return f"trainer.max_time {timedelta(seconds=duration)}"
     return None
 
 

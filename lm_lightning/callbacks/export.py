@@ -40,7 +40,7 @@ class Export(Callback):
         if trainer.is_global_zero:  # as at the end; in other processes, transformers does not write all files
             with tempfile.TemporaryDirectory() as folder:
                 try:
-                    check_export(description, trainer.datamodule.tokenizer, Path(folder))
+                    check_export(description, pl_module.tokenizer, Path(folder))
                 except UserError as error:
                     problem = str(error)
         if problem := trainer.strategy.broadcast(problem):
@@ -105,7 +105,7 @@ def complete_from(trainer: Trainer) -> float:
 def export(
     pl_module: LightningModule, folder: Path, about: dict[str, Any], saved: Optional[dict[str, Any]] = None
 ) -> None:
-    """Writes the model, and of LoRA `adapter/` beside it, each whole or not there; all processes call it.
+    """Writes the model, and with an adapter `adapter/` beside it, each whole or not there; all processes call it.
 
     A callback with a method `on_export` may change the model's folder before it is in place.
 
@@ -117,8 +117,10 @@ def export(
             needs its content.
     """
 
+    exporter = pl_module.exporter()
+
     def write(partial: Path) -> None:
-        pl_module.export(partial, saved)
+        exporter.write(partial, saved)
         if pl_module.trainer.is_global_zero:
             files.write_text(partial / TRAINING, json.dumps(about, indent=2))
             for callback in pl_module.trainer.callbacks:
@@ -126,8 +128,8 @@ def export(
                     callback.on_export(partial)
 
     replace(pl_module, folder, write)
-    if pl_module.lora is not None:
-        replace(pl_module, folder.with_name("adapter"), lambda partial: pl_module.export_adapter(partial, saved))
+    if exporter.adapter is not None:
+        replace(pl_module, folder.with_name("adapter"), lambda partial: exporter.write_adapter(partial, saved))
     if pl_module.trainer.is_global_zero:
         print(f"model: {folder} (weights of the {about['checkpoint']} checkpoint, {describe_weights(about)})")
 

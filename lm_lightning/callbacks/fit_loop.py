@@ -1,12 +1,13 @@
 """Lightning's training loop, which always validates the last step of a run."""
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.loops.fit_loop import _FitLoop
 
+from lm_lightning.callbacks.ending import resumes_unfinished
 from lm_lightning.callbacks.resuming import Resuming
+from lm_lightning.compat.lightning import LightningFitLoop
 
 
-class FitLoop(_FitLoop):
+class FitLoop(LightningFitLoop):
     """Lightning's loop over the epochs; when training ends, the last step is validated unless it already was.
 
     A run that is resumed at its last step, because it was killed in that validation or before `model/` was written,
@@ -22,7 +23,7 @@ class FitLoop(_FitLoop):
 
     @property
     def skip(self) -> bool:
-        return super().skip and not self.trainer.lightning_module.unfinished
+        return super().skip and not resumes_unfinished(self.trainer)
 
     def on_iteration_done(self) -> None:
         super().on_iteration_done()

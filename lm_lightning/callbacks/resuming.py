@@ -1,9 +1,10 @@
-"""Resuming: makes every checkpoint one that lies between two optimizer steps, and resumes exactly from there."""
+"""Resuming: makes each checkpoint one between two optimizer steps, and resumes exactly there."""
 
 from typing import Any, Optional
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loops.evaluation_loop import RestartStage
+
+from lm_lightning.compat import lightning as compat
 
 
 class Resuming(Callback):
@@ -11,8 +12,8 @@ class Resuming(Callback):
 
     Lightning saves the counters of its loops as they are at that moment, in the middle of an optimizer step, of a
     validation or of the end of an epoch, and resumes differently for each (some lose a step, some an epoch, some train
-    one batch too many). Here a checkpoint always means: so many complete epochs, so many batches of complete optimizer
-    steps in the next one, and whether the last step was validated.
+    one batch too many). Here a checkpoint always consists of the number of complete epochs, the number of batches of
+    complete optimizer steps in the next one, and whether the last step was validated.
     """
 
     def __init__(self) -> None:
@@ -26,7 +27,7 @@ class Resuming(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict) -> None:
         for logger in trainer.loggers:
-            logger.save()  # a resumed run does not log these steps again
+            logger.save()  # since a resumed run does not log these steps again
         loops = checkpoint["loops"]["fit_loop"]
         epochs, batches = loops["epoch_progress"], loops["epoch_loop.batch_progress"]
         length, done = trainer.num_training_batches, batches["current"]["processed"]
@@ -51,18 +52,16 @@ class Resuming(Callback):
         if trainer.global_step != pl_module.resumed_at or trainer.global_step == 0:
             return
         begun = loop.batch_progress.current.ready > 0
-        due = begun and loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
+        due = begun and compat.validation_is_due(trainer)
         if due and self.validated != trainer.global_step:
-            # The validation was not finished. Lightning would assume that it was.
-            loop.val_loop.batch_progress.reset_on_run()
-            loop.val_loop._restart_stage = RestartStage.RESTARTED_MID_EVALUATION
+            compat.repeat_validation(trainer)
         elif loop.batch_progress.is_last_batch:
-            loop.val_loop._has_run = True  # else Lightning would train one more batch of this epoch
+            compat.mark_epoch_validated(trainer)
 
     def convert(self, trainer: Trainer) -> None:
-        """Converts the counters of a run whose micro-batches had another size, or whose steps another number of them.
+        """Converts the counters of a run with another batch size or another number of micro-batches in a step.
 
-        The place in the data does not depend on them: it is a number of samples.
+        The position in the data does not depend on them, since it is a number of samples.
         """
         progress, length = trainer.fit_loop.epoch_loop.batch_progress, int(trainer.num_training_batches)
         accumulate = trainer.accumulate_grad_batches
@@ -81,8 +80,7 @@ class Resuming(Callback):
         self.accumulated, self.batch_samples = accumulate, samples
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        # Lightning counts this a second time when it resumes, and logs every trainer.log_every_n_steps of it.
-        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+        compat.set_logged_steps(trainer, trainer.global_step)
 
     def state_dict(self) -> dict:
         return {"validated": self.validated, "accumulated": self.accumulated, "batch_samples": self.batch_samples}

@@ -42,7 +42,7 @@ class Spikes(Callback):
             write_text(file, "".join(kept))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        steps, pl_module.nonfinite.checked = pl_module.nonfinite.checked, []
+        steps, pl_module.steps.nonfinite.checked = pl_module.steps.nonfinite.checked, []
         for step in steps:
             if len(self.losses) >= min(20, self.losses.maxlen or 20):
                 mean = statistics.fmean(self.losses)

@@ -9,6 +9,8 @@ import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lm_lightning.data import contract
+
 
 class Throughput(Callback):
     """Logs `train/tokens_per_second`, `train/tokens`, `train/seconds`, `train/mfu` and `train/memory`.
@@ -57,15 +59,15 @@ class Throughput(Callback):
     ) -> None:
         self.tokens += batch["input_ids"].numel()
         self.targets += batch["targets"].numel()
-        self.step_tokens += batch["input_ids"].numel() * trainer.datamodule.replicas
-        if pl_module.accumulator is not None:  # the optimizer has not stepped yet
+        self.step_tokens += batch["input_ids"].numel() * contract.place(trainer)["num_replicas"]
+        if pl_module.steps.current is not None:  # the optimizer has not stepped yet
             return
         self.total, self.step_tokens = self.total + self.step_tokens, 0
         if trainer.global_step % trainer.log_every_n_steps:
             return
         seconds = time.perf_counter() - self.since
         metrics = {
-            "train/tokens_per_second": self.tokens / seconds * trainer.datamodule.replicas,
+            "train/tokens_per_second": self.tokens / seconds * contract.place(trainer)["num_replicas"],
             "train/tokens": self.total,
             "train/seconds": self.seconds(),
         }

@@ -2,7 +2,6 @@
 
 import io
 import os
-import re
 import shutil
 from pathlib import Path
 from typing import Any, Optional
@@ -88,9 +87,9 @@ def check_loads(written: Path, path: Path) -> None:
     try:
         torch.load(written, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
-        kind = re.search(r"GLOBAL (\S+)", str(error))
+        classes = torch.serialization.get_unsafe_globals_in_checkpoint(written)
         raise UserError(
             f"the checkpoint {path} could not be loaded again: the state of a callback or module holds "
-            f"{'a ' + kind[1] if kind else 'something'}, but only tensors, numbers, strings, lists and dicts "
+            f"{'a ' + classes[0] if classes else 'something'}, but only tensors, numbers, strings, lists and dicts "
             "are safe to load: change its state_dict"
         ) from error

@@ -17,10 +17,10 @@ import torch
 import torch.distributed
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
 
 from lm_lightning.checkpoints.files import OLD, check_loads, remove_partial, write_error
+from lm_lightning.compat import torch as compat
 from lm_lightning.console import printable
 from lm_lightning.errors import UserError
 from lm_lightning.files import PARTIAL, checksum, put, remove, sync
@@ -217,7 +217,7 @@ def check_table(metadata: Any, path: Path) -> None:
         raise UserError(f"{path / TABLE} is not the table of contents of a checkpoint")
     room: dict[str, int] = {}  # bytes of the file of each tensor's parts
     for index, info in metadata.storage_data.items():
-        if not isinstance(index, MetadataIndex) or not isinstance(info, _StorageInfo):
+        if not isinstance(index, MetadataIndex) or not isinstance(info, compat.storage_info()):
             raise UserError(f"{path / TABLE} has an entry that is not a part of a tensor: it is damaged or was changed")
         file = path / plain_name(info.relative_path, f"a file name in {path / TABLE}")
         size = file.stat().st_size if file.is_file() and not file.is_symlink() else -1
@@ -241,13 +241,12 @@ class TableUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         # a module is not even imported unless a table needs it: an import runs code
-        modules = (METADATA, "torch", "torch.serialization", "torch.distributed.checkpoint.filesystem")
+        modules = (METADATA, "torch", compat.LAYOUT[0], compat.STORAGE_INFO[0])
         known = module in (*modules, "pathlib", "collections") and "." not in name
         found = super().find_class(module, name) if known else None
         allowed = (
             (module == METADATA and isinstance(found, type) and found.__module__ == METADATA)
-            or (module, name) == ("torch.distributed.checkpoint.filesystem", "_StorageInfo")
-            or (module, name) in (("torch", "Size"), ("torch", "device"), ("torch.serialization", "_get_layout"))
+            or (module, name) in (("torch", "Size"), ("torch", "device"), compat.STORAGE_INFO, compat.LAYOUT)
             or (module == "torch" and isinstance(found, (torch.dtype, torch.memory_format)))
             or (module, name) in (("pathlib", "PosixPath"), ("pathlib", "WindowsPath"), ("collections", "OrderedDict"))
         )

@@ -18,14 +18,13 @@ from jsonargparse import DefaultHelpFormatter
 
 from lm_lightning.cli.explain import program
 from lm_lightning.cli.settings import Parser
+from lm_lightning.compat.jsonargparse import option_names
 
 FIT_FLAGS = "fit_flags"  # name of a parameter that takes all flags that are not the function's own
 
 
-class Formatter(DefaultHelpFormatter):
+class Formatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
     """Keeps the paragraphs of a description."""
-
-    _fill_text = RawDescriptionHelpFormatter._fill_text
 
 
 def run(function: Callable, epilog: str = "") -> Any:
@@ -46,7 +45,7 @@ def run(function: Callable, epilog: str = "") -> Any:
     parser, arguments = parser_of(function, epilog), sys.argv[2:]
     if FIT_FLAGS not in inspect.signature(function).parameters:
         return function(**vars(parser.parse_args(arguments)))
-    own, fit_flags = split(arguments, parser._option_string_actions)
+    own, fit_flags = split(arguments, option_names(parser))
     return function(fit_flags, **vars(parser.parse_args(own)))
 
 

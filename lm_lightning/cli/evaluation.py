@@ -1,20 +1,20 @@
-"""Evaluations: which run `validate`, `test` and `predict` are of, whose settings they have, and what they leave.
+"""Evaluations: the run, settings and weights that `validate`, `test` and `predict` use, and the files that they write.
 
 The settings are those of the run's config.yaml, overridden by the flags of the command line; the weights are those of
-its `model/`, unless a checkpoint is named; the tokenizer is the one that the run has saved.
+its `model/`, unless a checkpoint is given; the tokenizer is the one that the run has saved.
 """
 
 import json
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lm_lightning import run as runs
-from lm_lightning.checkpoints.loading import CheckpointFolder, find_checkpoint, folder_of, run_of
+from lm_lightning.checkpoints.loading import Checkpoint, CheckpointFolder, find_checkpoint, folder_of, run_of
 from lm_lightning.cli import saving, settings
 from lm_lightning.console import printable
 from lm_lightning.errors import UserError
@@ -28,16 +28,16 @@ SPLITS = {"validate": "validation", "test": "test", "predict": "predict"}
 
 
 def of_arguments(arguments: list[str]) -> tuple[Optional[Path], list[str]]:
-    """Replaces the run in `validate RUN ...` by its config.
+    """Replaces the run in `validate RUN ...` by its config file.
 
     Args:
         arguments: The subcommand and what follows.
 
     Returns:
-        The run folder, None if there is no such argument, and the arguments that the parser knows.
+        The run folder, None if there is no such argument; the arguments for the parser.
 
     Raises:
-        UserError: If the argument is no run.
+        UserError: If the argument is not a run.
     """
     if arguments[:1] == [] or arguments[0] not in COMMANDS or len(arguments) < 2 or arguments[1].startswith("-"):
         return None, arguments
@@ -49,7 +49,7 @@ def of_arguments(arguments: list[str]) -> tuple[Optional[Path], list[str]]:
 
 
 def of_config(config: Any, name: str) -> Optional[Path]:
-    """The run that `ckpt_path` or `model.pretrained` names, None if what they name belongs to no run.
+    """The run of `ckpt_path` or `model.pretrained`, None if these are of no run.
 
     Args:
         config: Of the subcommand.
@@ -75,18 +75,18 @@ def options_of(config: Any, part: str) -> Any:
 
 
 def with_config_of(run: Path, arguments: list[str]) -> list[str]:
-    """Arguments of an evaluation with the config of a run in the place of other configs."""
+    """Arguments of an evaluation with the config of a run instead of other configs."""
     return [arguments[0], "--config", str(run / "config.yaml"), *settings.layered(arguments[1:])[2]]
 
 
 def record_of(configs: Any) -> Optional[Path]:
-    """The record of the evaluation whose own, complete config is among those that are given, None if there is none."""
+    """The record of the evaluation whose complete config is among the given ones, None if there is none."""
     files = [Path(str(config)).parent / RECORD for config in configs or []]
     return next((file for file in files if file.is_file()), None)
 
 
 def differences(ours: Any, other: Any, name: str) -> Iterator[str]:
-    """The names of options that two configs have, but with other values."""
+    """The names of options that have different values in two configs."""
     if hasattr(ours, "items") and hasattr(other, "items"):
         mine, others = dict(ours.items()), dict(other.items())
         for key in mine.keys() & others.keys():
@@ -95,18 +95,55 @@ def differences(ours: Any, other: Any, name: str) -> Iterator[str]:
         yield name
 
 
-def configure(config: Any, run: Path) -> str:
-    """Gives an evaluation of a run its weights and its tokenizer, where the user has not given others.
+class Weights(NamedTuple):
+    """The weights that are evaluated.
+
+    `name` is a folder, a checkpoint or a name on the Hub; `network`, of a checkpoint, the description of its network.
+    """
+
+    name: str
+    network: Optional[dict[str, Any]] = None
+
+
+def weights_of(config: Any, run: Optional[Path], command: str) -> Weights:
+    """The weights of an evaluation; sets the options that load them.
 
     Args:
-        config: Of the subcommand; is changed.
-        run: Run folder.
-
-    Returns:
-        What the weights are.
+        config: Options of the subcommand; is changed.
+        run: The run that is evaluated, None for weights of no run.
+        command: The subcommand.
 
     Raises:
-        UserError: If there are none.
+        UserError: If there are none, or they are damaged.
+    """
+    if run is not None and not record_of(config.config):
+        return weights_of_run(config, run)
+    if config.ckpt_path is not None:
+        folder = folder_of(config.ckpt_path, config.runs_dir, config.name)
+        return use_checkpoint(config, find_checkpoint(config.ckpt_path, folder))
+    if pretrained := config.model.init_args.get("pretrained"):
+        return Weights(pretrained)
+    raise UserError(
+        f"{command} needs trained weights: give a run, as in `{command} RUN`, --ckpt_path last or a checkpoint, or "
+        "--model.pretrained"
+    )
+
+
+def use_checkpoint(config: Any, checkpoint: Checkpoint) -> Weights:
+    """Makes an evaluation load a checkpoint."""
+    config.ckpt_path = str(checkpoint.path.absolute())
+    return Weights(config.ckpt_path, checkpoint.content["network"])
+
+
+def weights_of_run(config: Any, run: Path) -> Weights:
+    """Sets the options for the weights and the tokenizer of a run, where the user has not given others.
+
+    Args:
+        config: Options of the subcommand; is changed.
+        run: Run folder.
+
+    Raises:
+        UserError: If it has no weights, or they are damaged.
     """
     saved = settings.read(str(run / "config.yaml"))
     saved_model, saved_data = (saved[part].get("init_args") or {} for part in ("model", "data"))
@@ -115,30 +152,27 @@ def configure(config: Any, run: Path) -> str:
     if hasattr(tokenizer, "path") and tokenizer.as_dict() == (saved_data.get("tokenizer") or {}):
         tokenizer.path = str(run / "tokenizer")
     if config.ckpt_path is not None:
-        checkpoint, _ = find_checkpoint(config.ckpt_path, run / "checkpoints")
-    else:
-        pretrained = model.get("pretrained")
-        if pretrained is not None and Path(pretrained).expanduser().absolute() == run:  # by which it was found
-            pretrained = model["pretrained"] = saved_model.get("pretrained")
-        if pretrained is not None and pretrained != saved_model.get("pretrained"):  # the run's settings, other weights
-            if "network" in model and model["network"] == saved_model.get("network"):
-                model["network"] = None
-            return str(pretrained)
-        if "pretrained" in model and (run / "model" / "config.json").is_file():
-            model["pretrained"] = str(run / "model")
-            for key, value in {"network": None, "lora": None, "keep_head": False}.items():
-                if key in model:
-                    model[key] = value
-            return str(run / "model")
-        if not (run / "checkpoints").is_dir():
-            raise UserError(f"{run} has neither a model/ nor checkpoints/, so there is nothing to evaluate")
-        checkpoint, _ = CheckpointFolder(run / "checkpoints").exported()
-    config.ckpt_path = str(checkpoint.absolute())
-    return config.ckpt_path
+        return use_checkpoint(config, find_checkpoint(config.ckpt_path, run / "checkpoints"))
+    pretrained = model.get("pretrained")
+    if pretrained is not None and Path(pretrained).expanduser().absolute() == run:  # by which it was found
+        pretrained = model["pretrained"] = saved_model.get("pretrained")
+    if pretrained is not None and pretrained != saved_model.get("pretrained"):  # the run's settings, other weights
+        if "network" in model and model["network"] == saved_model.get("network"):
+            model["network"] = None
+        return Weights(str(pretrained))
+    if "pretrained" in model and (run / "model" / "config.json").is_file():
+        model["pretrained"] = str(run / "model")
+        for key, value in {"network": None, "adapter": None, "keep_head": False}.items():
+            if key in model:
+                model[key] = value
+        return Weights(str(run / "model"))
+    if not (run / "checkpoints").is_dir():
+        raise UserError(f"{run} has neither a model/ nor checkpoints/, so there is nothing to evaluate")
+    return use_checkpoint(config, CheckpointFolder(run / "checkpoints").exported())
 
 
 def files_of(config: Any) -> dict[str, Any]:
-    """The options that say where the data comes from, without those that are not given."""
+    """The options that name the data, without those that are not set."""
     options = options_of(config, "data")
     found = {key: options[key] for key in ("corpus", "tables", "retrieval", "texts") if options.get(key)}
     plain = {key: value.as_dict() if hasattr(value, "as_dict") else value for key, value in found.items()}
@@ -149,18 +183,18 @@ def files_of(config: Any) -> dict[str, Any]:
 
 
 class Evaluation(Callback):
-    """Writes what an evaluation is of into its folder: `config.yaml`, and `evaluation.json` with the metrics.
+    """Writes the files of an evaluation into its folder: `config.yaml`, and `evaluation.json` with the metrics.
 
     Args:
-        parser: Which writes the config.
+        parser: Writes the config.
         config: The settings of the evaluation.
         run: Run folder, None for weights of no run.
-        weights: Where they are from.
+        weights: Folder, checkpoint or Hub name of the weights.
     """
 
     def __init__(self, parser: LightningArgumentParser, config: Any, run: Optional[Path], weights: str) -> None:
         self.parser, self.config = parser, config
-        about = Path(weights) / runs.TRAINING  # of a run's model/: which checkpoint it is
+        about = Path(weights) / runs.TRAINING  # of a run's model/: its checkpoint
         self.about = read_json(about) if weights and about.is_file() else None
         if self.about is not None and not (
             type(self.about.get("step")) is int and isinstance(self.about.get("checkpoint"), str)
@@ -169,7 +203,7 @@ class Evaluation(Callback):
         self.record: dict[str, Any] = {"run": run and str(run), "weights": weights, "model": self.about}
 
     def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes both files, without metrics, when nothing is left to refuse."""
+        """Writes both files, without metrics, when all checks have passed."""
         if not trainer.is_global_zero or trainer.fast_dev_run:
             return
         folder, command = Path(trainer.default_root_dir), trainer.state.fn.value if trainer.state.fn else ""
@@ -197,7 +231,7 @@ class Evaluation(Callback):
     on_validation_end = on_test_end = on_predict_end = end
 
     def weights(self) -> str:
-        """Where the weights are from, for the screen."""
+        """Where the weights are from, as text."""
         where = self.record["weights"]
         return (
             f"{where} ({printable(str(self.about.get('checkpoint')))} checkpoint, step {self.about['step']:,})"
@@ -206,6 +240,6 @@ class Evaluation(Callback):
         )
 
     def write(self, trainer: Trainer) -> None:
-        """Writes the record, which is whole whenever the process is killed."""
+        """Writes the record, complete even if the process is killed."""
         file = Path(trainer.default_root_dir) / RECORD
         write_text(file, json.dumps(redact(self.record), indent=2, ensure_ascii=False))

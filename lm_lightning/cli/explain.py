@@ -11,6 +11,7 @@ from typing import Any, Optional
 
 import yaml
 
+from lm_lightning.compat.jsonargparse import option_names
 from lm_lightning.errors import UserError
 from lm_lightning.yaml_text import Loader
 
@@ -20,6 +21,7 @@ EXTRAS = {"bitsandbytes": "lora"}
 
 BASES = {  # of the classes that an option may name
     "model": "lm_lightning.models.module.LanguageModule",
+    "adapter": "lm_lightning.models.adapter.Adapter",
     "data": "lightning.pytorch.LightningDataModule",
     "callbacks": "lightning.pytorch.Callback",
     "logger": "lightning.pytorch.loggers.Logger",
@@ -249,7 +251,7 @@ def options_of(kind: Any, prefix: str) -> list[str]:
 
 def flags_of(parser: Any) -> list[str]:
     """The options of a parser, without dashes."""
-    names = [name[2:] for name in parser._option_string_actions if name.startswith("--")]
+    names = [name[2:] for name in option_names(parser) if name.startswith("--")]
     return [name for name in names if name != "help" and not name.endswith((".help", "+"))]
 
 

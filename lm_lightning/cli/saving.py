@@ -9,11 +9,10 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lm_lightning import yaml_text
+from lm_lightning.compat.jsonargparse import UNSAVEABLE
 from lm_lightning.errors import UserError
 from lm_lightning.files import write_text
 from lm_lightning.security.redaction import redact
-
-UNSAVEABLE = "Unable to serialize instance"  # what jsonargparse writes in the place of such a value
 
 
 def checked(parser: LightningArgumentParser, config: Any) -> Any:

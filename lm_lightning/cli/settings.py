@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import ArgumentParser, _typehints, set_dumper, set_loader
+from jsonargparse import ArgumentParser, set_dumper, set_loader
 
 from lm_lightning.cli.explain import flags_of
+from lm_lightning.compat.jsonargparse import install_class_settings
 from lm_lightning.console import printable
 from lm_lightning.errors import UserError, first_process
 from lm_lightning.security.redaction import remember
@@ -20,6 +21,7 @@ KINDS = ("class_path", "model_type")  # what else a mapping has belongs to the v
 SPEC = {"class_path", "init_args", "dict_kwargs"}
 
 set_loader("yaml", load, (yaml.YAMLError,))  # for the values of flags, too
+install_class_settings()
 set_dumper("yaml", dump)
 
 
@@ -35,19 +37,6 @@ class Parser(ArgumentParser):
         except argparse.ArgumentError as error:
             error.names = flags_of(self)  # type: ignore[attr-defined]
             raise
-
-
-def keep_own_settings(parser_or_action: Any, before: Any, value: Any) -> None:
-    """Drops the settings of another class, as a class that is chosen has its own defaults.
-
-    jsonargparse would keep those that the new class accepts, even if they are defaults of the old one.
-    """
-    before = _typehints.subclass_spec_as_namespace(before)
-    if before and before.get("init_args") and before["class_path"] != value["class_path"]:
-        before.pop("init_args")
-
-
-_typehints.discard_init_args_on_class_path_change = keep_own_settings
 
 
 def read(file: str) -> dict[str, Any]:

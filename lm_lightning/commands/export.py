@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 from typing import Any, Optional
 
-from lm_lightning import files, hub
+from lm_lightning import files
 from lm_lightning import run as runs
 from lm_lightning.checkpoints.loading import CheckpointFolder, find_checkpoint, load_checkpoint
+from lm_lightning.compat.transformers import hide_load_report
 from lm_lightning.errors import UserError
 from lm_lightning.run import find_run
 from lm_lightning.security import untrusted
@@ -17,8 +18,8 @@ def export(
 ) -> None:
     """Makes a `from_pretrained` folder of a checkpoint and checks that it reloads to the same logits.
 
-    Of LoRA, the adapters are added to their base, which is loaded from where it came from; without an `output`, they
-    are written to `adapter/` of the run folder, too.
+    An adapter is merged into its base, which is loaded from where it came from; without an `output`, it is written to
+    `adapter/` of the run folder, too.
 
     Args:
         run: Run folder.
@@ -95,36 +96,30 @@ def write_checked(
 ) -> None:
     """Writes network and tokenizer into `folder` and refuses it if it does not give the checkpoint's logits.
 
-    Of LoRA, the adapters go into another folder, too, if given.
+    What an adapter has trained is written by itself, too, if a folder for it is given.
     """
     import torch
 
     from lm_lightning.compression.structure import shrink
-    from lm_lightning.data import tokenizer as tokenizers
+    from lm_lightning.models import adapter as adapters
     from lm_lightning.models.export import save_network
 
-    hub.quiet()
+    hide_load_report()
     description = saved["network"]
     network_class = untrusted.network_class(description["class"])
     config = network_class.config_class.from_dict(description["config"])
     weights = {k.removeprefix("network."): w for k, w in saved["state_dict"].items() if k.startswith("network.")}
-    if "lora" in saved:
-        from lm_lightning.lora import lora
-
-        network, weights = lora.network_of(saved)
+    if "adapter" in saved:
+        own_adapter, network, weights = adapters.restore(saved)
         if adapter is not None:
-            lora.save_adapter(network, weights, saved["lora"] | description, adapter)
-        weights = lora.merged(network, weights, saved["lora"]["alpha"] / saved["lora"]["rank"])
+            own_adapter.save(network, weights, saved["adapter"], description, adapter)
+        weights = own_adapter.merge(network, weights)
     save_network(description, weights, folder, max_shard_size)
     for state in saved.get("callbacks", {}).values():
         if "kept" in state:  # of StructuredPruning
             shrink(folder, state["kind"], state["kept"])
-    own = tokenizers.load(str(tokenizer))
-    if saved.get("tokenizer", tokenizers.fingerprint(own)) != tokenizers.fingerprint(own):
-        raise UserError(f"the checkpoint was made with another tokenizer than {tokenizer}: nothing is exported")
-    tokenizers.save(own, folder)
-    if tokenizers.fingerprint(tokenizers.load(str(folder))) != tokenizers.fingerprint(own):
-        raise UserError("the exported tokenizer is not read as it was saved: nothing is exported")
+    if saved.get("tokenizer", "") is not None:  # else the data has none
+        write_tokenizer(saved, tokenizer, folder)
 
     tokens = torch.arange(min(16, config.vocab_size)).unsqueeze(0)
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
@@ -139,6 +134,22 @@ def write_checked(
         raise UserError(
             f"the exported model's outputs differ from the checkpoint's by {difference:.2g}: nothing is exported"
         )
+
+
+def write_tokenizer(saved: dict, tokenizer: Path, folder: Path) -> None:
+    """Writes the tokenizer of a run, in a folder, beside its network.
+
+    Raises:
+        UserError: If it is not that of the checkpoint, or would be loaded as another one.
+    """
+    from lm_lightning.data import tokenizer as tokenizers
+
+    own = tokenizers.load(str(tokenizer))
+    if saved.get("tokenizer", tokenizers.fingerprint(own)) != tokenizers.fingerprint(own):
+        raise UserError(f"the checkpoint was made with another tokenizer than {tokenizer}: nothing is exported")
+    tokenizers.save(own, folder)
+    if tokenizers.fingerprint(tokenizers.load(str(folder))) != tokenizers.fingerprint(own):
+        raise UserError("the exported tokenizer is not loaded as it was saved: nothing is exported")
 
 
 def main() -> None:

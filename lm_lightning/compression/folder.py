@@ -1,4 +1,4 @@
-"""Folders of models: what a step of a recipe reads and leaves."""
+"""Folders of models, which the steps of a recipe read and write."""
 
 import json
 import shutil
@@ -14,11 +14,11 @@ from lm_lightning.errors import UserError
 from lm_lightning.models.export import HEAD_FILE
 from lm_lightning.security import untrusted
 
-PROGRAMS = (".onnx", ".pt2")  # not for `transformers`
+PROGRAMS = (".onnx", ".pt2")  # which `transformers` does not load
 
 
 def load(folder: Path, **settings: Any) -> transformers.PreTrainedModel:
-    """The network of a folder, of the class that it was saved from, in evaluation mode."""
+    """Loads the network of a folder, of the class that it was saved from, in evaluation mode."""
     config = hub.config(str(folder))
     named = config.architectures
     network_class = untrusted.network_class(named[0] if isinstance(named, list) and named else None)
@@ -26,7 +26,7 @@ def load(folder: Path, **settings: Any) -> transformers.PreTrainedModel:
 
 
 def copy_beside(source: Path, target: Path) -> None:
-    """Copies what a folder has beside the network's weights: tokenizer, a head of ours, poolings."""
+    """Copies everything but the network's weights: the tokenizer, a head of this project, poolings."""
     for file in source.iterdir():
         weights = file.suffix in (".safetensors", *PROGRAMS) or file.name.endswith(".index.json")
         if file.is_file() and (file.name == HEAD_FILE or not weights):
@@ -44,21 +44,20 @@ def save_as(
     """Writes a network of other sizes.
 
     Args:
-        network: Of the sizes until now.
-        changes: Settings of its config that are others.
-        weights: Of the new sizes.
-        target: Folder that is there.
+        network: With the old sizes.
+        changes: The settings of its config that differ.
+        weights: With the new sizes.
+        target: Existing folder.
 
     Raises:
-        UserError: If its class does not take them.
+        UserError: If its class does not accept the sizes.
     """
     try:
         config = type(network.config).from_dict(network.config.to_dict() | changes)
         smaller = type(network)(config)
     except (ValueError, TypeError) as error:
         raise UserError(
-            f"{type(network).__name__} does not take {changes} ({' '.join(str(error).split())[:200]}): take "
-            "another share"
+            f"{type(network).__name__} cannot have {changes} ({' '.join(str(error).split())[:200]}): use another share"
         ) from error
     smaller.load_state_dict(weights)
     if network.can_generate():

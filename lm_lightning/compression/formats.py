@@ -1,6 +1,6 @@
 """Formats of finished models that run without `transformers`: ONNX, and PyTorch's own exported programs.
 
-Both take what the tokenizer gives, (batch, tokens) int64 each, of any sizes, and give all outputs of the network.
+The inputs of both are the tokenizer's, (batch, tokens) int64 each, of any sizes; the outputs are all of the network's.
 """
 
 import contextlib
@@ -22,12 +22,12 @@ from lm_lightning.errors import UserError
 from lm_lightning.networks import linear_layers
 
 ONNX, PROGRAM = "model.onnx", "model.pt2"
-Runner = Callable[..., dict[str, Tensor]]  # inputs by their names in, outputs by theirs out
+Runner = Callable[..., dict[str, Tensor]]  # inputs by name -> outputs by name
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Leaves out what tracers and quantizers report of themselves."""
+    """Suppresses the warnings and messages of tracers and quantizers."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -39,16 +39,16 @@ def quiet() -> Iterator[None]:
 
 
 def tensors_of(output: Any) -> dict[str, Tensor]:
-    """The outputs of a network that are tensors, by their names."""
+    """The tensors among the outputs of a network, by their names."""
     return {name: value for name, value in output.items() if isinstance(value, Tensor)}
 
 
 class Outputs(nn.Module):
-    """A network that takes its inputs in an order, and gives its outputs in one.
+    """A network with positional inputs and a tuple of outputs.
 
     Args:
         network: Of `transformers`.
-        names: Of the inputs.
+        names: The names of the inputs, in their order.
     """
 
     def __init__(self, network: nn.Module, names: list[str]) -> None:
@@ -60,19 +60,19 @@ class Outputs(nn.Module):
 
 
 class Format:
-    """A step of a recipe that writes a network as another program does, and checks that it gives the same there."""
+    """Writes a network in another format, and checks that its outputs are the same there."""
 
     def check(self, network: nn.Module, value: float, modules: Sequence[str]) -> None:
-        """Refuses nothing: whether a network can be written is seen when it is tried."""
+        """Refuses nothing: whether a network can be traced turns out when it is tried."""
 
     def write(self, program: Outputs, inputs: dict[str, Tensor], outputs: list[str], target: Path) -> None:
-        """Writes the program into a folder that is there.
+        """Writes the program.
 
         Args:
             program: The network.
-            inputs: Examples.
-            outputs: Their names.
-            target: Folder.
+            inputs: Examples of its inputs, by their names.
+            outputs: The names of its outputs.
+            target: Existing folder.
         """
         raise NotImplementedError
 
@@ -81,8 +81,8 @@ class Format:
     ) -> None:
         network = load(source)
         network.config.use_cache = False
-        taken = inspect.signature(network.forward).parameters
-        names = [name for name in tokenizers.load(str(source)).model_input_names if name in taken]
+        accepted = inspect.signature(network.forward).parameters
+        names = [name for name in tokenizers.load(str(source)).model_input_names if name in accepted]
         draw = torch.Generator().manual_seed(0)
         limits = {
             "input_ids": network.config.vocab_size,
@@ -97,35 +97,36 @@ class Format:
                 self.write(Outputs(network, list(inputs)), inputs, outputs, target)
         except UserError:
             raise
-        except Exception as error:  # tracing stumbles over whatever a network does that it does not know
+        except Exception as error:  # tracing raises anything for operations that it does not support
             reason = " ".join(str(error).split())[:200]
             raise UserError(
                 f"torch {torch.__version__} cannot trace {type(network).__name__} ({type(error).__name__}: {reason}): "
-                "take a newer torch, or another recipe"
+                "use a newer torch, or another recipe"
             ) from error
         other = {name: tensor[:1, :11] for name, tensor in inputs.items()}
         with torch.no_grad():
-            right = tensors_of(network(**other))
-        told = runner(target)(**other)  # type: ignore[misc]
-        difference = max((told[name] - tensor).abs().max().item() for name, tensor in right.items())
+            expected = tensors_of(network(**other))
+        outputs_of_program = runner(target)(**other)  # type: ignore[misc]
+        difference = max((outputs_of_program[name] - value).abs().max().item() for name, value in expected.items())
         if not difference < 1e-3:
             raise UserError(
-                f"the outputs of the program differ from the network's by {difference:.2g}: it is of no use"
+                f"the outputs of the program differ from the network's by {difference:.2g}, so it was not kept: use a "
+                "newer torch, or another recipe"
             )
         with quiet():
             self.finish(network, target, modules)
 
     def finish(self, network: nn.Module, target: Path, modules: Sequence[str]) -> None:
-        """What is done with the program when it was found to be right."""
+        """What is done with the program once its outputs are the right ones."""
 
 
 def sizes(inputs: dict[str, Tensor]) -> tuple:
-    """That rows and tokens of all inputs may be of any number."""
+    """States that all inputs may have any number of rows and tokens."""
     return (tuple({0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC} for _ in inputs),)
 
 
 class Program(Format):
-    """`model.pt2`, what `torch.export` leaves; `torch.export.load` and AOTInductor take it."""
+    """`model.pt2`, a program of `torch.export`, for `torch.export.load` and AOTInductor."""
 
     def write(self, program: Outputs, inputs: dict[str, Tensor], outputs: list[str], target: Path) -> None:
         exported = torch.export.export(program.eval(), tuple(inputs.values()), dynamic_shapes=sizes(inputs))
@@ -136,9 +137,10 @@ class Onnx(Format):
     """`model.onnx`.
 
     Args:
-        bits: Of its layers' weights, whose inputs are quantized to int8 as they come. Default: as they are.
-        block: How many weights in a row share a scale, and inputs, too. Default: all weights of an output, and all
-            inputs; that is quicker, and loses much where some inputs are far larger than others.
+        bits: Bits of the weights of its layers, whose inputs are quantized to int8 at run time. Default: no
+            quantization.
+        block: How many adjacent weights, and inputs, share a scale. Default: all weights of an output, and all inputs,
+            which is faster, and loses much accuracy where some inputs are far larger than others.
     """
 
     def __init__(self, bits: Optional[int] = None, block: Optional[int] = None) -> None:
@@ -160,32 +162,32 @@ class Onnx(Format):
         )
 
     def rounding(self) -> Optional[Rounding]:
-        """How int8 without blocks rounds: weights by their outputs, inputs all together."""
+        """How int8 without blocks rounds: a scale for each output of the weights, one for all inputs."""
 
-        def weight(weight: Tensor) -> Tensor:
+        def round_weight(weight: Tensor) -> Tensor:
             scales = weight.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / 127
             zeros = torch.zeros_like(scales, dtype=torch.int32)
             return torch.fake_quantize_per_channel_affine(weight, scales, zeros, 0, -127, 127)
 
-        def of_all(inputs: Tensor) -> Tensor:
+        def round_inputs(inputs: Tensor) -> Tensor:
             inputs = inputs.float()
             least = inputs.amin().clamp(max=0)
             scale = ((inputs.amax().clamp(min=0) - least) / 255).clamp(min=torch.finfo(torch.float32).tiny)
             zero = (-least / scale).round().int()
             return torch.fake_quantize_per_tensor_affine(inputs, scale, zero, 0, 255)
 
-        return Rounding(weight, of_all) if self.bits and not self.block else None
+        return Rounding(round_weight, round_inputs) if self.bits and not self.block else None
 
     def finish(self, network: nn.Module, target: Path, modules: Sequence[str]) -> None:
         if self.bits is None:
             return
         quantization = package("onnxruntime.quantization")
-        whole = (target / ONNX).rename(target / "whole.onnx")
+        full = (target / ONNX).rename(target / "full.onnx")
         layers = list(linear_layers(network, modules))
-        nodes = products(whole, layers)
+        nodes = products(full, layers)
         if self.block is None:
             quantization.quantize_dynamic(
-                whole,
+                full,
                 target / ONNX,
                 weight_type=quantization.QuantType.QInt8,
                 per_channel=True,
@@ -193,7 +195,7 @@ class Onnx(Format):
                 nodes_to_quantize=nodes,
             )
         else:
-            graph = package("onnxruntime.quantization.onnx_model").ONNXModel(package("onnx").load(whole))
+            graph = package("onnxruntime.quantization.onnx_model").ONNXModel(package("onnx").load(full))
             graph.replace_gemm_with_matmul()
             stay = [node.name for node in graph.nodes() if node.op_type == "MatMul" and node.name not in nodes]
             by_blocks = package("onnxruntime.quantization.matmul_nbits_quantizer").MatMulNBitsQuantizer(
@@ -206,17 +208,19 @@ class Onnx(Format):
             )
             by_blocks.process()
             by_blocks.model.save_model_to_file(str(target / ONNX))
-        whole.unlink()
+        full.unlink()
         done = len(quantized(target / ONNX))
         if done != len(layers):
-            raise UserError(f"onnxruntime has quantized {done} weights, but there are {len(layers)} layers")
+            raise UserError(
+                f"onnxruntime has quantized {done} weights, but there are {len(layers)} layers: use another recipe"
+            )
 
 
 def products(file: Path, layers: list[str]) -> list[str]:
-    """The names of the nodes of an ONNX file that are the products of some layers.
+    """The names of the nodes of an ONNX file that are the matrix products of some layers.
 
     Raises:
-        UserError: If some layer has none.
+        UserError: If a layer has none.
     """
     found: dict[str, str] = {}
     for node in package("onnx").load(file, load_external_data=False).graph.node:
@@ -227,12 +231,14 @@ def products(file: Path, layers: list[str]) -> list[str]:
                     found[layer] = node.name + ("_MatMul" if node.op_type == "Gemm" else "")
     missing = [layer for layer in layers if layer not in found]
     if missing:
-        raise UserError(f"{ONNX} does not tell where {len(missing)} of {len(layers)} layers are, such as {missing[0]}")
+        raise UserError(
+            f"{ONNX} does not name {len(missing)} of {len(layers)} layers, such as {missing[0]}: use another recipe"
+        )
     return list(found.values())
 
 
 def quantized(file: Path) -> list[int]:
-    """The bytes of each quantized weight of an ONNX file, with its scales."""
+    """The size of each quantized weight of an ONNX file in bytes, with its scales."""
     graph = package("onnx").load(file).graph
     sizes = {own.name: len(own.raw_data) or own.ByteSize() for own in graph.initializer}
     by_blocks = [node for node in graph.node if node.op_type == "MatMulNBits"]
@@ -243,50 +249,53 @@ def quantized(file: Path) -> list[int]:
 
 
 def runner(folder: Path) -> Optional[Runner]:
-    """What runs the program of a folder, with as many threads as torch has; None if there is none.
+    """A function that runs the program of a folder, with as many threads as torch has; None if there is none.
 
-    It takes inputs by name, (B, T) int64 each; without a mask all tokens count, without types all are 0. It raises
-    UserError if the program does not know an input.
+    Its inputs are given by name, (B, T) int64 each; the default of the mask is 1, that of token types 0. It raises
+    UserError if the program does not have an input.
     """
     if (folder / ONNX).is_file():
-        return of_onnx(folder / ONNX)
+        return onnx_runner(folder / ONNX)
     if (folder / PROGRAM).is_file():
-        return of_program(folder / PROGRAM)
+        return program_runner(folder / PROGRAM)
     return None
 
 
 def complete(inputs: dict[str, Tensor], known: Sequence[str], file: Path) -> list[Tensor]:
-    """The inputs that a program knows, in its order."""
+    """The inputs of a program, in its order; missing ones have their defaults."""
     if unknown := inputs.keys() - set(known):
-        raise UserError(f"{file.name} takes {', '.join(known)}, and this model's data has {', '.join(unknown)}, too")
+        raise UserError(
+            f"{file.name} has the inputs {', '.join(known)}, but the data of this model also has {', '.join(unknown)}: "
+            "use a recipe that is not a format"
+        )
     fill = {"attention_mask": torch.ones_like, "token_type_ids": torch.zeros_like}
     return [inputs[name] if name in inputs else fill[name](inputs["input_ids"]) for name in known]
 
 
-def of_onnx(file: Path) -> Runner:
-    """What runs an ONNX file."""
+def onnx_runner(file: Path) -> Runner:
+    """See `runner`."""
     runtime = package("onnxruntime")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = runtime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-    known, made = ([own.name for own in part] for part in (session.get_inputs(), session.get_outputs()))
+    known, names = ([own.name for own in part] for part in (session.get_inputs(), session.get_outputs()))
 
     def run(**inputs: Tensor) -> dict[str, Tensor]:
         given = complete(inputs, known, file)
         found = session.run(None, {name: tensor.numpy() for name, tensor in zip(known, given)})
-        return {name: torch.from_numpy(value) for name, value in zip(made, found)}
+        return {name: torch.from_numpy(value) for name, value in zip(names, found)}
 
     return run
 
 
-def of_program(file: Path) -> Runner:
-    """What runs a program of `torch.export`."""
+def program_runner(file: Path) -> Runner:
+    """See `runner`."""
     extra = {"names": ""}
     program = torch.export.load(file, extra_files=extra).module()
-    first, *made = extra["names"].split("\n")
+    first, *names = extra["names"].split("\n")
 
     @torch.no_grad()
     def run(**inputs: Tensor) -> dict[str, Tensor]:
-        return dict(zip(made, program(*complete(inputs, first.split(","), file))))
+        return dict(zip(names, program(*complete(inputs, first.split(","), file))))
 
     return run

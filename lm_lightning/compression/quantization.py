@@ -1,4 +1,4 @@
-"""Quantization: weights of 16 or 32 bits in, of 8 or 4 bits out; and what rounding them does, for training with it."""
+"""Quantization: weights of 16 or 32 bits become weights of 8 or 4; and how that rounds, to train a network for it."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,59 +13,81 @@ from lm_lightning.compression.calibration import Calibration
 from lm_lightning.compression.folder import load, package
 from lm_lightning.errors import UserError
 from lm_lightning.networks import linear_layers
+from lm_lightning.quantized import (
+    Kind,
+    bitsandbytes_config,
+    bitsandbytes_layers,
+    other_layers,
+    refuse_other_classes,
+    refuse_skipped,
+    refuse_unpackable,
+)
+
+THIS = "this recipe"
+ANOTHER = "use another recipe"
 
 
 class Rounding(NamedTuple):
-    """What a quantization does to the numbers that a layer computes with.
+    """How a quantization rounds the numbers that a layer computes with.
 
     Attributes:
-        weight: Of (outputs, inputs) float makes what the quantized weight stands for, in the same shape.
-        input: The same of inputs, (..., inputs); None where they stay as they are.
+        weight: Returns the values of the quantized weight, for a weight (outputs, inputs) float, in the same shape.
+        input: The same for inputs, (..., inputs); None if they are not quantized.
     """
 
     weight: Callable[[Tensor], Tensor]
     input: Optional[Callable[[Tensor], Tensor]] = None
 
 
-class Quantization:
-    """A step of a recipe that quantizes the linear layers of the blocks through `transformers`.
+def quantize(source: Path, target: Path, config: Any, device: Optional[str]) -> nn.Module:
+    """Loads the network of a folder with a quantization config of `transformers`, and saves it.
 
     Args:
-        device: Where it can be computed, `cuda`, or anywhere.
-        linear_only: Whether GPT-2's `Conv1D` is unknown to it.
+        source: `from_pretrained` folder.
+        target: Existing folder.
+        config: The config.
+        device: Where the weights are computed; None for the CPU.
+
+    Returns:
+        The quantized network.
+    """
+    kind = {"dtype": torch.float32} if device is None else {"dtype": torch.bfloat16, "device_map": device}
+    network = load(source, quantization_config=config, **kind)
+    network.save_pretrained(target)
+    return network
+
+
+class TorchAO:
+    """Quantizes the linear layers of the blocks with torchao.
+
+    Args:
+        name: The class of its config.
+        device: `cuda` if it can be computed on GPUs only.
+        settings: Of the config.
     """
 
-    device: Optional[str] = None
-    linear_only = False
+    def __init__(self, name: str, device: Optional[str] = None, **settings: Any) -> None:
+        self.name, self.device, self.settings = name, device, settings
 
-    def config(self, stay: list[str]) -> Any:
-        """The quantization config of `transformers`, which leaves layers of these names as they are."""
-        raise NotImplementedError
-
-    def done(self, layer: nn.Module) -> bool:
-        """Whether a layer is quantized."""
-        raise NotImplementedError
-
-    def rounding(self) -> Optional[Rounding]:
-        """How it rounds, None if that is not known here."""
-        return None
+    def config(self) -> Any:
+        """The config in torchao's terms."""
+        package("torchao")
+        return getattr(package("torchao.quantization"), self.name)(**self.settings)
 
     def check(self, network: nn.Module, value: float, modules: Sequence[str]) -> None:
         """Refuses a network before any work is done.
 
         Raises:
-            UserError: If a layer would be left out, or something is missing.
+            UserError: If torchao is missing or would skip a layer, or there is no GPU.
         """
-        self.config([])  # whose packages may be missing
+        self.config()
         layers = linear_layers(network, modules)
-        odd = [name for name, layer in layers.items() if self.linear_only and isinstance(layer, Conv1D)]
-        if odd:
-            raise UserError(
-                f"this recipe leaves {len(odd)} of {len(layers)} linear layers of {type(network).__name__} as they "
-                f"are, such as {odd[0]} (Conv1D): take another one (bnb-int8, nf4 and onnx-int8 know GPT-2's Conv1D)"
-            )
-        if self.device and not (self.device == "cuda" and torch.cuda.is_available()):
-            raise UserError(f"this recipe needs a GPU with {self.device.upper()}: take int8 or nf4 here")
+        skipped = [name for name, layer in layers.items() if isinstance(layer, Conv1D)]
+        refuse_skipped(
+            network, layers, skipped, THIS, f"{ANOTHER} (bnb-int8, nf4 and onnx-int8 support GPT-2's Conv1D)"
+        )
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise UserError("this recipe needs a GPU with CUDA: use int8 or nf4 on this machine")
 
     def __call__(
         self, source: Path, target: Path, value: float, calibration: Optional[Calibration], modules: Sequence[str]
@@ -73,100 +95,80 @@ class Quantization:
         network = load(source)
         self.check(network, value, modules)
         layers = linear_layers(network, modules)
-        stay = [name for name, layer in network.named_modules() if isinstance(layer, (nn.Linear, Conv1D))]
-        stay = [name for name in stay if name not in layers]
-        kind = {"dtype": torch.float32} if self.device is None else {"dtype": torch.bfloat16, "device_map": self.device}
-        network = load(source, quantization_config=self.config(stay), **kind)
-        found = dict(network.named_modules())
-        left = [name for name in layers if not self.done(found[name])]
-        if left:
-            raise UserError(
-                f"this recipe leaves {len(left)} of {len(layers)} linear layers of {type(network).__name__} as they "
-                f"are, such as {left[0]} ({type(found[left[0]]).__name__}): take another one"
-            )
-        network.save_pretrained(target)
-
-
-class TorchAO(Quantization):
-    """By torchao.
-
-    Args:
-        name: Of its config.
-        device: See `Quantization`.
-        settings: Of the config.
-    """
-
-    linear_only = True
-
-    def __init__(self, name: str, device: Optional[str] = None, **settings: Any) -> None:
-        self.name, self.device, self.settings = name, device, settings
-
-    def of_torchao(self) -> Any:
-        """Its config."""
-        package("torchao")
-        return getattr(package("torchao.quantization"), self.name)(**self.settings)
-
-    def config(self, stay: list[str]) -> Any:
-        return transformers.TorchAoConfig(self.of_torchao(), modules_to_not_convert=stay)
-
-    def done(self, layer: nn.Module) -> bool:
-        return isinstance(layer.weight, package("torchao.utils").TorchAOBaseTensor)
+        config = transformers.TorchAoConfig(self.config(), modules_to_not_convert=other_layers(network, layers))
+        quantized = dict(quantize(source, target, config, self.device).named_modules())
+        kind = package("torchao.utils").TorchAOBaseTensor
+        skipped = [name for name in layers if not isinstance(quantized[name].weight, kind)]
+        refuse_skipped(network, layers, skipped, THIS, ANOTHER)
 
     def rounding(self) -> Rounding:
-        config, quantization = self.of_torchao(), package("torchao.quantization")
+        """How it rounds."""
+        config, quantization = self.config(), package("torchao.quantization")
 
-        def weight(weight: Tensor) -> Tensor:
+        def round_weight(weight: Tensor) -> Tensor:
             layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
             layer.weight = nn.Parameter(weight.clone(), requires_grad=False)
             quantization.quantize_(layer, config)
             return layer.weight.dequantize()
 
-        def of_rows(inputs: Tensor) -> Tensor:
+        def round_rows(inputs: Tensor) -> Tensor:
             return quantization.Int8Tensor.from_hp(inputs, quantization.PerRow()).dequantize()
 
-        return Rounding(weight, of_rows if "DynamicActivationInt8" in self.name else None)
+        return Rounding(round_weight, round_rows if "DynamicActivationInt8" in self.name else None)
 
 
-class BitsAndBytes(Quantization):
-    """By bitsandbytes.
+class BitsAndBytes:
+    """Quantizes the linear layers of the blocks with bitsandbytes.
 
     Args:
-        bits: 8 or 4.
-        kind: Of 4 bits, `nf4` or `fp4`; their scales are quantized, too.
+        kind: `int8`, or with 4 bits `nf4` or `fp4`, whose scales are quantized as well.
     """
 
-    def __init__(self, bits: int, kind: str = "nf4") -> None:
-        self.bits, self.kind = bits, kind
+    def __init__(self, kind: Kind) -> None:
+        self.kind = kind
 
-    def config(self, stay: list[str]) -> Any:
-        package("accelerate")  # with which transformers loads
-        package("bitsandbytes")
-        settings: dict[str, Any] = {"load_in_8bit": True}
-        if self.bits == 4:
-            settings = {"load_in_4bit": True, "bnb_4bit_quant_type": self.kind, "bnb_4bit_use_double_quant": True}
-        return transformers.BitsAndBytesConfig(llm_int8_skip_modules=stay, **settings)
+    def check(self, network: nn.Module, value: float, modules: Sequence[str]) -> None:
+        """Refuses a network before any work is done.
 
-    def done(self, layer: nn.Module) -> bool:
-        modules = package("bitsandbytes").nn
-        return isinstance(layer, (modules.Linear4bit, modules.Linear8bitLt))
+        Raises:
+            UserError: If bitsandbytes is missing, or cannot compute a layer on this machine.
+        """
+        layers = linear_layers(network, modules)
+        self.config(network, layers)
+        if self.kind != "int8":
+            refuse_unpackable(network, layers, f"the recipe {self.kind}", "use bnb-int8, or int8, here")
+
+    def config(self, network: nn.Module, layers: dict[str, nn.Linear]) -> transformers.BitsAndBytesConfig:
+        """The config of `transformers` for these layers of a network."""
+        return bitsandbytes_config(self.kind, network, layers, THIS, "compress")
+
+    def __call__(
+        self, source: Path, target: Path, value: float, calibration: Optional[Calibration], modules: Sequence[str]
+    ) -> None:
+        network = load(source)
+        self.check(network, value, modules)
+        layers = linear_layers(network, modules)
+        quantized = quantize(source, target, self.config(network, layers), None)
+        refuse_other_classes(quantized, layers, bitsandbytes_layers(), THIS, ANOTHER)
 
     def rounding(self) -> Rounding:
+        """How it rounds."""
         functional = package("bitsandbytes.functional")
 
-        def eight(weight: Tensor) -> Tensor:
+        def int8_weight(weight: Tensor) -> Tensor:
             numbers, scales, _ = functional.int8_vectorwise_quant(weight.half())
             return functional.int8_vectorwise_dequant(numbers, scales)
 
-        def eight_of_inputs(inputs: Tensor) -> Tensor:
+        def int8_inputs(inputs: Tensor) -> Tensor:
             rows = inputs.flatten(0, -2).half()
             numbers, scales, large = functional.int8_vectorwise_quant(rows, threshold=6.0)  # that of transformers
             result = functional.int8_vectorwise_dequant(numbers, scales)
-            if large is not None:  # columns that are left as they are
+            if large is not None:  # columns that are not quantized
                 result[:, large] = rows[:, large].float()
             return result.view_as(inputs)
 
-        def four(weight: Tensor) -> Tensor:
+        def four_bits(weight: Tensor) -> Tensor:
             settings = {"blocksize": 64, "compress_statistics": True, "quant_type": self.kind}
             return functional.dequantize_4bit(*functional.quantize_4bit(weight.contiguous(), **settings))
 
-        return Rounding(eight, eight_of_inputs) if self.bits == 8 else Rounding(four)
+        return Rounding(int8_weight, int8_inputs) if self.kind == "int8" else Rounding(four_bits)

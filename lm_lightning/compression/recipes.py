@@ -1,4 +1,4 @@
-"""Recipes: names of steps with their shares in, such as `width=0.5+int8`; a folder of a compressed model out."""
+"""Recipes: steps such as `width=0.5+int8`, each of which makes a new model folder from the one before."""
 
 import math
 import tempfile
@@ -11,15 +11,18 @@ from lm_lightning import hub
 from lm_lightning.compression.calibration import Calibration
 from lm_lightning.compression.folder import copy_beside
 from lm_lightning.compression.formats import Onnx, Program
-from lm_lightning.compression.quantization import BitsAndBytes, TorchAO
+from lm_lightning.compression.quantization import BitsAndBytes, Rounding, TorchAO
 from lm_lightning.compression.sparsity import Sparsity
 from lm_lightning.compression.structure import Structure
 from lm_lightning.errors import UserError
 from lm_lightning.files import put
 
 
-class Way(Protocol):
-    """What a step does."""
+class CompressionMethod(Protocol):
+    """How a step compresses a model.
+
+    A method that a network can be trained for also has `rounding()`, see `quantization.Rounding`.
+    """
 
     def check(self, network: Any, value: float, modules: Sequence[str]) -> None:
         """Refuses a network before any work is done."""
@@ -27,14 +30,14 @@ class Way(Protocol):
     def __call__(
         self, source: Path, target: Path, value: float, calibration: Optional[Calibration], modules: Sequence[str]
     ) -> None:
-        """Makes of a `from_pretrained` folder another one.
+        """Writes the compressed model of a `from_pretrained` folder.
 
         Args:
-            source: The one.
-            target: The other, which is there, with all but the weights.
-            value: That behind the step's name.
-            calibration: Measures what the layers of a folder's network are given, where there is data.
-            modules: Patterns of the names of linear layers, for a way that goes by layers; none for all.
+            source: The folder.
+            target: Existing folder, which has everything but the weights.
+            value: The number in the step, such as 0.5 in `width=0.5`.
+            calibration: Measures networks; None if there is no data.
+            modules: Patterns of the names of linear layers, for methods that work on layers; none for all.
         """
 
 
@@ -43,12 +46,12 @@ class Step:
     """A step of a recipe.
 
     Args:
-        way: To compress.
-        value: Its default; None if the step takes none.
-        last: Whether no step can follow, since what it leaves are no plain weights.
+        method: How it compresses.
+        value: The default of its number; None if the step has no number.
+        last: Whether no step can follow, since its result has no plain weights.
     """
 
-    way: Way
+    method: CompressionMethod
     value: Optional[float] = None
     last: bool = False
 
@@ -61,9 +64,9 @@ STEPS = {
     "int4-weights": Step(
         TorchAO("Int4WeightOnlyConfig", device="cuda", int4_packing_format="tile_packed_to_4d"), last=True
     ),
-    "bnb-int8": Step(BitsAndBytes(8), last=True),
-    "nf4": Step(BitsAndBytes(4, "nf4"), last=True),
-    "fp4": Step(BitsAndBytes(4, "fp4"), last=True),
+    "bnb-int8": Step(BitsAndBytes("int8"), last=True),
+    "nf4": Step(BitsAndBytes("nf4"), last=True),
+    "fp4": Step(BitsAndBytes("fp4"), last=True),
     "sparse": Step(Sparsity(), 0.5),
     "wanda": Step(Sparsity(wanda=True), 0.5),
     "2:4": Step(Sparsity("2:4")),
@@ -80,10 +83,10 @@ STEPS = {
 
 
 def steps_of(recipe: str) -> list[tuple[Step, float]]:
-    """The steps of a recipe such as `width=0.5+int8`, with their values.
+    """The steps of a recipe such as `width=0.5+int8`, with their numbers.
 
     Raises:
-        UserError: If it names none, or one that cannot be where it is.
+        UserError: If there is no such step, or it cannot be in this place.
     """
     found: list[tuple[Step, float]] = []
     for part in recipe.split("+"):
@@ -93,7 +96,9 @@ def steps_of(recipe: str) -> list[tuple[Step, float]]:
                 f"there is no recipe {name!r}; the recipes are {', '.join(STEPS)}, and several with + between"
             )
         if found and found[-1][0].last:
-            raise UserError(f"the recipe {recipe} has {name} after a step that leaves no plain weights: put it first")
+            raise UserError(
+                f"the recipe {recipe} has {name} after a step whose result has no plain weights: put {name} first"
+            )
         step, value = STEPS[name], STEPS[name].value or 0.0
         if has_value:
             try:
@@ -102,11 +107,17 @@ def steps_of(recipe: str) -> list[tuple[Step, float]]:
                 value = math.nan
             if step.value is None or not 0 < value < 1:
                 raise UserError(
-                    f"the recipe {part} has {text!r}, but takes "
-                    + ("no value" if step.value is None else f"a share between 0 and 1, such as {name}={step.value:g}")
+                    f"the recipe {part} has the value {text!r}, but {name} "
+                    + ("has none" if step.value is None else f"needs a share between 0 and 1, as {name}={step.value:g}")
                 )
         found.append((step, value))
     return found
+
+
+def rounding_of(recipe: str) -> Optional[Rounding]:
+    """How a recipe of a single step rounds, None if that is unknown."""
+    steps = steps_of(recipe)
+    return getattr(steps[0][0].method, "rounding", lambda: None)() if len(steps) == 1 else None
 
 
 def compress(
@@ -116,25 +127,25 @@ def compress(
     calibration: Optional[Calibration] = None,
     modules: Sequence[str] = (),
 ) -> None:
-    """Makes a compressed model, with the tokenizer and what else is beside the weights.
+    """Writes a compressed model, with the tokenizer and everything else beside the weights.
 
     Args:
         source: `from_pretrained` folder.
         recipe: See `steps_of`.
-        target: Folder to write, which is whole or not there; what was there is replaced.
-        calibration: Measures what the layers of a folder's network are given.
-        modules: Patterns of the names of linear layers of the blocks, for the steps that go by layers. Default: all.
+        target: Folder to write, which is either complete or absent; an existing one is replaced.
+        calibration: Measures networks; None if there is no data.
+        modules: Patterns of the names of linear layers of the blocks, for steps that work on layers. Default: all.
 
     Raises:
         UserError: If the recipe does not fit the network, or needs a package or data that is missing.
     """
     if "quantization_config" in hub.config(str(source)).to_dict():
-        raise UserError(f"{source} is quantized already: take the model that it was made of")
+        raise UserError(f"{source} is quantized already: use the model that it was made from")
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f"{target.name}.") as scratch:  # beside, for a rename
         for number, (step, value) in enumerate(steps_of(recipe)):
             made = Path(scratch) / str(number)
             made.mkdir()
             copy_beside(source, made)
-            step.way(source, made, value, calibration, modules)
+            step.method(source, made, value, calibration, modules)
             source = made
         put(source, target)

@@ -1,4 +1,4 @@
-"""Structure: units between feed-forward layers, attention heads and whole blocks that are left out of a network."""
+"""Structured pruning of finished models: feed-forward units, attention heads or blocks are removed."""
 
 import tempfile
 from collections.abc import Sequence
@@ -19,13 +19,13 @@ Kind = Literal["width", "heads", "layers"]
 
 
 class Units(NamedTuple):
-    """What can be left out of a block together: units between its feed-forward layers, or heads of its attention.
+    """The removable units of a block: those between its feed-forward layers, or the heads of its attention.
 
-    Of heads that share keys and values, one unit is all that share them.
+    Heads that share keys and values are one unit.
 
     Attributes:
         number: How many there are.
-        into: The layers whose outputs they are, by their names, as many outputs in a row for each unit.
+        into: The layers whose outputs they are, by their names; each unit has the same number of adjacent outputs.
         out: The name of the layer whose inputs they are.
         layer: That layer.
     """
@@ -36,11 +36,11 @@ class Units(NamedTuple):
     layer: nn.Linear
 
     def importance(self, norms: Optional[dict[str, Tensor]] = None) -> Tensor:
-        """How much each counts, (number,) float32.
+        """The importance of each unit, (number,) float32: the norm of its contribution to the next layer.
 
         Args:
-            norms: See `calibration.Inputs`: a unit then counts as much as its values weigh in the next layer. Default:
-                the norms of the weights that make them stand in for the values.
+            norms: Norms of the inputs of layers, see `calibration.Statistics`. Default: the norms of the weights that
+                compute the inputs are used instead.
         """
         out = self.group(by_rows(self.layer, self.layer.weight).T)
         if norms is not None:
@@ -51,7 +51,7 @@ class Units(NamedTuple):
         return importance
 
     def group(self, rows: Tensor) -> Tensor:
-        """Rows of a weight by units: (number, rows of each, columns)."""
+        """Groups the rows of a weight by units: (number, rows of each, columns)."""
         return rows.unflatten(0, (self.number, -1))
 
 
@@ -60,7 +60,7 @@ def width_of(config: transformers.PreTrainedConfig) -> tuple[str, int]:
     for key in ("n_inner", "intermediate_size", "ffn_dim", "hidden_dim"):
         if hasattr(config, key):
             return key, getattr(config, key) or 4 * config.hidden_size
-    raise UserError(f"networks of type {config.model_type} have no feed-forward width that is known here")
+    raise UserError(f"the feed-forward width of networks of type {config.model_type} is unknown: omit the recipe width")
 
 
 def units(network: transformers.PreTrainedModel, kind: Kind) -> list[Units]:
@@ -71,7 +71,7 @@ def units(network: transformers.PreTrainedModel, kind: Kind) -> list[Units]:
         kind: `width` for those between feed-forward layers, `heads` for those of attention.
 
     Raises:
-        UserError: If it has none that can be left out of a network that plain `transformers` loads.
+        UserError: If plain `transformers` could not load the network without some of them.
     """
     linear = linear_layers(network)
     names = {id(module): name for name, module in network.named_modules()}
@@ -81,25 +81,33 @@ def units(network: transformers.PreTrainedModel, kind: Kind) -> list[Units]:
         own = {n: layer for n, layer in linear.items() if n.startswith(f"{names[id(block)]}.")}
         if kind == "width":
             number = width_of(config)[1]
+            if number == config.hidden_size:
+                raise UserError(
+                    f"{name} has a feed-forward width of {number}, which is also its hidden size, so its feed-forward "
+                    "layers cannot be told from the others: omit width, which needs another size"
+                )
             into = {n: layer for n, layer in own.items() if by_rows(layer, layer.weight).shape[0] == number}
             out = {n: layer for n, layer in own.items() if by_rows(layer, layer.weight).shape[1] == number}
-            if not into or len(out) != 1 or number == config.hidden_size:
-                raise UserError(f"the feed-forward layers of {name} are not known here: leave width out")
+            if not into or len(out) != 1:
+                raise UserError(
+                    f"{name} has no layers with {number} outputs before a single one with {number} inputs in each "
+                    "block: omit width, which needs them"
+                )
         else:
             number = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
             into = {n: layer for n, layer in own.items() if n.endswith(("q_proj", "k_proj", "v_proj"))}
             out = {n: layer for n, layer in own.items() if n.endswith("o_proj")}
             if not hasattr(config, "head_dim") or len(into) != 3 or len(out) != 1:
                 raise UserError(
-                    f"{name} has heads that transformers cannot do without one of, since their size follows from their "
-                    "number: leave heads out (networks like Llama and Qwen can)"
+                    f"transformers cannot load a {name} with fewer heads, since their size follows from their number: "
+                    "omit heads, which needs a head_dim in the config (as in Llama and Qwen)"
                 )
         found.append(Units(number, into, *next(iter(out.items()))))
     return found
 
 
 def kept_number(network: transformers.PreTrainedModel, kind: Kind, share: float) -> int:
-    """How many units, heads or blocks are kept of that share; feed-forward units in eights, which computers like.
+    """The number of units, heads or blocks that are kept; of feed-forward units a multiple of 8, for speed.
 
     Raises:
         UserError: If that is all of them.
@@ -114,7 +122,7 @@ def kept_number(network: transformers.PreTrainedModel, kind: Kind, share: float)
         number = len(blocks(network))
         kept = max(1, round(share * number))
     if kept >= number:
-        raise UserError(f"{kind}={share:g} keeps all {number} of {type(network).__name__}: take a smaller share")
+        raise UserError(f"{kind}={share:g} keeps all {number} of {type(network).__name__}: use a smaller share")
     return kept
 
 
@@ -124,26 +132,28 @@ def prefix(network: transformers.PreTrainedModel) -> str:
     names = {id(module): name for name, module in network.named_modules()}
     found = names[id(all_blocks[0])].rpartition(".")[0]
     if [names[id(block)] for block in all_blocks] != [f"{found}.{number}" for number in range(len(all_blocks))]:
-        raise UserError(f"the blocks of {type(network).__name__} are no single list: leave layers out")
+        raise UserError(
+            f"the blocks of {type(network).__name__} are not in a single list: omit layers, which needs one"
+        )
     return found
 
 
 class Structure:
-    """A step of a recipe that keeps a share of a network's units, heads or blocks, the important ones.
+    """Keeps the most important share of a network's units, heads or blocks.
 
-    Units and heads are kept by what their values weigh in the next layer, blocks by how far they turn what they are
-    given, if there is data; without, units and heads by their weights alone, and blocks at even distances, the first
-    and the last among them (Sajjad et al., 2023, arXiv:2004.03844).
+    The importance of units and heads is that of `Units.importance`, the importance of a block how far it changes its
+    input. Without data, units and heads are compared by their weights alone, and blocks are kept at even distances, the
+    first and the last among them (Sajjad et al., 2023, arXiv:2004.03844).
 
     Args:
-        kind: Which.
+        kind: What is removed: feed-forward units (`width`), attention `heads`, or blocks (`layers`).
     """
 
     def __init__(self, kind: Kind) -> None:
         self.kind: Kind = kind
 
     def check(self, network: transformers.PreTrainedModel, value: float, modules: Sequence[str]) -> None:
-        """Refuses a network that cannot be made smaller in that way."""
+        """Refuses a network that cannot be made smaller in this way."""
         kept_number(network, self.kind, value)
         if self.kind == "layers":
             prefix(network)
@@ -178,8 +188,8 @@ def keep_units(network: transformers.PreTrainedModel, kind: Kind, chosen: list[T
     Args:
         network: With all of them.
         kind: `width` or `heads`.
-        chosen: Those of each block, as many of each.
-        target: Folder that is there.
+        chosen: For each block, the numbers of the units that are kept, the same count in each.
+        target: Existing folder.
     """
     weights, kept = network.state_dict(), len(chosen[0])
     for block, choice in zip(units(network, kind), chosen):
@@ -203,13 +213,13 @@ def keep_units(network: transformers.PreTrainedModel, kind: Kind, chosen: list[T
 
 
 def shrink(folder: Path, kind: Kind, kept: list[Tensor]) -> None:
-    """Takes what gives zeros out of a model, in its place.
+    """Removes units, heads or blocks from a model in its folder.
 
     Args:
         folder: `from_pretrained` folder.
-        kind: What is left out.
-        kept: Of each block the numbers of its units or heads that are kept; of `layers`, one tensor with those of the
-            blocks; empty if all are.
+        kind: What is removed.
+        kept: For each block, the numbers of its units or heads that are kept; for `layers`, one tensor with the numbers
+            of the blocks; empty if all are kept.
     """
     if not kept:
         return
@@ -227,7 +237,7 @@ def shrink(folder: Path, kind: Kind, kept: list[Tensor]) -> None:
 
 @torch.no_grad()
 def keep_blocks(network: transformers.PreTrainedModel, chosen: list[int], target: Path) -> None:
-    """Writes a network with some of its blocks, by their numbers, into a folder that is there."""
+    """Writes a network with some of its blocks, by their numbers, into an existing folder."""
     start, weights = prefix(network), {}
     for key, weight in network.state_dict().items():
         if key.startswith(f"{start}."):

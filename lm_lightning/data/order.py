@@ -5,7 +5,7 @@ a position of the stream is a pure function of (seed, epoch, index), so a run th
 position `n`, whatever the number of workers, ranks or micro-batches, and nothing but `n` has to be saved.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -56,6 +56,16 @@ def seed_of(*numbers: int) -> int:
     for number in numbers:
         seed = mix(seed ^ np.array([number % 2**64], dtype=np.uint64))
     return int(seed[0]) >> 1
+
+
+def sequence_key(numbers: Sequence[int]) -> int:
+    """A hash of a sequence of non-negative integers, such as the tokens of a text, everywhere the same: in [0, 2**63).
+
+    Unlike `seed_of`, it takes about the same time for thousands of numbers as for one.
+    """
+    values = np.array(numbers, dtype=np.uint64)
+    hashes = mix(values ^ mix(np.arange(len(values), dtype=np.uint64)))
+    return seed_of(int(np.bitwise_xor.reduce(hashes)), len(values))
 
 
 def samples_at(positions: np.ndarray, size: int, seed: int) -> np.ndarray:

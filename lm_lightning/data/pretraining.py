@@ -6,13 +6,14 @@ and every token of the split is a target once. Nothing is padded.
 """
 
 import os
+from collections.abc import Sequence
 from typing import Any, Optional
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from lm_lightning.data import shards
+from lm_lightning.data import inspection, shards
 from lm_lightning.data.corpus import Corpus
 from lm_lightning.data.order import PADDING, samples_at
 from lm_lightning.data.stream import StreamData
@@ -120,6 +121,18 @@ class PretrainingData(StreamData):
     def prepare_data(self) -> None:
         self.check()
         shards.prepare(self.corpus, self.tokenizer_options, self.layout(), self.cache_dir)
+
+    def prepare_corpus(self, show: Sequence[int] = ()) -> None:
+        """Tokenizes the corpus, and prints what is in it or, if there are any to `show`, training samples by number.
+
+        The command `prepare` calls it, without a trainer.
+        """
+        self.check()
+        prepared = shards.prepare(self.corpus, self.tokenizer_options, self.layout(), self.cache_dir)
+        if show:
+            inspection.print_samples(prepared, self.block_size, show)
+        else:
+            inspection.print_counts(prepared, self.block_size, omitted=1)
 
     def setup(self, stage: str) -> None:
         """Opens the shards; every process does."""

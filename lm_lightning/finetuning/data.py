@@ -113,7 +113,7 @@ class LabelledData(StreamData):
         self.collate = functools.partial(collate, self.tokenizer)
         # An evaluation needs the training rows only if the labels are not known otherwise.
         module = self.trainer.lightning_module
-        named = stage != "fit" and (module.evaluated_checkpoint is not None or not module.keep_head)
+        named = stage != "fit" and (module.evaluated_network is not None or not module.keep_head)
         self.labels_known = named and bool(module.own_labels())
         needs_train = stage == "fit" or (self.tables.train and not self.labels_known)
         train = read_split(self.tables, "train", self.key, self.formats) if needs_train else []
@@ -242,7 +242,7 @@ class LabelledData(StreamData):
             if not own:
                 raise UserError("the labels are those of the training split: give --data.tables.train")
             return own
-        if self.trainer.state.fn != "fit" and not self.trainer.lightning_module.from_checkpoint:
+        if self.trainer.state.fn != "fit" and self.trainer.lightning_module.evaluated_network is None:
             if not own:
                 raise UserError(
                     f"model.pretrained has no head for the labels {', '.join(names[:20])}: fit it first, or give a "

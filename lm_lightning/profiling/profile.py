@@ -11,6 +11,7 @@ from lightning.pytorch.profilers import Profiler
 
 from lm_lightning.errors import UserError
 from lm_lightning.files import write_text
+from lm_lightning.profiling import compat
 
 PARTS = {  # part of the step -> ends of the names of Lightning's actions
     "data": ("train_dataloader_next",),
@@ -101,8 +102,7 @@ class Profile(Profiler):
                 profile_memory=True,
             )
             self.recorder.start()
-            if torch.cuda.is_initialized():
-                torch.cuda.memory._record_memory_history()
+            compat.record_memory()
         elif self.recorder is not None:
             self.recorder.step()
         if self.batches > self.skip + self.steps and not self.counting:
@@ -122,9 +122,7 @@ class Profile(Profiler):
         process = dist.get_rank() if dist.is_initialized() else 0
         self.folder.mkdir(parents=True, exist_ok=True)
         recorder.export_chrome_trace(str(self.folder / f"trace-{process}.json.gz"))
-        if torch.cuda.is_initialized():
-            torch.cuda.memory._dump_snapshot(str(self.folder / f"memory-{process}.pickle"))
-            torch.cuda.memory._record_memory_history(enabled=None)
+        compat.save_memory(self.folder / f"memory-{process}.pickle")
 
     def summary(self) -> str:
         counted = self.batches - self.skip - self.steps

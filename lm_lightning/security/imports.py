@@ -1,7 +1,7 @@
-"""Imports that a config asks for: any in a config that was given with `--config`, few in one that a run brings along.
+"""Which classes a config may import: all in a config that is given with `--config`, known ones in that of a run.
 
-`validate RUN` and the like use the run's config.yaml, which somebody else may have written and which nobody has read.
-Of it, only classes of packages that are known to be harmless are imported, see SECURITY.md.
+`validate RUN` and the like use the run's config.yaml, which somebody else may have written and nobody has read. Only
+harmless classes of known packages are imported for it, see SECURITY.md.
 """
 
 import contextlib
@@ -13,22 +13,27 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, TypeVar
 
-from jsonargparse import _actions, _typehints
-
+from lm_lightning.compat.jsonargparse import guard_imports
 from lm_lightning.console import printable
 from lm_lightning.errors import UserError
 from lm_lightning.security.untrusted import TRUST_PACKAGES
 
+T = TypeVar("T")
 PACKAGES = ("lm_lightning", "lightning", "torch", "torchmetrics", "transformers", "bitsandbytes")
-FOLDERS = ("dirpath", "save_dir", "folder", "filename")  # options of what Lightning and this package write
+FOLDERS = (
+    "dirpath",
+    "save_dir",
+    "folder",
+    "filename",
+)  # options of classes of Lightning and this package that write files
 PATH = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)+")  # an import path
 
 
 @dataclass
 class State:
-    """What may be imported.
+    """The restrictions of imports.
 
     Args:
         config: The run's config; None while everything may be imported.
@@ -46,7 +51,7 @@ state = State()
 
 @contextlib.contextmanager
 def scope() -> Iterator[None]:
-    """Ends restrictions that a command has begun."""
+    """Ends the restrictions of a command with it."""
     global state
     before, state = state, State()
     try:
@@ -56,7 +61,7 @@ def scope() -> Iterator[None]:
 
 
 def restrict(config: Path, arguments: Iterable[str] = ()) -> None:
-    """Has only harmless classes imported from now on, and what the user has named.
+    """Allows, from now on, only imports of harmless classes and of names that the user has given.
 
     Args:
         config: The run's config, for messages.
@@ -68,7 +73,7 @@ def restrict(config: Path, arguments: Iterable[str] = ()) -> None:
 
 
 def check() -> None:
-    """Refuses the config if it asked for an import that is not allowed; jsonargparse may have tried something else.
+    """Refuses the config if it asked for an import that is not allowed, which jsonargparse may have passed over.
 
     Raises:
         UserError: Names the import and the option that allows it.
@@ -83,7 +88,7 @@ def check() -> None:
 
 
 def check_folders(options: Any, arguments: Iterable[str]) -> None:
-    """Refuses a run's own config that would have a profiler, callback or the like write into any folder.
+    """Refuses a run's own config that makes a profiler, callback or the like write outside of the run folder.
 
     Args:
         options: Of the trainer, or within those.
@@ -100,7 +105,7 @@ def check_folders(options: Any, arguments: Iterable[str]) -> None:
             path = Path(value).expanduser()
             if path.is_absolute() or ".." in path.parts:
                 raise UserError(
-                    f"{state.config} has files written to {printable(value)[:200]}: give that folder with a flag that "
+                    f"{state.config} writes files to {printable(value)[:200]}: give that folder with a flag that "
                     f"ends with .{name}, or remove it from the config"
                 )
         elif isinstance(value, list) or hasattr(value, "items"):
@@ -114,13 +119,13 @@ def trusted(name: str) -> bool:
 
 
 def known(name: str) -> bool:
-    """Whether an import path is one of a known package, which can be imported to look at what it is."""
+    """Whether an import path belongs to a known package, so that it may be imported to see what it is."""
     first, *rest = name.split(".")
     return first in PACKAGES and not any(part.startswith("__") for part in rest)
 
 
 def harmless(found: Any) -> bool:
-    """Whether what was found is a class whose making runs no code that its options could choose."""
+    """Whether something imported is a class that runs no code chosen by its options when an instance is made."""
     import torch
     from lightning.fabric.accelerators import Accelerator
     from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment, Precision
@@ -152,13 +157,13 @@ def harmless(found: Any) -> bool:
 
 
 def refuse(name: str) -> ImportError:
-    """The error for an import path, which jsonargparse may catch; `check` raises one that it has not seen."""
+    """The error for an import path; jsonargparse may catch it, so `check` raises another."""
     state.refused = state.refused or name
     return ImportError(f"{name} is not trusted")
 
 
 def guarded(import_object: Callable) -> Callable:
-    """jsonargparse's own function, which imports what a value names, with our restrictions."""
+    """jsonargparse's function that imports the class that a value names, with our restrictions."""
 
     @functools.wraps(import_object)
     def wrapped(name: Any, *args: Any, **kwargs: Any) -> Any:
@@ -181,7 +186,7 @@ def guarded(import_object: Callable) -> Callable:
 
 
 def locate(name: str) -> Any:
-    """What an import path names, None if there is nothing.
+    """The class or function of an import path, None if there is none.
 
     Raises:
         UserError: If it may not be imported.
@@ -195,5 +200,32 @@ def locate(name: str) -> Any:
     return pydoc.locate(name)
 
 
-for _module in (_actions, _typehints):
-    _module.import_object = guarded(_module.import_object)  # type: ignore[attr-defined]
+def recorded_class(path: Any, base: type[T], what: str) -> type[T]:
+    """The class that a checkpoint has recorded: of this project, or of a package that the user trusts.
+
+    Args:
+        path: Its import path, of any type.
+        base: A class that it must be derived from.
+        what: Name of such a class, for messages.
+
+    Raises:
+        UserError: If it is something else; names the option that trusts its package.
+    """
+    name = path if isinstance(path, str) and PATH.fullmatch(path) and "__" not in path else ""
+    if not (f"{name}.".startswith("lm_lightning.") or (name and trusted(name))):
+        raise UserError(
+            f"the checkpoint names the {what} {printable(str(path))[:200]}, which is not one of lm_lightning: if you "
+            f"trust it, add --trust_package {printable(name.partition('.')[0]) or 'NAME'} to the command"
+        )
+    try:
+        found = pydoc.locate(name)
+    except pydoc.ErrorDuringImport as error:
+        raise UserError(f"the checkpoint's {what} {name} cannot be imported: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise UserError(
+            f"the checkpoint's {what} {name} does not exist (any more): it is damaged, or of another version"
+        )
+    return found
+
+
+guard_imports(guarded)

@@ -1,7 +1,7 @@
-"""Redaction: what a run leaves holds no secrets, although command lines and configs may.
+"""Redaction: files and messages of a run have no secrets, although command lines and configs may have.
 
-An option is secret if a word of its name is `key`, `token`, `password`, `secret` or similar, and its value a text; so
-is the user info of a URL (`https://user:password@host`) and such a parameter of its query.
+An option is secret if a word of its name is `key`, `token`, `password`, `secret` or similar and its value is text; so
+are the user info of a URL (`https://user:password@host`) and such parameters of its query.
 """
 
 import contextlib
@@ -18,8 +18,8 @@ REDACTED = "<redacted>"
 
 WORDS = {"key", "keys", "apikey", "token", "tokens", "password", "passwd", "passphrase", "secret", "secrets"}
 WORDS |= {"credential", "credentials", "authorization", "bearer", "pwd"}
-NUMERIC = WORDS - {"key", "keys", "token", "tokens"}  # of which numbers are secrets, too
-# ... of which these are names of tokens in a vocabulary, not secrets
+NUMERIC = WORDS - {"key", "keys", "token", "tokens"}  # numbers are secrets here, too
+# With one of these words, an option is about tokens of a vocabulary, not a secret
 VOCABULARY = {
     "bos",
     "eos",
@@ -34,7 +34,7 @@ VOCABULARY = {
     "special",
     "additional",
     "new",
-    # ... or of counts
+    # or about a number of them
     "num",
     "max",
     "min",
@@ -44,8 +44,8 @@ VOCABULARY = {
     "size",
 }
 
-SHORTEST = 4  # characters of a secret that is looked for in messages
-_secrets: set[str] = set()  # those that this process was given
+SHORTEST = 4  # characters of a secret that `scrub` looks for in messages
+_secrets: set[str] = set()  # the secrets that this process knows
 
 _USER_INFO = re.compile(r"(?<=://)[^/\s@'\"]+(?=@)")
 _QUERY = re.compile(r"([?&]([\w.-]+)=)([^&#\s'\"]+)")
@@ -95,7 +95,7 @@ def secrets_of(value: Any, name: str = "") -> Iterator[str]:
 
 
 def remember(value: Any, name: str = "") -> None:
-    """Has `scrub` find the secrets in options that this process was given."""
+    """Makes `scrub` find the secrets in these options."""
     _secrets.update(secret for secret in secrets_of(value, name) if len(secret) >= SHORTEST and secret != REDACTED)
 
 
@@ -130,7 +130,7 @@ def redact_text(text: str, name: str) -> str:
 
 
 def parsed(text: str) -> Any:
-    """The dict or list that a text is in JSON or YAML; any other text as it is."""
+    """The dict or list that a JSON or YAML text stands for; any other text as it is."""
     if not re.match(r"\s*[{\[]", text):
         return text
     with contextlib.suppress(ValueError, RecursionError):
@@ -150,11 +150,11 @@ def dumped(value: Any) -> str:
 
 
 def scrub(text: str, arguments: Sequence[str] = ()) -> str:
-    """A message without the secrets of a command line and configs, which a parser may quote.
+    """A message without the secrets of a command line and configs, which parsers may quote.
 
     Args:
         text: The message.
-        arguments: The command line, beside what `remember` has been given.
+        arguments: The command line, in addition to what `remember` was given.
     """
     found = set(_secrets)
     for argument, redacted in zip(arguments, redact_arguments(arguments)):
@@ -169,13 +169,13 @@ def scrub(text: str, arguments: Sequence[str] = ()) -> str:
 
 
 def install() -> None:
-    """Scrubs what this process logs and warns of, and tracebacks."""
+    """Scrubs log records, warnings and tracebacks of this process."""
     remember_arguments(sys.argv)
     make_record, show = logging.getLogRecordFactory(), warnings.formatwarning
 
     def record(*args: Any, **kwargs: Any) -> logging.LogRecord:
         made = make_record(*args, **kwargs)
-        with contextlib.suppress(Exception):  # arguments that do not fit the message, which logging reports
+        with contextlib.suppress(Exception):  # arguments that do not fit the message; logging reports these
             message = made.getMessage()
             if (scrubbed := scrub(message)) != message:
                 made.msg, made.args = scrubbed, ()
@@ -190,7 +190,7 @@ def install() -> None:
 
 
 def remember_arguments(arguments: Sequence[str]) -> None:
-    """As `remember`, of a command line."""
+    """`remember` for a command line."""
     for argument, following in zip(arguments, [*arguments[1:], ""]):
         option, equals, value = argument.partition("=")
         if argument.startswith("--"):
@@ -200,7 +200,7 @@ def remember_arguments(arguments: Sequence[str]) -> None:
 
 
 def find_redacted(config: Any, name: str = "") -> Iterator[str]:
-    """The names of the options of a config whose values were redacted."""
+    """The names of the options of a config that have redacted values."""
     if isinstance(config, dict):
         for key, item in config.items():
             yield from find_redacted(item, f"{name}.{key}" if name else str(key))
@@ -213,9 +213,9 @@ def find_redacted(config: Any, name: str = "") -> Iterator[str]:
 
 @contextlib.contextmanager
 def redacted_command_line() -> Iterator[None]:
-    """Shows libraries that record `sys.argv` a command line without secrets.
+    """Hides the secrets of the command line from libraries that record `sys.argv`.
 
-    A library such as W&B may also print tracebacks itself, unscrubbed; the hook for these is restored.
+    A library such as W&B may also replace the hook that prints tracebacks; it is restored.
     """
     arguments, hook = sys.argv, sys.excepthook
     sys.argv = redact_arguments(arguments)

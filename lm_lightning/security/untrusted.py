@@ -1,6 +1,6 @@
-"""Untrusted input: checks of the names, paths and classes that files made by other people give us.
+"""Untrusted input: checks of names, paths and classes in files that other people have made.
 
-A checkpoint, model folder, index or run folder is data: opening one must neither run code nor write or read outside its
+A checkpoint, model folder, index or run folder is data: opening one must not run code, nor read or write outside of its
 folder. SECURITY.md has the whole trust model.
 """
 
@@ -24,7 +24,7 @@ _WINDOWS_DEVICES = {"con", "prn", "aux", "nul"} | {f"{device}{n}" for device in 
 
 
 def plain_name(name: Any, what: str) -> str:
-    """Returns `name` if it names one file or folder directly within another folder, on every operating system.
+    """Returns `name` if it can be the name of a file or folder in a folder, on every operating system.
 
     Args:
         name: The name, of any type.
@@ -50,7 +50,7 @@ def plain_name(name: Any, what: str) -> str:
 
 
 def inside(folder: Path, name: Any, what: str) -> Path:
-    """Returns the path of a relative name in `folder`, which must not lead out of it.
+    """Returns the path of a relative name in `folder`, which must not leave it.
 
     Args:
         folder: An existing folder.
@@ -94,7 +94,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-        UserError: If it is none, or cannot be read.
+        UserError: If it cannot be read, or is not a JSON object.
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -102,7 +102,7 @@ def read_json(file: Path) -> dict[str, Any]:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{printable(str(file))} cannot be read: it is damaged, remove it ({reason})") from error
     if not isinstance(content, dict):
-        raise UserError(f"{printable(str(file))} cannot be read: it is damaged, remove it (no JSON object)")
+        raise UserError(f"{printable(str(file))} cannot be read: it is damaged, remove it (not a JSON object)")
     return content
 
 
@@ -129,7 +129,7 @@ def network_class(name: Any) -> "type[PreTrainedModel]":
 
 
 def refuse_expanding_zip(file: zipfile.ZipFile, what: Path) -> None:
-    """Refuses an archive with compressed members: `torch.save` stores them as they are, so they can only be a bomb."""
+    """Refuses an archive with compressed members: `torch.save` compresses nothing."""
     for info in file.infolist():
         if info.compress_type != zipfile.ZIP_STORED or info.file_size > info.compress_size:
             raise UserError(f"{what} has compressed parts, which torch.save never writes: it is not a checkpoint")

@@ -28,6 +28,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from lm_lightning.checkpoints import sharded as sharded_checkpoint
 from lm_lightning.checkpoints.loading import load_checkpoint
 from lm_lightning.checkpoints.plugins import BackgroundCheckpoints
+from lm_lightning.compat import lightning as compat
 from lm_lightning.errors import UserError
 from lm_lightning.networks import blocks
 from lm_lightning.strategies import tensor_parallel
@@ -80,8 +81,8 @@ class FSDP2(ModelParallelStrategy):
                 "BackgroundCheckpoints (--trainer.plugins) writes files from one process, but the folder of "
                 "sharded_checkpoints is written by all processes at once: omit one of the two"
             )
-        self._tensor_parallel_size = self.group_size()
-        self._data_parallel_size = self.num_processes * self.num_nodes // self._tensor_parallel_size
+        size = self.group_size()
+        compat.set_parallel_sizes(self, size, self.num_processes * self.num_nodes // size)
 
     def check(self, config: PreTrainedConfig) -> None:
         """Refuses networks that cannot be sharded, before their weights are made."""

@@ -23,6 +23,7 @@ from lm_lightning.files import write_text
 from lm_lightning.run import PLACEHOLDER, TRAINING
 from lm_lightning.security.redaction import redacted_command_line
 from lm_lightning.security.untrusted import read_json
+from lm_lightning.tracking import compat
 
 
 class WandbRun(WandbLogger):
@@ -81,26 +82,27 @@ class WandbRun(WandbLogger):
             )
         except ModuleNotFoundError as error:
             raise UserError('wandb is not installed: pip install -e ".[wandb]"') from error
-        del self._wandb_init["anonymous"]  # W&B warns of it, whatever it is
+        del compat.init_options(self)["anonymous"]  # W&B warns of it, whatever it is
         self.folder = run / "wandb"
         self.log_artifacts = log_model
         self.timeout, self.finish_timeout = timeout, finish_timeout
-        self._experiment: Any = None
+        compat.forget_run(self)
         self.part = 0
         self.before: dict[Path, int] = {}  # what there was when this part began
 
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:  # noqa: D102 (as in Lightning)
-        if self._experiment is not None or getattr(self, "_attach_id", None) is not None:  # (of ddp_spawn's parent)
+        if compat.is_started(self):
             return super().experiment
         import wandb
 
         os.environ.setdefault("WANDB_DATA_DIR", str(self.folder / "data"))  # tables to be sent; else at home
-        self._wandb_init |= {"id": self.run_id(), "mode": self.mode()}
-        self.part = len(list(self.folder.glob(f"*run-*-{self._wandb_init['id']}*")))
+        options = compat.init_options(self)
+        options |= {"id": self.run_id(), "mode": self.mode()}
+        self.part = len(list(self.folder.glob(f"*run-*-{options['id']}*")))
         self.before = self.products()
-        self._wandb_init["settings"] = wandb.Settings(
+        options["settings"] = wandb.Settings(
             init_timeout=self.timeout,
             finish_timeout=self.finish_timeout,
             finish_timeout_raises=True,
@@ -110,7 +112,7 @@ class WandbRun(WandbLogger):
             try:
                 return super().experiment
             except wandb.Error as error:
-                self._wandb_init["mode"] = self.offline(f"as it could not be started: {error}")
+                options["mode"] = self.offline(f"as it could not be started: {error}")
                 return super().experiment
 
     def run_id(self) -> str:
@@ -125,7 +127,7 @@ class WandbRun(WandbLogger):
         """What the option or WANDB_MODE says, unless that would ask for a key."""
         import wandb
 
-        mode = self._wandb_init["mode"] or os.environ.get("WANDB_MODE") or "online"
+        mode = compat.init_options(self)["mode"] or os.environ.get("WANDB_MODE") or "online"
         if mode == "offline":
             return self.offline("as you say")
         try:
@@ -167,7 +169,7 @@ class WandbRun(WandbLogger):
     @rank_zero_only
     def finalize(self, status: str) -> None:
         """Leaves as artifacts what this part has written, if it has ended well, and ends it."""
-        run = self._experiment
+        run = compat.current_run(self)
         if run is None:
             return
         step = 0
@@ -187,7 +189,7 @@ class WandbRun(WandbLogger):
         else:
             if not run.offline:
                 shutil.rmtree(self.folder / "artifacts", ignore_errors=True)
-        self._experiment = None
+        compat.forget_run(self)
 
     def log_artifact(self, path: Path, kind: str, alias: str, step: int) -> None:
         """Logs a file or folder as it is now, as an artifact `<kind>-<id of the run>`.

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Optional
 
+from lm_lightning import yaml_text
 from lm_lightning.callbacks.metrics_reader import read_metrics
-from lm_lightning.cli import settings
 from lm_lightning.errors import UserError
 from lm_lightning.processes import kill_with_parent
 
@@ -32,7 +32,7 @@ def read_settings(fit_flags: list[str], folder: Path, timeout: float = 600) -> d
     out, reason = fit([*fit_flags, "--print_config"], folder, timeout)
     if reason:
         raise UserError(reason)
-    return settings.load(out)
+    return yaml_text.load(out)
 
 
 def shorten(settings: dict, steps: int, callbacks: list[dict]) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Optional, Union
 
-from lm_lightning.cli import settings
+from lm_lightning import yaml_text
 from lm_lightning.cli.explain import of_command_line
 from lm_lightning.errors import UserError
 
@@ -108,7 +108,7 @@ def read_search_space(file: str, trials: Optional[int] = None) -> SearchSpace:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(SearchSpace)
     try:
-        content = settings.load(Path(file).read_text(encoding="utf-8"))
+        content = yaml_text.load(Path(file).read_text(encoding="utf-8"))
         flags = content.get("flags") if isinstance(content, dict) else None
         if not isinstance(flags, dict) or not all(isinstance(values, dict) for values in flags.values()):
             raise UserError(

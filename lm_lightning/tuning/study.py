@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Optional
 
 from filelock import FileLock, Timeout
 
-from lm_lightning import files
+from lm_lightning import files, yaml_text
 from lm_lightning.cli import settings
 from lm_lightning.errors import UserError
 from lm_lightning.security import untrusted
@@ -122,9 +122,9 @@ class Study:
         try:
             with FileLock(self.folder / "study.lock").acquire(timeout=0), tempfile.TemporaryDirectory() as private:
                 self.trials = self.open()
-                files.write_text(self.folder / "config.yaml", settings.dump(redact(self.settings)))
+                files.write_text(self.folder / "config.yaml", yaml_text.dump(redact(self.settings)))
                 self.config = Path(private) / "config.yaml"
-                files.write_text(self.config, settings.dump(self.settings))
+                files.write_text(self.config, yaml_text.dump(self.settings))
                 self.run_trials()
                 self.report()
         except Timeout:
@@ -220,7 +220,7 @@ class Study:
         own["trainer"] = found["trainer"] | {
             "enable_progress_bar": self.settings["trainer"]["enable_progress_bar"],
         }
-        files.write_text(self.folder / "best.yaml", settings.dump(found | own))
+        files.write_text(self.folder / "best.yaml", yaml_text.dump(found | own))
         states = collections.Counter(trial.state.name for trial in self.ended())
         kinds = [f"{states[name]} {word}" for name, word in KINDS.items() if states[name]]
         print(f"{sum(states.values())} trials: {', '.join(kinds)}")

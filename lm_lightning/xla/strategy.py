@@ -21,11 +21,10 @@ from lightning.pytorch.accelerators import AcceleratorRegistry, XLAAccelerator
 from lightning.pytorch.strategies import SingleDeviceStrategy, SingleDeviceXLAStrategy
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
-from transformers import masking_utils
-from transformers.utils.import_utils import is_tracing
 
 from lm_lightning import strategies
 from lm_lightning.errors import UserError
+from lm_lightning.xla import compat
 
 STRATEGIES = ("xla", "xla_spmd", f"{__name__}.XLA", f"{__name__}.XLASharded")  # as trainer.strategy names them
 
@@ -77,12 +76,11 @@ class XLA(SingleDeviceXLAStrategy):
 
         devices = runtime.global_runtime_device_count() if runtime.is_spmd() else 1
         print(f"xla: {runtime.device_type()} x {devices}")
-        # Where transformers thinks that it is traced, it does not look into the masks, for which the host would wait.
-        masking_utils.is_tracing = lambda tensor=None: True
+        compat.skip_mask_checks()
         super().setup(trainer)
 
     def teardown(self) -> None:
-        masking_utils.is_tracing = is_tracing
+        compat.restore_mask_checks()
         super().teardown()
 
     def tensor_init_context(self, empty_init: Optional[bool] = None) -> AbstractContextManager:

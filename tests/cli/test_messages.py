@@ -6,18 +6,18 @@ import re
 from collections.abc import Callable, Iterator
 
 import pytest
-from conftest import ROOT, command
+from conftest import ROOT, command, optional
 from jsonargparse import ArgumentParser
 
 from lm_lightning.__main__ import commands
 from lm_lightning.cli import app as fit_command
 from lm_lightning.cli import explain
 from lm_lightning.data.corpus import Corpus
-from lm_lightning.finetuning.tables import Tables
 from lm_lightning.lora.lora import LoRA
 
 FREE = ("model.optimizer.", "model.network.")  # of the class or network that is chosen
-SOURCES = [*(ROOT / "lm_lightning").rglob("*.py"), ROOT / "README.md", *(ROOT / "configs").glob("*.yaml")]
+SOURCES = [*(ROOT / "lm_lightning").rglob("*.py"), *ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+SOURCES += (ROOT / "configs").glob("*.yaml")
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def accepted() -> set[str]:
                 parser = ArgumentParser(exit_on_error=False)
                 parser.add_class_arguments(kind, section, fail_untyped=False)
                 names |= set(parser.get_defaults().keys())
-    names |= {f"model.lora.{option.name}" for option in dataclasses.fields(LoRA)}
+    names |= {f"model.adapter.{option.name}" for option in dataclasses.fields(LoRA)}
     assert {"data.tables.encoding_errors", "data.corpus.paths", "data.columns.text", "model.pretrained"} <= names
     return names
 
@@ -47,11 +47,12 @@ def test_options_in_messages_are_accepted(accepted: set[str]):
 
 
 def test_messages_of_shared_readers_name_options_of_corpora_and_tables():
+    tables_class = optional("finetuning.tables.Tables")
     readers = [ROOT / "lm_lightning" / "data" / f"{name}.py" for name in ("formats", "reading")]
     readers += (ROOT / "lm_lightning").glob("tasks/*/squad.py")
     source = "".join(file.read_text(encoding="utf-8") for file in readers)
     named = set(re.findall(r"(?:\{options\.prefix\}|\{self\.prefix\}|\{prefix\}| or )\.([a-z_]+)", source))
-    corpus, tables = ({option.name for option in dataclasses.fields(kind)} for kind in (Corpus, Tables))
+    corpus, tables = ({option.name for option in dataclasses.fields(kind)} for kind in (Corpus, tables_class))
     assert {"encoding", "encoding_errors", "delimiter", "quoting"} <= named
     assert named <= corpus
     assert named - tables == {"max_line"}, "read as a corpus only"
@@ -105,7 +106,7 @@ def test_each_message_names_options_of_its_own_classes():
     for section in BASES:
         for name, kind in classes_of(section).items():
             options[name] = {*explain.options_of(kind, section)}
-            options[name] |= {f"model.lora.{option.name}" for option in dataclasses.fields(LoRA) if section == "model"}
+            options[name] |= {f"model.adapter.{o.name}" for o in dataclasses.fields(LoRA) if section == "model"}
             files[name] = imported(kind.__module__, set())
     wrong, checked = [], 0
     for file, line, text in refusals():

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import ROOT
+from conftest import ROOT, needs
 
 from lm_lightning import yaml_text
 from lm_lightning.cli import settings
@@ -90,6 +90,7 @@ def test_a_flag_with_a_whole_dict_replaces_it_and_says_so(cli, capsys):
     assert "model.network" in told and "n_embd" in told and "n_layer" not in told
 
 
+@needs("tasks.generation")
 def test_appended_callbacks_stand_beside_those_of_earlier_files(parsed, tmp_path: Path):
     early = "[{class_path: EarlyStopping, init_args: {monitor: val/loss}}]"
     more = write(tmp_path / "more.yaml", f"trainer: {{callbacks+: {early}}}\n")
@@ -225,6 +226,7 @@ def test_the_optimizer_is_made_with_its_own_betas(cli, recipe: Path, fit):
     assert {group["betas"] for group in state["param_groups"] if "betas" in group} == {(0.9, 0.95)}
 
 
+@needs("tasks.masked_lm")
 def test_other_data_and_model_take_no_settings_along(parsed, cli, capsys):
     kept = parsed("fit", "--config", GPT, "--model", "MaskedLM", "--data", "MaskedData")
     plain = parsed("fit", "--model", "MaskedLM", "--data", "MaskedData")

@@ -17,7 +17,7 @@ from lightning.pytorch import Callback
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
-from lm_lightning.compression import calibration, formats, measures, recipes, structure
+from lm_lightning.compression import calibration, evaluation, formats, measures, recipes, structure
 from lm_lightning.compression.folder import load
 from lm_lightning.data.tokenizer import Tokenizer, train
 from lm_lightning.errors import UserError
@@ -65,7 +65,7 @@ def outputs(folder: Path) -> torch.Tensor:
 def test_quantized_model_is_small_and_loads_in_plain_transformers(folders, kind: str, recipe: str, tmp_path: Path):
     target = tmp_path / "target"
     if kind == "gpt2" and recipe.startswith(("int8", "float8")):  # torchao passes by Conv1D without a word
-        with pytest.raises(UserError, match="leaves 16 of 16 linear layers of GPT2LMHeadModel .*Conv1D"):
+        with pytest.raises(UserError, match="skips 16 of 16 linear layers of GPT2LMHeadModel.*Conv1D"):
             recipes.compress(folders[kind], recipe, target)
         return
     recipes.compress(folders[kind], recipe, target)
@@ -258,7 +258,7 @@ def sorted_shape(layer: torch.nn.Module) -> tuple[int, int]:
 def test_calibration_measures_what_layers_are_given(fit, recipe: Path):
     """By the run's first training batches, as a plain loop over them tells."""
     run = fit()
-    inputs = calibration.calibrate(run / "config.yaml", run / "model", 3)
+    inputs = evaluation.calibrate(run / "config.yaml", run / "model", 3)
     network = AutoModelForCausalLM.from_pretrained(run / "model").eval()
     from lm_lightning.cli.app import CLI
 
@@ -288,7 +288,7 @@ def test_recipes_go_by_what_layers_are_given(folders, tmp_path: Path):
         name: 10 * torch.rand(structure.by_rows(layer, layer.weight).shape[1], generator=draw)
         for name, layer in structure.linear_layers(network).items()
     }
-    known = lambda folder: calibration.Inputs(norms, [0.3, 0.1, 0.2, 0.05])  # noqa: E731
+    known = lambda folder: calibration.Statistics(norms, [0.3, 0.1, 0.2, 0.05])  # noqa: E731
     for recipe in ("wanda=0.5", "wanda-2:4", "width=0.5", "layers=0.5"):
         recipes.compress(folders["gpt2"], recipe, tmp_path / recipe, known)
     for name, layer in structure.linear_layers(load(tmp_path / "wanda=0.5")).items():
@@ -308,7 +308,7 @@ def test_recipes_go_by_what_layers_are_given(folders, tmp_path: Path):
     shallow = load(tmp_path / "layers=0.5").transformer.h
     for own, number in zip(shallow, (0, 2)):
         assert torch.equal(own.mlp.c_fc.weight, network.transformer.h[number].mlp.c_fc.weight)
-    with pytest.raises(UserError, match="need data to measure inputs by: give a run folder, or --config"):
+    with pytest.raises(UserError, match="need data to measure inputs: give a run folder, or --config"):
         recipes.compress(folders["gpt2"], "wanda", tmp_path / "none")
 
 
@@ -326,7 +326,7 @@ def test_only_the_named_layers_are_compressed(folders, tmp_path: Path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU can compute them")
 @pytest.mark.parametrize("recipe", ["float8", "int4-weights"])
 def test_recipes_of_gpus_are_refused_elsewhere(folders, recipe: str, tmp_path: Path):
-    with pytest.raises(UserError, match="needs a GPU with CUDA: take int8 or nf4 here"):
+    with pytest.raises(UserError, match="needs a GPU with CUDA: use int8 or nf4"):
         recipes.compress(folders["llama"], recipe, tmp_path / "target")
 
 
@@ -349,7 +349,9 @@ def test_onnx_gives_the_outputs_of_the_network(folders, tmp_path: Path):
             assert (told - right).abs().max() < tolerance * right.std()
             assert (other - right).abs().max() > 1e-3  # so that the types matter
         assert (folder / "tokenizer.json").is_file() and not list(folder.glob("*.safetensors"))
-        with pytest.raises(UserError, match="takes input_ids, token_type_ids, attention_mask, and .* has position_ids"):
+        with pytest.raises(
+            UserError, match="has the inputs input_ids, token_type_ids, attention_mask, but .* has position_ids"
+        ):
             running(input_ids=TOKENS, position_ids=TOKENS)
 
 
@@ -437,10 +439,10 @@ def test_table_is_of_what_was_measured(fit, cli, recipe: Path):
     ("recipe", "message"),
     [
         ("int9", "there is no recipe 'int9'; the recipes are int8, "),
-        ("width=2", "takes a share between 0 and 1, such as width=0.5"),
-        ("nf4=0.5", "takes no value"),
-        ("width=", "takes a share"),
-        ("int8+width=0.5", "has width after a step that leaves no plain weights"),
+        ("width=2", "needs a share between 0 and 1, as width=0.5"),
+        ("nf4=0.5", "nf4 has none"),
+        ("width=", "width needs a share"),
+        ("int8+width=0.5", "has width after a step whose result has no plain weights: put width first"),
     ],
 )
 def test_unknown_recipes_are_refused(cli, folders, recipe: str, message: str):
@@ -558,4 +560,4 @@ def test_timed_passes_have_no_more_tokens_than_positions(tmp_path: Path, capsys:
     RobertaForSequenceClassification(config).save_pretrained(tmp_path)
     bench = Bench(tmp_path, 64, 0.01)
     assert bench.tokens == 18 and bench.measure("none", tmp_path, 1.0).latency_1 > 0
-    assert "timed passes have 18 tokens, not 64" in capsys.readouterr().out
+    assert "timed passes have 18 tokens instead of 64" in capsys.readouterr().out

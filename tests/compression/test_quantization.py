@@ -52,14 +52,14 @@ def made(kind: str, folder: Path) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize(
-    ("kind", "way"),
+    ("kind", "method"),
     [("llama", "int8"), ("llama", "int8-weights"), ("gpt2", "bnb-int8"), ("gpt2", "nf4"), ("llama", "fp4")],
 )
-def test_rounded_layer_computes_what_the_quantized_one_does(kind: str, way: str, tmp_path: Path):
+def test_rounded_layer_computes_what_the_quantized_one_does(kind: str, method: str, tmp_path: Path):
     network = made(kind, tmp_path / "whole")
-    recipes.compress(tmp_path / "whole", way, tmp_path / "quantized")
+    recipes.compress(tmp_path / "whole", method, tmp_path / "quantized")
     quantized = linear_layers(load(tmp_path / "quantized"))
-    rounding = recipes.STEPS[way].way.rounding()
+    rounding = recipes.STEPS[method].method.rounding()
     for name, layer in linear_layers(network).items():
         inputs = torch.randn(2, 12, by_rows(layer, layer.weight).shape[1])
         inputs[0, 3, 5] = 8  # bitsandbytes has a way of its own with those above 6
@@ -76,7 +76,7 @@ def test_rounded_network_computes_what_onnxruntime_does(tmp_path: Path):
     with torch.no_grad():
         whole, quantized = network(tokens).logits, run(input_ids=tokens)["logits"]
         for layer in linear_layers(network).values():
-            layer.forward = partial(rounded, layer, recipes.STEPS["onnx-int8"].way.rounding())
+            layer.forward = partial(rounded, layer, recipes.STEPS["onnx-int8"].method.rounding())
         own = network(tokens).logits
     assert (own - quantized).abs().mean() < 0.5 * (whole - quantized).abs().mean()
 
@@ -151,15 +151,15 @@ def test_strategies_round_alike(fit, recipe: Path, tmp_path: Path):
     ("kind", "values", "flags", "message"),
     [
         ("gpt2", {"recipe": "int9"}, (), "there is no recipe 'int9'"),
-        ("gpt2", {"recipe": "int8"}, (), "leaves 8 of 8 linear layers of GPT2LMHeadModel .*Conv1D"),
+        ("gpt2", {"recipe": "int8"}, (), "skips 8 of 8 linear layers of GPT2LMHeadModel.*Conv1D"),
         ("gpt2", {"recipe": "nf4", "start": 10}, (), "starts at step 10, but the run ends at step 10: lower its start"),
         ("gpt2", {"recipe": "nf4", "start": -1}, (), "start is -1"),
         ("gpt2", {"recipe": "sparse", "start": 0}, (), "cannot train for the recipe sparse: .* one of int8, .*nf4"),
         ("gpt2", {"recipe": "width=0.5+nf4", "start": 0}, (), "cannot train for the recipe width=0.5"),
         ("gpt2", {"recipe": "onnx", "start": 0}, (), "cannot train for the recipe onnx"),
-        ("gpt2", {"recipe": "nf4", "start": 0}, ("--model.compile", "true"), "leave its start or model.compile out"),
+        ("gpt2", {"recipe": "nf4", "start": 0}, ("--model.compile", "true"), "omit its start or model.compile"),
         ("gpt2", {"recipe": "nf4", "modules": '["*none*"]'}, (), r"\*none\* is the name of no linear layer"),
-        ("gpt2", {"recipe": "heads"}, (), "GPT2LMHeadModel has heads that transformers cannot do without"),
+        ("gpt2", {"recipe": "heads"}, (), "transformers cannot load a GPT2LMHeadModel with fewer heads"),
     ],
 )
 def test_impossible_quantizations_are_refused_before_any_step(fit, kind, values, flags, message: str):

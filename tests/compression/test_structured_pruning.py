@@ -130,8 +130,12 @@ def test_pruned_pretrained_model_is_measured_beside_what_it_was(fit):
 @pytest.mark.parametrize(
     ("network", "values", "message"),
     [
-        ("gpt2", {"kind": "heads"}, "GPT2LMHeadModel has heads that transformers cannot do without one of"),
-        ("bert", {"kind": "layers"}, "the blocks of BertForMaskedLM cannot be made to do nothing, since norms follow"),
+        ("gpt2", {"kind": "heads"}, "transformers cannot load a GPT2LMHeadModel with fewer heads"),
+        (
+            "bert",
+            {"kind": "layers"},
+            "the blocks of BertForMaskedLM cannot be switched off in training, since norms follow",
+        ),
         ("gpt2", {"keep": 1.0}, "keeps a share of 1.0"),
         ("gpt2", {"keep": 0.99}, "width=0.99 keeps all 128"),
         ("gpt2", {"end": 50}, "the pruning ends at step 50, but the run at step 10"),

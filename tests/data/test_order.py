@@ -6,7 +6,15 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from lm_lightning.data.order import PADDING, SequentialBatches, StreamSampler, samples_at, seed_of, shuffle
+from lm_lightning.data.order import (
+    PADDING,
+    SequentialBatches,
+    StreamSampler,
+    samples_at,
+    seed_of,
+    sequence_key,
+    shuffle,
+)
 
 SPLITS = [(1, 1, 8), (1, 4, 2), (2, 2, 2), (4, 1, 2), (1, 8, 1)]  # world_size, accumulate, batch_size: all make 8
 
@@ -154,3 +162,10 @@ def test_evaluation_reads_each_sample_once_and_pads_the_end_only(size, batch_siz
     padding = len(in_turns) - size
     assert in_turns == list(range(size)) + [PADDING] * padding
     assert padding < batch_size * world_size, "a round of batches has nothing but padding"
+
+
+def test_the_key_of_a_sequence_depends_on_each_number_and_its_place():
+    sequences = [[], [0], [0, 0], [1], [1, 2], [2, 1], [1, 2, 3], [1, 3, 2], [3, 2, 1], list(range(5000))]
+    keys = [sequence_key(numbers) for numbers in sequences]
+    assert len(set(keys)) == len(keys) and all(0 <= key < 2**63 for key in keys)
+    assert sequence_key(np.array([1, 2])) == sequence_key((1, 2)) == 5883447104367214746  # on any machine

@@ -4,7 +4,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import paragraphs
+from conftest import needs, paragraphs
 
 from lm_lightning.checkpoints.loading import load_checkpoint
 from lm_lightning.data.corpus import Corpus
@@ -12,7 +12,6 @@ from lm_lightning.data.pretraining import PretrainingData
 from lm_lightning.data.tokenizer import Tokenizer
 from lm_lightning.errors import UserError
 from lm_lightning.finetuning.tables import Tables, read_files, read_split
-from lm_lightning.tasks.generation.generate import read_prompts
 
 
 @pytest.mark.parametrize(
@@ -77,7 +76,10 @@ def test_a_corpus_without_text_for_validation(tmp_path: Path):
             data.setup("fit")
 
 
+@needs("tasks.generation")
 def test_bytes_in_a_file_of_prompts_are_named(tmp_path: Path):
+    from lm_lightning.tasks.generation.generate import read_prompts
+
     file = tmp_path / "prompts.txt"
     file.write_bytes(b"one\ntwo\ncaf\xe9 and\n")
     with pytest.raises(UserError, match="prompts.txt:3: byte 0xe9 is not UTF-8: convert the file"):

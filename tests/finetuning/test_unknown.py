@@ -2,23 +2,19 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Optional
 
 import pytest
-from conftest import paragraphs
+from conftest import needs, optional, paragraphs
 
 from lm_lightning.data.corpus import Corpus
-from lm_lightning.data.pretraining import PretrainingData
 from lm_lightning.data.stream import StreamData
 from lm_lightning.data.tokenizer import Tokenizer, load, train, unknown_id, unknown_word
 from lm_lightning.finetuning.data import LabelledData
 from lm_lightning.finetuning.tables import Tables
-from lm_lightning.tasks.classification.data import ClassificationData, TextColumns
-from lm_lightning.tasks.embedding.data import PairData
-from lm_lightning.tasks.masked_lm.data import MaskedData, Texts
-from lm_lightning.tasks.questions.data import QuestionData
-from lm_lightning.tasks.tagging.data import TaggingData
 
 CHINESE = "我 喜欢 这部 电影"
 
@@ -45,18 +41,24 @@ def setup(data: StreamData, capsys) -> list[str]:
     return capsys.readouterr().out.splitlines()
 
 
-def labelled(kind: type, **options: object) -> Callable[..., LabelledData]:
-    return lambda train, held, path: kind(tables=Tables(train, held), tokenizer=Tokenizer(path), **options)
+def labelled(kind: str, columns: Optional[dict] = None, **options: object) -> Callable[..., LabelledData]:
+    def make(train: str, held: str, path: str) -> LabelledData:
+        data = optional(kind)(tables=Tables(train, held), tokenizer=Tokenizer(path), **options)
+        if columns:
+            data.columns = replace(data.columns, **columns)
+        return data
+
+    return make
 
 
 @pytest.mark.parametrize(
     "make",
     [
-        labelled(ClassificationData),
-        labelled(ClassificationData, columns=TextColumns(pair="pair")),
-        labelled(TaggingData),
-        labelled(PairData),
-        labelled(QuestionData, max_length=64, max_question=16, overlap=8),
+        labelled("tasks.classification.data.ClassificationData"),
+        labelled("tasks.classification.data.ClassificationData", columns={"pair": "pair"}),
+        labelled("tasks.tagging.data.TaggingData"),
+        labelled("tasks.embedding.data.PairData"),
+        labelled("tasks.questions.data.QuestionData", max_length=64, max_question=16, overlap=8),
     ],
     ids=["classification", "of pairs", "tagging", "pairs", "questions"],
 )
@@ -96,13 +98,13 @@ def test_unknown_tokens_of_rows(tmp_path: Path, english: str, make: Callable, ca
             assert "--model.pretrained" in warning
 
 
-@pytest.mark.parametrize("kind", [PretrainingData, MaskedData])
-def test_unknown_tokens_of_a_corpus(tmp_path: Path, english: str, kind: type, capsys):
+@pytest.mark.parametrize("kind", ["data.pretraining.PretrainingData", "tasks.masked_lm.data.MaskedData"])
+def test_unknown_tokens_of_a_corpus(tmp_path: Path, english: str, kind: str, capsys):
     (tmp_path / "train.txt").write_text("\n\n".join(paragraphs(100)))
     (tmp_path / "held.txt").write_text("\n\n".join([*paragraphs(20), *[CHINESE] * 40]), encoding="utf-8")
     corpus = Corpus(str(tmp_path / "train.txt"), str(tmp_path / "held.txt"), validation_fraction=0, test_fraction=0)
     for _ in range(2):  # tokenized, then from the cache
-        data = kind(corpus, Tokenizer(english), block_size=16, cache_dir=str(tmp_path / "cache"))
+        data = optional(kind)(corpus, Tokenizer(english), block_size=16, cache_dir=str(tmp_path / "cache"))
         out = setup(data, capsys)
         tokens = data.splits["validation"].tokens
         unknown = data.tokenizer.convert_ids_to_tokens(tokens.tolist()).count("[UNK]")
@@ -115,7 +117,10 @@ def test_unknown_tokens_of_a_corpus(tmp_path: Path, english: str, kind: type, ca
         assert "unknown" not in next(line for line in out if line.startswith("train: "))
 
 
+@needs("tasks.masked_lm")
 def test_unknown_words_of_texts_to_fill_in(english: str, capsys):
+    from lm_lightning.tasks.masked_lm.data import Texts
+
     data = SimpleNamespace(tokenizer=load(english), block_size=64, trainer=SimpleNamespace(is_global_zero=True))
     Texts(["the [MASK] of it"], data)
     assert capsys.readouterr().out == ""

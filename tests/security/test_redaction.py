@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import command, refusal
+from conftest import command, exists, needs, refusal
 
 from lm_lightning.security.redaction import REDACTED, find_redacted, is_secret, redact, redact_arguments, scrub
 
@@ -140,12 +140,13 @@ def found(*places: Path, texts: Sequence[str] = ()) -> list[str]:
     ]
 
 
+@needs("reports")
 def test_secrets_are_in_nothing_that_a_run_leaves(recipe: Path, tmp_path: Path):
     (tmp_path / "remote.py").write_text(MODULE)
     secrets = tmp_path / "secrets.yaml"
     loggers = [REMOTE, {"class_path": "lm_lightning.callbacks.metrics_file.MetricsFile"}]
-    if importlib.util.find_spec("wandb"):
-        loggers.append({"class_path": "lm_lightning.tracking.weights_and_biases.WandbRun"})
+    if importlib.util.find_spec("wandb") and exists("tracking"):
+        loggers.append({"class_path": "WandbRun"})
     secrets.write_text(yaml.safe_dump({"trainer": {"callbacks": [HOOK]}}))
     environment = os.environ | {"PYTHONPATH": f"{Path.cwd()}:{tmp_path}", "WANDB_MODE": "offline"}
     shared = ["--trainer.max_steps", 3, "--trainer.limit_val_batches", 1]
@@ -189,6 +190,7 @@ def test_secrets_are_in_nothing_that_a_run_leaves(recipe: Path, tmp_path: Path):
     assert (run / "report.html").read_text().count("&lt;redacted&gt;") >= 12
 
 
+@needs("tuning")
 def test_secrets_are_in_nothing_that_a_study_leaves(recipe: Path, cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("optuna")
     (tmp_path / "remote.py").write_text(MODULE)

@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import command, refusal
+from conftest import command, needs, refusal
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from lm_lightning.__main__ import commands
 from lm_lightning.data import tokenizer
 from lm_lightning.data.tokenizer import Tokenizer
 
@@ -40,7 +41,7 @@ def folder(tmp_path: Path) -> Path:
     return model
 
 
-@pytest.mark.parametrize("name", ["generate", "fit", "validate", "compress"])
+@pytest.mark.parametrize("name", [name for name in ("generate", "fit", "validate") if name in commands()])
 def test_code_of_a_folder_is_not_run_even_if_yes_is_typed(name: str, folder: Path, recipe: Path, cache_dir: Path):
     flags = [
         "--config",
@@ -52,13 +53,14 @@ def test_code_of_a_folder_is_not_run_even_if_yes_is_typed(name: str, folder: Pat
         "--data.tokenizer.path",
         folder,
     ]
-    arguments = {"generate": [folder, "--prompt", "a"], "compress": [folder, "--recipe", "none"]}.get(name, flags)
+    arguments = [folder, "--prompt", "a"] if name == "generate" else flags
     start = [sys.executable, "-m", "lm_lightning", name, *map(str, arguments)]
     said = refusal(subprocess.run(start, input="y\n" * 9, capture_output=True, text=True, timeout=300))
     assert "Python code of its own" in said and "--trust_remote_code true" in said
     assert not (folder.parent / "harmed").exists()
 
 
+@needs("tasks.generation")
 def test_code_is_run_on_request(folder: Path):
     done = command("generate", folder, "--prompt", "a", "--max_new_tokens", 2, "--trust_remote_code", "true")
     assert done.returncode == 0, done.stderr

@@ -3,7 +3,6 @@
 Each payload here is harmless: it would make a file named `harmed`, which must not exist afterwards.
 """
 
-import json
 import os
 import pickle
 import shutil
@@ -18,7 +17,6 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from lm_lightning.checkpoints import sharded as sharded_checkpoint
 from lm_lightning.checkpoints.loading import load_checkpoint
 from lm_lightning.commands import export
-from lm_lightning.compression.folder import copy_beside
 from lm_lightning.console import printable
 from lm_lightning.errors import UserError
 from lm_lightning.security import untrusted
@@ -92,17 +90,6 @@ def test_an_export_writes_no_file_that_the_checkpoint_names(name: str, tmp_path:
     with pytest.raises(UserError, match="cannot be exported"):
         export.write({"network": network, "state_dict": {}}, tmp_path, tmp_path / "model")
     assert not (tmp_path / "harmed").exists()
-
-
-def test_a_model_folder_whose_modules_lead_elsewhere_is_not_copied(tmp_path: Path):
-    source, target = tmp_path / "source", tmp_path / "target"
-    for folder in (source, target, tmp_path / "payload"):
-        folder.mkdir()
-    (tmp_path / "payload" / "file").write_text("x")
-    (source / "modules.json").write_text(json.dumps([{"path": "../payload"}]))
-    with pytest.raises(UserError, match="modules.json"):
-        copy_beside(source, target)
-    assert not (target.parent / "payload" / "payload").exists() and not list(target.glob("**/file"))
 
 
 def test_a_resumed_run_removes_no_files_that_its_checkpoint_names_elsewhere(fit, tmp_path: Path):

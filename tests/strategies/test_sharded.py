@@ -10,7 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 import yaml
-from conftest import ROOT
+from conftest import ROOT, needs
 from processes import Runs
 
 from lm_lightning.checkpoints import sharded as sharded_checkpoint
@@ -50,8 +50,6 @@ NETWORKS = {
         **{"max_position_embeddings": 64, "hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0},
     },
 }
-
-SLOW = ("bert", "pairs", "qwen3")
 
 
 def equal(one: object, other: object) -> bool:
@@ -112,7 +110,16 @@ def commands(recipe, network: str, names: list[str], *flags: object) -> dict[str
     return result
 
 
-@pytest.mark.parametrize("network", ["gpt2", *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW)])
+BERT = needs("tasks.masked_lm")
+SLOW_BERT = (BERT, pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    "network",
+    ["gpt2"]
+    + [pytest.param(name, marks=SLOW_BERT) for name in ("bert", "pairs")]
+    + [pytest.param("qwen3", marks=pytest.mark.slow)],
+)
 def test_every_strategy_has_the_losses_of_one_process(runs, recipe, network: str):
     strategies = ["ddp", "accumulated", "fsdp2", "tp"]
     runs(commands(recipe, network, ["one", *strategies]))
@@ -127,6 +134,7 @@ def test_every_strategy_has_the_losses_of_one_process(runs, recipe, network: str
         assert runs.differ(one, other, "step", "val/loss") < tolerance
 
 
+@needs("tasks.tagging")
 def test_first_step_is_that_of_one_process_whatever_the_lengths(runs, recipe, tmp_path: Path):
     """5 words in one process and 60 in the other: the gradient is that of the mean over all words of both."""
     words = ["anna", "sees", "the", "river", "house"]
@@ -316,7 +324,7 @@ def test_tampered_table_of_contents_is_not_run(tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("network", "strategies"),
-    [("gpt2", {"ddp": 1, "hsdp": 1, "tp": 2}), pytest.param("bert", {"hsdp": 1, "tp": 2}, marks=pytest.mark.slow)],
+    [("gpt2", {"ddp": 1, "hsdp": 1, "tp": 2}), pytest.param("bert", {"hsdp": 1, "tp": 2}, marks=SLOW_BERT)],
 )
 def test_two_nodes_have_the_losses_of_one_process(runs, recipe, network: str, strategies: dict[str, int]):
     """Data parallel over all, sharded within each node, and tensor parallel within each node and sharded over them."""
@@ -362,6 +370,7 @@ def test_options_do_under_sharding_what_they_do_without(runs, recipe, options: t
             assert difference < OPTIONS[option][1], option
 
 
+@needs("tasks.generation")
 def test_sharded_network_generates_predicts_and_is_exported(runs, recipe, cli):
     callback = (
         '[{"class_path": "lm_lightning.tasks.generation.samples.Samples", "init_args": {"prompts": ["", "The old"]}}]'
@@ -405,7 +414,7 @@ def test_sharded_network_generates_predicts_and_is_exported(runs, recipe, cli):
     [
         # (data parallel processes write and read the files of one)
         ("gpt2", ["ddp", "fsdp2", "folder", "tp", "split"], ["one", "fsdp2", "tp"]),
-        ("bert", ["one", "folder"], ["fsdp2", "split"]),
+        pytest.param("bert", ["one", "folder"], ["fsdp2", "split"], marks=BERT),
     ],
     ids=["gpt2", "bert"],
 )

@@ -1,4 +1,4 @@
-"""Pruning: weights of little importance become zeros in the course of a training, which makes up for them."""
+"""Pruning: weights of little importance become zeros during a training, which compensates for them."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -7,40 +7,47 @@ from typing import Any, Literal, Optional
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
 from lm_lightning.compression.callbacks.after_training import compress_alone
+from lm_lightning.compression.importance import (
+    Pattern,
+    check_pattern,
+    least_important,
+    observe_inputs,
+    weight_scores,
+)
 from lm_lightning.errors import UserError
 from lm_lightning.networks import by_rows, linear_layers, smallest, zeros_of
+from lm_lightning.strategies.capabilities import capabilities
 
 
 class Pruning(Callback):
-    """Makes a share of the weights of a network's blocks zero, little by little, and keeps them so.
+    """Gradually makes a share of the weights of a network's blocks zero, and keeps them zero.
 
-    After each optimizer step the pruned weights are zero again. Which they are is in the checkpoint, so that a resumed
-    run goes on exactly. The share grows as by Zhu and Gupta (2017, arXiv:1710.01878), fast at first.
+    After each optimizer step, the pruned weights are set to zero again. A checkpoint has the masks, so that a resumed
+    run continues exactly. The share grows as by Zhu and Gupta (2017, arXiv:1710.01878), fast at first.
 
     Args:
         sparsity: Share of zeros at the end.
-        method: What tells the importance of a weight: its `magnitude`; with `wanda`, that times the norm of its input
-            (Sun et al., 2023, arXiv:2306.11695), compared within an output; with `movement`, how far training moves it
-            away from zero (Sanh et al., 2020, arXiv:2005.07683).
-        pattern: `2:4` makes two of four inputs in a row zero, which GPUs compute faster; at once, at `start`.
-        scope: Whether every layer has the same share, `local`, or all layers together, `global`.
+        method: Importance of a weight: its `magnitude`; with `wanda`, its magnitude times the norm of its input (Sun et
+            al., 2023, arXiv:2306.11695), compared within an output; with `movement`, how far training moves it away
+            from zero (Sanh et al., 2020, arXiv:2005.07683).
+        pattern: `2:4` makes two of four adjacent inputs zero, which GPUs compute faster; all at once, at `start`.
+        scope: Whether the share applies to each layer, `local`, or to all layers together, `global`.
         modules: Patterns of the names of the layers, such as `*mlp*`. Default: all linear layers of the blocks.
         start: Optimizer steps before the first zeros.
         end: Optimizer step from which the share is `sparsity`. Default: half of the run.
-        frequency: Steps from one choice of weights to the next.
-        table: Whether to measure size, speed, loss and metrics when training has ended, and if it began with pretrained
-            weights, those of before, see `compress`.
+        frequency: Optimizer steps between two choices of weights.
+        table: Whether to measure size, speed, loss and metrics when training has ended, and those of the pretrained
+            weights if it started with some, see `compress`.
     """
 
     def __init__(
         self,
         sparsity: float = 0.5,
         method: Literal["magnitude", "wanda", "movement"] = "magnitude",
-        pattern: Literal["free", "2:4"] = "free",
+        pattern: Pattern = "free",
         scope: Literal["local", "global"] = "local",
         modules: Sequence[str] = (),
         start: int = 0,
@@ -49,24 +56,23 @@ class Pruning(Callback):
         table: bool = True,
     ) -> None:
         if not 0 < sparsity < 1:
-            raise UserError(f"the pruning's sparsity is {sparsity}, but must be between 0 and 1, without both")
+            raise UserError(f"the pruning's sparsity is {sparsity}, but must be above 0 and below 1")
         if frequency < 1 or start < 0 or (end is not None and end < start):
             raise UserError(
                 f"the pruning has start {start}, end {end} and frequency {frequency}, but must have 0 <= start <= end "
                 "and a frequency of 1 or more"
             )
         if pattern == "2:4" and (sparsity != 0.5 or scope == "global"):
-            raise UserError(
-                "the pruning's pattern 2:4 has a sparsity of 0.5 in each layer: leave sparsity and scope out"
-            )
+            raise UserError("the pruning's pattern 2:4 has a sparsity of 0.5 in each layer: omit sparsity and scope")
         if method == "wanda" and scope == "global":
-            raise UserError("the pruning's method wanda compares the weights of an output: leave scope out")
-        self.sparsity, self.method, self.pattern, self.scope = sparsity, method, pattern, scope
+            raise UserError("the pruning's method wanda compares the weights of an output: omit scope")
+        self.sparsity, self.method, self.scope = sparsity, method, scope
+        self.pattern: Pattern = pattern
         self.patterns, self.start, self.end, self.frequency = modules, start, end, frequency
         self.table = table
         self.layers: dict[str, nn.Linear] = {}
-        self.masks: dict[str, Tensor] = {}  # what is kept
-        self.importance: dict[str, Tensor] = {}  # squared norms of inputs, or movements; summed up since the start
+        self.masks: dict[str, Tensor] = {}  # True for what is kept
+        self.importance: dict[str, Tensor] = {}  # squared inputs, or movements; sums since the start
         self.step = 0
         self.hooks: list[Any] = []
 
@@ -74,7 +80,7 @@ class Pruning(Callback):
 
     @property
     def complete_from(self) -> int:
-        """The step from which the network is pruned as far as it will be."""
+        """The step from which the network has its final sparsity."""
         return self.last
 
     def share(self, step: int) -> float:
@@ -86,23 +92,23 @@ class Pruning(Callback):
         return self.sparsity * (1 - (1 - (step - self.start) / (self.last - self.start)) ** 3)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if isinstance(trainer.strategy, ModelParallelStrategy):
+        if capabilities(trainer.strategy).shards_parameters:
             raise UserError(
-                "pruning needs whole weights in each process: take --trainer.strategy ddp, or prune the finished model "
+                "pruning needs all weights in each process: use --trainer.strategy ddp, or prune the finished model "
                 "with python -m lm_lightning compress"
             )
-        if pl_module.lora is not None:
-            raise UserError("pruning changes the weights that model.lora leaves as they are: leave one of the two out")
+        if pl_module.adapter is not None:
+            raise UserError(
+                "pruning changes the weights that model.adapter leaves as they are: leave one of the two out"
+            )
         total = pl_module.total_steps()
         if self.end is None and total == float("inf"):
-            raise UserError("the pruning needs to know its end: set its end, or trainer.max_steps")
+            raise UserError("the pruning needs an end: set its end, or trainer.max_steps")
         self.last = self.end if self.end is not None else max(self.start, int(total) // 2)
         if self.last > total:
             raise UserError(f"the pruning ends at step {self.last}, but the run at step {total:.0f}: lower its end")
         self.layers = self.layers_of(pl_module.network)
-        odd = [name for name, layer in self.layers.items() if by_rows(layer, layer.weight).shape[1] % 4]
-        if self.pattern == "2:4" and odd:
-            raise UserError(f"{odd[0]} has no multiple of 4 inputs, which the pattern 2:4 needs: leave it out")
+        check_pattern(self.pattern, self.layers)
 
     def layers_of(self, network: Any) -> dict[str, nn.Linear]:
         """The layers whose weights are pruned, by their names."""
@@ -118,30 +124,22 @@ class Pruning(Callback):
             self.hooks = self.watch(pl_module.network)
 
     def watch(self, network: Any) -> list[Any]:
-        """Hooks that measure what importance is told by, in training."""
-        return [layer.register_forward_pre_hook(self.measure(name)) for name, layer in self.layers.items()]
+        """Registers hooks that measure the inputs of the layers in training."""
+        return observe_inputs(self.layers, self.add, training_only=True)
 
-    def measure(self, name: str) -> Any:
-        """A hook that adds up the squares of a layer's inputs."""
-
-        @torch.no_grad()
-        def hook(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            if layer.training:
-                squares = inputs[0].detach().float().flatten(0, -2).square().sum(0)
-                self.importance[name] = self.importance[name] + squares if name in self.importance else squares
-
-        return hook
+    def add(self, name: str, total: Tensor, count: int = 0) -> None:
+        """Adds to the sums that the importance follows from."""
+        self.importance[name] = self.importance[name] + total if name in self.importance else total
 
     @torch.no_grad()
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if self.method == "movement":
             for name, layer in self.layers.items():
-                movement = -(layer.weight * layer.weight.grad)  # type: ignore[operator]
-                self.importance[name] = self.importance[name] + movement if name in self.importance else movement
+                self.add(name, -(layer.weight * layer.weight.grad))  # type: ignore[operator]
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         step = trainer.global_step
-        if step == self.step:  # amid an accumulation
+        if step == self.step:  # gradients are still being accumulated
             return
         self.step = step
         due = not self.masks or (step - self.start) % self.frequency == 0 or step == self.last
@@ -153,42 +151,32 @@ class Pruning(Callback):
 
     @torch.no_grad()
     def scores(self) -> dict[str, Tensor]:
-        """The importance of each weight, in the shapes of the weights; the same in all processes."""
-        if self.method == "movement":  # of gradients, which are of all processes
-            return self.importance
-        scores = {name: layer.weight.abs().float() for name, layer in self.layers.items()}
-        if self.method == "wanda":
-            squares = self.of_all_processes()
-            scores = {
-                n: by_rows(self.layers[n], by_rows(self.layers[n], s) * squares[n].sqrt()) for n, s in scores.items()
-            }
-        return scores
+        """The importance of each weight of a layer, (outputs, inputs), by its name; the same in all processes."""
+        if self.method == "movement":  # follows from gradients, which are the same in all processes
+            return {name: by_rows(self.layers[name], movement) for name, movement in self.importance.items()}
+        norms = self.norms() if self.method == "wanda" else {}
+        return {name: weight_scores(layer, norms.get(name)) for name, layer in self.layers.items()}
 
-    def of_all_processes(self) -> dict[str, Tensor]:
-        """The squared norms of the inputs of all processes."""
-        return {name: self.reduce(squares) for name, squares in self.importance.items()}
+    def norms(self) -> dict[str, Tensor]:
+        """The norms of the inputs of each layer, (inputs,), over all processes."""
+        return {name: squares.sqrt() for name, squares in self.over_processes().items()}
+
+    def over_processes(self) -> dict[str, Tensor]:
+        """The sums of what was measured, over all processes."""
+        return {name: self.reduce(total) for name, total in self.importance.items()}
 
     @torch.no_grad()
     def choose(self, pl_module: LightningModule) -> None:
         """Chooses which weights are zero from now on."""
         share, scores = self.share(self.step), self.scores()
-        if self.pattern == "2:4":
-            zero = {
-                name: by_rows(layer, smallest(by_rows(layer, scores[name]).unflatten(1, (-1, 4)), 0.5).flatten(1))
-                for name, layer in self.layers.items()
-            }
-        elif self.method == "wanda":
-            zero = {
-                name: by_rows(layer, smallest(by_rows(layer, scores[name]), share))
-                for name, layer in self.layers.items()
-            }
-        elif self.scope == "global":
+        if self.scope == "global":
             together = smallest(torch.cat([score.flatten() for score in scores.values()]), share)
             parts = together.split([score.numel() for score in scores.values()])
-            zero = {name: part.view_as(scores[name]) for name, part in zip(scores, parts)}
+            zero = {name: part.view(scores[name].shape) for name, part in zip(scores, parts)}
         else:
-            zero = {name: smallest(score.flatten(), share).view_as(score) for name, score in scores.items()}
-        self.masks = {name: ~mask for name, mask in zero.items()}
+            within_outputs = self.method == "wanda"
+            zero = {n: least_important(score, share, self.pattern, within_outputs) for n, score in scores.items()}
+        self.masks = {name: ~by_rows(self.layers[name], mask) for name, mask in zero.items()}
         pl_module.log("train/sparsity", share)
 
     @torch.no_grad()
@@ -204,7 +192,7 @@ class Pruning(Callback):
         self.report(pl_module)
 
     def report(self, pl_module: LightningModule) -> None:
-        """Tells how much is zero."""
+        """Prints how many weights are zero."""
         zeros, weights = zeros_of(self.layers)
         pl_module.print(
             f"pruned: {zeros:,} of {weights:,} weights in {len(self.layers)} layers are zero ({zeros / weights:.1%})"
@@ -214,7 +202,7 @@ class Pruning(Callback):
         run = Path(trainer.default_root_dir)
         if not self.table or not trainer.is_global_zero or trainer.fast_dev_run or not (run / "model").exists():
             return
-        flags = ["--config", str(run / "config.yaml")]  # named, so that classes of the user's are imported again
+        flags = ["--config", str(run / "config.yaml")]  # named, so that classes of the user are imported again
         if pl_module.pretrained is None:
             compress_alone(run, "--recipe", "none", *flags)
         else:
@@ -225,19 +213,20 @@ class Pruning(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         importance = self.importance
-        if self.method == "wanda" and self.processes > 1:  # so that each may go on with an equal part of it
-            importance = {name: squares / self.processes for name, squares in self.of_all_processes().items()}
+        if self.method == "wanda" and self.processes > 1:  # each process resumes with an equal part of it
+            importance = {name: squares / self.processes for name, squares in self.over_processes().items()}
         return {"masks": self.masks, "importance": importance, "made_with": self.made_with()}
 
     def made_with(self) -> dict[str, Any]:
-        """The options that the masks and importances fit alone; the others may change on a resume."""
+        """The options that must be the same on a resume, since masks and importance depend on them."""
         return {"method": self.method, "pattern": self.pattern, "scope": self.scope, "modules": list(self.patterns)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, value in self.made_with().items():
             if (saved := state["made_with"].get(name)) != value:
                 raise UserError(
-                    f"the checkpoint was made with {type(self).__name__}.{name} {saved} (here {value}), and fits only "
-                    "that: use the old value, or start a new run from the weights with --model.pretrained RUN/model"
+                    f"the checkpoint was made with {type(self).__name__}.{name} {saved}, not {value}, and its "
+                    f"masks fit only {saved}: use that, or start a new run from the weights with "
+                    "--model.pretrained RUN/model"
                 )
         self.masks, self.importance = dict(state["masks"]), dict(state["importance"])

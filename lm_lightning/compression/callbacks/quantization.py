@@ -1,4 +1,4 @@
-"""Quantization: a training run in, at its end a model of fewer bits, which it may have been trained for."""
+"""Quantization of the model of a training run, at its end; the network may be trained for it."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -15,20 +15,20 @@ from lm_lightning.compression.callbacks.after_training import compress_alone
 from lm_lightning.compression.quantization import Rounding
 from lm_lightning.errors import UserError
 from lm_lightning.networks import by_rows, linear_layers
-from lm_lightning.strategies.sharded import TensorParallel
+from lm_lightning.strategies.capabilities import capabilities
 
 
 class Quantization(Callback):
     """Quantizes the finished model of a run into `compressed/` of the run folder, as `compress` does.
 
-    From `start` on, the network is trained for that: each layer computes with its weights, and where the recipe
-    quantizes these, too, its inputs, rounded as they will be, while gradients pass as if nothing was (Jacob et al.,
-    2018, arXiv:1712.05877). The weights themselves stay whole, in checkpoints and in `model/`, so that a resumed run
-    goes on exactly and nothing is quantized twice; a validation after `start` is of the rounded network.
+    From `start` on, the network is trained for it: each layer computes with rounded weights, and if the recipe
+    quantizes them, rounded inputs, while the backward pass ignores the rounding (Jacob et al., 2018, arXiv:1712.05877).
+    The weights keep their precision, in checkpoints and in `model/`, so that a resumed run continues exactly and
+    nothing is quantized twice; a validation after `start` is of the rounded network.
 
     Args:
         recipe: Of `compress`, such as `int8`, `nf4` or `width=0.5+onnx-int8`.
-        start: Optimizer step from which the network is trained with rounding. Default: it is not.
+        start: Optimizer step from which the network is trained with rounding. Default: never.
         modules: Patterns of the names of linear layers of the blocks, such as `*mlp*`. Default: all of them.
         table: Whether to measure size, speed, loss and metrics before and after, see `compress`.
     """
@@ -45,34 +45,34 @@ class Quantization(Callback):
 
     @property
     def complete_from(self) -> int:
-        """The first step that is trained and validated as a quantized network."""
+        """The first step after which a validation is of the rounded network."""
         return 0 if self.start is None else self.start + 1
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self.start is None or stage != "fit":
             return
-        self.rounding = getattr(self.steps[0][0].way, "rounding", lambda: None)()
-        if self.rounding is None or len(self.steps) > 1:
-            can = [name for name, step in recipes.STEPS.items() if hasattr(step.way, "rounding")]
+        self.rounding = recipes.rounding_of(self.recipe)
+        if self.rounding is None:
             raise UserError(
-                f"the quantization cannot train for the recipe {self.recipe}: leave its start out, or take one of "
-                + ", ".join(name for name in can if recipes.STEPS[name].way.rounding() is not None)  # type: ignore
+                f"the quantization cannot train for the recipe {self.recipe}: omit its start, or use one of "
+                + ", ".join(name for name in recipes.STEPS if recipes.rounding_of(name) is not None)
             )
-        if isinstance(trainer.strategy, TensorParallel):
+        if capabilities(trainer.strategy).splits_matrices:
             raise UserError(
-                "quantization rounds whole weights: take --trainer.strategy ddp or fsdp2, or leave its start out"
+                "a quantization with a start needs the complete weights of a layer in each process: use "
+                "--trainer.strategy ddp or fsdp2, or omit its start"
             )
-        if pl_module.lora is not None:
+        if pl_module.adapter is not None:
             raise UserError(
-                "quantization does not know how to round what model.lora adds to a layer: leave its start out, or take "
-                "a quantized base, model.lora.base"
+                "quantization cannot round what model.adapter adds to a layer: omit its start, or use a quantized "
+                "base, such as model.adapter.base nf4"
             )
         if pl_module.compile_body:
-            raise UserError("quantization changes layers while they are trained: leave its start or model.compile out")
+            raise UserError("quantization changes layers while they are trained: omit its start or model.compile")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for step, value in self.steps:
-            step.way.check(pl_module.network, value, self.modules)
+            step.method.check(pl_module.network, value, self.modules)
         if self.start is not None and self.start >= pl_module.total_steps():
             raise UserError(
                 f"the quantization starts at step {self.start}, but the run ends at step "
@@ -96,20 +96,20 @@ class Quantization(Callback):
         run = Path(trainer.default_root_dir)
         if not trainer.is_global_zero or trainer.fast_dev_run or not (run / "model").exists():
             return
-        config = str(run / "config.yaml")  # named, so that classes of the user's are imported again
+        config = str(run / "config.yaml")  # named, so that classes of the user are imported again
         flags = ["--recipe", self.recipe, "--modules", ",".join(self.modules), "--config", config]
         compress_alone(run, *flags, *(() if self.table else ("--measure", "false")))
 
 
 def rounded(layer: nn.Linear, rounding: Rounding, inputs: Tensor) -> Tensor:
-    """What a layer computes with rounded weights and inputs, whose gradients pass straight through."""
+    """The output of a layer with rounded weights and inputs, whose rounding the backward pass ignores."""
     if rounding.input is not None:
         inputs = straight_through(inputs, rounding.input)
     return F.linear(inputs, straight_through(by_rows(layer, layer.weight), rounding.weight), layer.bias)
 
 
 def straight_through(values: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-    """A function of values, in the backward pass the values themselves (Bengio et al., 2013, arXiv:1308.3432)."""
+    """Applies a function in the forward pass only: a straight-through estimator (Bengio et al., 2013)."""
     with torch.no_grad(), torch.autocast(values.device.type, enabled=False):
         difference = function(values) - values
     return values + difference

@@ -1,4 +1,4 @@
-"""Structured pruning: units, heads or blocks that a network learns to do without, and that its export has not."""
+"""Structured pruning: a network learns to do without units, heads or blocks, and is exported without them."""
 
 from pathlib import Path
 from typing import Any, Literal, Optional
@@ -9,28 +9,28 @@ from torch import Tensor, nn
 
 from lm_lightning.compression import structure
 from lm_lightning.compression.callbacks.pruning import Pruning
+from lm_lightning.compression.importance import observe_blocks
 from lm_lightning.errors import UserError
 from lm_lightning.networks import blocks, by_rows, linear_layers, smallest
 
 
 class StructuredPruning(Pruning):
-    """Takes units, heads or blocks out of a network, little by little, while training makes up for them.
+    """Gradually removes units, heads or blocks of a network, while training compensates for them.
 
-    In training, what comes out of them is made zero, along the schedule of `Pruning`; they do not come back. The
-    exported model really is smaller, as by the recipes of `compress` of the same names, and gives the same outputs. A
-    network is exported as far as it is pruned.
+    In training, their outputs are made zero, along the schedule of `Pruning`; what is removed stays removed. The
+    exported model really is smaller, as by the recipes of `compress` of the same names, and computes the same outputs.
 
     Args:
-        kind: `width` of the feed-forward layers; attention `heads`, with all that share their keys and values, in
-            networks whose heads have a size of their own (Llama, Qwen); `layers`, which is whole blocks, in networks
-            that add what a block makes to what it is given, with the norms before (GPT, Llama).
+        kind: `width` of the feed-forward layers; attention `heads`, together with those that share their keys and
+            values, in networks whose config has a head_dim (Llama, Qwen); `layers`, that is blocks, in networks that
+            add the output of a block to its input, with the norms before (GPT, Llama).
         keep: Share of them that is kept.
-        method: What tells the importance of units and heads: their weights' `magnitude`, or with `wanda`, what their
-            values weigh in the next layer. Blocks go by how far they turn what they are given (Men et al., 2024,
+        method: Importance of units and heads: the `magnitude` of their weights, or with `wanda`, their contribution to
+            the next layer. The importance of a block is how far it changes its input (Men et al., 2024,
             arXiv:2403.03853).
-        start: Optimizer steps before the first go.
+        start: Optimizer steps before the first are removed.
         end: Optimizer step from which only the share is left. Default: half of the run.
-        frequency: Steps from one choice to the next.
+        frequency: Optimizer steps between two choices.
         table: See `Pruning`.
     """
 
@@ -45,15 +45,15 @@ class StructuredPruning(Pruning):
         table: bool = True,
     ) -> None:
         if not 0 < keep < 1:
-            raise UserError(f"the pruning keeps a share of {keep}, but that must be between 0 and 1, without both")
+            raise UserError(f"the pruning keeps a share of {keep}, but that must be above 0 and below 1")
         method = "wanda" if kind == "layers" else method  # which are always measured
         super().__init__(1 - keep, method, start=start, end=end, frequency=frequency, table=table)
         self.kind: structure.Kind = kind
         self.keep = keep
-        self.kept: list[Tensor] = []  # of each block the numbers of its units or heads; of `layers`, one of blocks
+        self.kept: list[Tensor] = []  # the numbers of the units or heads of each block; for `layers`, one of blocks
 
     def layers_of(self, network: Any) -> dict[str, nn.Linear]:
-        """The layers whose inputs are the units; of `layers`, those whose outputs are added to a block's inputs."""
+        """The layers whose inputs are the units; for `layers`, those whose outputs are added to a block's input."""
         if self.kind == "layers":
             self.ends = [last_layers(network, block) for block in blocks(network)]
             return {name: layer for block in self.ends for name, layer in block.items()}
@@ -68,36 +68,22 @@ class StructuredPruning(Pruning):
         self.sparsity = 1 - structure.kept_number(network, self.kind, self.keep) / self.number
         if self.kind == "layers" and not passes_through(network, blocks(network)[0], self.ends[0]):
             raise UserError(
-                f"the blocks of {type(network).__name__} cannot be made to do nothing, since norms follow their sums: "
-                "make a shallow model by compress --recipe layers=..., and train that"
+                f"the blocks of {type(network).__name__} cannot be switched off in training, since norms follow their "
+                "sums: make a shallow model with compress --recipe layers=..., and train that"
             )
 
     def watch(self, network: Any) -> list[Any]:
-        """Hooks that measure units and heads by what goes into the next layer, blocks by what they change."""
+        """Registers hooks that measure the inputs of the next layers, or what blocks change, in training."""
         if self.kind != "layers":
             return super().watch(network)
-        return [
-            block.register_forward_hook(self.measure_block(f"block {number}"))
-            for number, block in enumerate(blocks(network))
-        ]
-
-    def measure_block(self, name: str) -> Any:
-        """A hook that adds up how far a block turns what it is given."""
-
-        @torch.no_grad()
-        def hook(block: nn.Module, inputs: tuple, output: Any) -> None:
-            if block.training:
-                given, made = inputs[0], output[0] if isinstance(output, tuple) else output
-                change = (1 - torch.cosine_similarity(given.float(), made.float(), dim=-1)).sum()
-                self.importance[name] = self.importance[name] + change if name in self.importance else change
-
-        return hook
+        return observe_blocks(blocks(network), self.add, training_only=True)
 
     @torch.no_grad()
     def choose(self, pl_module: LightningModule) -> None:
-        """Chooses which units, heads or blocks are gone from now on."""
-        share, sums = self.share(self.step), self.of_all_processes()
+        """Chooses which units, heads or blocks are removed from now on."""
+        share = self.share(self.step)
         if self.kind == "layers":
+            sums = self.over_processes()
             changes = torch.stack([sums[f"block {number}"] for number in range(self.number)])
             if self.kept:
                 changes[[n for n in range(self.number) if n not in self.kept[0].tolist()]] = 0
@@ -105,7 +91,7 @@ class StructuredPruning(Pruning):
             self.kept = [(~gone).nonzero().flatten().cpu()]
             self.masks = {name: ~gone[number] for number, block in enumerate(self.ends) for name in block}
         else:
-            norms = {name: square.sqrt() for name, square in sums.items()} if self.method == "wanda" else None
+            norms = self.norms() if self.method == "wanda" else None
             self.kept, self.masks = [], {}
             for block in self.units:
                 gone = smallest(block.importance(norms), share)
@@ -116,7 +102,7 @@ class StructuredPruning(Pruning):
 
     @torch.no_grad()
     def apply(self) -> None:
-        """Makes what comes out of them zero."""
+        """Makes their outputs zero."""
         super().apply()
         if self.kind == "layers" and self.kept:
             for number, block in enumerate(self.ends):
@@ -125,13 +111,13 @@ class StructuredPruning(Pruning):
                         layer.bias.zero_()
 
     def report(self, pl_module: LightningModule) -> None:
-        """Tells how many are left."""
+        """Prints how many are left."""
         kept = len(self.kept[0]) if self.kept else self.number
         what = {"width": "units of each block", "heads": "heads of each block", "layers": "blocks"}[self.kind]
         pl_module.print(f"pruned: {kept} of {self.number} {what} are left ({kept / self.number:.1%})")
 
     def on_export(self, folder: Path) -> None:
-        """Makes an exported model smaller."""
+        """Removes them from the exported model."""
         structure.shrink(folder, self.kind, self.kept)
 
     def state_dict(self) -> dict[str, Any]:
@@ -152,13 +138,15 @@ def last_layers(network: Any, block: nn.Module) -> dict[str, nn.Linear]:
     (out,) = (own for own in structure.units(network, "width") if own.out in linear)
     attention = [name for name in linear if "attn" in name or "attention" in name]
     if not attention:
-        raise UserError(f"the attention of {type(network).__name__} is not known here: leave layers out")
+        raise UserError(
+            f"{type(network).__name__} has no linear layer with attention in its name: use another kind than layers"
+        )
     return {attention[-1]: linear[attention[-1]], out.out: out.layer}
 
 
 @torch.no_grad()
 def passes_through(network: Any, block: nn.Module, ends: dict[str, nn.Linear]) -> bool:
-    """Whether a block gives out what it is given, where the last layers of its two parts give zeros; tried."""
+    """Whether the output of a block is its input if the last layers of its two parts return zeros; by a trial."""
     same: list[bool] = []
 
     def compare(module: nn.Module, inputs: tuple, output: Any) -> None:
@@ -166,7 +154,7 @@ def passes_through(network: Any, block: nn.Module, ends: dict[str, nn.Linear]) -
 
     hooks = [layer.register_forward_hook(lambda module, inputs, output: output * 0) for layer in ends.values()]
     hooks.append(block.register_forward_hook(compare))
-    # What a new norm has made already, another new norm would leave as it is.
+    # A norm with its initial weights would not change an input that is normed already.
     hooks.append(block.register_forward_pre_hook(lambda module, inputs: (3 * inputs[0] + 1, *inputs[1:])))
     training = network.training
     network.eval()(torch.arange(8, device=network.device).unsqueeze(0))

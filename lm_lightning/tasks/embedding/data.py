@@ -13,6 +13,7 @@ import torch
 
 from lm_lightning.console import printable
 from lm_lightning.data import cells
+from lm_lightning.data.order import sequence_key
 from lm_lightning.errors import UserError
 from lm_lightning.finetuning.data import LabelledData, counted
 from lm_lightning.finetuning.tables import Row, Tables, read_files
@@ -93,9 +94,7 @@ def batch_of_pairs(tokenizer: "PreTrainedTokenizerFast", items: list[dict]) -> d
             padded = tokenizer.pad({"input_ids": tokens}, padding_side="right", return_tensors="pt")
             batch[f"{name or 'input_'}ids"] = padded["input_ids"]
             batch[f"{name or 'attention_'}mask"] = padded["attention_mask"]
-            batch[f"{name}keys"] = torch.tensor(
-                [hash(tuple(text)) for text in tokens]
-            )  # (of integers: everywhere equal)
+            batch[f"{name}keys"] = torch.tensor([sequence_key(text) for text in tokens])
     return batch | {"id": [item["id"] for item in items]}
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 from lm_lightning import files, hub
 from lm_lightning import run as runs
+from lm_lightning.compat.transformers import hide_load_report
 from lm_lightning.console import printable
 from lm_lightning.errors import UserError
 
@@ -234,7 +235,7 @@ def embedded(query: str, model: str, about: About) -> "np.ndarray":
     from lm_lightning.networks import positions
     from lm_lightning.tasks.embedding.modules import embed
 
-    hub.quiet()
+    hide_load_report()
     network = hub.load(AutoModel, model, unused=("pooler.",)).eval()
     tokenizer = tokenizers.load(model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # as GPT's published ones

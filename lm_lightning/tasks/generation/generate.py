@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
 from lm_lightning import hub
+from lm_lightning.compat.transformers import hide_load_report
 from lm_lightning.console import printable
 from lm_lightning.errors import UserError
 from lm_lightning.run import model_folder
@@ -98,7 +99,7 @@ def load(model: str, device: str) -> "tuple[PreTrainedModel, PreTrainedTokenizer
 
     from lm_lightning.data import tokenizer as tokenizers
 
-    hub.quiet()
+    hide_load_report()
     network = hub.load(transformers.AutoModelForCausalLM, folder)
     named = network.config.architectures
     name = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else ""

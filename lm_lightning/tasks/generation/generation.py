@@ -19,6 +19,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
+from lm_lightning.data.order import seed_of, sequence_key
 from lm_lightning.data.tokenizer import document_ids
 from lm_lightning.errors import UserError
 from lm_lightning.networks import positions
@@ -63,12 +64,12 @@ class Sampling:
 class GumbelNoise(LogitsProcessor):
     """Adds Gumbel noise, so that the maximum is a sample of the softmax (Gumbel, 1954).
 
-    Each row has a random generator of its own, seeded with its prompt, too, which is what makes a prompt's text
-    independent of its batch. (The hash of integers is the same in every process.)
+    Each row has a random generator of its own, seeded with its prompt, too, so that a prompt's text does not depend on
+    the other prompts of its batch.
     """
 
     def __init__(self, seed: int, prompts: list[list[int]]) -> None:
-        seeds = [hash((seed, *prompt)) % 2**63 for prompt in prompts]
+        seeds = [seed_of(seed, sequence_key(prompt)) for prompt in prompts]
         self.generators = [torch.Generator().manual_seed(value) for value in seeds]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:

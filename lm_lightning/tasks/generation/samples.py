@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
 from lm_lightning.console import printable
 from lm_lightning.files import append
+from lm_lightning.strategies.capabilities import capabilities
 from lm_lightning.tasks.generation.generation import Sampling, check, generate, inherited, prompt_ids
 
 
@@ -41,7 +42,7 @@ class Samples(Callback):
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         network, tokenizer = pl_module.network, trainer.datamodule.tokenizer
-        if network.device.type == "xla":  # which would compile a program for each length
+        if capabilities(trainer.strategy).lazy:  # it would compile a program for each length
             network = copy.deepcopy(network).cpu()
         prompts = [prompt_ids(tokenizer, prompt) for prompt in self.prompts]
         texts = generate(

@@ -5,13 +5,14 @@ that is cut into full blocks: nothing is padded. With them, a block is `[CLS] A 
 where the documents end. What is hidden is drawn from (seed, epoch, sample): anew in each epoch, the same in each run.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Optional
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from lm_lightning.data import shards
+from lm_lightning.data import inspection, shards
 from lm_lightning.data.corpus import Corpus
 from lm_lightning.data.order import PADDING, samples_at
 from lm_lightning.data.pretraining import PretrainingData, collate
@@ -196,6 +197,17 @@ class MaskedData(PretrainingData):
 
     def layout(self) -> shards.Layout:
         return shards.Layout("bert", self.language if self.next_sentence else None, self.masking.unit == "space")
+
+    def prepare_corpus(self, show: Sequence[int] = ()) -> None:
+        """The same as for GPTs; samples are shown as they are before masking."""
+        self.check()
+        prepared = shards.prepare(self.corpus, self.tokenizer_options, self.layout(), self.cache_dir)
+        room = self.room(prepared.tokenizer)
+        if not show:
+            return inspection.print_counts(prepared, room, omitted=0, full=() if self.next_sentence else ("train",))
+        if self.next_sentence:
+            print("a pair begins with this segment; the second one may be of any document, and is another each epoch")
+        inspection.print_samples(prepared, room, show)
 
     def samples(self, split: str) -> MaskedBlocks | MaskedPairs:
         masker = Masker(self.masking, self.tokenizer, self.block_size)

@@ -97,7 +97,7 @@ def recipe(tmp_path: Path, tokenizer: Path) -> Path:
 def test_labels_are_learned_and_told_by_transformers_pipeline(fit, cli, recipe: Path, tmp_path: Path):
     from transformers import pipeline
 
-    run = fit("--trainer.max_steps", 80)
+    run = fit("--trainer.max_steps", 80, "--model.network.hidden_dropout_prob", 0)
     out = cli("test", "--config", recipe, "--ckpt_path", run / "checkpoints" / "best.ckpt")
     gold = rows(45, 2)
     tell = pipeline("text-classification", str(run / "model"))
@@ -578,7 +578,9 @@ def test_frozen_parameters_stay(fit):
 HEAD = ("classifier.weight", "classifier.bias")
 
 
-@pytest.mark.parametrize("lora", [(), ("--model.lora.rank", 2)], ids=["all weights", "lora"])
+@pytest.mark.parametrize(
+    "lora", [(), ("--model.adapter", "LoRA", "--model.adapter.rank", 2)], ids=["all weights", "lora"]
+)
 def test_an_equally_large_head_of_other_labels_is_replaced_and_trained(fit, cli, recipe: Path, lora: tuple):
     names = {"good": "art", "bad": "news", "mixed": "sport"}
     base = load_file(fit("--trainer.max_steps", 3) / "model" / "model.safetensors")

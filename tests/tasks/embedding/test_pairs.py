@@ -17,7 +17,8 @@ from scipy.stats import pearsonr, spearmanr
 
 from lm_lightning.data.tokenizer import Tokenizer, load, train
 from lm_lightning.errors import UserError
-from lm_lightning.tasks.embedding.data import Judged, PairData, Retrieval, answers, batch_of_pairs
+from lm_lightning.finetuning.tables import Tables
+from lm_lightning.tasks.embedding.data import Judged, PairColumns, PairData, Retrieval, answers, batch_of_pairs
 from lm_lightning.tasks.embedding.model import Seen, SentenceEncoder, candidates_of, ranking
 from lm_lightning.tasks.embedding.modules import embed, pool, pooling_of
 
@@ -480,3 +481,15 @@ def test_batches(tokenizer: Path):
 def test_refusals(fit, flags: tuple, message: str):
     with pytest.raises(UserError, match=message):
         fit(*flags)
+
+
+def test_a_score_that_is_no_number_is_refused_with_its_row(tmp_path: Path, tokenizer: Path):
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps({"text": "a", "pair": "b", "score": score}) + "\n" for score in (1, "1,5")))
+    tables = Tables(str(file), str(file))
+    data = PairData(columns=PairColumns(score="score"), tables=tables, tokenizer=Tokenizer(str(tokenizer)))
+    module = SimpleNamespace(own_labels=lambda: [])
+    fit = SimpleNamespace(fn="fit")
+    data.trainer = SimpleNamespace(state=fit, is_global_zero=True, lightning_module=module)  # type: ignore[assignment]
+    with pytest.raises(UserError, match="a.jsonl:2: column 'score' has no number, but .*write a point instead"):
+        data.setup("fit")

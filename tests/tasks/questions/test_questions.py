@@ -17,7 +17,9 @@ from conftest import command, evaluation
 from forks import python
 
 from lm_lightning.data.tokenizer import Tokenizer, train
-from lm_lightning.tasks.questions.data import Answer, Question, Window
+from lm_lightning.errors import UserError
+from lm_lightning.finetuning.tables import Tables, read_files
+from lm_lightning.tasks.questions.data import Answer, Question, QuestionData, Window
 from lm_lightning.tasks.questions.model import best_spans, best_threshold, cmrc, join, squad
 
 NAMES = ["anna", "boris", "clara", "david", "emil", "frida"]
@@ -351,3 +353,12 @@ def test_best_threshold_is_the_best_of_all():
 
         assert best == pytest.approx(max(map(score, [-99.0, *margins.values()])))
         assert score(threshold) == pytest.approx(best) or best == pytest.approx(score(-99.0))
+
+
+def test_bytes_of_squads_files_are_named_with_their_line(tmp_path: Path):
+    file = tmp_path / "a.json"
+    file.write_bytes(b'{"data": [\n{"paragraphs": [{"context": "caf\xe9", "qas": [{"id": 1}]}]}]}')
+    with pytest.raises(UserError, match="a.json:2: byte 0xe9 .* --data.tables.encoding cp1252"):
+        list(read_files(str(file), Tables(), QuestionData.formats))
+    (row,) = read_files(str(file), Tables(encoding="cp1252"), QuestionData.formats)
+    assert row["context"] == "café"

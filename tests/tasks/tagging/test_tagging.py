@@ -17,6 +17,7 @@ from seqeval import metrics as seqeval
 from seqeval.metrics.sequence_labeling import get_entities
 
 from lm_lightning.errors import UserError
+from lm_lightning.finetuning.tables import Row
 from lm_lightning.tasks.tagging.data import TaggingData, encoded, spans_of
 from lm_lightning.tasks.tagging.viterbi import decode, legal
 
@@ -270,3 +271,9 @@ def test_labels_of_two_schemes_are_refused(fit, recipe: Path, label: str, flags:
     write(recipe.parent / "train.jsonl", rows)
     with pytest.raises(UserError, match=message):
         fit(*flags)
+
+
+def test_labels_that_are_numbers_or_missing():
+    assert TaggingData().labels_of(Row({"labels": [0, 3, 0]}, ""), "labels") == ["0", "3", "0"]  # as on the Hub
+    with pytest.raises(UserError, match="a.csv:3: column 'labels' has no labels"):
+        TaggingData().labels_of(Row({"labels": ["O", None]}, "a.csv:3"), "labels")

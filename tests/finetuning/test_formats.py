@@ -1,15 +1,19 @@
 """Files as people have them: stray quotes, other delimiters, encodings and line ends are read rightly or refused."""
 
 import json
+import pydoc
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import paragraphs
 
-from lm_lightning.data.corpus import Corpus
+from lm_lightning.data.corpus import Corpus, inputs
 from lm_lightning.data.corpus import read as read_corpus
 from lm_lightning.errors import UserError
 from lm_lightning.finetuning.tables import Tables, read_files
-from lm_lightning.tasks.questions.data import QuestionData
+from lm_lightning.security.untrusted import TRUST_PACKAGES
 
 
 def write(path: Path, data: str | bytes) -> Path:
@@ -19,8 +23,7 @@ def write(path: Path, data: str | bytes) -> Path:
 
 def table(path: Path, **options) -> list[tuple[int, dict]]:
     """The rows of a table with the numbers of their lines."""
-    rows = read_files(str(path), Tables(**options), QuestionData.formats)
-    return [(int(row.where.rsplit(":", 1)[1]), dict(row)) for row in rows]
+    return [(int(row.where.rsplit(":", 1)[1]), dict(row)) for row in read_files(str(path), Tables(**options))]
 
 
 def texts(path: Path, **options) -> list[str]:
@@ -169,10 +172,6 @@ def test_bytes_of_a_table_are_replaced_and_counted(tmp_path: Path, capsys):
     nul = write(tmp_path / "nul.csv", "text,label\na\0,x\n")
     with pytest.raises(UserError, match="nul.csv:2: a NUL byte at column 2.* --data.tables.encoding utf-16"):
         table(nul)
-    squad = write(tmp_path / "a.json", b'{"data": [\n{"paragraphs": [{"context": "caf\xe9", "qas": [{"id": 1}]}]}]}')
-    with pytest.raises(UserError, match="a.json:2: byte 0xe9 .* --data.tables.encoding cp1252"):
-        table(squad)
-    assert table(squad, encoding="cp1252")[0][1]["context"] == "café"
 
 
 def test_json_lines_without_names_are_refused_with_an_example(tmp_path: Path):
@@ -188,3 +187,82 @@ def test_options_of_other_formats_are_refused(tmp_path: Path):
     for option, value in {"delimiter": ";", "quoting": True, "header": ["text"]}.items():
         with pytest.raises(UserError, match=f"--data.tables.{option} is for files of the formats .csv, .tsv"):
             table(path, **{option: value})
+
+
+def test_the_format_of_files_without_a_suffix_has_a_short_name(tmp_path: Path):
+    path = write(tmp_path / "rows", "text\tlabel\na\tx\nb\ty\n")
+    assert [row for _, row in table(path, format="tsv")] == ROWS
+    assert texts(path, format="tsv") == ["a", "b"]
+    with pytest.raises(UserError, match="rows is no table by its name: give its format with --data.tables.format csv"):
+        table(path)
+    for read, option in ((table, "tables"), (texts, "corpus")):
+        with pytest.raises(UserError, match=f"--data.{option}.format is 'tvs', but must be jsonl, csv, tsv, "):
+            read(path, format="tvs")
+
+
+OWN_FORMATS = """
+from lm_lightning.data.formats import Format
+from lm_lightning.data.reading import row_lines
+from lm_lightning.errors import UserError
+
+
+class LabelledLines(Format):
+    def __init__(self, separator: str = ":") -> None:
+        self.separator = separator
+
+    def rows(self, path, options, report):
+        for line in row_lines(path, options, report):
+            label, separator, text = line.text.partition(self.separator)
+            if not separator:
+                raise UserError(f"{path}:{line.number}: there is no {self.separator} in the line: fix or remove it")
+            yield line.number, {"label": label, "text": text}
+"""
+
+
+@pytest.fixture
+def own_formats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A module outside the package, as a user has it."""
+    write(tmp_path / "my_formats.py", OWN_FORMATS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield "my_formats.LabelledLines"
+    sys.modules.pop("my_formats", None)
+
+
+def test_a_format_of_ones_own_is_a_class_path_of_a_corpus(
+    own_formats: str, fit, cli, recipe: Path, tmp_path: Path, monkeypatch
+):
+    lines = [f"{i}{'=' if i % 2 else ':'}{text}" for i, text in enumerate(paragraphs(200))]
+    odd = write(tmp_path / "odd.dat", "\n".join(lines[1::2]))
+    flags = ("--data.corpus.paths", odd, "--data.corpus.format", own_formats)
+    with pytest.raises(UserError, match=r"odd.dat:1: there is no : in the line"):
+        cli("prepare", "--config", recipe, *flags)
+    flags = (*flags, "--data.corpus.format.separator", "=", "--data.corpus.validation_fraction", 0.3)
+    assert " documents, " in cli("fit", "--config", recipe, *flags)
+    even = write(tmp_path / "even.dat", "\n".join(lines[::2]))
+    given = json.dumps({"class_path": own_formats, "init_args": {"separator": ":"}})
+    run = fit("--data.corpus.paths", even, "--data.corpus.format", given, "--data.corpus.validation_fraction", 0.3)
+    documents = json.loads((run / "data.json").read_text())["splits"]
+    assert sum(split["documents"] for split in documents.values()) == 100
+    with pytest.raises(UserError, match="asks to import my_formats.LabelledLines"):
+        cli("validate", run)
+    monkeypatch.setenv(TRUST_PACKAGES, "my_formats")
+    assert "val/loss" in cli("validate", run)
+
+
+def test_a_format_of_ones_own_is_a_class_path_of_tables(own_formats: str, tmp_path: Path):
+    kind = pydoc.locate(own_formats)
+    path = write(tmp_path / "rows.dat", "x:a\ny:b\n")
+    tables = Tables(str(path), format=kind())
+    assert [dict(row) for row in read_files(str(path), tables)] == ROWS
+    described = {"class_path": own_formats, "separator": ":"}
+    assert json.loads(json.dumps(tables.described()))["format"] == described
+    with pytest.raises(UserError, match="--data.tables.delimiter is for files of the formats .csv, .tsv"):
+        list(read_files(str(path), Tables(format=kind(), delimiter=";")))
+
+
+def test_the_cache_of_a_corpus_depends_on_the_options_of_its_format(own_formats: str, tmp_path: Path):
+    kind = pydoc.locate(own_formats)
+    path = write(tmp_path / "rows.dat", "x:a\ny:b\n")
+    found = [inputs(Corpus(str(path), format=own), tmp_path) for own in (None, kind(), kind(), kind("="), "jsonl")]
+    assert "format" not in found[0], "caches without a format stay valid"
+    assert found[1] == found[2] and all(json.dumps(other) != json.dumps(found[1]) for other in (found[0], *found[3:]))

@@ -10,17 +10,11 @@ import torch
 
 from lm_lightning.callbacks.predictions import cells as cells_of_predictions
 from lm_lightning.callbacks.predictions import write_table
-from lm_lightning.data import cells
 from lm_lightning.data.tokenizer import Tokenizer, train
 from lm_lightning.errors import UserError
 from lm_lightning.finetuning.data import LabelledData
-from lm_lightning.finetuning.tables import Row, Tables
+from lm_lightning.finetuning.tables import Tables
 from lm_lightning.tasks.classification.data import ClassificationData, TextColumns
-from lm_lightning.tasks.embedding.data import PairColumns, PairData
-from lm_lightning.tasks.parsing.data import ParsingData
-from lm_lightning.tasks.questions.data import Answer, QuestionData
-from lm_lightning.tasks.tagging.data import TaggingData
-from lm_lightning.tasks.tagging.roles import RoleData
 
 
 @pytest.fixture(scope="module")
@@ -162,9 +156,6 @@ def test_what_is_no_number_is_refused_with_its_row(tmp_path: Path, tokenizer: To
     message = rf"a.jsonl:2: column 'label' has no number, but .*{reason}: fix"
     with pytest.raises(UserError, match=message):
         made(ClassificationData(kind="regression", tables=Tables(file, file), tokenizer=tokenizer))
-    pairs = PairColumns(pair="text", score="label")
-    with pytest.raises(UserError, match=message):
-        made(PairData(columns=pairs, tables=Tables(file, file), tokenizer=tokenizer))
 
 
 def test_numbers_are_those_that_are_written(tmp_path: Path, tokenizer: Tokenizer):
@@ -172,65 +163,6 @@ def test_numbers_are_those_that_are_written(tmp_path: Path, tokenizer: Tokenizer
     data = made(ClassificationData(kind="regression", tables=Tables(file, file), tokenizer=tokenizer))
     told = torch.stack([row["targets"] for row in data.examples["train"].rows])
     assert torch.equal(told, torch.tensor([1, -2.5, 0.5, 1e-3, 3]))
-
-
-# Lists of the other tasks
-
-
-@pytest.mark.parametrize("dump", [json.dumps, repr])
-def test_lists_in_cells_of_all_tasks(dump):
-    words = ["a", "it's", "[", "c"]
-    row = Row(
-        {
-            "words": dump(words),
-            "labels": dump(["O", " B-X", "I-X", "O"]),
-            "head": dump([2, 0, 2, 2]),
-            "deprel": dump(["x", "root", "y", "z"]),
-            "frames": dump([{"predicate": 1, "spans": [[0, 0, "A"]]}]),
-            "context": "it is here",
-            "answers": dump({"text": ["here"], "answer_start": [6]}),
-            "negatives": dump(["one", "two"]),
-        },
-        "a.csv:2",
-    )
-    assert row.words("words") == words
-    assert TaggingData().labels_in(row) == ["O", "B-X", "I-X", "O"]
-    assert ParsingData().heads(row, 4) == [2, 0, 2, 2]
-    assert ParsingData().labels_of(row, "deprel") == ["x", "root", "y", "z"]
-    assert RoleData().labels_in(row) == ["B-A", "O", "O", "O"]
-    assert QuestionData().answers(row) == [Answer("here", 6)]
-    assert PairData(columns=PairColumns(negatives="negatives"), hard_negatives=2).negatives(row) == ["one", "two"]
-
-
-def test_words_are_no_lists_by_accident():
-    row = Row({"words": "[ 1 ] see the note", "labels": "O O O O O O", "odd": "['a' 'b']"}, "a.csv:2")
-    assert row.words("words") == ["[", "1", "]", "see", "the", "note"]
-    assert Row({"words": "[ 1 ]"}, "").words("words") == ["[", "1", "]"]
-    assert Row({"words": "[ see below ]"}, "").words("words") == ["[", "see", "below", "]"]
-    with pytest.raises(UserError, match="a.csv:2: column 'odd' has .* looks like a list"):
-        row.words("odd")
-    assert TaggingData().labels_of(Row({"labels": [0, 3, 0]}, ""), "labels") == ["0", "3", "0"]  # as on the Hub
-    with pytest.raises(UserError, match="a.csv:3: column 'labels' has no labels"):
-        TaggingData().labels_of(Row({"labels": ["O", None]}, "a.csv:3"), "labels")
-
-
-def test_nothing_in_a_cell_is_run():
-    for cell in ("[__import__('os').getcwd()]", "[1 for _ in 'a']", "[(lambda: 1)()]", "['a'] * 9"):
-        with pytest.raises(ValueError, match="neither JSON nor"):
-            cells.parsed(cell)
-
-
-def test_lists_of_named_labels_of_the_hub(monkeypatch):
-    import datasets
-
-    from lm_lightning.data.hub_rows import hub_rows
-
-    tags = datasets.Sequence(datasets.ClassLabel(names=["O", "B-X"]))
-    features = datasets.Features({"words": datasets.Sequence(datasets.Value("string")), "tags": tags})
-    content = datasets.Dataset.from_list([{"words": ["a", "b"], "tags": [1, 0]}], features=features)
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: content)
-    rows = list(hub_rows("any/name", None, "train", None, False, ""))
-    assert rows == [(1, {"words": ["a", "b"], "tags": ["B-X", "O"]})]
 
 
 def test_columns_of_labels_are_found(tmp_path: Path, tokenizer: Tokenizer):

@@ -122,3 +122,15 @@ def test_windows_must_go_on(tokenizer: Path):
     own.overlap = 21  # 32 tokens less 8 of the question and 3 special ones
     with pytest.raises(UserError, match="data.overlap is 21, but must be from 0 to 20"):
         own.encode("test", [Row(FLAT[2], "a:1")])
+
+
+def test_bytes_of_another_encoding_are_named_and_read_on_request(tmp_path: Path):
+    file = tmp_path / "a.json"
+    file.write_bytes(b'{"data": [\n{"paragraphs": [{"context": "caf\xe9", "qas": [{"id": 1}]}]}]}')
+
+    def rows(**options: str) -> list[Row]:
+        return read_split(Tables(test=[str(file)], **options), "test", lambda row: "", QuestionData.formats)
+
+    with pytest.raises(UserError, match="a.json:2: byte 0xe9 .* --data.tables.encoding cp1252"):
+        rows()
+    assert rows(encoding="cp1252")[0]["context"] == "café"

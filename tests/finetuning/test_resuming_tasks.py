@@ -39,7 +39,7 @@ def rows() -> list[dict]:
     return found
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", [task for task in TASKS if (ROOT / "configs" / f"{task}.yaml").exists()])
 def test_a_task_resumes_exactly_with_dropout(task: str, cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     texts = [row["text"] for row in rows()]
     train(Tokenizer(algorithm="wordpiece", vocab_size=200, lowercase=True), iter(texts), "bert").save_pretrained(

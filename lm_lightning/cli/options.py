@@ -1,0 +1,94 @@
+"""The options of `fit`, `validate`, `test` and `predict`, beside those of the classes that are chosen."""
+
+import ast
+import contextlib
+import inspect
+import json
+from typing import Any, Optional
+
+from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.loggers import Logger
+
+from lm_lightning import run as runs
+from lm_lightning.callbacks.export import Weights
+from lm_lightning.callbacks.predictions import Predictions
+from lm_lightning.checkpoints.callback import Checkpoints
+from lm_lightning.compat.jsonargparse import parses_class_options, set_help
+
+CHECKPOINTS = {
+    "dirpath": f"{runs.PLACEHOLDER}/checkpoints",
+    "auto_insert_metric_name": False,
+    "enable_version_counter": False,
+}
+TRAINER_DEFAULTS = {
+    "default_root_dir": runs.PLACEHOLDER,
+    "use_distributed_sampler": False,  # our samplers distribute samples over processes and keep their order
+    "gradient_clip_val": 1.0,
+    "enable_model_summary": False,  # it would describe the network in one line
+    "logger": [
+        {"class_path": "lm_lightning.callbacks.metrics_file.MetricsFile", "init_args": {"save_dir": runs.PLACEHOLDER}},
+        {
+            "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+            "init_args": {"save_dir": runs.PLACEHOLDER, "name": "", "version": "tensorboard"},
+        },
+    ],
+}
+TRAINER_HELP = {  # where we differ from Lightning, or its help is too short
+    "trainer.val_check_interval": "How often to validate: a float is a fraction of the epoch, an int a number of "
+    "optimizer steps (Lightning: of micro-batches), counted from the start of each epoch, or, with "
+    "--trainer.check_val_every_n_epoch null, over all epochs. The last step is always validated.",
+    "trainer.limit_train_batches": "Micro-batches of an epoch, or a fraction of the data (a float). The next epoch "
+    "continues with the next samples.",
+    "trainer.overfit_batches": "Trains on the same first micro-batches (an int, or a float: a fraction) in each epoch, "
+    "in the same order, and validates on as many batches of the validation split.",
+}
+
+
+class OptionParser(LightningArgumentParser):
+    """The parser of the CLI: no abbreviated options, and loggers write into the run folder by default."""
+
+    def __init__(self, *args: Any, allow_abbrev: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=allow_abbrev, **kwargs)
+
+    def parse_args(self, args: Any = None, *more: Any, **kwargs: Any) -> Any:  # noqa: D102
+        if parses_class_options(self) and args and len(args) == 1:  # an option of a class
+            args = [as_yaml(args[0])]
+        return super().parse_args(args, *more, **kwargs)
+
+    def add_class_arguments(self, theclass: type, *args: Any, **kwargs: Any) -> list[str]:  # noqa: D102
+        added = super().add_class_arguments(theclass, *args, **kwargs)
+        if inspect.isclass(theclass) and issubclass(theclass, Logger) and "save_dir" in added:
+            self.set_defaults(save_dir=runs.PLACEHOLDER)
+        return added
+
+
+def add_options(parser: LightningArgumentParser) -> None:
+    """Adds the options that Lightning does not have."""
+    parser.add_argument(
+        "--name", type=Optional[str], help="Name of the experiment. Default: that of the first config file."
+    )
+    parser.add_argument("--runs_dir", type=str, default="runs", help="Folder of all runs: <runs_dir>/<name>/<time>.")
+    parser.add_argument(
+        "--export",
+        type=Weights,
+        default="best",
+        help="Which weights are saved in model/ when training has ended: those of the best checkpoint by best.monitor, "
+        "or those of the last step.",
+    )
+    set_help(parser, TRAINER_HELP)
+    parser.add_lightning_class_args(Checkpoints, "best")
+    parser.set_defaults({f"best.{k}": v for k, v in CHECKPOINTS.items()})
+    parser.set_defaults({"best.filename": "best"})
+    parser.add_lightning_class_args(Checkpoints, "last")
+    parser.set_defaults({f"last.{k}": v for k, v in CHECKPOINTS.items()})
+    parser.set_defaults({"last.filename": "last"})
+    parser.add_lightning_class_args(Predictions, "predictions")
+
+
+def as_yaml(argument: str) -> str:
+    """A flag with its value as YAML, where jsonargparse has converted it to Python syntax, such as `--path=None`."""
+    name, _, value = argument.partition("=")
+    if value == "None" or value[:1] in ("[", "{"):
+        with contextlib.suppress(ValueError, SyntaxError, RecursionError):
+            return f"{name}={json.dumps(ast.literal_eval(value))}"
+    return argument

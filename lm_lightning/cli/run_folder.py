@@ -1,0 +1,38 @@
+"""RunFolder: writes the files of a run folder that describe the run."""
+
+import json
+import os
+from pathlib import Path
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from lm_lightning import files, yaml_text
+from lm_lightning.cli import saving
+from lm_lightning.environment import environment
+from lm_lightning.security.redaction import redact
+
+
+class RunFolder(SaveConfigCallback):
+    """Writes config, environment, tokenizer and a description of the data into the run folder."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Lightning would write the config here, before the checkpoint is loaded, which may still be refused."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # all checks are done
+        if not trainer.is_global_zero:
+            return
+        run = Path(trainer.default_root_dir)
+        config = run / "config.yaml"
+        if config.exists():  # resumed: the earlier config is kept under another name
+            free = next(p for n in range(1, 10**6) if not os.path.lexists(p := run / f"config.{n}.yaml"))
+            files.write_text(free, config.read_text(encoding="utf-8"))
+        saving.write(self.parser, self.config, config)
+        for logger in trainer.loggers:
+            if not isinstance(logger, (CSVLogger, TensorBoardLogger)):  # whose files are in the run folder, too
+                logger.log_hyperparams(yaml_text.load(config.read_text(encoding="utf-8")))
+        files.write_text(run / "environment.json", json.dumps(environment(), indent=2))
+        files.write_text(run / "data.json", json.dumps(redact(trainer.datamodule.info), indent=2))
+        with files.replacing_folder(run / "tokenizer") as folder:
+            trainer.datamodule.tokenizer.save_pretrained(folder)

@@ -1,0 +1,63 @@
+"""jsonargparse: parsers of classes, and how it imports them."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jsonargparse import ArgumentParser, _actions, _typehints
+
+UNSAVEABLE = "Unable to serialize instance"
+"""The beginning of the text that `dump` writes for a value that YAML cannot hold.
+
+Alternative: none, such values raise no error.
+"""
+
+
+def option_names(parser: ArgumentParser) -> list[str]:
+    """All flags of a parser, with their dashes.
+
+    Alternative: `get_defaults().keys()`, which has neither `--config` nor the `--x.help` and `--x+` of classes.
+    """
+    return list(parser._option_string_actions)
+
+
+def set_help(parser: ArgumentParser, help_of: Mapping[str, str]) -> None:
+    """Replaces the help of options that a class has brought, by their names.
+
+    Alternative: to add each option by hand, without its class.
+    """
+    for action in parser._actions:
+        action.help = help_of.get(action.dest, action.help)
+
+
+def parses_class_options(parser: ArgumentParser) -> bool:
+    """Whether a parser is one that jsonargparse makes for the options of a class.
+
+    Alternative: none, both are made by the same class.
+    """
+    return getattr(parser, "_inner_parser", False)
+
+
+def keep_own_settings(parser_or_action: Any, before: Any, value: Any) -> None:
+    """Removes the settings of a class when another one is chosen, which has its own defaults.
+
+    jsonargparse would keep those that the new class accepts, even if they are defaults of the old one. Alternative:
+    none, there is no setting for it.
+    """
+    before = _typehints.subclass_spec_as_namespace(before)
+    if before and before.get("init_args") and before["class_path"] != value["class_path"]:
+        before.pop("init_args")
+
+
+def install_class_settings() -> None:
+    """Makes jsonargparse use `keep_own_settings`."""
+    _typehints.discard_init_args_on_class_path_change = keep_own_settings
+
+
+def guard_imports(guarded: Callable[[Callable], Callable]) -> None:
+    """Puts a function around the one that imports the class that a value names.
+
+    Alternative: `import_path_allowlist` of `set_parsing_settings` (4.53), which knows names but not the classes behind
+    them, and is the same list for configs that may import anything and those that may not.
+    """
+    for module in (_actions, _typehints):
+        module.import_object = guarded(module.import_object)  # type: ignore[attr-defined]

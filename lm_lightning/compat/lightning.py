@@ -1,0 +1,190 @@
+"""Lightning: loops, trainers and callbacks."""
+
+import logging
+import warnings
+from typing import Any, NamedTuple
+
+from lightning.fabric.plugins.environments import ClusterEnvironment
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loops.evaluation_loop import RestartStage
+from lightning.pytorch.loops.fit_loop import _FitLoop
+from lightning.pytorch.strategies import ModelParallelStrategy
+
+
+class Override(NamedTuple):
+    """A private method of Lightning's that a class of ours replaces."""
+
+    base: str
+    method: str
+    ours: str
+    reason: str
+
+
+OVERRIDES = (
+    Override(
+        "lightning.pytorch.callbacks.ModelCheckpoint",
+        "_should_save_on_train_epoch_end",
+        "lm_lightning.checkpoints.callback.Checkpoints",
+        "Lightning would save at the end of an epoch before its validation. save_on_train_epoch_end=False is no "
+        "alternative: nothing would be saved then in runs without validation.",
+    ),
+    Override(
+        "lightning.pytorch.callbacks.ModelCheckpoint",
+        "_monitor_candidates",
+        "lm_lightning.checkpoints.callback.Checkpoints",
+        "Lightning keeps the metrics of a validation, and would give a later step the score of an earlier one. "
+        "trainer.callback_metrics cannot be cleared between steps, as loggers and EarlyStopping read it.",
+    ),
+    Override(
+        "lightning.pytorch.callbacks.ModelCheckpoint",
+        "_save_topk_checkpoint",
+        "lm_lightning.checkpoints.callback.Checkpoints",
+        "Lightning fails if an epoch or the run ends at a step without a validation. There is no public hook there.",
+    ),
+    Override(
+        "lightning.pytorch.loggers.csv_logs.ExperimentWriter",
+        "_check_log_dir_exists",
+        "lm_lightning.callbacks.metrics_file.Rows",
+        "Lightning removes metrics.csv before the checkpoint of a resumed run is checked. A logger without "
+        "ExperimentWriter would be a copy of it.",
+    ),
+    Override(
+        "lightning.pytorch.loggers.csv_logs.ExperimentWriter",
+        "_rewrite_with_new_header",
+        "lm_lightning.callbacks.metrics_file.Rows",
+        "Lightning writes over the file, so that a killed process would lose it.",
+    ),
+    Override(
+        "lightning.pytorch.cli.LightningCLI",
+        "_parse_ckpt_path",
+        "lm_lightning.cli.app.CLI",
+        "Lightning replaces settings of the command line by hyperparameters of the checkpoint, and fails at those that "
+        "no class has. save_hyperparameters is not used, but a checkpoint of somebody else may have some.",
+    ),
+)
+
+# Beginnings (regular expressions) of warnings that a run would print although nothing is wrong. Lightning has no
+# categories or switches for single warnings.
+EXPECTED_WARNINGS = {
+    "Experiment logs directory": "MetricsFile continues the file",
+    "Checkpoint directory .* exists and is not empty": "so it is when a run is resumed",
+    "You're resuming from a checkpoint that ended before the epoch ended": "the sampler continues by itself",
+    "The '.*' does not have many workers": "blocks come from a memory map",
+    "The dirpath has changed": "a run that starts from an earlier checkpoint has its own folder",
+    "It is recommended to use `self.log": "the logged values are equal on all ranks",
+    "LightningCLI's args parameter is intended": "`compress` uses it",
+    "The number of training batches .* is smaller than the logging interval": "steps are logged across epochs",
+    "You are using a custom batch sampler": "SequentialBatches omits no sample",
+}
+# As above, of torch and torchmetrics, for what Lightning and our metrics do with them.
+EXPECTED_WARNINGS_OF_OTHERS = {
+    "`isinstance\\(treespec, LeafSpec\\)` is deprecated": "Lightning uses it",
+    "Metric `SpearmanCorrcoef` will save all": "the correlation needs all values",
+}
+
+
+def hide_expected_warnings() -> None:
+    """Hides warnings that mean nothing in our runs, and what Lightning reports about its choices.
+
+    Alternative: none. `Trainer(enable_model_summary=False)` hides one of the reports.
+    """
+    for library in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(library).setLevel(logging.WARNING)
+    for message in (*EXPECTED_WARNINGS, *EXPECTED_WARNINGS_OF_OTHERS):
+        warnings.filterwarnings("ignore", message=message)
+
+
+LightningFitLoop = _FitLoop
+"""The loop over the epochs, for subclasses.
+
+The base class is private since Lightning 2.0. Alternative: none. Callbacks cannot start a validation, and
+`trainer.fit_loop` accepts only instances of it.
+"""
+
+
+def subcommand_parser(cli: LightningCLI, name: str) -> LightningArgumentParser:
+    """The parser of a subcommand, which dumps and defaults need.
+
+    Alternative: `cli.parser` is the parser of all subcommands, whose own are not public in jsonargparse, either.
+    """
+    return cli._parser(name)
+
+
+def cluster_environment(trainer: Trainer) -> ClusterEnvironment:
+    """The environment that the processes were started in, such as SLURM.
+
+    Alternative: `trainer.strategy.cluster_environment`, which strategies for a single device do not have.
+    """
+    return trainer._accelerator_connector.cluster_environment
+
+
+def disable_signal_broadcast(trainer: Trainer) -> None:
+    """Stops Lightning from asking all processes at each batch whether one got SIGTERM.
+
+    It makes all of them wait for their devices. Alternative: none, there is no switch. Preemption asks on the host.
+    """
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+
+
+def validation_is_due(trainer: Trainer) -> bool:
+    """Whether Lightning validates after the latest batch.
+
+    Alternative: to compute it from `val_check_interval` and others again, which would be a copy of 30 lines.
+    """
+    fetcher = trainer.fit_loop._data_fetcher
+    assert fetcher is not None  # there is one when training has started
+    return trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
+
+
+def repeat_validation(trainer: Trainer) -> None:
+    """Makes a resumed run begin with the validation that its checkpoint did not finish.
+
+    Lightning would assume that it was finished. Alternative: none, the loop's state is not public.
+    """
+    validation = trainer.fit_loop.epoch_loop.val_loop
+    validation.batch_progress.reset_on_run()
+    validation._restart_stage = RestartStage.RESTARTED_MID_EVALUATION
+
+
+def mark_epoch_validated(trainer: Trainer) -> None:
+    """Makes a resumed run whose epoch is complete start the next one; Lightning would train one more batch.
+
+    Alternative: none, the loop's state is not public.
+    """
+    trainer.fit_loop.epoch_loop.val_loop._has_run = True
+
+
+def set_logged_steps(trainer: Trainer, steps: int) -> None:
+    """Sets the number of optimizer steps by which `trainer.log_every_n_steps` is counted.
+
+    Lightning counts the last step twice when it resumes. Alternative: none, the counter is not public.
+    """
+    trainer.fit_loop.epoch_loop._batches_that_stepped = steps
+
+
+def check_after_validation(callback: EarlyStopping) -> None:
+    """Makes an EarlyStopping check its metric after validations, unless the user has chosen the end of epochs.
+
+    By default Lightning checks at the end of an epoch, where the metric may be missing or old. Alternative: to pass
+    `check_on_train_epoch_end`, but whether the user has passed it is in this attribute only.
+    """
+    if callback._check_on_train_epoch_end is None:
+        callback._check_on_train_epoch_end = False
+
+
+def set_parallel_sizes(strategy: ModelParallelStrategy, tensor_parallel: int, data_parallel: int) -> None:
+    """Sets how many processes share a block and how many groups of them there are.
+
+    Alternative: the arguments of ModelParallelStrategy, which it needs before the number of processes is known.
+    """
+    strategy._tensor_parallel_size, strategy._data_parallel_size = tensor_parallel, data_parallel
+
+
+def saves_by_default(callback: Any) -> bool:
+    """Whether a ModelCheckpoint was made without `save_on_train_epoch_end`.
+
+    Alternative: none, the argument is kept in a private attribute.
+    """
+    return callback._save_on_train_epoch_end is None

@@ -1,0 +1,73 @@
+"""The command `generate`."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import command, refusal
+
+from lm_lightning.errors import UserError
+
+
+@pytest.fixture
+def run(finished: Path) -> Path:
+    return finished
+
+
+def test_generated_text_of_a_prompt_is_the_same_alone_and_beside_others(cli, run: Path, tmp_path: Path):
+    prompts = ["The", "7 The old captain watched the lantern before the", "My neighbour forgot"]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts) + "\n")
+    for flags in (("--greedy", "true"), ("--temperature", 1.2, "--top_p", 0.95, "--seed", 3)):
+        out = cli("generate", run, "--prompts_file", tmp_path / "prompts.txt", "--max_new_tokens", 12, *flags)
+        together = [json.loads(line) for line in out.splitlines()]
+        assert [answer["prompt"] for answer in together] == prompts
+        for answer in together:
+            alone = cli("generate", run, "--prompt", answer["prompt"], "--max_new_tokens", 12, *flags)
+            assert alone.rstrip("\n") == (answer["prompt"] + answer["text"]).rstrip("\n")
+
+
+def test_seed_decides_the_text(cli, run: Path):
+    def text(seed: int) -> str:
+        return cli("generate", run, "--prompt", "The", "--max_new_tokens", 20, "--temperature", 1.5, "--seed", seed)
+
+    assert text(1) == text(1) != text(2)
+
+
+def test_greedy_text_is_that_of_transformers(cli, run: Path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(run / "model")
+    tokenizer = AutoTokenizer.from_pretrained(run / "model")
+    ids = tokenizer("The old", return_tensors="pt")
+    expected = tokenizer.decode(model.generate(**ids, max_new_tokens=20, do_sample=False)[0], skip_special_tokens=True)
+    out = cli("generate", run, "--prompt", "The old", "--max_new_tokens", 20, "--greedy", "true")
+    assert out.rstrip("\n") == expected.rstrip("\n")
+
+
+def test_overlong_prompt_names_the_limit_and_a_short_rest_is_told(cli, run: Path, capsys):
+    with pytest.raises(UserError, match="context holds 64"):
+        cli("generate", run, "--prompt", "The old captain watched the lantern. " * 20)
+    result = command("generate", run, "--prompt", "The old captain", "--max_new_tokens", 100)
+    assert result.returncode == 0 and "leaves room for" in result.stderr
+
+
+def test_chat_remembers_and_ends(run: Path):
+    result = subprocess.run(
+        [sys.executable, "-m", "lm_lightning", "generate", run, "--chat", "true", "--max_new_tokens", "5"],
+        input="The girl\nThe cat\n\n",
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("> ") == 3 and "no chat template" in result.stderr
+
+
+def test_generate_refuses_what_is_no_model(cli, tmp_path: Path):
+    with pytest.raises(UserError, match="neither a run folder nor a from_pretrained folder"):
+        cli("generate", tmp_path, "--prompt", "a")
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(UserError, match="lm_lightning export"):
+        cli("generate", tmp_path, "--prompt", "a")
+    assert "only one of" in refusal(command("generate", tmp_path, "--prompt", "a", "--chat", "true"))
