@@ -118,7 +118,8 @@ class Poisoned(CausalLM):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.steps, self.validations, self.factor, self.rank = steps or [], validations or [], factor, rank
+        self.poisoned_steps, self.poisoned_validations = steps or [], validations or []
+        self.factor, self.rank = factor, rank
         self.validation = -1
 
     def on_validation_start(self) -> None:
@@ -126,8 +127,8 @@ class Poisoned(CausalLM):
 
     def loss(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
         loss, tokens = super().loss(batch)
-        poisoned = self.trainer.global_step in self.steps and self.global_rank == self.rank
-        if poisoned if self.trainer.training else self.validation in self.validations:
+        poisoned = self.trainer.global_step in self.poisoned_steps and self.global_rank == self.rank
+        if poisoned if self.trainer.training else self.validation in self.poisoned_validations:
             loss = loss * self.factor
         return loss, tokens
 
