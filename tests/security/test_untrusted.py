@@ -3,7 +3,6 @@
 Each payload here is harmless: it would make a file named `harmed`, which must not exist afterwards.
 """
 
-import json
 import os
 import pickle
 import shutil
@@ -13,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import needs
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from lm_lightning.checkpoints import sharded as sharded_checkpoint
@@ -100,20 +98,6 @@ def test_an_export_uses_no_other_class_that_a_checkpoint_names(path: object):
 
     with pytest.raises(UserError, match="the checkpoint.* callback "):
         changes_of({"export_changes": {"a": path}, "callbacks": {"a": {}}})
-
-
-@needs("compression")
-def test_a_model_folder_whose_modules_lead_elsewhere_is_not_copied(tmp_path: Path):
-    from lm_lightning.compression.folder import copy_beside
-
-    source, target = tmp_path / "source", tmp_path / "target"
-    for folder in (source, target, tmp_path / "payload"):
-        folder.mkdir()
-    (tmp_path / "payload" / "file").write_text("x")
-    (source / "modules.json").write_text(json.dumps([{"path": "../payload"}]))
-    with pytest.raises(UserError, match="modules.json"):
-        copy_beside(source, target)
-    assert not (target.parent / "payload" / "payload").exists() and not list(target.glob("**/file"))
 
 
 def test_a_resumed_run_removes_no_files_that_its_checkpoint_names_elsewhere(fit, tmp_path: Path):

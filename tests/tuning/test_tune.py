@@ -202,7 +202,7 @@ class Greedy(Callback):
 
 
 def test_largest_micro_batch_is_found_and_the_global_batch_kept(cli, recipe: Path, monkeypatch):
-    path = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    path = [str(Path(__file__).parent), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
     flags = ("--data.batch_size", 3, "--trainer.accumulate_grad_batches", 1)
     out = cli("tune", "--config", recipe, "--find", "batch_size", *flags, "--trainer.callbacks", f"{__name__}.Greedy")
