@@ -312,6 +312,20 @@ def test_recipes_go_by_what_layers_are_given(folders, tmp_path: Path):
         recipes.compress(folders["gpt2"], "wanda", tmp_path / "none")
 
 
+def test_sizes_that_a_recipe_cannot_handle_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = AutoConfig.for_model("llama", vocab_size=300, **sizes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "tiny")
+    with pytest.raises(UserError, match="feed-forward width of 16, which is also its hidden size.*omit width"):
+        recipes.compress(tmp_path / "tiny", "width=0.5", tmp_path / "target")
+    functional = pytest.importorskip("bitsandbytes").functional
+    monkeypatch.setattr(functional, "has_avx512bf16", lambda: True)  # as on CPUs with bf16
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="nf4 needs .* a multiple of 32 on this CPU.*q_proj of LlamaForCausalLM has 16"):
+        recipes.compress(tmp_path / "tiny", "nf4", tmp_path / "target")
+    assert not (tmp_path / "target").exists()
+
+
 def test_only_the_named_layers_are_compressed(folders, tmp_path: Path):
     for recipe in ("sparse", "nf4"):
         recipes.compress(folders["llama"], recipe, tmp_path / recipe, modules=["*mlp*"])
