@@ -242,8 +242,8 @@ class SentenceEncoder(LanguageModule):
         if self.trainer.is_global_zero:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "index.json").unlink(missing_ok=True)  # written last: an index with it is whole
-        if of_checkpoint:
-            self.exporter().write(folder / "model")
+        if of_checkpoint and (exported := self.exporter().model()) is not None:  # (in the first process)
+            exported.write(folder / "model")
         if not self.trainer.is_global_zero:
             return
         data = self.trainer.datamodule
