@@ -9,6 +9,7 @@ from typing import IO, Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 
+from lm_lightning.data import contract
 from lm_lightning.data.cells import without_formula
 from lm_lightning.data.order import PADDING
 from lm_lightning.files import remove, replacing
@@ -69,7 +70,7 @@ class Predictions(Callback):
             part.unlink()
         print(f"predictions: {file}")
         table = cells(rows)
-        if getattr(trainer.datamodule, "predict_table", False):
+        if contract.optional(trainer.datamodule, "predict_table"):
             inputs = [trainer.datamodule.inputs[row.get("row", row["id"])] for row in rows]
             write_table(beside(inputs, table), file.with_suffix(".csv"), self.escape_formulas)
             print(f"predictions: {file.with_suffix('.csv')}")

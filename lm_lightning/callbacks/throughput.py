@@ -43,7 +43,7 @@ class Throughput(Callback):
         head = network.get_output_embeddings()  # over the vocabulary, if there is one
         vocabulary = {network.get_input_embeddings().weight} | (set() if head is None else {head.weight})
         parameters = sum(p.numel() for p in network.parameters()) - sum(matrix.numel() for matrix in vocabulary)
-        context = trainer.datamodule.block_size
+        context = contract.optional(trainer.datamodule, "block_size") or 0  # unknown: attention is not counted
         self.flops_per_token = 6 * parameters + 12 * config.num_hidden_layers * config.hidden_size * context
         self.flops_per_target = 0 if head is None else 6 * head.weight.numel()
         self.peak = peak_flops(pl_module.device, trainer.precision_plugin.precision)
