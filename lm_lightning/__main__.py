@@ -53,7 +53,7 @@ def main() -> None:
             raise UserError(f"there is no command {command}: {there}")
         # asked for, so that the tokenizers library does not warn of the loader's forks
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-        # the profiler tells each of its steps, and PyTorch's C++ warns of what cannot be helped
+        # the profiler reports each of its steps, and PyTorch's C++ code warns of things that nobody can change
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         # of kernels for GPUs that are not here, at each import, and of casts, at each layer
@@ -117,8 +117,8 @@ def explain(error: BaseException) -> None:
             print(f"error: {console.printable(scrub(str(error), sys.argv))}", file=sys.stderr)
         sys.exit(2)
     if isinstance(error, RuntimeError) and LOST_PEER.search(str(error)):
-        # The process that has ended tells why; a traceback of each that waited for it would only hide that.
-        sys.exit("this process ends, since another one of its run has ended")
+        # That process prints the reason; tracebacks of all that waited for it would only hide it.
+        sys.exit("exiting: a peer process died")
     if isinstance(error, BrokenPipeError):
         try:
             sys.stdout.flush()

@@ -1,7 +1,7 @@
-"""Files and folders that are complete or absent: written beside their place under a temporary name, then renamed.
+"""Files and folders that are complete or absent: written under a temporary name in the same folder, then renamed.
 
-A temporary file is created exclusively, so that it is never somebody's link to elsewhere, and has a name that no other
-process or host uses.
+A temporary file is created exclusively, so that it is never somebody's link to another file, and has a name that no
+other process or host uses.
 """
 
 import contextlib
@@ -37,11 +37,11 @@ def host() -> str:
 
 
 def remove_stale(folder: Path, name: str = "*") -> None:
-    """Removes what processes of this machine that have ended, such as killed ones, have left half written.
+    """Removes the unfinished files of processes of this machine that have ended, such as killed ones.
 
     Args:
-        folder: Whose files are looked at, not those in folders within.
-        name: Pattern of the names that were to be written.
+        folder: Contains them, not in its subfolders.
+        name: Pattern of the names of the finished files.
     """
     pattern = re.compile(rf"\.{re.escape(host())}-(\d+)-[0-9a-f]{{8}}{re.escape(PARTIAL)}$")
     for path in folder.glob(f"{name}.*{PARTIAL}"):
@@ -50,7 +50,7 @@ def remove_stale(folder: Path, name: str = "*") -> None:
 
 
 def running(process: int) -> bool:
-    """Whether a process of this machine is running; where that cannot be known, it is."""
+    """Whether a process of this machine is running; True if that cannot be known."""
     if os.name != "posix":
         return True
     try:
@@ -64,10 +64,10 @@ def running(process: int) -> bool:
 
 @contextlib.contextmanager
 def replacing(path: Path, mode: str = "w", old: Optional[Path] = None, **settings: Any) -> Iterator[IO]:
-    """Opens a new file that takes the place of `path` when the block ends without an error.
+    """Opens a new file that replaces `path` when the block ends without an error.
 
     Args:
-        path: File to replace or to make; if it is a link, the link is replaced, not what it leads to.
+        path: File to replace or create; if it is a link, the link is replaced, not its target.
         mode: `w` for UTF-8 text, `wb` for bytes.
         old: See `put`.
         settings: Others of `open`.
@@ -86,13 +86,13 @@ def replacing(path: Path, mode: str = "w", old: Optional[Path] = None, **setting
 
 
 def put(new: Path, path: Path, old: Optional[Path] = None) -> None:
-    """Gives a finished file or folder its name for good; what had that name before is removed only then.
+    """Renames a finished file or folder to its final name; an earlier one of that name is removed only then.
 
     Args:
-        new: What is finished, beside `path`.
-        path: Its name.
-        old: Where a folder of that name is while its name changes hands, to be found there if the process is killed.
-            What is there is removed. Default: a temporary name.
+        new: The finished file or folder, in the same folder as `path`.
+        path: Its final name.
+        old: Name of an earlier folder while the new one is renamed, to be found there if the process is killed. A file
+            or folder of this name is removed. Default: a temporary name.
     """
     before = old or temporary(path)
     folder = path.is_dir() and not path.is_symlink()
@@ -105,7 +105,7 @@ def put(new: Path, path: Path, old: Optional[Path] = None) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces a file by a text in UTF-8; what UTF-8 cannot express is escaped."""
+    """Replaces a file by a text in UTF-8; lone surrogates are escaped."""
     with replacing(path, errors="backslashreplace") as file:
         file.write(text)
 
@@ -125,13 +125,13 @@ def write_picture(path: Path, figure: "Figure", **settings: Any) -> None:
 
 
 def append(path: Path, text: str) -> None:
-    """Adds text in UTF-8 to the end of a file, which is made if it is not there.
+    """Appends text in UTF-8 to a file, which is created if it does not exist.
 
     Raises:
         UserError: If it is a link.
     """
     if path.is_symlink():
-        raise UserError(f"{printable(str(path))} is a link, which would be written through: remove it")
+        raise UserError(f"{printable(str(path))} is a link, whose target would be changed: remove it")
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
     with open(os.open(path, flags, 0o666), "a", encoding="utf-8", errors="backslashreplace") as file:
         file.write(text)
@@ -139,7 +139,7 @@ def append(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def replacing_folder(folder: Path) -> Iterator[Path]:
-    """Gives a folder to write into, which takes the place of `folder` when the block ends without an error."""
+    """Yields a folder to write into, which replaces `folder` when the block ends without an error."""
     remove_stale(folder.parent, glob.escape(folder.name))
     partial = temporary(folder)
     partial.mkdir(parents=True)
@@ -153,13 +153,14 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def new_folder(folder: Path, locked: bool) -> Iterator[Path]:
-    """Gives a folder to write into, which becomes `folder` when the block ends without an error.
+    """Yields a folder to write into, which becomes `folder` when the block ends without an error.
 
-    If another process was faster, its folder stays and this one is removed.
+    If another process was faster, its folder is kept and this one is removed.
 
     Args:
         folder: Must not exist.
-        locked: Whether no other process can be writing the same folder now; what killed ones have left is removed.
+        locked: Whether no other process can be writing the same folder; unfinished ones of killed processes
+            are removed.
     """
     if locked:
         for stale in folder.parent.glob(f"{glob.escape(folder.name)}.*{PARTIAL}"):
@@ -179,8 +180,23 @@ def new_folder(folder: Path, locked: bool) -> Iterator[Path]:
     sync(folder.parent)
 
 
+def unwritable(folder: Path) -> str:
+    """Why a folder can not be written or replaced, empty if it can."""
+    try:
+        new = temporary(folder)
+        new.mkdir(parents=True)
+        new.rmdir()
+        if folder.exists():
+            new = temporary(folder / "config.json")
+            new.touch(exist_ok=False)
+            new.unlink()
+    except OSError as error:
+        return str(error.strerror)
+    return ""
+
+
 def remove(path: Path) -> None:
-    """Removes a file, a link or a folder, if it is there."""
+    """Removes a file, a link or a folder, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -188,7 +204,7 @@ def remove(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Makes sure that a folder with all of its files is on the disk."""
+    """Flushes a folder with all its files to the disk."""
     for path in folder.rglob("*"):
         if path.is_file():
             with open(path, "rb") as file:
@@ -197,7 +213,7 @@ def sync_tree(folder: Path) -> None:
 
 
 def sync(folder: Path) -> None:
-    """Makes sure that a folder's list of names is on the disk."""
+    """Flushes the list of names of a folder to the disk."""
     if os.name == "posix":  # elsewhere a folder cannot be opened
         descriptor = os.open(folder, os.O_RDONLY)
         try:

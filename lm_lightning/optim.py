@@ -8,6 +8,7 @@ from typing import Any, Literal, Optional
 import torch
 import transformers
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from lm_lightning.errors import UserError
 from lm_lightning.networks import blocks
@@ -59,6 +60,40 @@ def depth_of_parameters(network: transformers.PreTrainedModel) -> dict[int, int]
         under = 0 if id(parameter) in depths else under
         depths.setdefault(id(parameter), under)
     return {id(p): 0 for p in network.parameters()} | depths
+
+
+def make_optimizer(
+    network: transformers.PreTrainedModel,
+    factory: OptimizerFactory,
+    schedule: "Schedule",
+    total_steps: float,
+    layer_decay: float = 1.0,
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
+    """The optimizer of a network's trainable parameters, and the scheduler of its learning rates.
+
+    Args:
+        network: A `transformers` network, perhaps sharded.
+        factory: Makes the optimizer of groups of parameters.
+        schedule: Of the learning rate.
+        total_steps: Optimizer steps of the run.
+        layer_decay: See `parameter_groups`.
+
+    Raises:
+        UserError: If the optimizer does not accept its settings, or cannot step with sharded weights.
+    """
+    try:
+        optimizer = factory(parameter_groups(network, layer_decay))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"the optimizer does not accept its settings: {error}") from error
+    sharded = any(isinstance(p, DTensor) for group in optimizer.param_groups for p in group["params"])
+    if sharded and type(optimizer).__module__.startswith("bitsandbytes."):
+        raise UserError(
+            f"{type(optimizer).__name__} of bitsandbytes cannot step with sharded weights: use --trainer.strategy ddp, "
+            "or an optimizer of torch"
+        )
+    for group in optimizer.param_groups:
+        group["lr"] *= group.get("lr_factor", 1.0)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule.factor(step, total_steps))
 
 
 class MuonAdamW(torch.optim.Optimizer):

@@ -23,8 +23,19 @@ def end_with_parent() -> None:
         return
     if int(parent) == os.getppid():
         kill_with_parent()
-    if int(parent) != os.getppid() and not os.path.exists(f"/proc/{parent}"):  # it was gone before
+    if int(parent) != os.getppid() and gone(int(parent)):  # it had ended before
         os._exit(128 + signal.SIGKILL)
+
+
+def gone(process: int) -> bool:
+    """Whether a process has ended; also one that remains as a zombie, as where the first process of a container does
+    not wait for its children. (Linux only.)
+    """
+    try:
+        with open(f"/proc/{process}/stat", encoding="utf-8", errors="replace") as file:
+            return file.read().rpartition(")")[2].split()[0] in ("Z", "X")
+    except OSError:
+        return True
 
 
 def kill_with_parent() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 from forks import python
+from hostile import Guard
 
 ROOT = Path(__file__).parent.parent  # of the repository
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -160,6 +161,12 @@ def announced_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
             log_evaluation(module, prefix, split)
 
     monkeypatch.setattr(LanguageModule, "log_evaluation", compare)
+
+
+@pytest.fixture(scope="module")
+def guard() -> Guard:
+    """Notes harm that reading a damaged file does."""
+    return Guard()
 
 
 @pytest.fixture

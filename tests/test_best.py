@@ -9,7 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from conftest import command, needs
+from conftest import command
 from lightning.pytorch import Callback, LightningModule, Trainer
 from test_survival import CONSTANT, DDP, SHARDED, logged, names, only
 
@@ -142,20 +142,6 @@ def test_several_processes_export_the_best(recipe: Path, strategy: tuple):
     best = CheckpointFolder(run / "checkpoints").best_path()
     assert load_checkpoint(best)["global_step"] == about(run)["step"] == lowest(run) < 13
     assert holds(run / "model", best)
-
-
-@needs("compression")
-def test_a_network_is_exported_only_as_far_as_it_is_pruned(fit, cli):
-    flags = (*SPOILED, "--trainer.callbacks+=Pruning", "--trainer.callbacks.table", "false")
-    pruned = ("--trainer.callbacks.sparsity", 0.5, "--trainer.callbacks.frequency", 1, "--trainer.callbacks.end")
-    run = fit(*flags, *pruned, 20)  # the best step is before
-    assert about(run) == {"checkpoint": "last", "step": 24}
-    cli("export", run)
-    assert about(run)["step"] == 24
-    run = fit(*flags, *pruned, 6)
-    assert about(run)["step"] == lowest(run) < 13
-    matrix = weights_of(run / "model")["transformer.h.0.mlp.c_fc.weight"]
-    assert (matrix == 0).float().mean() == pytest.approx(0.5, abs=0.01)
 
 
 def test_the_direction_is_that_of_the_metric(fit, capsys):

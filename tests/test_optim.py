@@ -318,7 +318,7 @@ def test_8_bit_optimizers_are_resumed_to_the_bit(fit, name: str):
 def test_8_bit_optimizers_are_refused_with_sharded_weights(recipe: Path):
     flags = (*WIDE, *optimizer(BITS), "--trainer.strategy", "fsdp2", "--trainer.devices", 2)
     message = refusal(command("fit", "--config", recipe, *flags))
-    assert "AdamW8bit of bitsandbytes cannot step with sharded weights: take --trainer.strategy ddp" in message
+    assert "AdamW8bit of bitsandbytes cannot step with sharded weights: use --trainer.strategy ddp" in message
 
 
 def test_missing_bitsandbytes_is_told_with_its_remedy(fit, monkeypatch: pytest.MonkeyPatch):

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from conftest import needs
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 from test_resuming import TINY
@@ -48,8 +47,8 @@ HONORED = {  # option: new value, and where it is seen to be in force
     "trainer.log_every_n_steps": (1, lambda t: t.log_every_n_steps),
     "trainer.accumulate_grad_batches": (2, lambda t: t.accumulate_grad_batches),
     "trainer.gradient_clip_val": (0.5, lambda t: t.gradient_clip_val),
-    "model.skip_limit": (3, lambda t: t.lightning_module.nonfinite.limit),
-    "model.on_nonfinite": ("skip", lambda t: t.lightning_module.nonfinite.on_nonfinite),
+    "model.skip_limit": (3, lambda t: t.lightning_module.steps.nonfinite.limit),
+    "model.on_nonfinite": ("skip", lambda t: t.lightning_module.steps.nonfinite.on_nonfinite),
     "model.activation_checkpointing": (1, lambda t: t.lightning_module.activation_checkpointing),
     "model.schedule.shape": ("linear", lambda t: t.lightning_module.schedule.shape),
     "model.optimizer.lr": (0.003, lambda t: Seen.lr),
@@ -84,7 +83,7 @@ ELSEWHERE = {
     "names and times of checkpoints, read anew": "filename dirpath save_last save_on_exception save_weights_only "
     "auto_insert_metric_name train_time_interval every_n_epochs save_on_train_epoch_end enable_version_counter",
     "another metric begins anew, with its own state": "monitor mode",
-    "where training has begun, before the checkpoint": "pretrained unigram_start keep_head lora",
+    "where training has begun, before the checkpoint": "pretrained unigram_start keep_head adapter",
     "part of the fingerprint of the training rows or of the data's identity": "tables columns max_length language "
     "masking next_sentence kind separator scheme mark overlap max_question retrieval hard_negatives min_score "
     "max_score",
@@ -98,10 +97,6 @@ ELSEWHERE = {
 
 # Options of our callbacks: those that the state in a checkpoint fits alone are refused, others are read anew.
 CALLBACKS = {
-    "Pruning": {"refused": "method pattern scope modules", "anew": "sparsity start end frequency table"},
-    "StructuredPruning": {"refused": "kind method", "anew": "keep start end frequency table"},
-    "Quantization": {"anew": "recipe start modules table"},
-    "Distillation": {"anew": "teacher weight temperature"},
     "Gradients": {"anew": "every_n_steps bins"},
     "Spikes": {"anew": "deviations steps"},
     "Export": {"anew": "weights"},
@@ -139,28 +134,6 @@ def test_every_option_of_our_callbacks_is_in_a_class():
     ours = [c for c in classes if c.__module__.startswith("lm_lightning.callbacks")]
     found = {c.__name__: set(inspect.signature(c).parameters) for c in ours if inspect.signature(c).parameters}
     assert found == {name: set(" ".join(kinds.values()).split()) for name, kinds in CALLBACKS.items()}
-
-
-@needs("compression")
-@pytest.mark.parametrize(
-    ("callback", "name", "value"),
-    [
-        ("Pruning", "method", "movement"),
-        ("Pruning", "modules", ["*mlp*"]),
-        ("StructuredPruning", "method", "magnitude"),
-    ],
-)
-def test_a_callback_refuses_what_its_state_does_not_fit(fit, callback: str, name: str, value: Any):
-    flags = [*TINY, "--trainer.max_steps", 4, "--trainer.val_check_interval", 4]
-    settings = {"frequency": 1, "end": 3, "table": False}
-
-    def pruned(changes: dict[str, Any]) -> str:
-        return json.dumps([{"class_path": callback, "init_args": settings | changes}])
-
-    fit(*flags, "--trainer.callbacks", pruned({}))
-    changed = [*flags, "--trainer.max_steps", 6, "--trainer.callbacks", pruned({name: value}), "--ckpt_path", "last"]
-    with pytest.raises(UserError, match=f"the checkpoint was made with {callback}.{name} "):
-        fit(*changed)
 
 
 def flags(changes: dict[str, Any]) -> list[Any]:

@@ -1,7 +1,8 @@
-"""Ending: why a run has ended, and that a run which has ended is not trained further by accident."""
+"""Ending: prints why a run has ended, and refuses to train it further by accident."""
 
 from collections.abc import Iterable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Optional
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -10,6 +11,7 @@ from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 
 from lm_lightning.compat import lightning as compat
 from lm_lightning.errors import UserError
+from lm_lightning.run import is_unfinished
 
 THRESHOLDS = ("stopping_threshold", "divergence_threshold", "check_finite")
 
@@ -22,7 +24,7 @@ class Ending(Callback):
     """
 
     def __init__(self) -> None:
-        self.stopped = False  # early, before the checkpoint that this run resumes from
+        self.stopped = False  # by EarlyStopping, before the checkpoint that this run resumes from
         self.started = False
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -63,7 +65,7 @@ class Ending(Callback):
         option = limit(trainer, step, epochs, elapsed[0] if elapsed else 0)
         if option:
             reason = f"where {option} ended this run: raise {option.split()[0]}"
-        if reason and not pl_module.unfinished:
+        if reason and not resumes_unfinished(trainer):
             raise UserError(
                 f"there is nothing left to train: the checkpoint is at step {step}, {reason} to train further"
             )
@@ -80,7 +82,7 @@ class Ending(Callback):
             raise UserError("there is nothing to train: trainer.limit_train_batches leaves no batches")
 
     def reason(self, trainer: Trainer) -> str:
-        """Why the run has ended, for people."""
+        """Why the run has ended, as text."""
         if trainer.fast_dev_run:
             return "finished: trainer.fast_dev_run"
         epochs = trainer.fit_loop.epoch_progress.current.processed
@@ -92,6 +94,12 @@ class Ending(Callback):
         for callback in early:
             return f"stopped early: {explained(callback)}"
         return f"stopped: reached {option}" if option else "stopped by a callback"
+
+
+def resumes_unfinished(trainer: Trainer) -> bool:
+    """Whether this run resumes one, in its folder, that was killed after its last step and before it wrote `model/`."""
+    checkpoint = trainer.ckpt_path
+    return checkpoint is not None and is_unfinished(Path(trainer.default_root_dir), Path(checkpoint))
 
 
 def early_stoppings(trainer: Trainer) -> list[EarlyStopping]:
@@ -131,7 +139,7 @@ def limit(trainer: Trainer, step: int, epochs: int, seconds: float) -> Optional[
 
 
 def explained(callback: EarlyStopping) -> str:
-    """What an EarlyStopping has stopped for."""
+    """Why an EarlyStopping has stopped, as text."""
     if callback.stopping_reason == EarlyStoppingReason.PATIENCE_EXHAUSTED:
         best = float(callback.best_score)
         return f"{callback.monitor} did not improve for {callback.wait_count} validations, its best was {best:.4g}"

@@ -2,6 +2,7 @@
 
 from lightning.pytorch import Trainer
 
+from lm_lightning.callbacks.ending import resumes_unfinished
 from lm_lightning.callbacks.resuming import Resuming
 from lm_lightning.compat.lightning import LightningFitLoop
 
@@ -22,11 +23,11 @@ class FitLoop(LightningFitLoop):
 
     @property
     def skip(self) -> bool:
-        return super().skip and not self.trainer.lightning_module.unfinished
+        return super().skip and not resumes_unfinished(self.trainer)
 
     def on_iteration_done(self) -> None:
         super().on_iteration_done()
-        self.epoch_loop.restarting = False  # which Lightning forgets if there was nothing left of the epoch
+        self.epoch_loop.restarting = False  # Lightning does not reset it if the epoch was complete
 
     def on_run_end(self) -> None:
         trainer, validation = self.trainer, self.epoch_loop.val_loop

@@ -1,4 +1,4 @@
-"""Gradients: how they are distributed, as histograms."""
+"""Gradients: histograms of them."""
 
 from typing import Any
 
@@ -13,8 +13,8 @@ class Gradients(Callback):
     micro-batches and processes, and clipped. (`wandb.watch` would have those of single micro-batches.)
 
     Args:
-        every_n_steps: Optimizer steps from one to the next.
-        bins: Of a histogram.
+        every_n_steps: Optimizer steps between two histograms.
+        bins: Bins of a histogram.
     """
 
     def __init__(self, every_n_steps: int = 100, bins: int = 64) -> None:
@@ -23,7 +23,7 @@ class Gradients(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step % self.every_n_steps or pl_module.accumulator is not None:
+        if trainer.global_step % self.every_n_steps or pl_module.steps.current is not None:
             return
         histograms = {}
         for name, parameter in pl_module.network.named_parameters():

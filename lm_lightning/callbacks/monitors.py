@@ -1,4 +1,4 @@
-"""Monitors: checks, before training, what checkpoints and early stopping monitor, and sets the right direction."""
+"""Monitors: checks the metrics that checkpoints and early stopping monitor, before training, and sets their modes."""
 
 from typing import Any, Optional
 
@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lm_lightning.errors import UserError
 from lm_lightning.models.metrics import Mode
 
-TRAINING: dict[str, Optional[Mode]] = {  # what is logged in training; None: neither direction is better
+TRAINING: dict[str, Optional[Mode]] = {  # metrics of training; None: neither direction is better
     **dict.fromkeys(("train/loss", "train/distillation"), "min"),
     **dict.fromkeys(("train/tokens_per_second", "train/mfu"), "max"),
     **dict.fromkeys(("train/gradient_norm", "train/learning_rate", "train/skipped_steps", "train/sparsity")),
@@ -18,7 +18,7 @@ TRAINING: dict[str, Optional[Mode]] = {  # what is logged in training; None: nei
 
 
 class Monitors(Callback):
-    """Refuses metrics that will not be logged and directions that are wrong, and derives those that were not given."""
+    """Refuses metrics that will not be logged and wrong modes, and sets modes that were not given."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
@@ -39,17 +39,17 @@ class Monitors(Callback):
 
 
 def option(callback: Any) -> str:
-    """What a callback is called on the command line: `best`, `last`, or its class."""
+    """The name of a callback on the command line: `best`, `last`, or its class."""
     return getattr(callback, "option", type(callback).__name__)
 
 
 def set_mode(callback: Any, mode: Optional[Mode]) -> None:
-    """Gives a callback the direction of its metric.
+    """Sets the mode of a callback to that of its metric.
 
     Raises:
-        UserError: If it was given the other one.
+        UserError: If the user has given the other one.
     """
-    # Lightning's own classes have `min` where none was given, which is then indistinguishable from a given `min`.
+    # Lightning's own classes have `min` by default, so whether the user has given `min` is unknown.
     given = callback.given_mode if hasattr(callback, "given_mode") else "max" if callback.mode == "max" else None
     if mode is None or mode == callback.mode:
         return

@@ -1,4 +1,4 @@
-"""Preemption: a signal in; a checkpoint between two optimizer steps, and an exit status that tells of it, out."""
+"""Preemption: a signal in; a checkpoint between two optimizer steps and the exit status of the signal out."""
 
 import os
 import signal
@@ -19,29 +19,32 @@ SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if
 
 
 class Preemption(Callback):
-    """Ends a training run upon SIGTERM, SIGUSR1 or Ctrl-C (SIGINT), so that it can go on exactly.
+    """Ends a training run upon SIGTERM, SIGUSR1 or Ctrl-C (SIGINT), so that it can be resumed exactly.
 
-    The optimizer step in progress, with all its micro-batches, is finished and `checkpoints/last.ckpt` written; a
-    validation is left where it is, and done by the run that goes on. The exit status is 128 + the signal's number, as
-    shells have it: 143, 138 and 130. A second signal ends the run at once, without a checkpoint.
+    The optimizer step in progress, with all its micro-batches, is finished and `checkpoints/last.ckpt` is written; a
+    validation is interrupted, and done by the resumed run. The exit status is 128 + the signal's number, as in shells:
+    143, 138 and 130. A second signal ends the run at once, without a checkpoint.
 
-    It does not matter which processes of a run get the signal. They tell each other on the host, beside the training,
-    so that no device is waited for: what one knows, all know two steps later, all in the same step.
+    Any process of a run may get the signal. The processes exchange it on the host, beside the training, without waiting
+    for devices: two steps later all of them know it, in the same step.
 
-    Under SLURM with Lightning's automatic requeueing, its signal (SIGUSR1) also queues the job again, whose command
-    should have `--ckpt_path last` when SLURM_RESTART_COUNT is set.
+    Under SLURM with Lightning's automatic requeueing, its signal (SIGUSR1) also queues the job again. Its command
+    should have `--ckpt_path last` if SLURM_RESTART_COUNT is set.
     """
 
     def __init__(self) -> None:
-        self.received = 0  # number of the signal that this process has got
-        self.owner = 0  # the process whose signals these are, not one of its forks
-        self.group: Any = None  # of all processes, on the host
-        self.votes, self.vote = torch.zeros(1, dtype=torch.int64), None  # what they have got, and the exchange of it
+        self.received = 0  # number of the signal that this process has received
+        self.owner = 0  # process ID; a fork of it inherits the handlers
+        self.group: Any = None  # of all processes, on their hosts
+        self.votes, self.vote = (
+            torch.zeros(1, dtype=torch.int64),
+            None,
+        )  # the signal that they have received, and its exchange
 
-    # Which signal
+    # Signals
 
     def listen(self, trainer: Trainer) -> None:
-        """Takes the signals over from Lightning, which gives them back to their owners at the end."""
+        """Handles the signals instead of Lightning, which restores the earlier handlers at the end."""
         if self.owner == os.getpid():
             return
         self.owner, self.launcher = os.getpid(), trainer.strategy.launcher
@@ -52,7 +55,7 @@ class Preemption(Callback):
             compat.disable_signal_broadcast(trainer)
 
     def on_signal(self, number: int, frame: Optional[FrameType]) -> None:
-        if os.getpid() != self.owner:  # a worker of the data: Ctrl-C is for its parent to handle
+        if os.getpid() != self.owner:  # a data worker; its parent handles Ctrl-C
             if number == signal.SIGTERM:
                 os._exit(128 + number)
         elif self.received:
@@ -63,10 +66,10 @@ class Preemption(Callback):
         else:
             self.received = number
             name = signal.Signals(number).name
-            os.write(2, f"\n{name}: this step is finished and saved; another one ends the run at once\n".encode())
+            os.write(2, f"\n{name}: finishing and saving this step; signal again to quit now\n".encode())
 
     def agreed(self) -> int:
-        """The signal that all processes know of, 0 if none; their n-th calls all give the same answer."""
+        """The signal that all processes know, 0 if none; the n-th call returns the same in all processes."""
         if self.group is None:
             return self.received
         if self.vote is not None:
@@ -76,7 +79,7 @@ class Preemption(Callback):
         self.vote = dist.all_reduce(self.votes, dist.ReduceOp.MAX, self.group, async_op=True)
         return answer
 
-    # When
+    # Hooks
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.listen(trainer)
@@ -86,7 +89,7 @@ class Preemption(Callback):
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: dict, batch_idx: int
-    ) -> None:  # the step before is complete: taken, logged and validated
+    ) -> None:  # the step before is complete: logged and validated, too
         if batch_idx % trainer.accumulate_grad_batches == 0 and (number := self.agreed()):
             self.stop(trainer, pl_module, number)
 
@@ -94,28 +97,28 @@ class Preemption(Callback):
         if trainer.state.fn == "fit" and (number := self.agreed()):
             self.stop(trainer, pl_module, number)
 
-    # What then
+    # End
 
     def stop(self, trainer: Trainer, pl_module: LightningModule, number: int) -> None:
-        """Saves, says how to go on, and ends this process."""
+        """Saves a checkpoint, prints how to resume, and exits."""
         if self.vote is not None:
             self.vote.wait()
         last = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
         step, saved = trainer.global_step, trainer.global_step > pl_module.resumed_at
         if saved:
             trainer.save_checkpoint(last)
-            trainer.strategy.checkpoint_io.teardown()  # of one that writes in the background: waits
+            trainer.strategy.checkpoint_io.teardown()  # waits for one that writes in the background
         environment = compat.cluster_environment(trainer)
         requeued = trainer.is_global_zero and isinstance(environment, SLURMEnvironment) and requeue(environment, number)
-        for child in getattr(self.launcher, "procs", []):  # they have saved nothing, so they are done sooner
+        for child in getattr(self.launcher, "procs", []):  # they save nothing and exit sooner
             child.wait(60)
         if isinstance(environment, LightningEnvironment) and trainer.local_rank > 0:
-            sys.exit(0)  # at another status, Lightning kills the first process, whose status counts
-        remedy = "go on with the same command and --ckpt_path last"
+            sys.exit(0)  # with another status, Lightning would kill the first process, whose status counts
+        remedy = "resume with the same command and --ckpt_path last"
         if step >= pl_module.total_steps():
             remedy += ", which finishes the validation and writes model/"
         if not saved:
-            remedy = "there is nothing new to save, go on with the same command"
+            remedy = "nothing new to save, resume with the same command"
         name = signal.Signals(number).name
         pl_module.print(
             f"stopped by {name} at step {step}"
@@ -126,7 +129,7 @@ class Preemption(Callback):
 
 
 def requeue(environment: SLURMEnvironment, number: int) -> bool:
-    """Queues this SLURM job again, if that is wanted and the signal is the one that asks for it."""
+    """Queues this SLURM job again, if requeueing is enabled and this is its signal."""
     if not environment.auto_requeue or number != environment.requeue_signal:
         return False
     job = os.environ["SLURM_JOB_ID"]

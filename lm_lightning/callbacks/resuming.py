@@ -1,10 +1,11 @@
-"""Resuming: makes every checkpoint one that lies between two optimizer steps, and resumes exactly from there."""
+"""Resuming: makes each checkpoint one between two optimizer steps, and resumes exactly there."""
 
 from typing import Any, Optional
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lm_lightning.compat import lightning as compat
+from lm_lightning.data import contract
 
 
 class Resuming(Callback):
@@ -12,8 +13,8 @@ class Resuming(Callback):
 
     Lightning saves the counters of its loops as they are at that moment, in the middle of an optimizer step, of a
     validation or of the end of an epoch, and resumes differently for each (some lose a step, some an epoch, some train
-    one batch too many). Here a checkpoint always means: so many complete epochs, so many batches of complete optimizer
-    steps in the next one, and whether the last step was validated.
+    one batch too many). Here a checkpoint always consists of the number of complete epochs, the number of batches of
+    complete optimizer steps in the next one, and whether the last step was validated.
     """
 
     def __init__(self) -> None:
@@ -27,7 +28,7 @@ class Resuming(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict) -> None:
         for logger in trainer.loggers:
-            logger.save()  # a resumed run does not log these steps again
+            logger.save()  # since a resumed run does not log these steps again
         loops = checkpoint["loops"]["fit_loop"]
         epochs, batches = loops["epoch_progress"], loops["epoch_loop.batch_progress"]
         length, done = trainer.num_training_batches, batches["current"]["processed"]
@@ -59,13 +60,15 @@ class Resuming(Callback):
             compat.mark_epoch_validated(trainer)
 
     def convert(self, trainer: Trainer) -> None:
-        """Converts the counters of a run whose micro-batches had another size, or whose steps another number of them.
+        """Converts the counters of a run with another batch size or another number of micro-batches in a step.
 
-        The place in the data does not depend on them: it is a number of samples.
+        The position in the data does not depend on them, since it is a number of samples.
         """
         progress, length = trainer.fit_loop.epoch_loop.batch_progress, int(trainer.num_training_batches)
         accumulate = trainer.accumulate_grad_batches
-        samples = trainer.datamodule.batch_size * trainer.datamodule.replicas
+        replicas = contract.place(trainer)["num_replicas"]
+        batch_size = contract.optional(trainer.datamodule, "batch_size")
+        samples = replicas * batch_size if isinstance(batch_size, int) else self.batch_samples or replicas
         done = progress.current.ready
         if (self.accumulated, self.batch_samples) != (accumulate, samples):
             done = done * (self.batch_samples or samples) // samples // accumulate * accumulate

@@ -14,22 +14,21 @@ from lm_lightning.compat import lightning as compat
 class Checkpoints(ModelCheckpoint):
     """Lightning's ModelCheckpoint whose files can be resumed from exactly, with scores of the very step that they hold.
 
-    It saves between optimizer steps only, when the last one has been logged, and never takes what is not a number for
+    It saves between optimizer steps only, when the last one has been logged, and a score that is not finite is never
     the best.
 
     Args:
-        filename: Name of the files, without `.ckpt`. Where several are kept (`save_top_k` is not 1), each needs a name
-            of its own, so `-{step}` and the score are added unless the name has `{step}` in it.
-        monitor: Metric that tells how good a checkpoint is, such as `val/loss`. Default of `best`: the main metric of
+        filename: Name of the files, without `.ckpt`. If several are kept (`save_top_k` is not 1), `-{step}` and the
+            score are added unless the name has `{step}` in it.
+        monitor: Metric by which checkpoints are compared, such as `val/loss`. Default of `best`: the main metric of
             the model and its data, such as `val/accuracy`; of `last`: none, and the newest checkpoint is kept.
         save_top_k: How many of the best are kept, -1 for all, 0 for none.
-        mode: Whether a small value of the metric is good, `min`, or a large one, `max`. Default: what is right for the
-            metric.
-        options: Those of Lightning's ModelCheckpoint.
+        mode: `min` if lower values of the metric are better, `max` if higher ones are. Default: that of the metric.
+        options: Others of Lightning's ModelCheckpoint.
     """
 
     validated = -1  # the step of the last validation
-    option = "checkpoints"  # its name on the command line
+    option = "checkpoints"  # name on the command line
 
     def __init__(
         self,
@@ -48,7 +47,9 @@ class Checkpoints(ModelCheckpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         worst_first = sorted(self.best_k_models, key=lambda path: self.best_k_models[path], reverse=self.mode == "min")
-        for path in worst_first[: -self.save_top_k] if self.save_top_k > 0 else ():  # the resumed run kept more of them
+        for path in (
+            worst_first[: -self.save_top_k] if self.save_top_k > 0 else ()
+        ):  # with a lower save_top_k than before
             del self.best_k_models[path]
             trainer.strategy.remove_checkpoint(path)
         if self.best_k_models:
@@ -67,7 +68,7 @@ class Checkpoints(ModelCheckpoint):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
-        # A validation may take long. But the last step is saved when all is done: nothing goes on from there.
+        # A validation may take long. The last step is saved when all is done, since nothing resumes from there.
         if self.monitor is not None or trainer.global_step < pl_module.total_steps():
             self.on_train_batch_start(trainer, pl_module)
 
@@ -91,12 +92,12 @@ class Checkpoints(ModelCheckpoint):
         super().on_train_end(trainer, pl_module)
 
     def _monitor_candidates(self, trainer: Trainer) -> dict[str, Tensor]:
-        # Lightning keeps the metrics of a validation for the steps after it.
+        # Lightning keeps the metrics of a validation for later steps.
         metrics = super()._monitor_candidates(trainer)
         if self.validated != trainer.global_step:
             metrics |= {name: torch.tensor(float("nan")) for name in metrics if name.startswith("val/")}
             if str(self.monitor).startswith("val/"):
-                metrics.pop(self.monitor, None)  # so it waits for the next validation
+                metrics.pop(self.monitor, None)  # it is saved after the next validation
         return metrics
 
     def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:

@@ -215,8 +215,6 @@ class CLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         trainer = self.trainer
-        # (Lightning makes the checkpoint known only after the setup of the data)
-        self.model.from_checkpoint = self.checkpoint is not None
         self.model.evaluated_network = self.evaluated_network
         if trainer.is_global_zero:
             print(f"{'run' if self.subcommand == 'fit' else 'evaluation'} folder: {self.run_folder}")

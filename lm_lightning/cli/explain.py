@@ -21,6 +21,7 @@ EXTRAS = {"bitsandbytes": "lora"}
 
 BASES = {  # of the classes that an option may name
     "model": "lm_lightning.models.module.LanguageModule",
+    "adapter": "lm_lightning.models.adapter.Adapter",
     "data": "lightning.pytorch.LightningDataModule",
     "callbacks": "lightning.pytorch.Callback",
     "logger": "lightning.pytorch.loggers.Logger",

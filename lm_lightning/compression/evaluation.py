@@ -31,7 +31,7 @@ def validate(settings: Path, pretrained: Path, callbacks: list[Callback], *flags
     with tempfile.TemporaryDirectory() as runs, contextlib.redirect_stdout(io.StringIO()):
         own = ["--config", str(settings), "--runs_dir", runs, "--name", "compressed", "--ckpt_path", "null"]
         weights = ["--model.network", "null", "--model.pretrained", str(pretrained)]
-        weights += ["--model.compile", "false", "--model.lora", "null"]
+        weights += ["--model.compile", "false", "--model.adapter", "null"]
         plain = ["--trainer.accelerator", device, "--trainer.devices", "1", "--trainer.strategy", "auto"]
         plain += ["--trainer.precision", "32-true", "--trainer.callbacks", "null"]
         return CLI(["validate", *own, *weights, *plain, *flags], callbacks).trainer

@@ -242,7 +242,7 @@ class LabelledData(StreamData):
             if not own:
                 raise UserError("the labels are those of the training split: give --data.tables.train")
             return own
-        if self.trainer.state.fn != "fit" and not self.trainer.lightning_module.from_checkpoint:
+        if self.trainer.state.fn != "fit" and self.trainer.lightning_module.evaluated_network is None:
             if not own:
                 raise UserError(
                     f"model.pretrained has no head for the labels {', '.join(names[:20])}: fit it first, or give a "

@@ -13,13 +13,14 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, TypeVar
 
 from lm_lightning.compat.jsonargparse import guard_imports
 from lm_lightning.console import printable
 from lm_lightning.errors import UserError
 from lm_lightning.security.untrusted import TRUST_PACKAGES
 
+T = TypeVar("T")
 PACKAGES = ("lm_lightning", "lightning", "torch", "torchmetrics", "transformers", "bitsandbytes")
 FOLDERS = (
     "dirpath",
@@ -197,6 +198,34 @@ def locate(name: str) -> Any:
             check()
         return found
     return pydoc.locate(name)
+
+
+def recorded_class(path: Any, base: type[T], what: str) -> type[T]:
+    """The class that a checkpoint has recorded: of this project, or of a package that the user trusts.
+
+    Args:
+        path: Its import path, of any type.
+        base: A class that it must be derived from.
+        what: Name of such a class, for messages.
+
+    Raises:
+        UserError: If it is something else; names the option that trusts its package.
+    """
+    name = path if isinstance(path, str) and PATH.fullmatch(path) and "__" not in path else ""
+    if not (f"{name}.".startswith("lm_lightning.") or (name and trusted(name))):
+        raise UserError(
+            f"the checkpoint names the {what} {printable(str(path))[:200]}, which is not one of lm_lightning: if you "
+            f"trust it, add --trust_package {printable(name.partition('.')[0]) or 'NAME'} to the command"
+        )
+    try:
+        found = pydoc.locate(name)
+    except pydoc.ErrorDuringImport as error:
+        raise UserError(f"the checkpoint's {what} {name} cannot be imported: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise UserError(
+            f"the checkpoint's {what} {name} does not exist (any more): it is damaged, or of another version"
+        )
+    return found
 
 
 guard_imports(guarded)

@@ -40,10 +40,10 @@ def in_a_terminal(columns: int, *args: object) -> str:
     return output.decode()
 
 
-@needs("tasks.generation", "profiling", "reports")
+@needs("tasks.generation")
 @pytest.mark.parametrize("columns", [80, 40, 0])
 def test_a_terminal_shows_speed_and_time_left(recipe: Path, columns: int):
-    flags = ("--trainer.callbacks+=lm_lightning.tasks.generation.samples.Samples", "--trainer.profiler", "Profile")
+    flags = ("--trainer.callbacks+=lm_lightning.tasks.generation.samples.Samples",)
     output = in_a_terminal(columns, "fit", "--config", recipe, *flags)
     updates = [part.strip("\n") for part in re.split(r"\r\n|\r", output) if part.strip("\n").startswith("train ")]
     assert all(len(line.rstrip()) <= (columns or 80) for line in updates if line.startswith("train "))
@@ -54,8 +54,8 @@ def test_a_terminal_shows_speed_and_time_left(recipe: Path, columns: int):
     if columns != 40:
         assert any(re.search(r"steps/s, loss \d\.\d+, [\d,]+ tokens/s", line) for line in shown)
     assert "] ," not in output and "e+0" not in "".join(shown)
-    assert output.rindex("train 10/10") < output.index("model: ") < output.index("report: ")
-    assert not re.search(r"LOAD REPORT|Writing model shards|Loading weights|CPUAllocator|USDT|profiler_start", output)
+    assert output.rindex("train 10/10") < output.index("model: ")
+    assert not re.search(r"LOAD REPORT|Writing model shards|Loading weights|CPUAllocator|USDT", output)
 
 
 def test_a_log_file_has_lines_without_escape_codes(recipe: Path, fit):
@@ -75,5 +75,5 @@ def test_a_log_file_has_lines_without_escape_codes(recipe: Path, fit):
     lines = [line for line in result.stdout.splitlines() if line.startswith("train ")]
     assert [int(LINE.match(line)[1]) for line in lines] == [4, 8, 10]
     assert ", 512 tokens, " in lines[0] and ", 1,024 tokens, " in lines[1] and "tokens" not in lines[2]
-    order = [line.split()[0] for line in result.stdout.splitlines()]
-    assert order[-5:] == ["train", "validation", "finished:", "model:", "report:"]
+    order = [line.split()[0] for line in result.stdout.splitlines() if not line.startswith("report: ")]
+    assert order[-4:] == ["train", "validation", "finished:", "model:"]

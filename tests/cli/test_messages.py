@@ -30,7 +30,7 @@ def accepted() -> set[str]:
                 parser = ArgumentParser(exit_on_error=False)
                 parser.add_class_arguments(kind, section, fail_untyped=False)
                 names |= set(parser.get_defaults().keys())
-    names |= {f"model.lora.{option.name}" for option in dataclasses.fields(LoRA)}
+    names |= {f"model.adapter.{option.name}" for option in dataclasses.fields(LoRA)}
     assert {"data.tables.encoding_errors", "data.corpus.paths", "data.columns.text", "model.pretrained"} <= names
     return names
 
@@ -106,7 +106,7 @@ def test_each_message_names_options_of_its_own_classes():
     for section in BASES:
         for name, kind in classes_of(section).items():
             options[name] = {*explain.options_of(kind, section)}
-            options[name] |= {f"model.lora.{option.name}" for option in dataclasses.fields(LoRA) if section == "model"}
+            options[name] |= {f"model.adapter.{o.name}" for o in dataclasses.fields(LoRA) if section == "model"}
             files[name] = imported(kind.__module__, set())
     wrong, checked = [], 0
     for file, line, text in refusals():

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_best import SPOILED, about, lowest, weights_of
 
 from lm_lightning.errors import UserError
 
@@ -80,6 +81,19 @@ def test_run_that_is_resumed_amid_the_schedule_prunes_the_same(fit, recipe: Path
     for weight in pruned(part).values():
         groups = weight.T if method == "wanda" else weight.flatten()
         assert ((groups == 0).sum(-1) == round(0.7 * groups.shape[-1])).all()
+
+
+def test_a_network_is_exported_only_as_far_as_it_is_pruned(fit, cli):
+    flags = (*SPOILED, "--trainer.callbacks+=Pruning", "--trainer.callbacks.table", "false")
+    pruned = ("--trainer.callbacks.sparsity", 0.5, "--trainer.callbacks.frequency", 1, "--trainer.callbacks.end")
+    run = fit(*flags, *pruned, 20)  # the best step is before
+    assert about(run) == {"checkpoint": "last", "step": 24}
+    cli("export", run)
+    assert about(run)["step"] == 24
+    run = fit(*flags, *pruned, 6)
+    assert about(run)["step"] == lowest(run) < 13
+    matrix = weights_of(run / "model")["transformer.h.0.mlp.c_fc.weight"]
+    assert (matrix == 0).float().mean() == pytest.approx(0.5, abs=0.01)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """LoRA: the base stays as it is, checkpoints are small, and what is exported is what was trained."""
 
 import argparse
-import csv
 import json
 import shutil
 import subprocess
@@ -84,7 +83,12 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def flags(folder: Path, **lora: object) -> list[object]:
     settings = {"rank": 4, "dropout": 0.1} | lora
     weights = ["--model.network", "null", "--model.pretrained", folder, "--data.tokenizer.path", folder]
-    return [*weights, *(f"--model.lora.{name}={value}" for name, value in settings.items())]
+    return [
+        *weights,
+        "--model.adapter",
+        "LoRA",
+        *(f"--model.adapter.{name}={value}" for name, value in settings.items()),
+    ]
 
 
 def state(run: Path) -> dict:
@@ -94,7 +98,7 @@ def state(run: Path) -> dict:
 def test_export_and_adapter_give_what_was_trained(fit, cli, masked: tuple, bases, tmp_path: Path):
     """In a process that has not this project; and the command makes the same of the checkpoint."""
     runs = {}
-    for kind, base in [("gpt2", "whole"), ("gpt2", "nf4"), ("llama", "nf4"), ("llama", "int8"), ("bert", "whole")]:
+    for kind, base in [("gpt2", "full"), ("gpt2", "nf4"), ("llama", "nf4"), ("llama", "int8"), ("bert", "full")]:
         name = f"{kind}-{base}"
         runs[name] = fit("--name", name, *(masked if kind == "bert" else ()), *flags(bases[kind], base=base), LOGITS)
         files = [runs[name] / file for file in ("model/model.safetensors", "adapter/adapter_model.safetensors")]
@@ -145,7 +149,7 @@ assert "lm_lightning" not in sys.modules
 
 @pytest.mark.parametrize(
     ("kind", "base"),
-    [("gpt2", "whole"), ("gpt2", "int8"), ("gpt2", "fp4"), ("llama", "nf4"), ("bert", "int8"), ("bert", "nf4")],
+    [("gpt2", "full"), ("gpt2", "int8"), ("gpt2", "fp4"), ("llama", "nf4"), ("bert", "int8"), ("bert", "nf4")],
 )
 def test_adapters_alone_are_trained_and_saved(cli, recipe: Path, masked: tuple, bases, kind: str, base: str):
     bert = masked if kind == "bert" else ()
@@ -155,7 +159,7 @@ def test_adapters_alone_are_trained_and_saved(cli, recipe: Path, masked: tuple, 
     assert told["same"] and told["frozen"] > 15
     trained = sum(2 * 4 * sum(sizes) for sizes in ADAPTED[kind])
     layers = 2 * len(ADAPTED[kind])
-    assert f"lora: rank 4 in {layers} layers, {trained:,} parameters are trained" in out
+    assert f"lora: rank 4 in {layers} layers (base: {base}), {trained:,} parameters are trained" in out
     saved = state(run)
     assert all(".lora_A." in name or ".lora_B." in name for name in saved["state_dict"])
     assert sum(tensor.numel() for tensor in saved["state_dict"].values()) == trained
@@ -169,7 +173,7 @@ def test_only_the_named_layers_are_adapted(fit, bases):
     assert len(names) == 2 * 2 * 3 and all(".mlp." in name for name in names)
 
 
-@pytest.mark.parametrize("base", ["whole", "nf4"])
+@pytest.mark.parametrize("base", ["full", "nf4"])
 def test_resumed_run_ends_in_the_same_bits(fit, cli, recipe: Path, bases, base: str):
     """Dropout of the adapters included; and the checkpoint is measured as the run had measured it."""
     settings = flags(bases["gpt2"], base=base, dropout=0.3)
@@ -199,33 +203,36 @@ def test_a_checkpoint_is_refused_where_it_does_not_belong(fit, cli, recipe: Path
     run = fit(*flags(folder), "--trainer.max_steps", 5)
     resume = ("--ckpt_path", "last", "--trainer.max_steps", 8)
     for settings, message in (
-        (flags(folder, rank=8), r"model.lora has rank 4 \(here 8\)"),
-        (flags(folder, alpha=1), r"model.lora has alpha 16.0 \(here 1.0\)"),
-        (flags(folder, base="nf4"), r"base whole \(here nf4\)"),
-        (flags(folder)[:6], "the checkpoint is of LoRA: give --model.pretrained"),
+        (flags(folder, rank=8), r"model.adapter has rank 4 \(here 8\)"),
+        (flags(folder, alpha=1), r"model.adapter has alpha 16.0 \(here 1.0\)"),
+        (flags(folder, base="nf4"), r"base full \(here nf4\)"),
+        (
+            flags(folder)[:6],
+            "the checkpoint is of an adapter: give --model.pretrained .* --model.adapter LoRA --model.adapter.rank 4",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             fit(*settings, *resume)
     moved = folder.rename(tmp_path / "moved")
-    with pytest.raises(UserError, match="adapters need their base.* does not exist"):
+    with pytest.raises(UserError, match="adapter needs its base.* does not exist"):
         cli("export", run)
     fit(*flags(moved), *resume)  # the same weights
     weights = load_file(moved / "model.safetensors")
     weights["transformer.h.1.mlp.c_fc.weight"][3, 3] += 1e-3
     save_file(weights, moved / "model.safetensors", metadata={"format": "pt"})
     for command in (("fit", *resume), ("validate", "--ckpt_path", run / "checkpoints" / "last.ckpt")):
-        with pytest.raises(UserError, match="are not those that the checkpoint's adapters belong to"):
+        with pytest.raises(UserError, match="are not those that the checkpoint's adapter was trained on"):
             cli(command[0], "--config", recipe, *flags(moved), *command[1:])
-    with pytest.raises(UserError, match="are not those that the checkpoint's adapters belong to"):
+    with pytest.raises(UserError, match="are not those that the checkpoint's adapter was trained on"):
         cli("export", run)
     plain = fit(*flags(folder := bases["gpt2"])[:6], "--trainer.max_steps", 5)
-    with pytest.raises(UserError, match="the checkpoint has no LoRA"):
+    with pytest.raises(UserError, match="the checkpoint has no adapter"):
         fit(*flags(folder), "--ckpt_path", plain / "checkpoints" / "last.ckpt", "--trainer.max_steps", 8)
 
 
 @pytest.mark.parametrize(
     ("data", "model", "monitor", "base"),
-    [("TaggingData", "Tagging", "val/f1", "whole"), ("ParsingData", "Parser", "val/las", "nf4")],
+    [("TaggingData", "Tagging", "val/f1", "full"), ("ParsingData", "Parser", "val/las", "nf4")],
 )
 def test_new_heads_are_trained_saved_and_exported(
     cli, tmp_path: Path, monkeypatch, data: str, model: str, monitor: str, base: str
@@ -302,18 +309,18 @@ def test_two_processes_do_what_one_does(fit, recipe: Path, bases, tmp_path: Path
     runs.folder.mkdir()
     ddp = ("--trainer.strategy", "ddp")
     folders = ("--trainer.strategy", "lm_lightning.strategies.FSDP2", "--trainer.strategy.sharded_checkpoints", "true")
-    for base in ("whole", "nf4"):
+    for base in ("full", "nf4"):
         settings = (*flags(bases["llama"], base=base, dropout=0), "--model.schedule.shape", "constant")
         alone[base] = fit(*settings)
         two = ("fit", "--config", recipe, *settings, "--trainer.devices", 2, "--data.batch_size", 2)
         commands[base] = (*two, *ddp)
-        if base == "whole":
+        if base == "full":
             last = runs.folder / "fsdp2" / "checkpoints" / "last.ckpt"
             commands["fsdp2"] = (*two, *folders, "--trainer.max_steps", 6)
             commands["resumed"] = (*two, *folders, "--ckpt_path", last)
     runs(commands)
     assert not runs.error("resumed")
-    for name, base in (("whole", "whole"), ("nf4", "nf4"), ("fsdp2", "whole")):
+    for name, base in (("full", "full"), ("nf4", "nf4"), ("fsdp2", "full")):
         shutil.copytree(alone[base], runs.folder / f"one_{name}")
         assert runs.differ(name, f"one_{name}", "train/loss") < 1e-5
         first, second = (load_file(runs.folder / n / "model" / "model.safetensors") for n in (name, f"one_{name}"))
@@ -325,10 +332,10 @@ def test_two_processes_do_what_one_does(fit, recipe: Path, bases, tmp_path: Path
     assert all(".lora_" in name for name in weights) and len(weights) == 2 * 2 * 7
 
 
-def test_strategies_that_split_what_has_to_be_whole_are_refused():
-    with pytest.raises(UserError, match="tensor parallelism does not know how to split model.lora"):
+def test_strategies_that_split_matrices_are_refused():
+    with pytest.raises(UserError, match="tensor parallelism cannot split the matrices of LoRA"):
         LoRA().check(TensorParallel())
-    with pytest.raises(UserError, match="nf4 does not work with FSDP2, which splits its matrices"):
+    with pytest.raises(UserError, match="nf4 does not work with FSDP2"):
         LoRA(base="nf4").check(FSDP2())
     LoRA().check(FSDP2())
 
@@ -337,7 +344,7 @@ def test_bits_are_those_of_the_paper_and_of_the_blocks_alone():
     with torch.device("meta"):
         network = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", vocab_size=300, **SIZES["llama"]))
     for precision, dtype in (("32-true", torch.float32), ("bf16-mixed", torch.bfloat16), ("16-mixed", torch.float16)):
-        config = LoRA(base="nf4").quantization(network, torch.device("cpu"), precision)["quantization_config"]
+        config = LoRA(base="nf4").loading_options(network, torch.device("cpu"), precision)["quantization_config"]
         assert config.bnb_4bit_quant_type == "nf4" and config.bnb_4bit_use_double_quant
         assert config.bnb_4bit_compute_dtype == dtype and config.llm_int8_skip_modules == ["lm_head"]
 
@@ -350,7 +357,7 @@ def test_large_inputs_do_not_let_int8_see_the_tokens_to_come(fit, bases, tmp_pat
     fit(*flags(folder, base="int8"), "--trainer.max_steps", 3)
 
 
-@pytest.mark.parametrize(("kind", "base"), [("gpt2", "nf4"), ("llama", "whole")])
+@pytest.mark.parametrize(("kind", "base"), [("gpt2", "nf4"), ("llama", "full")])
 def test_activation_checkpointing_changes_nothing(fit, bases, kind: str, base: str):
     """Gradients reach the adapters although nothing before the first of them is trained."""
     settings = (*flags(bases[kind], base=base), "--trainer.max_steps", 3)
@@ -362,11 +369,13 @@ def test_activation_checkpointing_changes_nothing(fit, bases, kind: str, base: s
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["--model.lora.rank=0"], "must have a rank of 1 or more"),
-        (["--model.lora.dropout=1"], "a dropout from 0 to below 1"),
-        (['--model.lora.modules=["*banana*"]'], r"\*banana\* is the name of no linear layer, such as transformer.h.0"),
-        (["--model.lora.base=int3"], "int3"),
-        (["--trainer.callbacks+=Pruning"], "pruning changes the weights that model.lora leaves as they are"),
+        (["--model.adapter.rank=0"], "must have a rank of 1 or more"),
+        (["--model.adapter.dropout=1"], "a dropout from 0 to below 1"),
+        (
+            ['--model.adapter.modules=["*banana*"]'],
+            r"\*banana\* is the name of no linear layer, such as transformer.h.0",
+        ),
+        (["--model.adapter.base=int3"], "int3"),
     ],
 )
 def test_impossible_settings_are_refused(fit, bases, settings: list, message: str):
@@ -379,30 +388,19 @@ def test_new_tokens_are_refused(fit, bases, tmp_path: Path):
     folder = shutil.copytree(bases["gpt2"], tmp_path / "base", ignore=shutil.ignore_patterns("tokenizer*"))
     larger = train(Tokenizer(algorithm="bpe", vocab_size=310), iter(paragraphs(50)), "gpt")
     larger.save_pretrained(tmp_path / "tok")
-    with pytest.raises(UserError, match="has 300 tokens and the tokenizer 310, whose rows model.lora would not train"):
+    with pytest.raises(
+        UserError, match="has 300 tokens and the tokenizer 310, whose rows model.adapter would not train"
+    ):
         fit(*flags(folder), "--data.tokenizer.path", tmp_path / "tok")
 
 
 def test_a_new_network_and_missing_packages_are_refused(fit, bases, monkeypatch: pytest.MonkeyPatch):
-    with pytest.raises(UserError, match="which of a new network says nothing: give model.pretrained"):
-        fit("--model.lora.rank", 8)
-    for name, base in (("peft", "whole"), ("bitsandbytes", "nf4"), ("accelerate", "int8")):
+    with pytest.raises(UserError, match="model.adapter requires model.pretrained"):
+        fit("--model.adapter", "LoRA")
+    for name, base in (("peft", "full"), ("bitsandbytes", "nf4"), ("accelerate", "int8")):
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, name, None)
-            with pytest.raises(UserError, match=rf'model.lora needs the package {name}: pip install -e "\.\[lora\]"'):
+            with pytest.raises(
+                UserError, match=rf'the adapter LoRA needs the package {name}: pip install -e "\.\[lora\]"'
+            ):
                 fit(*flags(bases["llama"], base=base))
-
-
-def test_run_is_compressed_as_any_other(fit, cli, bases):
-    """What is measured is the sum, not adapters beside it once more."""
-    run = fit(*flags(bases["gpt2"]))
-    cli("compress", run, "--recipe", "sparse=0.01", "--seconds", 0.05, "--tokens", 16)
-    with open(run / "compressed" / "compression.csv", newline="") as file:
-        none, sparse = csv.DictReader(file)
-    with open(run / "metrics.csv", newline="") as file:
-        trained = [float(row["val/loss"]) for row in csv.DictReader(file) if row.get("val/loss")]
-    assert float(none["loss"]) == pytest.approx(trained[-1], abs=1e-4)
-    assert float(sparse["loss"]) == pytest.approx(trained[-1], abs=0.01)
-    rounding = ("--trainer.callbacks+=Quantization", "--trainer.callbacks.recipe=nf4", "--trainer.callbacks.start=0")
-    with pytest.raises(UserError, match="does not know how to round what model.lora adds"):
-        fit(*flags(bases["gpt2"]), *rounding)

@@ -204,7 +204,7 @@ def test_network_beside_which_the_tokenizer_would_be_read_as_another_is_refused(
     from lm_lightning.errors import UserError
 
     other = train(Tokenizer(algorithm="bytes"), iter(["text"]), "bert")
-    monkeypatch.setattr("lm_lightning.models.module.load", lambda folder: other)
+    monkeypatch.setattr("lm_lightning.models.build.load", lambda folder: other)
     with pytest.raises(UserError, match="of type gpt2, as another one"):
         made(CausalLM(network=NETWORKS["gpt2"]), tokenizer)
 

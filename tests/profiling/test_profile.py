@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from conftest import command
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 
@@ -60,6 +61,12 @@ def test_time_is_counted_where_it_is_spent(fit, monkeypatch: pytest.MonkeyPatch)
     with gzip.open(run / "profile" / "trace-0.json.gz", "rt") as file:
         events = [event["name"] for event in json.load(file)["traceEvents"] if event.get("cat") == "user_annotation"]
     assert {name: events.count(name) for name in ("data", "forward")} == {"data": 3, "forward": 3}
+
+
+def test_messages_of_the_profiler_itself_are_not_shown(recipe: Path):
+    result = command("fit", "--config", recipe, "--trainer.profiler", "Profile")
+    assert result.returncode == 0 and "micro-batches" in result.stdout
+    assert not re.search(r"USDT|profiler_start|KINETO", result.stdout + result.stderr)
 
 
 def test_short_run_says_that_nothing_was_counted(fit, capsys):

@@ -161,7 +161,7 @@ def test_resumed_run_has_one_curve_of_tokens_and_time_and_tells_what_was_changed
     assert line["step"] == list(range(1, 11)) and line["tokens"] == [step * 4 * 32 for step in range(1, 11)]
     assert line["seconds"][:6] == list(before.values()) and line["seconds"] == sorted(line["seconds"])
     page = Page(run / "report.html")
-    assert f"Changed when tiny/{run.name} went on" in page.text
+    assert f"Changed when tiny/{run.name} was resumed" in page.text
     assert page.row("trainer.max_steps") == ["6", "10"]
 
 
@@ -198,7 +198,7 @@ def test_cut_and_missing_files_are_told_and_the_rest_is_shown(folder: Path, cli)
     assert page.lines("loss")["spike", 0]["step"] == [2]
     for note in ("metrics.csv: cut", "environment.json is cut", "samples.jsonl: cut", "spikes.jsonl: cut"):
         assert note in page.text
-    assert "left out (2)" in page.text and "whole" in page.text and "3, 4" in page.text
+    assert "omitted (2)" in page.text and "whole" in page.text and "3, 4" in page.text
     assert page.row("state") == ["not finished (no model/)"]
 
     for file in folder.iterdir():

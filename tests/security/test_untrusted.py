@@ -3,7 +3,6 @@
 Each payload here is harmless: it would make a file named `harmed`, which must not exist afterwards.
 """
 
-import json
 import os
 import pickle
 import shutil
@@ -13,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import needs
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from lm_lightning.checkpoints import sharded as sharded_checkpoint
@@ -90,22 +88,16 @@ def test_an_export_writes_no_file_that_the_checkpoint_names(name: str, tmp_path:
     network = {"class": "BertModel", "config": config, "generation": None, "rows": 30522}
     network |= {"files": files, "embedding": {"files": files}}
     with pytest.raises(UserError, match="cannot be exported"):
-        export.write({"network": network, "state_dict": {}}, tmp_path, tmp_path / "model")
+        export.write({"network": network, "state_dict": {}, "tokenizer": None}, tmp_path, tmp_path / "model")
     assert not (tmp_path / "harmed").exists()
 
 
-@needs("compression")
-def test_a_model_folder_whose_modules_lead_elsewhere_is_not_copied(tmp_path: Path):
-    from lm_lightning.compression.folder import copy_beside
+@pytest.mark.parametrize("path", ["os.system", "torch.nn.Linear", "lm_lightning.callbacks.spikes.Spikes", 5])
+def test_an_export_uses_no_other_class_that_a_checkpoint_names(path: object):
+    from lm_lightning.models.export import changes_of
 
-    source, target = tmp_path / "source", tmp_path / "target"
-    for folder in (source, target, tmp_path / "payload"):
-        folder.mkdir()
-    (tmp_path / "payload" / "file").write_text("x")
-    (source / "modules.json").write_text(json.dumps([{"path": "../payload"}]))
-    with pytest.raises(UserError, match="modules.json"):
-        copy_beside(source, target)
-    assert not (target.parent / "payload" / "payload").exists() and not list(target.glob("**/file"))
+    with pytest.raises(UserError, match="the checkpoint.* callback "):
+        changes_of({"export_changes": {"a": path}, "callbacks": {"a": {}}})
 
 
 def test_a_resumed_run_removes_no_files_that_its_checkpoint_names_elsewhere(fit, tmp_path: Path):

@@ -62,10 +62,10 @@ class Quantization(Callback):
                 "a quantization with a start needs the complete weights of a layer in each process: use "
                 "--trainer.strategy ddp or fsdp2, or omit its start"
             )
-        if pl_module.lora is not None:
+        if pl_module.adapter is not None:
             raise UserError(
-                "quantization does not know how to round what model.lora adds to a layer: leave its start out, or take "
-                "a quantized base, model.lora.base"
+                "quantization cannot round what model.adapter adds to a layer: omit its start, or use a quantized "
+                "base, such as model.adapter.base nf4"
             )
         if pl_module.compile_body:
             raise UserError("quantization changes layers while they are trained: omit its start or model.compile")

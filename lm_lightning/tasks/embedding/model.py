@@ -20,6 +20,7 @@ from lm_lightning.models.module import LanguageModule
 from lm_lightning.tasks.embedding import modules as embedding
 from lm_lightning.tasks.embedding.data import Judged
 from lm_lightning.tasks.embedding.data import split as split_texts
+from lm_lightning.tasks.embedding.export import SentenceTransformersFiles
 from lm_lightning.tasks.embedding.modules import Pooling
 
 
@@ -87,11 +88,9 @@ class SentenceEncoder(LanguageModule):
         if self.pretrained is not None and not self.pooling_given:
             self.pooling = embedding.pooling_of(self.pretrained_folder()) or "mean"
 
-    def description(self) -> dict[str, Any]:
+    def extra_files(self) -> SentenceTransformersFiles:
         size = self.network.config.hidden_size
-        return super().description() | {
-            "embedding": {"pooling": self.pooling, "size": size, "max_length": self.trainer.datamodule.block_size},
-        }
+        return SentenceTransformersFiles(self.pooling, size, self.trainer.datamodule.block_size)
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         super().on_save_checkpoint(checkpoint)
@@ -243,8 +242,8 @@ class SentenceEncoder(LanguageModule):
         if self.trainer.is_global_zero:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "index.json").unlink(missing_ok=True)  # written last: an index with it is whole
-        if of_checkpoint:
-            self.export(folder / "model")
+        if of_checkpoint and (exported := self.exporter().model()) is not None:  # (in the first process)
+            exported.write(folder / "model")
         if not self.trainer.is_global_zero:
             return
         data = self.trainer.datamodule

@@ -38,32 +38,6 @@ def pool(states: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
     return F.normalize((states * weights).sum(1) / weights.sum(1).clamp(min=1), dim=-1)
 
 
-def files(pooling: Pooling, size: int, max_length: int) -> dict[str, Any]:
-    """What sentence-transformers reads beside the network: content by the name of the JSON file.
-
-    Args:
-        pooling: How states are pooled.
-        size: Of an embedding.
-        max_length: Tokens of a text; longer ones are cut.
-    """
-    kinds = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
-    return {
-        "modules.json": [
-            {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
-            for i, (path, kind) in enumerate(kinds.items())
-        ],
-        "1_Pooling/config.json": {
-            "word_embedding_dimension": size,
-            "pooling_mode_cls_token": pooling == "cls",
-            "pooling_mode_mean_tokens": pooling == "mean",
-            "pooling_mode_max_tokens": False,
-            "pooling_mode_mean_sqrt_len_tokens": False,
-        },
-        "sentence_bert_config.json": {"max_seq_length": max_length, "do_lower_case": False},
-        "config_sentence_transformers.json": {"similarity_fn_name": "cosine"},
-    }
-
-
 def pooling_of(folder: str) -> Optional[Pooling]:
     """How a model's states are pooled, if its folder tells.
 

@@ -15,6 +15,7 @@ from lm_lightning.finetuning import results
 from lm_lightning.finetuning.examples import network_inputs
 from lm_lightning.finetuning.mistakes import Mistakes, readable, words_of
 from lm_lightning.finetuning.words import TRUNCATED
+from lm_lightning.models.build import NetworkBuilder
 from lm_lightning.models.export import HEAD_FILE
 from lm_lightning.models.metrics import Counts, Mode, Ratio
 from lm_lightning.models.module import LanguageModule
@@ -129,7 +130,7 @@ class Parser(LanguageModule):
             self.print(f"the head is new: {sum(p.numel() for p in network.parser.parameters()):,} parameters")
         return network
 
-    def replace_head(self, network: transformers.PreTrainedModel, name: str) -> None:
+    def replace_head(self, builder: NetworkBuilder, network: transformers.PreTrainedModel) -> None:
         """The head is no part of the network yet; `pretrained_network` adds it."""
 
     def with_head(self, network: transformers.PreTrainedModel) -> transformers.PreTrainedModel:

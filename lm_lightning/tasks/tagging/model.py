@@ -13,6 +13,8 @@ from lm_lightning.finetuning import results
 from lm_lightning.finetuning.examples import network_inputs
 from lm_lightning.finetuning.mistakes import Mistakes, readable, words_of
 from lm_lightning.finetuning.words import TRUNCATED
+from lm_lightning.losses import kd_loss
+from lm_lightning.models.distillation import mix
 from lm_lightning.models.metrics import Counts, Mode
 from lm_lightning.models.module import LanguageModule
 from lm_lightning.tasks.tagging.data import OUTSIDE, Found, spans_of
@@ -57,6 +59,17 @@ class Tagging(LanguageModule):
 
     def loss(self, batch: dict) -> tuple[Tensor, Tensor]:
         return self.losses(self.logits(batch), batch)
+
+    def distillation_loss(
+        self, batch: dict, teacher: Any, weight: float, temperature: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        logits = self.logits(batch)
+        with torch.no_grad():
+            other = teacher.logits(batch)
+        own, count = self.losses(logits, batch)
+        missing = (batch["targets"] == -100) | (batch["words"] < 0)
+        distillation = kd_loss(logits, other, temperature).masked_fill(missing, 0).sum()
+        return mix(own, distillation, weight), count, distillation
 
     def decode_predictions(self, logits: Tensor, batch: dict) -> Tensor:
         """The label of each word, (B, W) int64: the best ones, if the labels mark spans, of all that are legal.

@@ -252,7 +252,8 @@ assert "lm_lightning" not in sys.modules
     ids=["number", "several", "pair"],
 )
 def test_kinds(fit, cli, recipe: Path, flags: tuple, metric: str):
-    run = fit(*flags, "--best.monitor", "val/loss", "--trainer.max_steps", 240)
+    off = ("--model.network.hidden_dropout_prob", 0, "--model.network.attention_probs_dropout_prob", 0)
+    run = fit(*flags, *off, "--best.monitor", "val/loss", "--trainer.max_steps", 240)
     with open(run / "metrics.csv", newline="") as file:
         values = [float(row[f"val/{metric}"]) for row in csv.DictReader(file) if row[f"val/{metric}"]]
     assert values[-1] > 0.5
@@ -578,7 +579,9 @@ def test_frozen_parameters_stay(fit):
 HEAD = ("classifier.weight", "classifier.bias")
 
 
-@pytest.mark.parametrize("lora", [(), ("--model.lora.rank", 2)], ids=["all weights", "lora"])
+@pytest.mark.parametrize(
+    "lora", [(), ("--model.adapter", "LoRA", "--model.adapter.rank", 2)], ids=["all weights", "lora"]
+)
 def test_an_equally_large_head_of_other_labels_is_replaced_and_trained(fit, cli, recipe: Path, lora: tuple):
     names = {"good": "art", "bad": "news", "mixed": "sport"}
     base = load_file(fit("--trainer.max_steps", 3) / "model" / "model.safetensors")

@@ -1,0 +1,103 @@
+"""Resuming: refuses checkpoints whose network, tokenizer or optimizer state do not fit this run."""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any, Optional
+
+import torch
+import transformers
+
+from lm_lightning.errors import UserError
+from lm_lightning.optim import parameter_groups
+
+# Parts of names of network settings that may change on resuming: they affect neither weights nor outputs in evaluation.
+HARMLESS_KEYS = ("drop", "use_cache", "transformers_version", "dtype", "_name_or_path", "token_id", "architectures")
+NEW_RUN = "or start a new run from the weights with --model.pretrained RUN/model"
+
+
+def refuse_other_network(saved: dict[str, Any], own: dict[str, Any]) -> None:
+    """Refuses a checkpoint of another network.
+
+    Args:
+        saved: The config of its network.
+        own: That of this run's network.
+
+    Raises:
+        UserError: Names the settings that differ.
+    """
+    different = [
+        f"{key} {saved.get(key)} (here {own.get(key)})"
+        for key in sorted(saved.keys() | own.keys())
+        if saved.get(key) != own.get(key) and not any(part in key for part in HARMLESS_KEYS)
+    ]
+    if different:
+        raise UserError(f"the checkpoint's network has {', '.join(different)}: use the model.network it was made with")
+
+
+def refuse_other_tokenizer(saved: Optional[str], own: Optional[str]) -> None:
+    """Refuses a checkpoint of another tokenizer, by their fingerprints; None where the data has no tokenizer.
+
+    Raises:
+        UserError: Says which tokenizer to use.
+    """
+    if saved != own:
+        raise UserError(
+            "the checkpoint was made with another tokenizer than the data's, so that its tokens mean other texts: give "
+            "the tokenizer/ of its run folder as data.tokenizer.path"
+        )
+
+
+def grouping(network: transformers.PreTrainedModel, layer_decay: float, frozen: Sequence[str]) -> dict[str, Any]:
+    """How the optimizer's state belongs to the parameters, JSON-able.
+
+    Args:
+        network: The network.
+        layer_decay: See `parameter_groups`.
+        frozen: Patterns of names of frozen parameters.
+
+    Returns:
+        The options that decide it, by their names, and `groups`, a hash of the names in each group.
+    """
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    groups = [[names[id(p)] for p in group["params"]] for group in parameter_groups(network, layer_decay)]
+    return {
+        "model.layer_decay": layer_decay,
+        "model.freeze": list(frozen),
+        "groups": hashlib.sha256(repr(groups).encode()).hexdigest()[:16],
+    }
+
+
+def refuse_other_grouping(saved: dict[str, Any], own: dict[str, Any]) -> None:
+    """Refuses a checkpoint whose optimizer state belongs to other groups of parameters, see `grouping`.
+
+    Raises:
+        UserError: Names the options that differ.
+    """
+    if saved["groups"] == own["groups"]:
+        return
+    changed = [
+        f"{name} {saved[name]} (here {value})"
+        for name, value in own.items()
+        if name != "groups" and saved[name] != value
+    ]
+    raise UserError(
+        f"the checkpoint was made with {', '.join(changed) or 'other trained parameters'}, and its optimizer state "
+        f"fits only these: use the old value, {NEW_RUN}"
+    )
+
+
+def refuse_other_optimizer(saved: str, own: torch.optim.Optimizer) -> None:
+    """Refuses a checkpoint of another class of optimizer.
+
+    Args:
+        saved: The name of its class.
+        own: The optimizer of this run, or one like it.
+
+    Raises:
+        UserError: Names both.
+    """
+    if saved != type(own).__name__:
+        raise UserError(
+            f"the checkpoint's optimizer is {saved}, this run's {type(own).__name__}, which cannot use its state: use "
+            f"the same, {NEW_RUN}"
+        )

@@ -1,0 +1,163 @@
+"""Optimizer steps: losses of micro-batches in, gradients of the mean over all target tokens of a step out.
+
+The mean is exact however a step is split into micro-batches and processes, and however many targets each of them has.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, NamedTuple, Optional
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from lm_lightning.compat.torch import multiply
+from lm_lightning.data import contract
+from lm_lightning.models.nonfinite import NonFiniteGuard, Step
+from lm_lightning.networks import gradient_norm
+from lm_lightning.strategies.capabilities import capabilities
+
+
+class StepAccumulator(NamedTuple):
+    """Sums over the micro-batches of the optimizer step in progress, of this process.
+
+    Attributes:
+        step: Optimizer steps before it.
+        rows: Samples in it.
+        samples: Their ids; empty if the data has none.
+        loss_sum: Loss, summed over target tokens: () float32.
+        tokens: Target tokens: () int64, or float32 if they are weighted.
+    """
+
+    step: int
+    rows: int
+    samples: list[int]
+    loss_sum: Tensor
+    tokens: Tensor
+
+
+class OptimizerSteps:
+    """Scales gradients, checks that they are finite, and counts samples.
+
+    Args:
+        on_nonfinite: See `NonFiniteGuard`.
+        skip_limit: See `NonFiniteGuard`.
+        gather: See `NonFiniteGuard`.
+        print: See `NonFiniteGuard`.
+
+    Attributes:
+        current: The step in progress; None between two steps.
+        gradient_norm: Global norm of the latest step's gradient, before clipping, () float32.
+        nonfinite: Watches the losses.
+    """
+
+    def __init__(
+        self,
+        on_nonfinite: Literal["stop", "skip"],
+        skip_limit: int,
+        gather: Callable[[list[int]], list[int]],
+        print: Callable[[str], Any],
+    ) -> None:
+        self.nonfinite = NonFiniteGuard(on_nonfinite, skip_limit, gather, print)
+        self.current: Optional[StepAccumulator] = None
+        self.gradient_norm: Tensor
+
+    @property
+    def rows(self) -> int:
+        """Samples of the step in progress so far."""
+        return self.current.rows if self.current else 0
+
+    def add(self, trainer: Trainer, batch: dict, loss_sum: Tensor, tokens: Tensor) -> Tensor:
+        """Adds a micro-batch.
+
+        Args:
+            trainer: The trainer.
+            batch: The micro-batch.
+            loss_sum: Its loss, summed over target tokens: () float32.
+            tokens: Number of its target tokens, ().
+
+        Returns:
+            The loss to call `backward` of, () float32.
+        """
+        sums = self.current or StepAccumulator(
+            trainer.global_step, 0, [], torch.zeros_like(loss_sum), torch.zeros_like(tokens)
+        )
+        self.current = StepAccumulator(
+            sums.step,
+            sums.rows + contract.rows(batch),
+            sums.samples + contract.sample_ids(batch),
+            sums.loss_sum + loss_sum.detach(),
+            sums.tokens + tokens,
+        )
+        # The right divisor is known when the step is complete; a constant keeps the sums near 1 until then.
+        return loss_sum / contract.optional(trainer.datamodule, "tokens_per_batch")
+
+    def finish(
+        self, trainer: Trainer, module: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
+    ) -> dict[str, Tensor]:
+        """Makes the accumulated gradient that of the mean over the step's target tokens; all processes call it.
+
+        Returns:
+            Metrics to log.
+        """
+        sums, self.current, data = self.current, None, trainer.datamodule
+        assert sums is not None, "an optimizer step comes after at least one training step"
+        totals = trainer.strategy.reduce(torch.stack([sums.loss_sum, sums.tokens.float()]), reduce_op="sum")
+        loss_sum, tokens = totals[0], totals[1].where(totals[1] > 0, 1)  # (weighted targets may sum to less than 1)
+        # Lightning has divided by the micro-batches, the strategy by the replicas, `add` by its constant; a replica of
+        # several processes (tensor parallelism) has counted its tokens on each.
+        constant = contract.optional(data, "tokens_per_batch")
+        scale_gradients(module.parameters(), trainer.accumulate_grad_batches * trainer.world_size * constant / tokens)
+        self.gradient_norm = gradient_norm(module.parameters())
+        skipping = self.check_finite(trainer, module, optimizer, device, sums, (loss_sum, tokens))
+        if contract.optional(data, "consumed") is not None:
+            data.consumed += sums.rows * contract.place(trainer)["num_replicas"]
+        metrics = {
+            # Lightning's name for the x-axis of the loggers: finished steps
+            "step": torch.tensor(float(sums.step + 1)),  # (numbers, not tensors, it would send to the device)
+            "train/loss": loss_sum / tokens,
+            "train/gradient_norm": self.gradient_norm,
+            "train/learning_rate": torch.tensor(optimizer.param_groups[0]["lr"]),
+        }
+        if skipping:
+            metrics["train/skipped_steps"] = torch.tensor(float(self.nonfinite.skipped))
+        return metrics
+
+    def check_finite(
+        self,
+        trainer: Trainer,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        device: torch.device,
+        sums: StepAccumulator,
+        totals: tuple[Tensor, Tensor],
+    ) -> bool:
+        """Stops the run at a loss or gradient that is not finite, or skips the step; returns whether steps are skipped.
+
+        To read a value makes the host wait for the device. So a GPU's is read one step late, when it is there anyway,
+        and that of a lazy device (XLA) after a step that was logged, which had to be waited for. With float16, the
+        scaler provokes infinite gradients and skips their steps itself.
+        """
+        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+        skip = self.nonfinite.on_nonfinite == "skip" and not scaled
+        in_kernel = skip and all(group.get("fused") for group in optimizer.param_groups)
+        loss_sum, tokens = totals
+        loss = (loss_sum + 0 * self.gradient_norm) / tokens
+        if in_kernel:  # as torch's GradScaler passes it
+            optimizer.found_inf = (~torch.isfinite(loss)).float()  # type: ignore
+        if not scaled:
+            self.nonfinite.pending.append(Step(sums.step + 1, sums.samples, loss))
+        at_once = device.type == "cpu" or (skip and not in_kernel)
+        if at_once or not capabilities(trainer.strategy).lazy or sums.step % trainer.log_every_n_steps == 0:
+            finite = self.nonfinite.check(keep=0 if at_once else 1)
+            if at_once and not finite and not in_kernel:
+                for parameter in module.parameters():
+                    parameter.grad = None  # an optimizer does not change such parameters and their state
+        return skip
+
+
+def scale_gradients(parameters: Iterable[nn.Parameter], factor: Tensor) -> None:
+    """Multiplies all gradients by a number, () float."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if gradients:
+        multiply([g.to_local() if isinstance(g, DTensor) else g for g in gradients], factor)
