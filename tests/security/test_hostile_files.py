@@ -5,6 +5,7 @@ seeded; a failure names its number, and `mutate(..., number)` in hostile.py make
 """
 
 import contextlib
+import importlib
 import io
 import json
 import random
@@ -58,6 +59,7 @@ def test_damaged_checkpoints(run: Path, guard: Guard, tmp_path: Path):
 
 @pytest.mark.slow
 def test_forged_checkpoints_are_exported_or_refused(run: Path, guard: Guard, tmp_path: Path):
+    importlib.import_module("lm_lightning.models.export")  # (matplotlib makes folders of its own when it is imported)
     saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     refused = 0
     for number in range(1000):

@@ -183,7 +183,7 @@ def steps(part: Part) -> list[tuple[int, int]]:
 
 
 def test_a_killed_run_goes_on_as_the_same_and_steps_done_again_are_told_apart(fit, recipe: Path):
-    kill = {"class_path": "test_wandb.Kill", "init_args": {"step": 8}}
+    kill = {"class_path": "test_weights_and_biases.Kill", "init_args": {"step": 8}}
     flags = ("--config", OVERLAY, "--last.every_n_train_steps", 5)
     tests = os.environ | {"PYTHONPATH": f"{ROOT}:{Path(__file__).parent}:{ROOT / 'tests'}"}
     result = command("fit", "--config", recipe, *flags, "--trainer.callbacks", json.dumps([kill]), env=tests)
