@@ -147,6 +147,12 @@ class Classification(LanguageModule):
         return loss, (counts if weights is None else counts * weights[targets.clamp(min=0)]).sum()
 
     def loss(self, batch: dict) -> tuple[Tensor, Tensor]:
+        """The loss of a batch, summed over targets, and their number.
+
+        Batches have `input_ids`, `attention_mask` (and `token_type_ids`), (B, T) int64; `id`, B ints. `targets` are
+        the labels' numbers, (B,) int64, -100 for none; several at once, (B, labels) float32 of 0 and 1, NaN for none;
+        or numbers, (B,) float32, NaN for none.
+        """
         return self.losses(self.logits(batch), batch["targets"])
 
     def distillation_loss(

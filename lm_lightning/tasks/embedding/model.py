@@ -147,6 +147,10 @@ class SentenceEncoder(LanguageModule):
             return F.cross_entropy(cosines, own.where(counts, -100), ignore_index=-100, reduction="sum"), counts.sum()
 
     def loss(self, batch: dict) -> tuple[Tensor, Tensor]:
+        """The loss of a batch, summed over targets, and their number.
+
+        Batches are described at `batch_of_pairs`.
+        """
         return self.losses(batch, *self.both(batch))
 
     # Evaluation

@@ -118,6 +118,12 @@ class MaskedLM(LanguageModule):
         return sums
 
     def loss(self, batch: dict) -> tuple[Tensor, Tensor]:
+        """The loss of a batch, summed over targets, and their number.
+
+        Batches have `input_ids`, `attention_mask` (and `token_type_ids`), (B, T) int64; `id`, B ints. `positions`,
+        (B, K) int64, are the places of hidden tokens; `targets`, (B, K) int64, these tokens, -100 where there are
+        fewer; with pairs of sentences, `next_sentence`, (B,) int64, is whether the second one follows.
+        """
         sums = self.losses(batch)
         if "next" not in sums:
             return sums["masked"], sums["tokens"]

@@ -139,6 +139,12 @@ class QuestionAnswering(LanguageModule):
         return loss / 2, (batch["targets"][:, 0] != -100).sum()
 
     def loss(self, batch: dict) -> tuple[Tensor, Tensor]:
+        """The loss of a batch, summed over targets, and their number.
+
+        Batches have `input_ids`, `attention_mask` (and `token_type_ids`), (B, T) int64; `id`, B ints. `context`, (B,
+        T), is 1 for the tokens that an answer may have; `targets`, (B, 2) int64, its first and last token, -100 for
+        none.
+        """
         return self.losses(self.logits(batch), batch)
 
     def distillation_loss(

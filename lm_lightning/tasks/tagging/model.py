@@ -58,6 +58,12 @@ class Tagging(LanguageModule):
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum"), (targets != -100).sum()
 
     def loss(self, batch: dict) -> tuple[Tensor, Tensor]:
+        """The loss of a batch, summed over targets, and their number.
+
+        Batches have `input_ids`, `attention_mask` (and `token_type_ids`), (B, T) int64; `id`, B ints. `words`, (B, W)
+        int64, are the places of the words' first tokens, -1 where truncated, -100 where there is no word; `targets`,
+        (B, W) int64, their labels' numbers, -100 for none.
+        """
         return self.losses(self.logits(batch), batch)
 
     def distillation_loss(
