@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import needs
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lm_lightning.environment import git
@@ -81,8 +82,9 @@ def folder(tmp_path: Path) -> Path:
     return run
 
 
+@needs("tasks.generation")
 def test_run_leaves_a_report_that_says_what_was_logged(fit):
-    sampling = [{"class_path": "lm_lightning.tasks.generation.samples.Samples", "init_args": {"prompts": ["The old"]}}]
+    sampling = [{"class_path": "Samples", "init_args": {"prompts": ["The old"]}}]
     run = fit("--trainer.callbacks", json.dumps(sampling))
     page = Page(run / "report.html")
     assert page.curves["runs"] == [f"tiny/{run.name}"]

@@ -157,7 +157,7 @@ def test_no_artifacts_if_they_are_not_wanted(fit):
 
 def test_samples_and_gradients_and_predictions(fit, cli, recipe: Path):
     callbacks = [{"class_path": "Samples", "init_args": {"prompts": ["", "The old"]}}, {"class_path": "Gradients"}]
-    callbacks[0]["class_path"] = "lm_lightning.tasks.generation.samples.Samples"
+    callbacks[0]["class_path"] = "Samples"
     callbacks[1]["init_args"] = {"every_n_steps": 4}
     run = fit("--config", OVERLAY, "--trainer.callbacks", json.dumps(callbacks), "--model.network.n_layer", 1)
     (part,) = parts(run)
