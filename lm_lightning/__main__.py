@@ -53,7 +53,7 @@ def main() -> None:
             raise UserError(f"there is no command {command}: {there}")
         # asked for, so that the tokenizers library does not warn of the loader's forks
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-        # the profiler tells each of its steps, and PyTorch's C++ warns of what cannot be helped
+        # the profiler reports each of its steps, and PyTorch's C++ code warns of things that nobody can change
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         # of kernels for GPUs that are not here, at each import, and of casts, at each layer

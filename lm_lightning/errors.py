@@ -1,4 +1,4 @@
-"""The one exception that is meant for the user, and how others become it."""
+"""The exception for errors that the user can correct, and how others become it."""
 
 import importlib
 import os
@@ -6,16 +6,16 @@ from typing import Any
 
 
 class UserError(Exception):
-    """A mistake of the user's that one sentence explains; `main()` prints it without a traceback and exits with 2."""
+    """A user-correctable error, explained in one sentence; `main()` prints it without a traceback and exits with 2."""
 
 
 def package(name: str, what: str, extra: str) -> Any:
-    """A package that is not always needed.
+    """Imports an optional package.
 
     Args:
-        name: Of the package, or a module in it.
-        what: That needs it, for the message.
-        extra: Of this project, which brings it.
+        name: Of the package, or of a module in it.
+        what: The option or feature that needs it, for the message.
+        extra: The extra of this project that installs it.
 
     Raises:
         UserError: If it is missing; gives the command that installs it.
@@ -28,18 +28,18 @@ def package(name: str, what: str, extra: str) -> Any:
 
 
 def first_process() -> bool:
-    """Whether this is the first process of a run; the others meet the same problems, and need not say so again."""
+    """Whether this is the first process of a run; the others have the same problems and need not report them, too."""
     return {os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID")} == {"0"}
 
 
 def of_instance(error: Exception) -> UserError:
-    """The sentence for an option's value of which its class could not be made.
+    """The error for a class that could not be made with the values of its options.
 
-    Where several types would do, jsonargparse tells of each why it was not that one; what a class itself has refused is
-    among them.
+    If an option accepts several types, jsonargparse lists the reason against each of them, among these the error of the
+    class itself.
 
     Args:
-        error: The parser's, or a class's own.
+        error: Of the parser or the class.
     """
     text = str(error)
     if text.startswith("Does not validate against any of the Union"):

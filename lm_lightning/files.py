@@ -180,6 +180,21 @@ def new_folder(folder: Path, locked: bool) -> Iterator[Path]:
     sync(folder.parent)
 
 
+def unwritable(folder: Path) -> str:
+    """Why a folder can not be written or replaced, empty if it can."""
+    try:
+        new = temporary(folder)
+        new.mkdir(parents=True)
+        new.rmdir()
+        if folder.exists():
+            new = temporary(folder / "config.json")
+            new.touch(exist_ok=False)
+            new.unlink()
+    except OSError as error:
+        return str(error.strerror)
+    return ""
+
+
 def remove(path: Path) -> None:
     """Removes a file, a link or a folder, if it exists."""
     if path.is_dir() and not path.is_symlink():

@@ -47,6 +47,11 @@ def kd_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     return temperature**2 * F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
 
 
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross entropy of (N, V) logits, summed over the rows that have a target, () float32; -100 where there is none."""
+    return F.cross_entropy(logits.float(), targets, ignore_index=-100, reduction="sum")
+
+
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, bias: Optional[Tensor], targets: Tensor, vocab_size: Optional[int] = None
 ) -> Tensor:

@@ -1,4 +1,4 @@
-"""Quantized linear layers of `transformers`, as `from_pretrained` makes them: what LoRA and compression share."""
+"""Quantized linear layers, as `from_pretrained` makes them: configs and checks that adapters and compression share."""
 
 from collections.abc import Collection
 from typing import Any, Literal

@@ -72,7 +72,7 @@ FEATURES = {
     "finetuning": Feature(
         "finetuning",
         "tables of labelled rows",
-        ("docs/finetuning.md", "tests/tables.py", "tests/clauses.py"),
+        ("docs/finetuning.md", "examples/rating*", "tests/tables.py", "tests/clauses.py"),
         needed_by=TASKS,
     ),
     "lora": Feature("lora", "LoRA and QLoRA", ("docs/lora.md",), ("lora",)),

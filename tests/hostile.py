@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import random
 import shutil
 import signal
@@ -91,7 +92,10 @@ class Guard:
             self.harm.append(f"{event} {arguments}")
         opened = event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+")
         if opened or event in ("os.mkdir", "os.rename", "os.remove", "os.symlink", "os.link"):
-            self.written(event, arguments[0])
+            path = arguments[0]
+            if event == "os.remove" and arguments[1] != -1:  # relative to an open folder, as in shutil.rmtree
+                path = Path(os.readlink(f"/proc/self/fd/{arguments[1]}"), path)
+            self.written(event, path)
 
     def written(self, event: str, path: Any) -> None:
         allowed = (str(self.folder), "/dev/null", "/dev/shm", "/tmp/tmp")

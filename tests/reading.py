@@ -27,6 +27,7 @@ NOT_RUN = {  # what a command begins with, and why it is not run here
     "ruff": "CI runs it",
     "mypy": "CI runs it",
     "lint-imports": "CI runs it",
+    "wandb": "needs an account",  # fork: tracking
     "git": "test_fork.py merges a change of the template",  # fork: template
     "cd": "test_fork.py merges a change of the template",  # fork: template
     "python scripts/fork.py": "test_fork.py runs it",  # fork: template

@@ -17,6 +17,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loops.evaluation_loop import RestartStage
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.checkpoint import FileSystemWriter, save
@@ -117,6 +119,19 @@ def test_callbacks_keep_their_arguments():
     assert (early._check_on_train_epoch_end, chosen._check_on_train_epoch_end) == (False, True)
     assert of_lightning.saves_by_default(ModelCheckpoint())
     assert not of_lightning.saves_by_default(ModelCheckpoint(save_on_train_epoch_end=True))
+
+
+def test_a_csv_logger_closes_the_writer_that_it_has(tmp_path: Path):
+    logger, saved = CSVLogger(tmp_path), []
+
+    class Writer(ExperimentWriter):
+        def save(self) -> None:
+            saved.append(self)
+
+    writer = of_lightning.writer_of(logger, lambda: Writer(str(tmp_path / "logs")))
+    assert of_lightning.writer_of(logger, lambda: None) is writer is logger.experiment  # type: ignore[arg-type]
+    logger.finalize("success")
+    assert saved == [writer]
 
 
 def test_the_sizes_of_model_parallel_strategies_can_be_set():

@@ -1,4 +1,4 @@
-"""Ending: why a run has ended, and that a run which has ended is not trained further by accident."""
+"""Ending: prints why a run has ended, and refuses to train it further by accident."""
 
 from collections.abc import Iterable
 from datetime import timedelta
@@ -24,7 +24,7 @@ class Ending(Callback):
     """
 
     def __init__(self) -> None:
-        self.stopped = False  # early, before the checkpoint that this run resumes from
+        self.stopped = False  # by EarlyStopping, before the checkpoint that this run resumes from
         self.started = False
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -82,7 +82,7 @@ class Ending(Callback):
             raise UserError("there is nothing to train: trainer.limit_train_batches leaves no batches")
 
     def reason(self, trainer: Trainer) -> str:
-        """Why the run has ended, for people."""
+        """Why the run has ended, as text."""
         if trainer.fast_dev_run:
             return "finished: trainer.fast_dev_run"
         epochs = trainer.fit_loop.epoch_progress.current.processed
@@ -139,7 +139,7 @@ def limit(trainer: Trainer, step: int, epochs: int, seconds: float) -> Optional[
 
 
 def explained(callback: EarlyStopping) -> str:
-    """What an EarlyStopping has stopped for."""
+    """Why an EarlyStopping has stopped, as text."""
     if callback.stopping_reason == EarlyStoppingReason.PATIENCE_EXHAUSTED:
         best = float(callback.best_score)
         return f"{callback.monitor} did not improve for {callback.wait_count} validations, its best was {best:.4g}"

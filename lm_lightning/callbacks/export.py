@@ -1,8 +1,6 @@
-"""Export: leaves a folder that plain `transformers` loads, and a checkpoint of the very end."""
+"""Export: at the end of training, a folder that plain `transformers` loads, and a checkpoint of the last step."""
 
-import json
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, Optional
 
@@ -13,8 +11,8 @@ from lm_lightning import files
 from lm_lightning.checkpoints.callback import Checkpoints
 from lm_lightning.checkpoints.loading import load_checkpoint
 from lm_lightning.errors import UserError
-from lm_lightning.models.export import check_export
-from lm_lightning.run import TRAINING, describe_weights
+from lm_lightning.models.export import ChangesExport, changes_of, check_export
+from lm_lightning.run import describe_weights
 
 Weights = Literal["best", "last"]
 
@@ -37,7 +35,7 @@ class Export(Callback):
         if trainer.fast_dev_run:
             return
         description, problem = pl_module.description(), ""
-        if trainer.is_global_zero:  # as at the end; in other processes, transformers does not write all files
+        if trainer.is_global_zero:  # transformers writes all files in the first process only
             with tempfile.TemporaryDirectory() as folder:
                 try:
                     check_export(description, pl_module.tokenizer, Path(folder))
@@ -46,7 +44,7 @@ class Export(Callback):
         if problem := trainer.strategy.broadcast(problem):
             raise UserError(problem)
         place = Path(trainer.default_root_dir) / "model"
-        reason = trainer.strategy.broadcast(unwritable(place) if trainer.is_global_zero else "")
+        reason = trainer.strategy.broadcast(files.unwritable(place) if trainer.is_global_zero else "")
         if reason:
             raise UserError(
                 f"the folder {place} could not be written at the end of the run ({reason}): make it writable"
@@ -60,12 +58,12 @@ class Export(Callback):
             return
         run = Path(trainer.default_root_dir)
         last = run / "checkpoints" / "last.ckpt"
-        trainer.strategy.checkpoint_io.teardown()  # of one that writes in the background: waits
+        trainer.strategy.checkpoint_io.teardown()  # waits for one that writes in the background
         try:
             stale = load_checkpoint(last, weights=False, verified=True)["global_step"] != trainer.global_step
-        except UserError:  # there is none, or it is damaged
+        except UserError:  # it is missing or damaged
             stale = True
-        if trainer.strategy.broadcast(stale):  # saving is done by all processes or none
+        if trainer.strategy.broadcast(stale):  # all processes save together
             trainer.save_checkpoint(last)
             trainer.strategy.checkpoint_io.teardown()
         saved, about = self.chosen(trainer) if trainer.is_global_zero else ({}, {})
@@ -73,7 +71,7 @@ class Export(Callback):
         export(pl_module, run / "model", about, saved if earlier else None)
 
     def chosen(self, trainer: Trainer) -> tuple[Optional[dict[str, Any]], dict[str, Any]]:
-        """The checkpoint that is exported, None if it is the network as it is now, and what is said of it."""
+        """The checkpoint that is exported, None for the network as it is now; and its name, step and score."""
         last = {"checkpoint": "last", "step": trainer.global_step}
         monitors = [c for c in trainer.checkpoint_callbacks if isinstance(c, Checkpoints) and c.has_best()]
         if not monitors or self.weights == "last":
@@ -88,7 +86,7 @@ class Export(Callback):
         if step < complete_from(trainer):
             print(
                 f"model/ gets the weights of the last step, since at the best one, {step:,}, the network was not yet "
-                "pruned, quantized or averaged as it is to be exported"
+                "completely pruned, quantized or averaged"
             )
             return None, last
         best = {"checkpoint": "best", "step": step, "metric": monitor.monitor, "score": float(monitor.best_model_score)}
@@ -105,61 +103,19 @@ def complete_from(trainer: Trainer) -> float:
 def export(
     pl_module: LightningModule, folder: Path, about: dict[str, Any], saved: Optional[dict[str, Any]] = None
 ) -> None:
-    """Writes the model, and with an adapter `adapter/` beside it, each whole or not there; all processes call it.
-
-    A callback with a method `on_export` may change the model's folder before it is in place.
+    """Writes the model, and the files of an adapter to `adapter/` beside it; all processes call it.
 
     Args:
         pl_module: Whose network is written.
         folder: To write.
-        about: What is said of the weights, in `training.json` and on the screen.
+        about: Checkpoint, step and score of the weights.
         saved: A checkpoint whose weights are written instead of the network's present ones; only the first process
             needs its content.
     """
-
-    exporter = pl_module.exporter()
-
-    def write(partial: Path) -> None:
-        exporter.write(partial, saved)
-        if pl_module.trainer.is_global_zero:
-            files.write_text(partial / TRAINING, json.dumps(about, indent=2))
-            for callback in pl_module.trainer.callbacks:
-                if hasattr(callback, "on_export"):
-                    callback.on_export(partial)
-
-    replace(pl_module, folder, write)
-    if exporter.adapter is not None:
-        replace(pl_module, folder.with_name("adapter"), lambda partial: exporter.write_adapter(partial, saved))
-    if pl_module.trainer.is_global_zero:
-        print(f"model: {folder} (weights of the {about['checkpoint']} checkpoint, {describe_weights(about)})")
-
-
-def unwritable(folder: Path) -> str:
-    """Why a folder can not be written or replaced, empty if it can."""
-    try:
-        new = files.temporary(folder)
-        new.mkdir(parents=True)
-        new.rmdir()
-        if folder.exists():
-            new = files.temporary(folder / "config.json")
-            new.touch(exist_ok=False)
-            new.unlink()
-    except OSError as error:
-        return str(error.strerror)
-    return ""
-
-
-def replace(pl_module: LightningModule, folder: Path, write: Callable[[Path], None]) -> None:
-    """Gives a folder its name when it is written."""
-    first = pl_module.trainer.is_global_zero
-    if first:
-        files.remove_stale(folder.parent, folder.name)
-    partial = Path(pl_module.trainer.strategy.broadcast(str(files.temporary(folder))))
-    try:
-        write(partial)
-        if first:
-            files.sync_tree(partial)
-            files.put(partial, folder)
-    finally:
-        if first:
-            files.remove(partial)
+    model = pl_module.exporter().model(saved)
+    if model is None:  # in other processes
+        return
+    own = [callback for callback in pl_module.trainer.callbacks if isinstance(callback, ChangesExport)]
+    changes = changes_of(saved) if saved else [(type(callback), callback.state_dict()) for callback in own]
+    model.write(folder, about, changes, folder.with_name("adapter"))
+    print(f"model: {folder} (weights of the {about['checkpoint']} checkpoint, {describe_weights(about)})")

@@ -27,7 +27,7 @@ class FitLoop(LightningFitLoop):
 
     def on_iteration_done(self) -> None:
         super().on_iteration_done()
-        self.epoch_loop.restarting = False  # which Lightning forgets if there was nothing left of the epoch
+        self.epoch_loop.restarting = False  # Lightning does not reset it if the epoch was complete
 
     def on_run_end(self) -> None:
         trainer, validation = self.trainer, self.epoch_loop.val_loop

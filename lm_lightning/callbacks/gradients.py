@@ -1,4 +1,4 @@
-"""Gradients: how they are distributed, as histograms."""
+"""Gradients: histograms of them."""
 
 from typing import Any
 
@@ -13,8 +13,8 @@ class Gradients(Callback):
     micro-batches and processes, and clipped. (`wandb.watch` would have those of single micro-batches.)
 
     Args:
-        every_n_steps: Optimizer steps from one to the next.
-        bins: Of a histogram.
+        every_n_steps: Optimizer steps between two histograms.
+        bins: Bins of a histogram.
     """
 
     def __init__(self, every_n_steps: int = 100, bins: int = 64) -> None:

@@ -11,14 +11,15 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 
 from lm_lightning.callbacks.metrics_reader import csv_rows
+from lm_lightning.compat import lightning as compat
 from lm_lightning.errors import UserError
 from lm_lightning.files import replacing
 
 
 class MetricsFile(CSVLogger):
-    """Lightning's CSVLogger, writing `metrics.csv` right into a folder and going on with it when a run is resumed.
+    """Lightning's CSVLogger, which writes `metrics.csv` into a folder and continues it when a run is resumed.
 
-    Rows of steps that the resumed run does again are replaced.
+    Rows of steps that the resumed run repeats are replaced.
 
     Args:
         save_dir: The folder.
@@ -26,28 +27,27 @@ class MetricsFile(CSVLogger):
 
     def __init__(self, save_dir: str) -> None:
         super().__init__(save_dir, name="", version="")
-        self._experiment: Optional[Rows] = None
 
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:  # noqa: D102 (as in Lightning)
-        if self._experiment is None:
-            self._experiment = Rows(self.log_dir)
-        return self._experiment
+        return compat.writer_of(self, lambda: Rows(self.log_dir))
 
 
 class Rows(ExperimentWriter):
-    """Lightning's writer of the file, which removes nothing of it before there is something in its place."""
+    """Lightning's writer of the file, which removes no rows before there are others to replace them."""
 
     def __init__(self, log_dir: str) -> None:
         super().__init__(log_dir)
-        self.earlier: list[dict[str, Any]] = []  # rows of the run that this one goes on with
+        self.earlier: list[dict[str, Any]] = []  # rows of the resumed run
         if os.path.exists(self.metrics_file_path):
             columns, rows = self.read_rows()
-            self.earlier = [row for row in rows if row.get("step", "").isdecimal()]  # a kill may cut the last
+            self.earlier = [
+                row for row in rows if row.get("step", "").isdecimal()
+            ]  # a killed run may have cut the last
             self.metrics_keys = columns if self.earlier else []
 
-        if not self.earlier and os.path.islink(self.metrics_file_path):  # which would be written through
+        if not self.earlier and os.path.islink(self.metrics_file_path):  # whose target would be changed
             os.remove(self.metrics_file_path)
 
     def _check_log_dir_exists(self) -> None:
@@ -55,7 +55,7 @@ class Rows(ExperimentWriter):
 
     def log_metrics(self, metrics_dict: dict[str, Any], step: Optional[int] = None) -> None:  # noqa: D102
         if self.earlier:
-            # A step is logged before its validation, which may be all of it that is left to do.
+            # A step is logged before its validation, which may be the only part that is repeated.
             rest = is_validation(metrics_dict)
             self.rewrite(
                 [

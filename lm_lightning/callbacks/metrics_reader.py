@@ -36,7 +36,7 @@ def read_metrics(file: Path, notes: Optional[list[str]] = None) -> dict[str, Poi
         if not columns and row:
             columns = row[:COLUMNS]
             if len(row) > COLUMNS:
-                notes.append(f"{file.name}: {len(row) - COLUMNS} of {len(row)} columns are left out")
+                notes.append(f"{file.name}: {len(row) - COLUMNS} of {len(row)} columns are omitted")
             continue
         if row == []:
             continue
@@ -50,7 +50,7 @@ def read_metrics(file: Path, notes: Optional[list[str]] = None) -> dict[str, Poi
         for name, value in values.items():
             metrics.setdefault(name, {})[step] = value
     if bad:
-        notes.append(f"{file.name}: cut or damaged rows are left out ({bad})")
+        notes.append(f"{file.name}: cut or damaged rows are omitted ({bad})")
     return {name: sorted(points.items()) for name, points in metrics.items()}
 
 

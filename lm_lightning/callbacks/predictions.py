@@ -1,4 +1,4 @@
-"""Predictions: what `predict` finds, one line of JSON a sample, and as a table where the samples were one."""
+"""Predictions: a JSON line for each sample, and a table if the samples were one."""
 
 import csv
 import json
@@ -9,21 +9,22 @@ from typing import IO, Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 
+from lm_lightning.data import contract
 from lm_lightning.data.cells import without_formula
 from lm_lightning.data.order import PADDING
 from lm_lightning.files import remove, replacing
 
-TABLE_ROWS = 10_000  # which W&B shows of a table
+TABLE_ROWS = 10_000  # that W&B shows of a table
 
 
 class Predictions(Callback):
     """Writes the dicts that `predict_step` returns to `predictions.jsonl` in the run folder, in the data's order.
 
-    Each process writes a part, without rows that only fill up a batch (`id` is `PADDING`); the first one joins them by
-    the samples' `id` (processes of tensor parallelism have the same samples), and the module may join what belongs to
-    one (`join_predictions`). If the samples came from CSV or TSV files (`predict_table` of the data), there is
-    `predictions.csv`, too: their columns as they are in the files, in the order of the files, and beside them what was
-    predicted, in columns such as `predicted.label`.
+    Each process writes a part, without rows that pad a batch (`id` is `PADDING`); the first one joins them by the `id`
+    of the samples (processes of tensor parallelism have the same samples), and the module may join several of one
+    sample (`join_predictions`). If the samples came from CSV or TSV files (`predict_table` of the data), there is
+    `predictions.csv`, too: their columns and rows, in the same order, with the predictions in additional columns
+    such as `predicted.label`.
 
     Args:
         escape_formulas: Whether texts and names in `predictions.csv`, `results.csv` and `confusion.csv` that a
@@ -69,7 +70,7 @@ class Predictions(Callback):
             part.unlink()
         print(f"predictions: {file}")
         table = cells(rows)
-        if getattr(trainer.datamodule, "predict_table", False):
+        if contract.optional(trainer.datamodule, "predict_table"):
             inputs = [trainer.datamodule.inputs[row.get("row", row["id"])] for row in rows]
             write_table(beside(inputs, table), file.with_suffix(".csv"), self.escape_formulas)
             print(f"predictions: {file.with_suffix('.csv')}")

@@ -1,4 +1,4 @@
-"""Progress: one line for the whole run, with its speed and the time left."""
+"""Progress: one line for the run, with its speed and the time left."""
 
 import io
 import shutil
@@ -12,7 +12,7 @@ from tqdm import tqdm
 FORMAT = (
     "{desc} {n_fmt}/{total_fmt} {percentage:.0f}%, {remaining} left, {rate_fmt}{postfix}"  # (its comma is included)
 )
-# What is shown of training, the most important first; of what does not fit into the terminal, nothing.
+# Metrics of training, the most important first; those that do not fit into the terminal are not shown.
 NUMBERS = {
     "loss": "loss {:.4g}",
     "tokens_per_second": "{:,.0f} tokens/s",
@@ -27,7 +27,7 @@ NUMBERS = {
 class RunProgress(ProgressBar):
     """A line about the optimizer steps of the run with the latest logged metrics, and one about each evaluation.
 
-    A terminal has them at its bottom; other outputs, such as a file, get the first at each logged step, as a line.
+    In a terminal they are at the bottom; other outputs, such as a file, get the first as a line at each logged step.
     """
 
     def __init__(self) -> None:
@@ -39,7 +39,7 @@ class RunProgress(ProgressBar):
     def enable(self) -> None:
         self.is_enabled = True
 
-    def disable(self) -> None:  # Lightning calls it on all processes but the first
+    def disable(self) -> None:  # called by Lightning in all processes but the first
         self.is_enabled = False
 
     def print(self, *args: Any, **kwargs: Any) -> None:
@@ -52,7 +52,7 @@ class RunProgress(ProgressBar):
         bar = tqdm(
             file=sys.stdout if terminal else io.StringIO(),
             ncols=columns() if terminal else None,
-            nrows=20,  # else none is shown where the terminal does not tell how many it has
+            nrows=20,  # else nothing is shown if the terminal does not report its height
             disable=not self.is_enabled,
             bar_format=FORMAT,
             **settings,
@@ -144,7 +144,7 @@ class RunProgress(ProgressBar):
 
 
 def columns() -> int:
-    """Width of the terminal, 80 if it does not say."""
+    """Width of the terminal, 80 if it is unknown."""
     return shutil.get_terminal_size().columns
 
 

@@ -5,6 +5,7 @@ from typing import Any, Optional
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lm_lightning.compat import lightning as compat
+from lm_lightning.data import contract
 
 
 class Resuming(Callback):
@@ -65,7 +66,9 @@ class Resuming(Callback):
         """
         progress, length = trainer.fit_loop.epoch_loop.batch_progress, int(trainer.num_training_batches)
         accumulate = trainer.accumulate_grad_batches
-        samples = trainer.datamodule.batch_size * trainer.datamodule.replicas
+        replicas = contract.place(trainer)["num_replicas"]
+        batch_size = contract.optional(trainer.datamodule, "batch_size")
+        samples = replicas * batch_size if isinstance(batch_size, int) else self.batch_samples or replicas
         done = progress.current.ready
         if (self.accumulated, self.batch_samples) != (accumulate, samples):
             done = done * (self.batch_samples or samples) // samples // accumulate * accumulate

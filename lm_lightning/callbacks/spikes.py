@@ -1,4 +1,4 @@
-"""Spikes: which training samples a sudden rise of the loss is of."""
+"""Spikes: samples behind loss spikes."""
 
 import json
 import statistics
@@ -14,13 +14,14 @@ from lm_lightning.models.nonfinite import Step, listed
 
 
 class Spikes(Callback):
-    """Tells of steps whose loss is far above those before, in a line and in `spikes.jsonl` of the run folder.
+    """Reports steps whose loss is far above those before, in a line and in `spikes.jsonl` of the run folder.
 
-    `python -m lm_lightning prepare --config ... --show ID` prints the samples that it names.
+    `python -m lm_lightning prepare --config ... --show ID` prints the samples.
 
     Args:
-        deviations: How far above their mean, in standard deviations (which count as 1 % of the mean at least).
-        steps: How many steps before. The first 20 of a run are not judged.
+        deviations: Smallest distance from the mean of the steps before, in standard deviations (at least 1 % of the
+            mean).
+        steps: Number of steps before. The first 20 of a run are not checked.
     """
 
     def __init__(self, deviations: float = 6.0, steps: int = 100) -> None:
@@ -32,11 +33,11 @@ class Spikes(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         file = self.file(trainer)
-        if trainer.is_global_zero and file.exists():  # of steps that the resumed run does again
+        if trainer.is_global_zero and file.exists():  # remove steps that the resumed run repeats
             rows = file.read_text(encoding="utf-8").splitlines(keepends=True)
-            whole = [row for row in rows if row.endswith("\n")]  # a killed run may cut the last
+            complete = [row for row in rows if row.endswith("\n")]  # a killed run may have cut the last
             try:
-                kept = [row for row in whole if json.loads(row)["step"] <= trainer.global_step]
+                kept = [row for row in complete if json.loads(row)["step"] <= trainer.global_step]
             except (ValueError, TypeError, KeyError, RecursionError) as error:
                 raise UserError(f"{file} cannot be continued, as it is damaged: move it away") from error
             write_text(file, "".join(kept))
@@ -47,10 +48,10 @@ class Spikes(Callback):
             if len(self.losses) >= min(20, self.losses.maxlen or 20):
                 mean = statistics.fmean(self.losses)
                 if step.loss > mean + self.deviations * max(statistics.pstdev(self.losses), 0.01 * abs(mean)):
-                    self.tell(trainer, pl_module, step, mean)
+                    self.report(trainer, pl_module, step, mean)
             self.losses.append(step.loss)
 
-    def tell(self, trainer: Trainer, pl_module: LightningModule, step: Step, before: float) -> None:
+    def report(self, trainer: Trainer, pl_module: LightningModule, step: Step, before: float) -> None:
         samples = pl_module.all_samples(step.samples)
         row = {"step": step.number, "loss": step.loss, "mean_before": before, "samples": samples}
         if trainer.is_global_zero:

@@ -1,4 +1,4 @@
-"""Throughput: how many tokens, in which time, and how much of the device's arithmetic and memory that uses."""
+"""Throughput: tokens per second, model FLOPs utilization, and memory."""
 
 import functools
 import sys
@@ -16,24 +16,23 @@ class Throughput(Callback):
     """Logs `train/tokens_per_second`, `train/tokens`, `train/seconds`, `train/mfu` and `train/memory`.
 
     Tokens are those that the network has read, padding included, over all processes. `train/tokens` and `train/seconds`
-    are those of the whole run so far: a resumed run goes on from its checkpoint's, so that what a killed one did after
-    it is not counted. Seconds are those of the clock, validations and checkpoints included.
+    are totals of the run: a resumed run continues those of its checkpoint, so steps after it are not counted twice.
+    Seconds are wall-clock time, validations and checkpoints included.
 
-    Memory is the most that this process has held so far, in GiB: on a GPU of PyTorch's tensors there, else of the whole
-    process (its peak resident set, libraries included; not on Windows). A strategy may add more, as that for XLA
-    does.
+    Memory is the peak of this process, in GiB: that of PyTorch's tensors on a GPU, else of the process (its resident
+    set, libraries included; not on Windows). A strategy may add more, as that for XLA does.
 
-    MFU, the model FLOPs utilization, is the arithmetic that the network needs for these tokens, 6 FLOPs a parameter and
-    token and 12 a layer, hidden unit, context token and token for attention (Chowdhery et al., 2022, arXiv:2204.02311,
-    appendix B), divided by what the device can do: the data sheet's figure of a GPU, or what a large matrix product
-    reaches on this CPU. The head counts for the targets only.
+    MFU, the model FLOPs utilization, is the arithmetic of the network for these tokens, 6 FLOPs per parameter and token
+    and, for attention, 12 per layer, hidden unit, context token and token (Chowdhery et al., 2022, arXiv:2204.02311,
+    appendix B), divided by the peak of the device: that of a GPU's data sheet, or of a large matrix product on this
+    CPU. The head counts for the targets only.
     """
 
     def __init__(self) -> None:
         self.tokens = self.targets = 0  # of this process since `since`
         self.since = 0.0
         self.total = self.step_tokens = 0  # over all processes, up to the last optimizer step and after it
-        self.begin = self.earlier = 0.0  # when this run began, and the seconds of those that it goes on with
+        self.begin = self.earlier = 0.0  # when this run began, and the seconds of the runs that it resumes
         self.peak: Optional[float] = None
         self.flops_per_token = self.flops_per_target = 0.0
 
@@ -44,7 +43,7 @@ class Throughput(Callback):
         head = network.get_output_embeddings()  # over the vocabulary, if there is one
         vocabulary = {network.get_input_embeddings().weight} | (set() if head is None else {head.weight})
         parameters = sum(p.numel() for p in network.parameters()) - sum(matrix.numel() for matrix in vocabulary)
-        context = trainer.datamodule.block_size
+        context = contract.optional(trainer.datamodule, "block_size") or 0  # unknown: attention is not counted
         self.flops_per_token = 6 * parameters + 12 * config.num_hidden_layers * config.hidden_size * context
         self.flops_per_target = 0 if head is None else 6 * head.weight.numel()
         self.peak = peak_flops(pl_module.device, trainer.precision_plugin.precision)

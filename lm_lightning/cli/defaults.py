@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jsonargparse import Namespace
 
 from lm_lightning import features
 from lm_lightning import run as runs
@@ -26,9 +27,10 @@ def complete(config: Any, subcommand: str, defaults: Any) -> None:
     """
     if config.best.monitor is None:
         model_class: Any = imports.locate(str(config.model.class_path))
-        config.best.monitor = f"val/{model_class.main_metric(config.data.init_args)}"
+        config.best.monitor = f"val/{model_class.main_metric(config.data.get('init_args') or {})}"
     config.trainer.logger = loggers(config.trainer.logger, subcommand, defaults.trainer.logger)
-    pretrained, data = config.model.init_args.get("pretrained"), config.data.init_args
+    model, data = (config[part].get("init_args") or Namespace() for part in ("model", "data"))
+    pretrained = model.get("pretrained")
     same_tokens = "tables" in data or subcommand != "fit"  # pretraining may train a new tokenizer
     if pretrained and same_tokens and hasattr(data.get("tokenizer"), "path") and data.tokenizer.path is None:
         data.tokenizer.path = runs.pretrained_name(pretrained, "tokenizer")

@@ -17,6 +17,7 @@ from lm_lightning import run as runs
 from lm_lightning.checkpoints.loading import Checkpoint, CheckpointFolder, find_checkpoint, folder_of, run_of
 from lm_lightning.cli import saving, settings
 from lm_lightning.console import printable
+from lm_lightning.data import contract
 from lm_lightning.errors import UserError
 from lm_lightning.files import write_text
 from lm_lightning.security.redaction import redact
@@ -121,7 +122,7 @@ def weights_of(config: Any, run: Optional[Path], command: str) -> Weights:
     if config.ckpt_path is not None:
         folder = folder_of(config.ckpt_path, config.runs_dir, config.name)
         return use_checkpoint(config, find_checkpoint(config.ckpt_path, folder))
-    if pretrained := config.model.init_args.get("pretrained"):
+    if pretrained := (config.model.get("init_args") or {}).get("pretrained"):
         return Weights(pretrained)
     raise UserError(
         f"{command} needs trained weights: give a run, as in `{command} RUN`, --ckpt_path last or a checkpoint, or "
@@ -214,7 +215,7 @@ class Evaluation(Callback):
             "split": SPLITS[command],
             "started": datetime.now().isoformat(timespec="seconds"),
             "files": files_of(self.config),
-            "data": getattr(trainer.datamodule, "info", None),
+            "data": contract.optional(trainer.datamodule, "info"),
             "metrics": None,
         }
         self.write(trainer)

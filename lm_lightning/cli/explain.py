@@ -318,12 +318,8 @@ def required(text: str, match: re.Match, arguments: list[str]) -> str:
     if missing <= {"model", "data"} and not config_files(arguments):
         found = [str(file) for file in sorted(Path("configs").glob("*.yaml"))]
         there = f"; there are {', '.join(found)}" if found else " (the project's configs/ has some)"
-        return (
-            f"{arguments[0]} needs a config: {program(arguments[0])} --config {(found or ['FILE'])[0]}{there}".replace(
-                "--config configs/bert.yaml",
-                "--config configs/gpt.yaml" if "configs/gpt.yaml" in found else "--config configs/bert.yaml",
-            )
-        )
+        example = "configs/gpt.yaml" if "configs/gpt.yaml" in found else (found or ["FILE"])[0]
+        return f"{arguments[0]} needs a config: {program(arguments[0])} --config {example}{there}"
     if missing <= {"model", "data"}:
         return f"{' and '.join(config_files(arguments))} has no {one_of(sorted(missing))} section: add " + " and ".join(
             f"`{name}: {{class_path: {'CausalLM' if name == 'model' else 'PretrainingData'}}}`"

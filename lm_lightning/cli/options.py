@@ -24,6 +24,7 @@ TRAINER_DEFAULTS = {
     "default_root_dir": runs.PLACEHOLDER,
     "use_distributed_sampler": False,  # our samplers distribute samples over processes and keep their order
     "gradient_clip_val": 1.0,
+    "log_every_n_steps": 20,
     "enable_model_summary": False,  # it would describe the network in one line
     "logger": [
         {"class_path": "lm_lightning.callbacks.metrics_file.MetricsFile", "init_args": {"save_dir": runs.PLACEHOLDER}},

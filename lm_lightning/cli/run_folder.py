@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from lm_lightning import files, yaml_text
 from lm_lightning.cli import saving
+from lm_lightning.data import contract
 from lm_lightning.environment import environment
 from lm_lightning.security.redaction import redact
 
@@ -33,6 +34,8 @@ class RunFolder(SaveConfigCallback):
             if not isinstance(logger, (CSVLogger, TensorBoardLogger)):  # whose files are in the run folder, too
                 logger.log_hyperparams(yaml_text.load(config.read_text(encoding="utf-8")))
         files.write_text(run / "environment.json", json.dumps(environment(), indent=2))
-        files.write_text(run / "data.json", json.dumps(redact(trainer.datamodule.info), indent=2))
-        with files.replacing_folder(run / "tokenizer") as folder:
-            trainer.datamodule.tokenizer.save_pretrained(folder)
+        if (info := contract.optional(trainer.datamodule, "info")) is not None:
+            files.write_text(run / "data.json", json.dumps(redact(info), indent=2))
+        if (tokenizer := contract.tokenizer_of(trainer.datamodule)) is not None:
+            with files.replacing_folder(run / "tokenizer") as folder:
+                tokenizer.save_pretrained(folder)

@@ -1,15 +1,12 @@
 """`export`: a checkpoint in, a folder that plain `transformers` loads out, checked."""
 
-import json
 from pathlib import Path
 from typing import Any, Optional
 
 from lm_lightning import files
 from lm_lightning import run as runs
-from lm_lightning.checkpoints.loading import CheckpointFolder, find_checkpoint, load_checkpoint
 from lm_lightning.compat.transformers import hide_load_report
 from lm_lightning.errors import UserError
-from lm_lightning.run import find_run
 from lm_lightning.security import untrusted
 
 
@@ -24,40 +21,28 @@ def export(
     Args:
         run: Run folder.
         checkpoint: `last`, `best` or another name in the run's `checkpoints/`, or the path of a checkpoint file.
-            Default: what the end of the training exports: the best one, if one is monitored and the run was not told
-            `--export last`, else the last.
-        output: Folder to write, which may not exist. Default: `model/` in the run folder, which is replaced.
+            Default: the one that the end of training exports: the best one, if one is monitored and the run did not
+            have `--export last`, else the last.
+        output: Folder to write, which must not exist. Default: `model/` in the run folder, which is replaced.
         max_shard_size: Largest file of weights, such as `5GB`; larger ones are written in parts. Default: that of
             `transformers`.
     """
-    run = str(find_run(run))
+    from lm_lightning.checkpoints.loading import CheckpointFolder, find_checkpoint, load_checkpoint
+
+    folder_of_run = runs.find_run(run)
     if output is None:
-        untrusted.refuse_links(Path(run))
-    checkpoints = Path(run) / "checkpoints"
-    folder_of_run = CheckpointFolder(checkpoints)
-    file, _ = folder_of_run.exported() if checkpoint is None else find_checkpoint(checkpoint, checkpoints)
-    saved = load_checkpoint(file, verified=True)
-    about = {"checkpoint": file.stem, "step": saved["global_step"]} | score(saved, file)
-    if output is not None and Path(output).exists():
+        untrusted.refuse_links(folder_of_run)
+    elif Path(output).exists():
         raise UserError(f"the output folder {output} exists already: remove it or name another one")
-    folder, adapter = Path(output or Path(run) / "model"), files.temporary(Path(run) / "adapter")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        place = files.temporary(folder)
-        place.mkdir()
-        place.rmdir()
-    except OSError as error:
-        raise UserError(f"the folder {folder} cannot be made ({error.strerror}): name another --output") from error
-    files.remove_stale(Path(run), "adapter")
-    try:
-        with files.replacing_folder(folder) as partial:
-            write(saved, Path(run) / "tokenizer", partial, max_shard_size, None if output else adapter)
-            files.write_text(partial / runs.TRAINING, json.dumps(about, indent=2))
-        if adapter.exists():
-            files.sync_tree(adapter)
-            files.put(adapter, Path(run) / "adapter")
-    finally:
-        files.remove(adapter)
+    checkpoints = folder_of_run / "checkpoints"
+    file, _ = find_checkpoint(checkpoint, checkpoints) if checkpoint else CheckpointFolder(checkpoints).exported()
+    saved = load_checkpoint(file, verified=True)  # with the tensors of a sharded one
+    about = {"checkpoint": file.stem, "step": saved["global_step"]} | score(saved, file)
+    folder = Path(output or folder_of_run / "model")
+    if reason := files.unwritable(folder):
+        raise UserError(f"the folder {folder} cannot be made ({reason}): name another --output")
+    adapter = None if output else folder_of_run / "adapter"
+    write(saved, folder_of_run / "tokenizer", folder, about, adapter, max_shard_size)
     print(f"checkpoint: {file}, {runs.describe_weights(about)}")
     print(folder)
 
@@ -73,10 +58,33 @@ def score(saved: dict[str, Any], file: Path) -> dict[str, Any]:
     return {}
 
 
-def write(saved: dict, *arguments: Any) -> None:
-    """Calls `write_checked`; what a damaged or forged checkpoint makes it stumble over becomes a UserError."""
+def write(
+    saved: dict[str, Any],
+    tokenizer: Path,
+    folder: Path,
+    about: Optional[dict[str, Any]] = None,
+    adapter: Optional[Path] = None,
+    max_shard_size: Optional[str] = None,
+) -> None:
+    """Writes and checks the model of a checkpoint.
+
+    Args:
+        saved: The checkpoint.
+        tokenizer: Folder of the tokenizer of its run.
+        folder: To write.
+        about: Name, step and score of the checkpoint.
+        adapter: Folder for the files of its adapter, if it has one.
+        max_shard_size: See `export`.
+
+    Raises:
+        UserError: If the checkpoint is damaged or forged, or the tokenizer is another one.
+    """
+    from lm_lightning.models.export import changes_of, model_of
+
+    hide_load_report()
     try:
-        write_checked(saved, *arguments)
+        model = model_of(saved, own_tokenizer(saved, tokenizer))
+        model.write(folder, about, changes_of(saved), adapter, max_shard_size, check=True)
     except UserError:
         raise
     except Exception as error:  # classes of transformers raise anything for settings that make no sense
@@ -87,69 +95,20 @@ def write(saved: dict, *arguments: Any) -> None:
         ) from error
 
 
-def write_checked(
-    saved: dict,
-    tokenizer: Path,
-    folder: Path,
-    max_shard_size: Optional[str] = None,
-    adapter: Optional[Path] = None,
-) -> None:
-    """Writes network and tokenizer into `folder` and refuses it if it does not give the checkpoint's logits.
-
-    What an adapter has trained is written by itself, too, if a folder for it is given.
-    """
-    import torch
-
-    from lm_lightning.compression.structure import shrink
-    from lm_lightning.models import adapter as adapters
-    from lm_lightning.models.export import save_network
-
-    hide_load_report()
-    description = saved["network"]
-    network_class = untrusted.network_class(description["class"])
-    config = network_class.config_class.from_dict(description["config"])
-    weights = {k.removeprefix("network."): w for k, w in saved["state_dict"].items() if k.startswith("network.")}
-    if "adapter" in saved:
-        own_adapter, network, weights = adapters.restore(saved)
-        if adapter is not None:
-            own_adapter.save(network, weights, saved["adapter"], description, adapter)
-        weights = own_adapter.merge(network, weights)
-    save_network(description, weights, folder, max_shard_size)
-    for state in saved.get("callbacks", {}).values():
-        if "kept" in state:  # of StructuredPruning
-            shrink(folder, state["kind"], state["kept"])
-    if saved.get("tokenizer", "") is not None:  # else the data has none
-        write_tokenizer(saved, tokenizer, folder)
-
-    tokens = torch.arange(min(16, config.vocab_size)).unsqueeze(0)
-    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-    with torch.no_grad():
-        after = network_class.from_pretrained(folder).eval()(**inputs)[0]
-        config.vocab_size = description["rows"]
-        network = network_class(config).eval()
-        network.load_state_dict({key: weights[key] for key in network.state_dict()})  # without a head of ours
-        before = network(**inputs)[0][..., : after.shape[-1]]
-    difference = (before - after).abs().max().item()
-    if not difference < 1e-5:
-        raise UserError(
-            f"the exported model's outputs differ from the checkpoint's by {difference:.2g}: nothing is exported"
-        )
-
-
-def write_tokenizer(saved: dict, tokenizer: Path, folder: Path) -> None:
-    """Writes the tokenizer of a run, in a folder, beside its network.
+def own_tokenizer(saved: dict[str, Any], folder: Path) -> Any:
+    """The tokenizer of a checkpoint, None if its data has none.
 
     Raises:
-        UserError: If it is not that of the checkpoint, or would be loaded as another one.
+        UserError: If the folder has another one.
     """
     from lm_lightning.data import tokenizer as tokenizers
 
-    own = tokenizers.load(str(tokenizer))
+    if saved.get("tokenizer", "") is None:
+        return None
+    own = tokenizers.load(str(folder))
     if saved.get("tokenizer", tokenizers.fingerprint(own)) != tokenizers.fingerprint(own):
-        raise UserError(f"the checkpoint was made with another tokenizer than {tokenizer}: nothing is exported")
-    tokenizers.save(own, folder)
-    if tokenizers.fingerprint(tokenizers.load(str(folder))) != tokenizers.fingerprint(own):
-        raise UserError("the exported tokenizer is not loaded as it was saved: nothing is exported")
+        raise UserError(f"the checkpoint was made with another tokenizer than {folder}: nothing is exported")
+    return own
 
 
 def main() -> None:

@@ -2,12 +2,15 @@
 
 import logging
 import warnings
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from lightning.fabric.plugins.environments import ClusterEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loops.evaluation_loop import RestartStage
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -188,3 +191,13 @@ def saves_by_default(callback: Any) -> bool:
     Alternative: none, the argument is kept in a private attribute.
     """
     return callback._save_on_train_epoch_end is None
+
+
+def writer_of(logger: CSVLogger, make: Callable[[], ExperimentWriter]) -> ExperimentWriter:
+    """The writer of a CSVLogger, which is made when it is first needed.
+
+    The logger closes it by its private attribute. Alternative: none, the logger always makes one of its own class.
+    """
+    if logger._experiment is None:
+        logger._experiment = make()
+    return logger._experiment

@@ -24,8 +24,9 @@ A checkpoint has the data module's `state_dict()`, and Lightning also restores d
 torchdata's `StatefulDataLoader`). A run resumed amid an epoch reads the samples that it would have read only if one of
 them restores the position; a plain `DataLoader` starts again from its first batch. `StreamData` restores it exactly.
 
-With several processes, a plain `DataLoader` gets Lightning's `DistributedSampler`; an `IterableDataset` must itself
-yield other samples in each process, see `place`.
+With several processes, each must read other samples: a plain `DataLoader` does so with
+`--trainer.use_distributed_sampler true` and is refused without it; an `IterableDataset` or a batch sampler must do so
+itself, see `place`.
 """
 
 from collections.abc import Mapping
@@ -171,3 +172,20 @@ def check_batch(batch: Any, data: Any, vocab_size: int) -> None:
         )
     if optional(data, "tokenizer") is None and (largest := int(batch["input_ids"].max())) >= vocab_size:
         raise UserError(f"{name} yields the token {largest}, but the network has {vocab_size}: raise its vocab_size")
+
+
+def check_loader(trainer: "Trainer") -> None:
+    """Refuses a dataloader of training that would read the same samples in each process.
+
+    Raises:
+        UserError: Names the option that distributes them.
+    """
+    from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
+
+    loader = trainer.train_dataloader
+    plain = isinstance(loader, DataLoader) and type(loader.batch_sampler) is BatchSampler
+    if place(trainer)["num_replicas"] > 1 and plain and isinstance(loader.sampler, (RandomSampler, SequentialSampler)):
+        raise UserError(
+            f"all processes would read the same samples of {type(trainer.datamodule).__name__}: add "
+            "--trainer.use_distributed_sampler true"
+        )

@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
+from lm_lightning.data import contract
 from lm_lightning.data.order import SequentialBatches, StreamSampler
 from lm_lightning.errors import UserError
 
@@ -57,7 +58,7 @@ class StreamData(LightningDataModule):
     @property
     def place(self) -> dict[str, int]:
         """Of this process among the replicas, as Lightning's strategies tell it to samplers."""
-        return getattr(self.trainer.strategy, "distributed_sampler_kwargs", {"num_replicas": 1, "rank": 0})
+        return contract.place(self.trainer)
 
     def train_dataloader(self) -> DataLoader:
         samples = self.samples("train")

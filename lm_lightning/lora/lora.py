@@ -22,6 +22,7 @@ from lm_lightning.errors import UserError
 from lm_lightning.models.adapter import Adapter
 from lm_lightning.models.export import HEAD_FILE
 from lm_lightning.networks import linear_layers
+from lm_lightning.quantized import bitsandbytes_config, bitsandbytes_layers, refuse_other_classes
 from lm_lightning.security import untrusted
 from lm_lightning.strategies.capabilities import capabilities
 
@@ -81,36 +82,29 @@ class LoRA(Adapter):
     ) -> dict[str, Any]:
         if not self.quantized:
             return {}
-        package("accelerate")  # with which transformers loads
-        package("bitsandbytes")
-        layers = linear_layers(skeleton)
-        stay = [name for name, m in skeleton.named_modules() if isinstance(m, nn.Linear) and name not in layers]
-        four = {
-            "load_in_4bit": True,
-            "bnb_4bit_quant_type": self.base,
-            "bnb_4bit_use_double_quant": True,
-            "bnb_4bit_compute_dtype": COMPUTE.get(precision.split("-")[0], torch.float32),
-        }
         # bitsandbytes would compute columns with large inputs apart from int8, chosen for a batch at once, so that a
         # token would depend on those after it, and a text on its neighbours.
-        eight = {"load_in_8bit": True, "llm_int8_threshold": 0.0}
-        settings: dict[str, Any] = eight if self.base == "int8" else four
-        config = transformers.BitsAndBytesConfig(llm_int8_skip_modules=stay, **settings)
+        settings: dict[str, Any] = {"llm_int8_threshold": 0.0}
+        if self.base != "int8":
+            settings = {"bnb_4bit_compute_dtype": COMPUTE.get(precision.split("-")[0], torch.float32)}
+        config = bitsandbytes_config(
+            self.base, skeleton, linear_layers(skeleton), "the adapter LoRA", "lora", **settings
+        )
         return {"quantization_config": config, "device_map": {"": str(device)}}
 
     def adapt(self, network: transformers.PreTrainedModel, new: Collection[str]) -> frozenset[str]:
         peft = package("peft")
         layers = linear_layers(network, self.modules)
         if self.quantized:
-            kinds = package("bitsandbytes").nn
-            quantized = (kinds.Linear4bit, kinds.Linear8bitLt)
-            refuse_unchanged(network, linear_layers(network), quantized, "model.adapter.base full")
+            remedy = "use model.adapter.base full"
+            refuse_other_classes(network, linear_layers(network), bitsandbytes_layers(), "model.adapter", remedy)
             for module in network.modules():
-                # On CPUs with bf16 it would repack the weights in an evaluation, after which it cannot train.
-                if isinstance(module, kinds.Linear4bit):
+                # On CPUs with bf16 a layer of 4 bits would repack its weights in an evaluation, and then cannot train.
+                if hasattr(module, "support_avx512bf16_for_cpu"):
                     module.support_avx512bf16_for_cpu = False
         peft.inject_adapter_in_model(self.peft_config(layers), network)
-        refuse_unchanged(network, layers, peft.tuners.lora.LoraLayer, "others in model.adapter.modules")
+        remedy = "choose others with model.adapter.modules"
+        refuse_other_classes(network, layers, peft.tuners.lora.LoraLayer, "model.adapter", remedy)
         for name, parameter in network.named_parameters():
             if name in new:
                 parameter.requires_grad_(True)
@@ -184,21 +178,6 @@ class LoRA(Adapter):
 
     def summary(self, network: transformers.PreTrainedModel) -> str:
         return f"lora: rank {self.rank} in {len(adapted_layers(network))} layers (base: {self.base})"
-
-
-def refuse_unchanged(network: nn.Module, names: Collection[str], kinds: Any, remedy: str) -> None:
-    """Refuses a network in which a layer was not replaced by one of some kinds, which would otherwise go unnoticed.
-
-    Raises:
-        UserError: Names the first of them, and the remedy.
-    """
-    modules = dict(network.named_modules())
-    unchanged = [name for name in names if not isinstance(modules[name], kinds)]
-    if unchanged:
-        raise UserError(
-            f"LoRA did not change {len(unchanged)} of {len(names)} linear layers of {type(network).__name__}, such as "
-            f"{unchanged[0]} ({type(modules[unchanged[0]]).__name__}): use {remedy}"
-        )
 
 
 def transposed(layer: nn.Module) -> bool:

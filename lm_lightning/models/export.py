@@ -2,21 +2,24 @@
 
 import dataclasses
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
 import safetensors.torch
 import torch
 import transformers
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from lm_lightning import hub
+from lm_lightning import files, hub
 from lm_lightning.compat.transformers import refused_settings
 from lm_lightning.console import printable
 from lm_lightning.data.tokenizer import fingerprint, load
 from lm_lightning.data.tokenizer import save as save_tokenizer
 from lm_lightning.errors import UserError
-from lm_lightning.models.adapter import Adapter
+from lm_lightning.models.adapter import Adapter, restore
+from lm_lightning.run import TRAINING
 from lm_lightning.security import imports, untrusted
 
 HEAD_FILE = "head.safetensors"  # in an exported folder: weights of a head that `transformers` does not have
@@ -68,16 +71,102 @@ def describe(
     return description
 
 
+class ChangesExport(Callback):
+    """Base of callbacks that change an exported model, for example remove pruned units.
+
+    They are applied at the end of training, and by `export` to the state that a checkpoint has of them.
+    """
+
+    @classmethod
+    def change_export(cls, folder: Path, state: dict[str, Any]) -> None:
+        """Changes an exported model.
+
+        Args:
+            folder: `from_pretrained` folder, which is changed in place.
+            state: As from `state_dict`; that of a checkpoint may have been made by anybody.
+        """
+        raise NotImplementedError
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        path = f"{type(self).__module__}.{type(self).__qualname__}"
+        checkpoint.setdefault("export_changes", {})[self.state_key] = path
+
+
+Changes = Sequence[tuple[type[ChangesExport], dict[str, Any]]]
+
+
+def changes_of(checkpoint: dict[str, Any]) -> Changes:
+    """The changes of callbacks that a checkpoint asks for.
+
+    Raises:
+        UserError: If it names a class that is not one of this project, nor of a trusted package.
+    """
+    paths = checkpoint.get("export_changes", {})
+    return [
+        (imports.recorded_class(path, ChangesExport, "callback"), checkpoint["callbacks"][key])
+        for key, path in paths.items()
+    ]
+
+
+@dataclasses.dataclass
+class Model:
+    """A network that is to be exported, in one process.
+
+    Args:
+        description: See `describe`.
+        weights: State dict of the network without an adapter: full tensors on the CPU.
+        tokenizer: Is written beside the network, if there is one.
+        save_adapter: Writes the files of its adapter into a folder, if it has one.
+    """
+
+    description: dict[str, Any]
+    weights: dict[str, Any]
+    tokenizer: Optional[transformers.PreTrainedTokenizerBase]
+    save_adapter: Optional[Callable[[Path], None]] = None
+
+    def write(
+        self,
+        folder: Path,
+        about: Optional[dict[str, Any]] = None,
+        changes: Changes = (),
+        adapter: Optional[Path] = None,
+        max_shard_size: Optional[str] = None,
+        check: bool = False,
+    ) -> None:
+        """Writes a `from_pretrained` folder, which is complete or absent, and replaces an earlier one.
+
+        Args:
+            folder: To write.
+            about: Checkpoint, step and score of the weights, for `training.json`.
+            changes: Are applied to the folder.
+            adapter: Folder for the files of the adapter, if there is one.
+            max_shard_size: See `save_network`.
+            check: Whether to check that the folder reloads to the same logits, which needs memory for two networks.
+
+        Raises:
+            UserError: If the network or its tokenizer would not be loaded as they were.
+        """
+        with files.replacing_folder(folder) as partial:
+            write_folder(self.description, self.weights, self.tokenizer, partial, max_shard_size)
+            for callback, state in changes:
+                callback.change_export(partial, state)
+            if check:
+                check_logits(self.description, self.weights, partial)
+            if about is not None:
+                files.write_text(partial / TRAINING, json.dumps(about, indent=2))
+        if adapter is not None and self.save_adapter is not None:
+            with files.replacing_folder(adapter) as partial:
+                self.save_adapter(partial)
+
+
 @dataclasses.dataclass
 class Exporter:
-    """Writes the network of a run; all processes call its methods.
-
-    Where the weights are sharded, the first process gathers them in the host's memory.
+    """Prepares the network of a run for export.
 
     Args:
         network: The network, perhaps sharded or adapted.
         description: See `describe`.
-        tokenizer: Is written beside the network, if there is one.
+        tokenizer: Of the data, if it has one.
         adapter: Of the network, if it has one.
         record: Of the adapter, see `adapter.record_of`.
         first: Whether this is the first process, the one that writes.
@@ -90,43 +179,65 @@ class Exporter:
     record: Optional[dict[str, Any]]
     first: bool
 
-    def write(self, folder: Path, saved: Optional[dict[str, Any]] = None) -> None:
-        """Writes the network and its tokenizer as a `from_pretrained` folder.
+    def model(self, saved: Optional[dict[str, Any]] = None) -> Optional[Model]:
+        """The network as it is now, in the first process; None in the others, which have to call this, too.
+
+        Where the weights are sharded, the first process gathers them in the host's memory.
 
         Args:
-            folder: Is created if it does not exist.
-            saved: A checkpoint of this network, whose weights are written instead of the present ones.
+            saved: A checkpoint of this network, whose weights are used instead of the present ones.
         """
         weights = self.weights(saved)
         if not self.first:
-            return
-        if self.adapter is not None:
-            weights = self.adapter.merge(self.network, weights)
-        save_network(self.description, weights, folder)
-        if self.tokenizer is not None:
-            save_tokenizer(self.tokenizer, folder)
-
-    def write_adapter(self, folder: Path, saved: Optional[dict[str, Any]] = None) -> None:
-        """Writes what the adapter has trained as its own files.
-
-        Args:
-            folder: As in `write`.
-            saved: As in `write`.
-        """
-        weights = self.weights(saved)
-        if self.adapter is not None and self.record is not None and self.first:
-            self.adapter.save(self.network, weights, self.record, self.description, folder)
+            return None
+        if self.adapter is None or self.record is None:
+            return Model(self.description, weights, self.tokenizer)
+        return adapted_model(self.adapter, self.network, weights, self.record, self.description, self.tokenizer)
 
     def weights(self, saved: Optional[dict[str, Any]]) -> dict[str, Any]:
         """The state dict, or that of a checkpoint: full tensors on the CPU, in the first process."""
-        weights = saved["state_dict"] if saved else {}
-        weights = {name.removeprefix("network."): w for name, w in weights.items() if name.startswith("network.")}
+        weights = network_weights(saved) if saved else {}
         if saved is not None and self.adapter is None:
             return weights
         if self.adapter is not None and self.adapter.quantized:  # never sharded, and its tensors are not PyTorch's
             return {name: tensor.cpu() for name, tensor in self.network.state_dict().items()} | weights
         full = StateDictOptions(full_state_dict=True, cpu_offload=True)
         return get_model_state_dict(self.network, options=full) | weights  # (checkpoints of adapters lack the base)
+
+
+def adapted_model(
+    adapter: Adapter,
+    network: transformers.PreTrainedModel,
+    weights: dict[str, Any],
+    record: dict[str, Any],
+    description: dict[str, Any],
+    tokenizer: Optional[transformers.PreTrainedTokenizerBase],
+) -> Model:
+    """The model of an adapted network, into whose weights the adapter is merged."""
+
+    def save_adapter(folder: Path) -> None:
+        adapter.save(network, weights, record, description, folder)
+
+    return Model(description, adapter.merge(network, weights), tokenizer, save_adapter)
+
+
+def model_of(saved: dict[str, Any], tokenizer: Optional[transformers.PreTrainedTokenizerBase]) -> Model:
+    """The model in a checkpoint; the base of an adapter is loaded from where it came from.
+
+    Args:
+        saved: The checkpoint.
+        tokenizer: Of its run, if the data has one.
+    """
+    if "adapter" not in saved:
+        return Model(saved["network"], network_weights(saved), tokenizer)
+    adapter, network, weights = restore(saved)
+    return adapted_model(adapter, network, weights, saved["adapter"], saved["network"], tokenizer)
+
+
+def network_weights(saved: dict[str, Any]) -> dict[str, Any]:
+    """The state dict of the network in a checkpoint."""
+    weights = saved["state_dict"].items()
+    return {name.removeprefix("network."): tensor for name, tensor in weights if name.startswith("network.")}
 
 
 def generation_config(settings: dict[str, Any]) -> tuple[transformers.GenerationConfig, list[str]]:
@@ -169,8 +280,23 @@ def check_export(
             f"the network's class {name} is not one of transformers, which therefore could not load model/: use a "
             "network of transformers, or switch the export off with --trainer.enable_checkpointing false"
         )
-    save_network(description, None, folder)
+    write_folder(description, None, tokenizer, folder)
     hub.config(str(folder))
+
+
+def write_folder(
+    description: dict[str, Any],
+    weights: Optional[dict[str, Any]],
+    tokenizer: Optional[transformers.PreTrainedTokenizerBase],
+    folder: Path,
+    max_shard_size: Optional[str] = None,
+) -> None:
+    """Writes a network, as `save_network`, and its tokenizer.
+
+    Raises:
+        UserError: As in `save_network`, or if the tokenizer would be loaded as another one.
+    """
+    save_network(description, weights, folder, max_shard_size)
     if tokenizer is None:
         return
     save_tokenizer(tokenizer, folder)
@@ -178,6 +304,34 @@ def check_export(
         raise UserError(
             "the tokenizer, saved beside this network, would be loaded as another one: give the network's own "
             "tokenizer (data.tokenizer.path)"
+        )
+
+
+@torch.no_grad()
+def check_logits(description: dict[str, Any], weights: dict[str, Any], folder: Path) -> None:
+    """Checks that an exported network computes the logits of the weights that it was made of.
+
+    Args:
+        description: See `describe`.
+        weights: Of the network.
+        folder: `from_pretrained` folder.
+
+    Raises:
+        UserError: If it does not.
+    """
+    network_class = untrusted.network_class(description["class"])
+    config = network_class.config_class.from_dict(description["config"])
+    tokens = torch.arange(min(16, config.vocab_size)).unsqueeze(0)
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    after = network_class.from_pretrained(folder).eval()(**inputs)[0]
+    config.vocab_size = description["rows"]
+    network = network_class(config).eval()
+    network.load_state_dict({key: weights[key] for key in network.state_dict()})  # without a head of this project
+    before = network(**inputs)[0][..., : after.shape[-1]]
+    difference = (before - after).abs().max().item()
+    if not difference < 1e-5:
+        raise UserError(
+            f"the exported model's outputs differ from the checkpoint's by {difference:.2g}: nothing is exported"
         )
 
 
@@ -209,13 +363,14 @@ def save_network(
     head: dict[str, Any] = {}
     if weights is not None:
         shapes = {key: tensor.shape for key, tensor in network.state_dict().items()}
-        head = {key.partition(".")[2]: weights.pop(key) for key in list(weights) if key not in shapes}
-        weights = {key: w if w.shape == shapes[key] else w[: shapes[key][0]].clone() for key, w in weights.items()}
-        network.load_state_dict(weights, assign=True)
+        head = {key.partition(".")[2]: weight for key, weight in weights.items() if key not in shapes}
+        own = {key: weight for key, weight in weights.items() if key in shapes}
+        own = {key: w if w.shape == shapes[key] else w[: shapes[key][0]].clone() for key, w in own.items()}
+        network.load_state_dict(own, assign=True)
         network.tie_weights()
-    files: dict[str, Any] = {}
+    contents: dict[str, Any] = {}
     if extra := description.get("extra"):
-        files = imports.recorded_class(extra["class"], ExtraFiles, "class of files")(**extra["options"]).files()
+        contents = imports.recorded_class(extra["class"], ExtraFiles, "class of files")(**extra["options"]).files()
     try:
         options: dict[str, Any] = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
         network.save_pretrained(folder, **options | ({"state_dict": {}} if weights is None else {}))
@@ -223,6 +378,6 @@ def save_network(
         raise UserError(f"the model cannot be written: {error}") from error
     if head:
         safetensors.torch.save_file(head, folder / HEAD_FILE)
-    for name, content in files.items():
+    for name, content in contents.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(json.dumps(content, indent=2), encoding="utf-8")

@@ -1,15 +1,17 @@
 """GPT: causal language models."""
 
 import math
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 import transformers
 from torch import Tensor
 
+from lm_lightning.data import contract
 from lm_lightning.data.order import PADDING
 from lm_lightning.errors import UserError
-from lm_lightning.losses import linear_cross_entropy
+from lm_lightning.losses import cross_entropy, linear_cross_entropy
+from lm_lightning.models.distillation import token_losses
 from lm_lightning.models.metrics import Mode
 from lm_lightning.models.module import LanguageModule
 from lm_lightning.networks import headless
@@ -48,7 +50,7 @@ class CausalLM(LanguageModule):
 
         if not same(last_changed, slice(0, 7)):
             raise UserError(f"networks of type {name} see the tokens to come: take a causal one, such as gpt2 or llama")
-        if getattr(self.trainer.datamodule, "mask_documents", False):
+        if contract.optional(self.trainer.datamodule, "mask_documents"):
             positions = torch.arange(8, device=network.device).unsqueeze(0) % 4  # two documents
             try:
                 masked = same(first_changed, slice(4, 8), position_ids=positions)
@@ -92,26 +94,43 @@ class CausalLM(LanguageModule):
             head = self.network.get_output_embeddings()
             loss = linear_cross_entropy(output, head.weight, head.bias, targets, self.vocab_size)
         else:
-            logits = output[:, : self.vocab_size].float()
-            loss = torch.nn.functional.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
+            loss = cross_entropy(output[:, : self.vocab_size], targets)
         return loss, (targets != -100).sum()
 
+    def distillation_loss(
+        self, batch: dict, teacher: Any, weight: float, temperature: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        targets = batch["targets"].flatten()
+        with torch.no_grad():
+            other = teacher.outputs(batch).flatten(0, 1)
+        output = self.outputs(batch).flatten(0, 1)
+        loss, distillation = token_losses(self, output, teacher, other, targets, weight, temperature)
+        return loss, (targets != -100).sum(), distillation
+
     def metric_modes(self) -> dict[str, Optional[Mode]]:
-        return {"loss": "min", "perplexity": "min", "bits_per_byte": "min"}
+        modes: dict[str, Optional[Mode]] = {"loss": "min", "perplexity": "min"}
+        return modes | ({"bits_per_byte": "min"} if contract.optional(self.trainer.datamodule, "splits") else {})
 
     def predict_step(self, batch: dict, batch_idx: int) -> list[dict]:
-        """How well each sample is predicted: its `id`, `tokens`, mean `loss` in nats a token, and `text`."""
-        rows = []
-        for i, sample in enumerate(batch["id"]):
+        """How well each sample is predicted: its `id`, `tokens`, mean `loss` in nats a token, and `text`.
+
+        Without ids, samples are numbered in the order of the batches; without a tokenizer, there is no `text`.
+        """
+        rows, size, place = [], contract.rows(batch), contract.place(self.trainer)
+        self.predicted_rows = max(size, getattr(self, "predicted_rows", 0))  # of a full batch
+        first = (batch_idx * place["num_replicas"] + place["rank"]) * self.predicted_rows
+        for i, sample in enumerate(contract.sample_ids(batch) or range(first, first + size)):
             # (padding, too: a sharded network is called by all processes or none)
             loss, tokens = self.loss({key: value[i : i + 1] for key, value in batch.items()})
             if sample != PADDING:
-                text = self.trainer.datamodule.tokenizer.decode(batch["input_ids"][i])
-                rows.append({"id": sample, "tokens": tokens.item(), "loss": (loss / tokens).item(), "text": text})
+                row = {"id": sample, "tokens": tokens.item(), "loss": (loss / tokens).item()}
+                text = {} if self.tokenizer is None else {"text": self.tokenizer.decode(batch["input_ids"][i])}
+                rows.append(row | text)
         return rows
 
     def metrics(self, loss: Tensor, split: str) -> dict[str, Tensor]:
         """Adds perplexity, and bits per UTF-8 byte of the text, by which networks with other tokenizers compare."""
-        counts = self.trainer.datamodule.splits[split]
-        tokens_per_byte = (len(counts.tokens) - 1) / max(1, counts.bytes)
-        return {"loss": loss, "perplexity": loss.exp(), "bits_per_byte": loss / math.log(2) * tokens_per_byte}
+        values = {"loss": loss, "perplexity": loss.exp()}
+        if (counts := contract.optional(self.trainer.datamodule, "splits").get(split)) is not None:
+            values["bits_per_byte"] = loss / math.log(2) * ((len(counts.tokens) - 1) / max(1, counts.bytes))
+        return values

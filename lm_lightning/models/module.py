@@ -5,7 +5,7 @@ Networks are made in `build.py` and exported in `export.py`; gradients are scale
 
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Optional
 
@@ -110,6 +110,7 @@ class LanguageModule(LightningModule):
         self.steps = OptimizerSteps(on_nonfinite, skip_limit, self.all_samples, self.print)
         self.resumed_at = 0  # optimizer step of the checkpoint that this run resumed from
         self.checked = set[str]()  # stages whose batches were checked
+        self.training_loss: Optional[Callable[[dict], tuple[Tensor, Tensor]]] = None  # of a callback, instead of `loss`
 
     def print(self, *values: Any, **settings: Any) -> None:
         """Prints in the first process; control characters of names and texts from files are escaped."""
@@ -162,7 +163,7 @@ class LanguageModule(LightningModule):
         return rows
 
     def distillation_loss(
-        self, batch: dict, teacher: "LanguageModule", weight: float, temperature: float
+        self, batch: dict, teacher: Any, weight: float, temperature: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The loss of a batch in training with a teacher.
 
@@ -298,7 +299,7 @@ class LanguageModule(LightningModule):
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         self.check_batch(batch, "train")
-        return self.steps.add(self.trainer, batch, *self.loss(batch))
+        return self.steps.add(self.trainer, batch, *(self.training_loss or self.loss)(batch))
 
     def check_batch(self, batch: Any, stage: str) -> None:
         """Refuses batches that are none of this model, once a stage."""
@@ -353,6 +354,7 @@ class LanguageModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_train_start(self) -> None:
+        contract.check_loader(self.trainer)
         # A checkpoint restores the optimizer's settings of its run; those of this run were asked for.
         for group, settings in zip(self.optimizers().param_groups, self.group_settings):
             group.update(settings)

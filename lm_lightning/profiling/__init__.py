@@ -1,4 +1,4 @@
-"""Profiles."""
+"""Profiles of training steps."""
 
 from lm_lightning.features import Feature
 

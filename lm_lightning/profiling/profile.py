@@ -1,4 +1,4 @@
-"""Profile: Lightning's actions in; a table of where a step's time goes, and a trace of some steps, out."""
+"""A profiler that prints where the time of a training step goes, and records a trace of some steps."""
 
 import contextlib
 import time
@@ -26,17 +26,17 @@ REST = "callbacks, logging"
 
 
 class Profile(Profiler):
-    """Tells where the time of training goes, and records a few steps: `--trainer.profiler Profile`.
+    """Measures where the time of training goes, and records a few steps: `--trainer.profiler Profile`.
 
     The table is printed at the end and is in `profile/parts.txt`. Time within an action counts for the innermost that
-    the table has: forward and backward, which the optimizer's step calls, are not the optimizer's. On CUDA each part is
-    waited for, which takes time itself, so do without the flag where speed matters.
+    the table has: forward and backward, which the optimizer's step calls, are not the optimizer's. On CUDA, it
+    synchronizes after each part, which takes time itself, so omit the flag where speed matters.
 
     Beside the table are `trace-<process>.json.gz` of PyTorch's profiler (for https://ui.perfetto.dev) and, on CUDA,
     `memory-<process>.pickle`, the history of its memory (for https://pytorch.org/memory_viz).
 
     Args:
-        folder: Takes the files.
+        folder: Where the files are written.
         skip: Micro-batches at the start that do not count, 1 or more: they warm up, or compile.
         steps: Micro-batches after those that are recorded, and are not in the table; 0 for none.
     """
@@ -47,9 +47,9 @@ class Profile(Profiler):
             raise UserError(f"trainer.profiler has skip {skip} and steps {steps}, but must have 1 and 0 or more")
         self.folder, self.skip, self.steps = Path(folder), skip, steps
         self.batches = 0  # micro-batches that have begun
-        self.stack: list[tuple[str, Any]] = []  # parts that go on, the innermost last, with their marks in the trace
+        self.stack: list[tuple[str, Any]] = []  # parts in progress, the innermost last, with their marks in the trace
         self.counting = False
-        self.since = 0.0  # when the innermost has begun, or gone on
+        self.since = 0.0  # when the innermost part began, or continued
         self.seconds = dict.fromkeys([*PARTS, REST], 0.0)
         self.recorder: Optional[torch.profiler.profile] = None
 
@@ -66,7 +66,7 @@ class Profile(Profiler):
         self.stack.append((part, mark))
 
     def stop(self, action_name: str) -> None:
-        if action_name == "run_training_epoch":  # what comes after the last one is no part of a step
+        if action_name == "run_training_epoch":  # what follows the last one is not part of a step
             self.count()
             self.counting = False
         if not self.stack:
@@ -82,7 +82,7 @@ class Profile(Profiler):
             mark.__exit__(None, None, None)
 
     def count(self) -> None:
-        """Adds the time since the last call to what went on."""
+        """Adds the time since the last call to the part in progress."""
         if not self.counting:
             return
         if torch.cuda.is_initialized():
@@ -112,7 +112,7 @@ class Profile(Profiler):
             self.counting, self.since = True, time.perf_counter()
 
     def end_recording(self) -> None:
-        """Ends the recorder, which writes its trace if it has not yet."""
+        """Ends the recorder, which writes its trace if it did not before."""
         if self.recorder is not None:
             self.recorder.stop()
             self.recorder = None

@@ -1,4 +1,4 @@
-"""Reports."""
+"""Reports: HTML pages of runs."""
 
 from lm_lightning.features import Feature
 

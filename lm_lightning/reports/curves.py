@@ -40,9 +40,9 @@ def charts(runs: Sequence[Run]) -> list[dict[str, Any]]:
                 curves[name.replace("train/", "mean/")] = means(points)
         for name, points in curves.items():
             part, _, chart = name.partition("/")
-            whole, points = points, [points[i] for i in thinned([value for _, value in points])]
+            original, points = points, [points[i] for i in thinned([value for _, value in points])]
             line: dict[str, Any] = {"run": number, "part": part, "step": [step for step, _ in points]}
-            line["thinned"] = len(points) < len(whole)
+            line["thinned"] = len(points) < len(original)
             line |= {axis: interpolated(run.metrics.get(column), line["step"]) for axis, column in AXES.items()}
             line["value"] = [value if math.isfinite(value) else None for _, value in points]
             found.setdefault(chart, []).append(line)

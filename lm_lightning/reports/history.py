@@ -1,4 +1,4 @@
-"""History: a run folder in; its curves, options, samples and spikes out, as far as they can be read."""
+"""Reads what a report shows of a run folder, as far as it can be read."""
 
 import itertools
 import json
@@ -23,7 +23,7 @@ CONFIGS = 20  # that a run was resumed with
 
 @dataclass
 class Run:
-    """What a run folder says.
+    """The content of a run folder.
 
     Attributes:
         folder: Its path.
@@ -74,7 +74,7 @@ def read(folder: Path) -> Run:
     run.metrics = read_metrics(folder / "metrics.csv", run.notes)
     numbered = sorted(folder.glob("config.*.yaml"), key=lambda file: (len(file.name), file.name))
     if len(numbered) > CONFIGS:
-        run.notes.append(f"{len(numbered) - CONFIGS} of {len(numbered)} earlier configs are left out")
+        run.notes.append(f"{len(numbered) - CONFIGS} of {len(numbered)} earlier configs are omitted")
         numbered = numbered[-CONFIGS:]
     run.configs = {file.name: read_options(file, run.notes) for file in [*numbered, folder / "config.yaml"]}
     run.environment = read_options(folder / "environment.json", run.notes)
@@ -116,10 +116,10 @@ def read_steps(run: Run) -> int:
 def read_table(file: Path, notes: list[str]) -> list[list[str]]:
     """The rows of a CSV file, as many cells each as the first; nothing if it is not there."""
     rows = list(csv_rows(text_of(file, notes).splitlines()))
-    whole = [[cut(cell, CELL) for cell in row] for row in rows if row is not None and len(row) == len(rows[0] or [])]
-    if len(whole) < len(rows):
-        notes.append(f"{file.name}: cut or damaged rows are left out ({len(rows) - len(whole)})")
-    return whole
+    complete = [[cut(cell, CELL) for cell in row] for row in rows if row is not None and len(row) == len(rows[0] or [])]
+    if len(complete) < len(rows):
+        notes.append(f"{file.name}: cut or damaged rows are omitted ({len(rows) - len(complete)})")
+    return complete
 
 
 def whole_numbers(value: Any) -> list[int]:
@@ -156,7 +156,7 @@ def read_options(file: Path, notes: list[str]) -> dict[str, str]:
 
 
 def cut(text: str, longest: int) -> str:
-    """A text, or its beginning and how much is left out."""
+    """A text, or its beginning and the number of omitted characters."""
     return text if len(text) <= longest else f"{text[:longest]}… ({len(text) - longest:,} more characters)"
 
 
@@ -186,5 +186,5 @@ def read_lines(file: Path, fields: dict[str, Callable[[Any], Any]], notes: list[
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             bad += 1
     if bad:
-        notes.append(f"{file.name}: cut or damaged lines are left out ({bad})")
+        notes.append(f"{file.name}: cut or damaged lines are omitted ({bad})")
     return rows

@@ -122,11 +122,11 @@ def configs(runs: Sequence[Run]) -> str:
         content += "<h3>Differences</h3>" + table([run.name for run in runs], finals, different="alone")
     for run in runs:
         if len(run.configs) > 1:
-            title = f"Changed when {run.name} went on"
+            title = f"Changed when {run.name} was resumed"
             changes = table(list(run.configs), list(run.configs.values()), different="alone")
             content += f"<h3>{escape(title)}</h3>" + changes.replace(" data-run=", " data-file=")
     for run in runs:
-        whole = table(["value"], [run.configs["config.yaml"]])
+        options = table(["value"], [run.configs["config.yaml"]])
         title = "All options" if len(runs) == 1 else f"All options of {escape(run.name)}"
-        content += f"<details><summary>{title}</summary>{whole}</details>"
+        content += f"<details><summary>{title}</summary>{options}</details>"
     return content

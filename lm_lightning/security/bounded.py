@@ -24,7 +24,7 @@ def text_of(file: Path, notes: list[str], most: int = 0, last: bool = False) -> 
             notes.append(f"{file.name} cannot be read (it is not a file)")
             return ""
         if about.st_size > most and not last:
-            notes.append(f"{file.name} is left out: it has {about.st_size:,} bytes, more than {most:,}")
+            notes.append(f"{file.name} is omitted: it has {about.st_size:,} bytes, more than {most:,}")
             return ""
         with open(file, "rb") as stream:
             head = b""

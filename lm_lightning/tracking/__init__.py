@@ -1,4 +1,4 @@
-"""Weights & Biases."""
+"""Experiment tracking with Weights & Biases."""
 
 from lm_lightning.features import Feature
 

@@ -1,4 +1,4 @@
-"""Weights & Biases: what is logged goes in; a W&B run comes out, sent as the training goes or kept in the run folder.
+"""Weights & Biases: logs a run to W&B, online while it trains or offline in its run folder.
 
 `Samples` and `Predictions` log their tables here, `RunFolder` its config. W&B itself watches the machine.
 """
@@ -27,13 +27,13 @@ from lm_lightning.tracking import compat
 
 
 class WandbRun(WandbLogger):
-    """Lightning's WandbLogger for a run folder, which never asks and never waits long.
+    """Lightning's WandbLogger for a run folder, which never asks and never waits for long.
 
     Without a key, or if the server does not answer, it is offline: all is written to `wandb/` in the run folder, for
     `wandb sync` to send later. W&B's environment variables (WANDB_MODE, WANDB_PROJECT, WANDB_ENTITY, WANDB_TAGS,
-    WANDB_NOTES, WANDB_NAME, WANDB_RUN_GROUP, ...) count where an option is left out.
+    WANDB_NOTES, WANDB_NAME, WANDB_RUN_GROUP, ...) apply where an option is omitted.
 
-    A run that goes on from its checkpoint is the same run of W&B; each start is a part of it, which `trainer/part`
+    A run that is resumed is the same run of W&B; each start is a part of it, which `trainer/part`
     numbers from 0. W&B's own step only ever rises, so the metrics are drawn over `trainer/global_step`; a step that is
     done again is there twice, with two parts.
 
@@ -124,12 +124,12 @@ class WandbRun(WandbLogger):
         return file.read_text(encoding="utf-8")
 
     def mode(self) -> str:
-        """What the option or WANDB_MODE says, unless that would ask for a key."""
+        """The mode of the option or of WANDB_MODE; offline if W&B would ask for a key, or does not answer."""
         import wandb
 
         mode = compat.init_options(self)["mode"] or os.environ.get("WANDB_MODE") or "online"
         if mode == "offline":
-            return self.offline("as you say")
+            return self.offline("as requested")
         try:
             if mode == "online" and not wandb.login(prompt=False, verify=False):
                 return self.offline("as there is no key (WANDB_API_KEY, or `wandb login`)")
@@ -146,11 +146,11 @@ class WandbRun(WandbLogger):
         return mode
 
     def offline(self, reason: str) -> str:
-        """Tells once that the run stays here, why, and how it is sent."""
+        """Prints once that the run is offline, why, and how to send it."""
         import wandb
 
         print(f"W&B: offline, {' '.join(reason.split())[:200]}; `wandb sync {self.folder}` sends the run")
-        os.environ.setdefault("WANDB_SILENT", "true")  # which would tell it again
+        os.environ.setdefault("WANDB_SILENT", "true")  # which would print it again
         wandb.teardown()  # it reads that anew, and forgets a run that could not be started
         return "offline"
 
@@ -168,7 +168,7 @@ class WandbRun(WandbLogger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Leaves as artifacts what this part has written, if it has ended well, and ends it."""
+        """Logs what this part has written as artifacts if it was successful, and ends it."""
         run = compat.current_run(self)
         if run is None:
             return
@@ -185,7 +185,7 @@ class WandbRun(WandbLogger):
             run.finish(exit_code=int(status != "success"))
         except TimeoutError:
             limit = f"{self.finish_timeout:g} seconds"
-            print(f"W&B: not all is sent in {limit}; `wandb sync --include-online {self.folder}` sends the rest")
+            print(f"W&B: not all was sent within {limit}; `wandb sync --include-online {self.folder}` sends the rest")
         else:
             if not run.offline:
                 shutil.rmtree(self.folder / "artifacts", ignore_errors=True)
@@ -218,7 +218,7 @@ class WandbRun(WandbLogger):
 
 
 def link(source: str | Path, target: str | Path) -> None:
-    """Gives a file a second name, or copies it where the file system has no such thing."""
+    """Makes a hard link to a file, or a copy if the file system has no links."""
     try:
         os.link(source, target)
     except OSError:

@@ -1,4 +1,4 @@
-"""Searches of good options, and comparisons of ways to run a config."""
+"""Searches for good values of flags, and comparisons of ways to run a config."""
 
 from lm_lightning.features import Feature
 

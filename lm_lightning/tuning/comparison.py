@@ -4,14 +4,14 @@ from lm_lightning.tuning.variants import VARIANTS, Differences, Outcome
 
 
 def differences(outcome: Outcome, base: Outcome) -> Differences:
-    """How far the logged numbers of a variant are from those of its base."""
+    """The differences of the logged numbers of a variant from those of its base."""
     norms = [abs(a - b) / b for a, b in zip(outcome.gradient_norms, base.gradient_norms)]
     losses = [abs(a - b) for a, b in zip(outcome.losses, base.losses)]
     return Differences(norms[0], max(norms), max(losses))
 
 
 def comparison_table(outcomes: dict[str, Outcome], steps: int) -> tuple[str, bool]:
-    """The table with its legend, valid as Markdown, and whether all is well in it."""
+    """The table with its legend, as Markdown, and whether all variants in it are within their tolerance."""
     head = ["variant", "processes", "micro-batches", "first gradient", "gradient", "loss", "tokens/s", "GiB", "result"]
     rows, notes, good = [head], [], True
     for name, outcome in outcomes.items():
@@ -34,9 +34,10 @@ def comparison_table(outcomes: dict[str, Outcome], steps: int) -> tuple[str, boo
         memory = "" if outcome.memory is None else f"{outcome.memory:.2f}"
         rows.append([*row, *found, f"{outcome.tokens_per_second:,.0f}", memory, result])
     legend = (
-        f"Largest differences in {steps} steps from the plain run, of documents from documents_eager: of the gradient "
-        "norm as a part of it (at the first, before an optimizer has made more of rounding, and at any), and of the "
-        "loss in nats a token. Tokens a second are the median step's, GiB the peak of the first process."
+        f"Largest differences in {steps} steps from the plain run, of documents from documents_eager: relative "
+        "differences of the gradient norm (at the first step, before the optimizer amplifies rounding, and at any), "
+        "and differences of the loss in nats per token. Tokens/s are those of the median step, GiB the peak memory of "
+        "the first process."
     )
     return "\n".join([*markdown(rows), "", legend, *([""] if notes else []), *notes]), good
 

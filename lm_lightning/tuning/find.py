@@ -1,4 +1,4 @@
-"""`tune --find`: a config in; the learning rate to take, or the largest micro-batch that fits, out of short runs."""
+"""`tune --find`: short runs that find a learning rate, or the largest micro-batch that fits into the memory."""
 
 import math
 import re
@@ -19,7 +19,7 @@ def learning_rate(fit_flags: list[str], low: float = 1e-6, high: float = 1.0, st
 
     Losses are smoothed (a moving average, corrected for its start), and the slope is that of the loss over the
     logarithm of the rate, as Lightning's and fastai's finders have it. The result is a place to start a study from: it
-    depends on the batch, and knows nothing of the end of a long run.
+    depends on the batch, and does not consider the end of a long run.
 
     Args:
         fit_flags: `--config` and any other flag of `fit`.
@@ -31,7 +31,7 @@ def learning_rate(fit_flags: list[str], low: float = 1e-6, high: float = 1.0, st
         The rate.
 
     Raises:
-        UserError: If the loss falls nowhere.
+        UserError: If the loss does not fall.
     """
     with tempfile.TemporaryDirectory(prefix="tune-", ignore_cleanup_errors=True) as scratch:
         folder = Path(scratch)
@@ -49,17 +49,17 @@ def learning_rate(fit_flags: list[str], low: float = 1e-6, high: float = 1.0, st
     option = "model.optimizer.init_args.lr"
     print(f"tried {len(points)} learning rates from {points[0][0]:.1e} to {points[-1][0]:.1e}")
     if found is None:
-        raise UserError("the loss falls at no learning rate: there is something else to mend first")
+        raise UserError("the loss does not fall at any learning rate: check the data and the model first")
     print(f"the loss falls fastest at {found:.2g}: --{option} {found:.2g}")
     return found
 
 
 def steepest(points: list[tuple[float, float]], smoothing: float = 0.8) -> Optional[float]:
-    """The rate at which a smoothed loss falls fastest, over those before its least.
+    """The rate at which a smoothed loss falls fastest, of those before its minimum.
 
     Args:
         points: Learning rates, rising, and losses.
-        smoothing: Weight of what was before in the moving average.
+        smoothing: Weight of the earlier losses in the moving average.
     """
     average, smooth = 0.0, []
     for number, (_, loss) in enumerate(points, 1):
@@ -75,8 +75,8 @@ def steepest(points: list[tuple[float, float]], smoothing: float = 0.8) -> Optio
 def batch_size(fit_flags: list[str], memory: Optional[float] = None) -> int:
     """Finds the largest micro-batch that fits, of those into which the batch of an optimizer step can be divided.
 
-    Each try is a run of three optimizer steps of two micro-batches, with a validation, in processes of its own: what
-    does not fit takes nothing along, and all processes of a strategy have the same answer. Sizes are doubled until one
+    Each try is a run of three optimizer steps of two micro-batches, with a validation, in processes of its own: one
+    that does not fit ends no other, and all processes of a strategy have the same answer. Sizes are doubled until one
     does not fit, then halved in between. Where samples differ in length, longer ones may come later: leave a margin.
 
     Args:
@@ -101,7 +101,7 @@ def batch_size(fit_flags: list[str], memory: Optional[float] = None) -> int:
         def fits(size: int) -> bool:
             accumulate = min(2, samples // size)
             data["batch_size"], trainer["accumulate_grad_batches"] = size, accumulate
-            trainer["val_check_interval"] = 2  # the third step tells of its memory
+            trainer["val_check_interval"] = 2  # the memory is logged in the third step
             name = f"batch-{size}"
             reason = short_run(settings, folder, name)
             used = max(logged(newest_run(folder / "runs", name), "train/memory").values(), default=None)
@@ -109,15 +109,15 @@ def batch_size(fit_flags: list[str], memory: Optional[float] = None) -> int:
             if reason and not OUT_OF_MEMORY.search(errors):
                 raise UserError(f"a micro-batch of {size} cannot be tried: {reason}")
             if not reason and used is None and memory is not None:
-                raise UserError("--memory has nothing to compare with: this device does not tell what it uses")
+                raise UserError("--memory cannot be compared: this device does not report its memory usage")
             good = not reason and (memory is None or used is None or used <= memory)
-            told = "out of memory" if reason else "memory unknown" if used is None else f"{used:.2f} GiB"
-            print(f"micro-batch {size}: {told}, {'fits' if good else 'does not fit'}", flush=True)
+            usage = "out of memory" if reason else "memory unknown" if used is None else f"{used:.2f} GiB"
+            print(f"micro-batch {size}: {usage}, {'fits' if good else 'does not fit'}", flush=True)
             return good
 
         found = largest(sizes, fits)
     if found is None:
-        raise UserError("not even a micro-batch of one sample fits: take a smaller network or block, or more memory")
+        raise UserError("not even a micro-batch of one sample fits: use a smaller network or block, or more memory")
     flags = ["--data.batch_size", str(found), "--trainer.accumulate_grad_batches", str(samples // found)]
     print(f"largest micro-batch of the {samples} samples of a step: {shlex.join(flags)}")
     return found

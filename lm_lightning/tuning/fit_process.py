@@ -1,4 +1,4 @@
-"""`fit` in processes of its own: flags in; its settings, what it has logged, or why it has failed, out."""
+"""Runs `fit` in processes of its own, and returns its settings, its metrics, or why it failed."""
 
 import contextlib
 import os
@@ -19,12 +19,12 @@ from lm_lightning.processes import kill_with_parent
 
 
 def read_settings(fit_flags: list[str], folder: Path, timeout: float = 600) -> dict:
-    """The complete settings that a config and flags of `fit` make.
+    """The complete settings that follow from a config and flags of `fit`.
 
     Args:
         fit_flags: `--config` and any other.
-        folder: Takes what the process prints.
-        timeout: Seconds that it may take.
+        folder: Where the output of the process is written.
+        timeout: Seconds after which it is killed.
 
     Raises:
         UserError: If `fit` refuses them.
@@ -36,7 +36,7 @@ def read_settings(fit_flags: list[str], folder: Path, timeout: float = 600) -> d
 
 
 def shorten(settings: dict, steps: int, callbacks: list[dict]) -> None:
-    """Makes of a run's settings those of a few steps that log each and keep nothing else; there is no warm-up."""
+    """Changes the settings of a run to a few steps that are all logged, without checkpoints and warm-up."""
     trainer, model = settings["trainer"], settings["model"]["init_args"]
     own = trainer["callbacks"] or []
     trainer |= {
@@ -62,17 +62,17 @@ def fit(
     nodes: int = 1,
     watch: Optional[Callable[[], str]] = None,
 ) -> tuple[str, str]:
-    """Runs `fit` in a process of its own, or one for each node, which take along what they have started.
+    """Runs `fit` in a process of its own, or one for each node, and kills what they have started in the end.
 
     Args:
         arguments: Of `fit`.
-        folder: Takes what it prints, as `out.txt` and `err.txt`.
+        folder: Where its output is written, to `out.txt` and `err.txt`.
         timeout: Seconds after which it is killed.
-        nodes: How many nodes this machine plays.
-        watch: Is asked twice a second; a reason that it gives ends the run.
+        nodes: How many nodes to simulate on this machine.
+        watch: Called twice a second; a reason that it returns ends the run.
 
     Returns:
-        Its output, and the sentence with which it has failed, empty if it has not.
+        Its output, and the reason why it failed, empty if it did not.
     """
     environments: list[dict[str, str]] = [{}]
     if nodes > 1:

@@ -1,4 +1,4 @@
-"""Search space: a YAML file in; what a study tries of each flag of `fit`, and what is good, out."""
+"""The search space of a study, a YAML file: which values to try for flags of `fit`, and which metric is optimized."""
 
 import argparse
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class Values:
-    """What may be tried of a flag: a range, which is of integers if all its numbers are, or choices.
+    """The values of a flag: a range, which is one of integers if all its numbers are, or choices.
 
     Args:
         low: Smallest value of a range.
         high: Largest value.
-        log: Whether the logarithm is drawn evenly, as fits learning rates.
+        log: Whether the logarithm is drawn uniformly, as suits learning rates.
         step: Distance of values from each other.
         choices: Values instead of a range.
     """
@@ -35,7 +35,7 @@ class Values:
         """The same in Optuna's terms.
 
         Raises:
-            ValueError: If it makes no sense.
+            ValueError: If they are not possible.
         """
         from optuna import distributions
 
@@ -53,13 +53,13 @@ class Values:
 
 @dataclass
 class SearchSpace:
-    """What a study tries, and what is good.
+    """What a study tries, and which metric it optimizes.
 
     Args:
-        flags: Flags of `fit`, without the dashes, and what is tried of each.
-        trials: How many trials there are to be, with those that were pruned or have failed.
-        metric: Column of `metrics.csv` that tells how good a run is, by its best validation.
-        direction: Whether less of it is better, or more.
+        flags: Flags of `fit`, without the dashes, and the values of each.
+        trials: Number of trials, including those that are pruned or fail.
+        metric: Column of `metrics.csv` whose best value of a run is optimized.
+        direction: Whether lower or higher values are better.
         pruner: Which trials are ended early, at a validation: `median`, those whose best value so far is worse than
             the median of the trials before at that step; `halving`, all but the best quarter at each of some steps
             (successive halving); `none`.
@@ -80,17 +80,17 @@ class SearchSpace:
     seed: int = 1
 
     def distributions(self) -> dict[str, "optuna.distributions.BaseDistribution"]:
-        """What is tried, by flag.
+        """The values in Optuna's terms, by flag.
 
         Raises:
-            UserError: Names a flag whose values make no sense.
+            UserError: Names a flag whose values are not possible.
         """
         found = {}
         for flag, values in self.flags.items():
             try:
                 found[flag] = values.distribution()
             except ValueError as error:
-                raise UserError(f"the search space has {flag}, which makes no sense: {error}") from error
+                raise UserError(f"the search space has {flag}, which is not possible: {error}") from error
         return found
 
 

@@ -43,7 +43,7 @@ class Study:
 
     Args:
         fit_flags: `--config` and any other flag of `fit`.
-        search: What is tried.
+        search: The search space.
         name: Of the study, a folder in `runs_dir`. Default: the config's name with `-study`.
 
     Raises:
@@ -55,7 +55,7 @@ class Study:
         with tempfile.TemporaryDirectory(prefix="tune-") as scratch:
             self.settings = read_settings([*fit_flags, *flags_of(first)], Path(scratch))
         if self.settings["ckpt_path"] is not None:
-            raise UserError("tune has no use for --ckpt_path: to start from weights, give --model.pretrained")
+            raise UserError("tune cannot resume from --ckpt_path: to start from weights, use --model.pretrained")
         self.search = search
         self.settings["name"] = self.settings["name"] or config_name(fit_flags)
         name = untrusted.plain_name(f"{self.settings['name']}-study" if name is None else name, "--study")
@@ -70,7 +70,7 @@ class Study:
         """The study in Optuna's terms, new or with the trials that it has.
 
         Raises:
-            UserError: If it was begun with other settings.
+            UserError: If it was started with other settings.
         """
         import optuna
 
@@ -95,13 +95,13 @@ class Study:
             study.set_user_attr("made_of", made_of)
         elif different := [key for key in made_of if made_of[key] != earlier.get(key)]:
             raise UserError(
-                f"the study {self.folder} was begun with another {' and another '.join(different)}: give what it had, "
-                "or another --study"
+                f"the study {self.folder} was started with another {' and another '.join(different)}: use the "
+                "same as then, or another --study"
             )
         return study
 
     def ended(self) -> "list[optuna.trial.FrozenTrial]":
-        """Trials that are done, whatever came of them: not those that were interrupted."""
+        """Trials that are done, also failed and pruned ones, but not interrupted ones."""
         return [t for t in self.trials.trials if t.state.name in ("COMPLETE", "PRUNED") or "reason" in t.user_attrs]
 
     def best(self) -> "Optional[optuna.trial.FrozenTrial]":
@@ -114,10 +114,10 @@ class Study:
         return f"trial-{number:03}"
 
     def run(self) -> None:
-        """Does what trials are missing, and reports the best of all.
+        """Runs the missing trials, and reports the best of all.
 
         Raises:
-            UserError: If another process is at it, the folder has another study, or no trial gives a value.
+            UserError: If another process runs the study, the folder has another study, or no trial has a value.
         """
         try:
             with FileLock(self.folder / "study.lock").acquire(timeout=0), tempfile.TemporaryDirectory() as private:
@@ -128,10 +128,10 @@ class Study:
                 self.run_trials()
                 self.report()
         except Timeout:
-            raise UserError(f"another process is at the study {self.folder}: wait for it, or end it") from None
+            raise UserError(f"another process runs the study {self.folder}: wait for it, or end it") from None
 
     def run_trials(self) -> None:
-        """Runs trials until there are as many as are wanted; those that were interrupted come first."""
+        """Runs trials until there are enough; interrupted ones are repeated first."""
         import optuna
 
         before = len(self.ended())
@@ -147,7 +147,7 @@ class Study:
             if self.search.timeout is not None and time.monotonic() - begin > self.search.timeout:
                 print(f"no further trial is started after {self.search.timeout:g} seconds (timeout)")
                 break
-            # seeded anew for each trial, so that a study that goes on does not repeat itself
+            # a seed for each trial, so that a resumed study does not repeat itself
             self.trials.sampler = optuna.samplers.TPESampler(seed=self.search.seed + len(self.trials.trials))
             trial = self.trials.ask(distributions)
             tried = ", ".join(f"{flag.rpartition('.')[2]} {short(value)}" for flag, value in trial.params.items())
@@ -163,10 +163,10 @@ class Study:
             self.clean(best)
         if self.best() is None:
             reasons = [t.user_attrs["reason"] for t in self.ended() if "reason" in t.user_attrs]
-            raise UserError(f"no trial of {self.folder} has given a value" + (f": {reasons[-1]}" if reasons else ""))
+            raise UserError(f"no trial of {self.folder} has a value" + (f": {reasons[-1]}" if reasons else ""))
 
     def run_trial(self, trial: "optuna.Trial") -> str:
-        """Runs a trial, tells Optuna of it, and returns what came of it in words."""
+        """Runs a trial, reports it to Optuna, and returns its result in words."""
         from optuna.trial import TrialState
 
         metric, name, reported = self.search.metric, self.runs(trial.number), set[int]()
@@ -210,7 +210,7 @@ class Study:
                     shutil.rmtree(run / part, ignore_errors=True)
 
     def report(self) -> None:
-        """Writes `best.yaml` and `parallel.png`, and prints what was found."""
+        """Writes `best.yaml` and `parallel.png`, and prints the results."""
         best = self.best()
         assert best is not None, "`run` ends with one"
         run = newest_run(self.folder, self.runs(best.number))

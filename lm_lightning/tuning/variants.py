@@ -9,9 +9,9 @@ class Differences(NamedTuple):
     """How far a run is from its base.
 
     Args:
-        first_gradient_norm: Of the gradient's norm at the first step, as a part of it.
-        gradient_norm: The largest of any step.
-        loss: The largest of any step's loss, in nats a token.
+        first_gradient_norm: Relative difference of the gradient norm at the first step.
+        gradient_norm: The largest relative difference of any step.
+        loss: The largest difference of the loss of any step, in nats per token.
     """
 
     first_gradient_norm: float
@@ -21,17 +21,17 @@ class Differences(NamedTuple):
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to run a config, and how near its numbers have to be to those of another way, its base.
+    """A way to run a config, and how close its numbers must be to those of another way, its base.
 
     Args:
         flags: Of `fit`, beside those that follow from the numbers below.
         processes: How many run on a node, on a GPU each or all on the CPU.
-        nodes: How many nodes; this machine plays all of them.
-        shares: Into how many parts processes divide a batch; 1 where all processes work on the same samples.
-        micro_batches: Into how many parts time divides it.
-        base: What it is compared with; None for a base.
-        tolerance: Largest accepted differences. Those of the first step are of the gradient alone; later, rounding
-            grows with what an optimizer makes of it (Muon, which computes in bf16, a hundred times what AdamW makes).
+        nodes: How many nodes, all of which are simulated on this machine.
+        shares: Number of parts into which the processes divide a batch; 1 if all of them work on the same samples.
+        micro_batches: Gradient accumulation steps.
+        base: The variant that it is compared with; None for a base.
+        tolerance: Largest accepted differences. That of the first step is of the gradient alone; later, the optimizer
+            amplifies rounding (Muon, which computes in bf16, a hundred times as much as AdamW).
         option: The option of the data that it needs.
     """
 
@@ -70,16 +70,16 @@ VARIANTS = {  # a base comes before what is compared with it
 
 @dataclass
 class Outcome:
-    """What came of a variant.
+    """The result of a variant.
 
     Args:
         reason: Why there are no numbers.
         failed: Whether there should be some.
-        losses: Of each step, in nats a token.
+        losses: Of each step, in nats per token.
         gradient_norms: Of each step.
         tokens_per_second: Of the median step after the first.
         memory: Peak of the first process in GiB; None if unknown.
-        environment: What `environment.json` says, and the `device`.
+        environment: `environment.json`, and the `device`.
     """
 
     reason: str = ""
@@ -97,7 +97,7 @@ def obstacle(variant: Variant, data: dict, outcomes: dict[str, Outcome]) -> str:
     Args:
         variant: Which one.
         data: Section of the settings.
-        outcomes: Of the variants before it, the first of which has found out what machine this is.
+        outcomes: Of the variants before it, the first of which has recorded the machine.
     """
     options = data["init_args"]
     if variant.option is not None and variant.option not in options:
@@ -113,7 +113,7 @@ def obstacle(variant: Variant, data: dict, outcomes: dict[str, Outcome]) -> str:
     kind = environment["device"].partition(":")[0]
     there = math.inf if kind == "cpu" else max(1, len(environment["gpus"]))
     if variant.nodes > 1 and kind != "cpu":
-        return f"needs {variant.nodes} nodes, which processes on a CPU alone can play (--trainer.accelerator cpu)"
+        return f"needs {variant.nodes} nodes, which only processes on a CPU can simulate (--trainer.accelerator cpu)"
     if variant.processes > there:
         return f"needs {variant.processes} GPUs, this machine has {there} (or --trainer.accelerator cpu)"
     return ""

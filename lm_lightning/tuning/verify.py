@@ -1,7 +1,7 @@
-"""`verify`: a config in, a table out of how each way to run it on this machine compares with a plain run.
+"""`verify`: compares ways to run a config on this machine with a plain run, in a table.
 
 Each variant is a `fit` in a process of its own: of the config with the user's flags and the settings that all variants
-share (`shared_settings`), and of the variant's flags. What its `metrics.csv` says is compared with that of its base.
+share (`shared_settings`), and of the variant's flags. Its `metrics.csv` is compared with that of its base.
 """
 
 import json
@@ -30,11 +30,11 @@ def verify(
     output: Optional[str] = None,
     timeout: float = 600,
 ) -> bool:
-    """Runs some steps of a config in each way that this machine has, and prints how they compare with a plain run.
+    """Runs some steps of a config in each way that this machine supports, and prints how they compare with a plain run.
 
-    The plain run is one process in float32 whose micro-batch is the whole batch. The others do the same steps on the
-    same samples, so that all should have its loss and gradient norm, but for rounding. Dropout and the warm-up are off,
-    since the first differs by nature and the second would hide what differs.
+    The plain run is one process in float32 whose micro-batch is the complete batch. The others do the same steps on the
+    same samples, so that their losses and gradient norms should be the same, up to rounding. Dropout and the warm-up
+    are off, since the first is random and the second would hide differences.
 
     Args:
         fit_flags: Flags of `fit`: `--config` and any other.
@@ -44,7 +44,7 @@ def verify(
         timeout: Seconds after which a variant has failed.
 
     Returns:
-        Whether all that could run on this machine did so within its tolerance.
+        Whether all variants that can run on this machine are within their tolerance.
 
     Raises:
         UserError: If there is nothing to compare with, as the plain run fails.
@@ -93,7 +93,7 @@ def verify(
 
 
 def shared_settings(fit_flags: list[str], steps: int, folder: Path, timeout: float) -> dict:
-    """Writes `config.yaml` for all variants into `folder` and returns what is in it.
+    """Writes `config.yaml` for all variants into `folder` and returns its settings.
 
     It is the user's config, but with the few steps of a comparison, in float32 and without what a comparison does not
     need: validation, checkpoints, other loggers.
@@ -102,7 +102,7 @@ def shared_settings(fit_flags: list[str], steps: int, folder: Path, timeout: flo
 
     settings = read_settings(fit_flags, folder, timeout)
     if settings["ckpt_path"] is not None:
-        raise UserError("verify has no use for --ckpt_path: to start from weights, give --model.pretrained")
+        raise UserError("verify cannot resume from --ckpt_path: to start from weights, use --model.pretrained")
     trainer, model = settings["trainer"], settings["model"]["init_args"]
     shorten(settings, steps, [{"class_path": "lm_lightning.callbacks.dropout.NoDropout"}])
     trainer |= {
@@ -120,7 +120,7 @@ def shared_settings(fit_flags: list[str], steps: int, folder: Path, timeout: flo
 
 
 def run_variant(name: str, settings: dict, folder: Path, steps: int, timeout: float) -> Outcome:
-    """Runs a variant and reads what it has logged."""
+    """Runs a variant and reads its metrics."""
     variant = VARIANTS[name]
     batch_size = settings["data"]["init_args"]["batch_size"] // (variant.shares * variant.micro_batches)
     out, reason = fit(

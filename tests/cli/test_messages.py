@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import inspect
 import re
 from collections.abc import Callable, Iterator
 
@@ -13,11 +14,17 @@ from lm_lightning.__main__ import commands
 from lm_lightning.cli import app as fit_command
 from lm_lightning.cli import explain
 from lm_lightning.data.corpus import Corpus
-from lm_lightning.lora.lora import LoRA
+from lm_lightning.models.adapter import Adapter
 
 FREE = ("model.optimizer.", "model.network.")  # of the class or network that is chosen
 SOURCES = [*(ROOT / "lm_lightning").rglob("*.py"), *ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
 SOURCES += (ROOT / "configs").glob("*.yaml")
+
+
+def adapter_options() -> set[str]:
+    """The options of all adapters."""
+    kinds = explain.subclasses(Adapter).values()
+    return {f"model.adapter.{name}" for kind in kinds for name in inspect.signature(kind).parameters}
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +37,7 @@ def accepted() -> set[str]:
                 parser = ArgumentParser(exit_on_error=False)
                 parser.add_class_arguments(kind, section, fail_untyped=False)
                 names |= set(parser.get_defaults().keys())
-    names |= {f"model.adapter.{option.name}" for option in dataclasses.fields(LoRA)}
+    names |= adapter_options()
     assert {"data.tables.encoding_errors", "data.corpus.paths", "data.columns.text", "model.pretrained"} <= names
     return names
 
@@ -106,7 +113,7 @@ def test_each_message_names_options_of_its_own_classes():
     for section in BASES:
         for name, kind in classes_of(section).items():
             options[name] = {*explain.options_of(kind, section)}
-            options[name] |= {f"model.adapter.{o.name}" for o in dataclasses.fields(LoRA) if section == "model"}
+            options[name] |= adapter_options() if section == "model" else set()
             files[name] = imported(kind.__module__, set())
     wrong, checked = [], 0
     for file, line, text in refusals():

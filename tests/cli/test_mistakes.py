@@ -130,7 +130,7 @@ def test_a_config_that_is_no_file_is_told_with_what_may_be_meant(cli: Callable[.
 
 def test_fit_without_a_config_suggests_one(cli: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.chdir(ROOT)
-    with pytest.raises(UserError, match="fit needs a config.*--config configs/gpt.yaml.*configs/sentiment.yaml"):
+    with pytest.raises(UserError, match="fit needs a config.*--config configs/gpt.yaml.*configs/llama.yaml"):
         cli("fit")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="fit needs a config: .*--config FILE"):

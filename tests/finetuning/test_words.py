@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lm_lightning.data.tokenizer import Tokenizer, load, train
-from lm_lightning.finetuning.words import CUT, encode_words
+from lm_lightning.finetuning.words import TRUNCATED, encode_words
 
 SENTENCES = [["Don", "'t", "see", "2 000", "naïve", "cafés", "…"], ["你好", "世界", "👩"], ["a"]]
 
@@ -36,9 +36,9 @@ def test_tokens_from_one_word_to_the_next_are_the_word(tokenizer):
 def test_words_that_are_cut_off_have_no_token(tokenizer):
     (row,) = encode_words(tokenizer, SENTENCES[:1], 5)
     places = row["words"].tolist()
-    kept = [place for place in places if place != CUT]
+    kept = [place for place in places if place != TRUNCATED]
     assert len(row["input_ids"]) <= 5 and len(places) == len(SENTENCES[0])
-    assert 0 < len(kept) < len(places) and places == kept + [CUT] * (len(places) - len(kept))
+    assert 0 < len(kept) < len(places) and places == kept + [TRUNCATED] * (len(places) - len(kept))
 
 
 @settings(max_examples=60, deadline=None)

@@ -1,7 +1,6 @@
 """LoRA: the base stays as it is, checkpoints are small, and what is exported is what was trained."""
 
 import argparse
-import csv
 import json
 import shutil
 import subprocess
@@ -377,7 +376,6 @@ def test_activation_checkpointing_changes_nothing(fit, bases, kind: str, base: s
             r"\*banana\* is the name of no linear layer, such as transformer.h.0",
         ),
         (["--model.adapter.base=int3"], "int3"),
-        (["--trainer.callbacks+=Pruning"], "pruning changes the weights that model.adapter leaves as they are"),
     ],
 )
 def test_impossible_settings_are_refused(fit, bases, settings: list, message: str):
@@ -406,18 +404,3 @@ def test_a_new_network_and_missing_packages_are_refused(fit, bases, monkeypatch:
                 UserError, match=rf'the adapter LoRA needs the package {name}: pip install -e "\.\[lora\]"'
             ):
                 fit(*flags(bases["llama"], base=base))
-
-
-def test_run_is_compressed_as_any_other(fit, cli, bases):
-    """What is measured is the sum, not adapters beside it once more."""
-    run = fit(*flags(bases["gpt2"]))
-    cli("compress", run, "--recipe", "sparse=0.01", "--seconds", 0.05, "--tokens", 16)
-    with open(run / "compressed" / "compression.csv", newline="") as file:
-        none, sparse = csv.DictReader(file)
-    with open(run / "metrics.csv", newline="") as file:
-        trained = [float(row["val/loss"]) for row in csv.DictReader(file) if row.get("val/loss")]
-    assert float(none["loss"]) == pytest.approx(trained[-1], abs=1e-4)
-    assert float(sparse["loss"]) == pytest.approx(trained[-1], abs=0.01)
-    rounding = ("--trainer.callbacks+=Quantization", "--trainer.callbacks.recipe=nf4", "--trainer.callbacks.start=0")
-    with pytest.raises(UserError, match="cannot round what model.adapter adds"):
-        fit(*flags(bases["gpt2"]), *rounding)

@@ -59,7 +59,7 @@ def test_numbers_that_are_not_finite_break_no_page(run: Path):
     lines = [f'{{"step": {step}, "loss": {loss}, "samples": [1]}}' for step in (1, "Infinity") for loss in ("NaN", 1)]
     (run / "spikes.jsonl").write_text("\n".join([*lines, '{"step": 1e999, "loss": 1, "samples": []}']) + "\n")
     text, data = page(run)
-    assert "metrics.csv: cut or damaged rows are left out (8)" in text and "spikes.jsonl: cut" in text
+    assert "metrics.csv: cut or damaged rows are omitted (8)" in text and "spikes.jsonl: cut" in text
     assert {chart["name"] for chart in data["charts"]} >= {"loss", "memory"}
     for last in ("nan", "inf"):
         (run / "metrics.csv").write_text(f"step,train/seconds,train/loss\n1,1,1\n2,{last},{last}\n")
@@ -145,7 +145,7 @@ def test_huge_files_are_read_in_part(run: Path):
     assert "the last one" in text and "samples.jsonl: only the last" in text and "metrics.csv: only the last" in text
     assert data["charts"][0]["lines"][0]["step"][-1] == 9_999_999
     for name in ("config.1.yaml", "data.json", "results.csv", "environment.json"):
-        assert f"{name} is left out" in text
+        assert f"{name} is omitted" in text
 
 
 def test_a_page_of_hostile_tables_stays_small_and_is_escaped(run: Path):

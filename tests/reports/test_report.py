@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import needs
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lm_lightning.environment import git
@@ -81,8 +82,9 @@ def folder(tmp_path: Path) -> Path:
     return run
 
 
+@needs("tasks.generation")
 def test_run_leaves_a_report_that_says_what_was_logged(fit):
-    sampling = [{"class_path": "lm_lightning.tasks.generation.samples.Samples", "init_args": {"prompts": ["The old"]}}]
+    sampling = [{"class_path": "Samples", "init_args": {"prompts": ["The old"]}}]
     run = fit("--trainer.callbacks", json.dumps(sampling))
     page = Page(run / "report.html")
     assert page.curves["runs"] == [f"tiny/{run.name}"]
@@ -161,7 +163,7 @@ def test_resumed_run_has_one_curve_of_tokens_and_time_and_tells_what_was_changed
     assert line["step"] == list(range(1, 11)) and line["tokens"] == [step * 4 * 32 for step in range(1, 11)]
     assert line["seconds"][:6] == list(before.values()) and line["seconds"] == sorted(line["seconds"])
     page = Page(run / "report.html")
-    assert f"Changed when tiny/{run.name} went on" in page.text
+    assert f"Changed when tiny/{run.name} was resumed" in page.text
     assert page.row("trainer.max_steps") == ["6", "10"]
 
 
@@ -198,7 +200,7 @@ def test_cut_and_missing_files_are_told_and_the_rest_is_shown(folder: Path, cli)
     assert page.lines("loss")["spike", 0]["step"] == [2]
     for note in ("metrics.csv: cut", "environment.json is cut", "samples.jsonl: cut", "spikes.jsonl: cut"):
         assert note in page.text
-    assert "left out (2)" in page.text and "whole" in page.text and "3, 4" in page.text
+    assert "omitted (2)" in page.text and "whole" in page.text and "3, 4" in page.text
     assert page.row("state") == ["not finished (no model/)"]
 
     for file in folder.iterdir():

@@ -88,8 +88,16 @@ def test_an_export_writes_no_file_that_the_checkpoint_names(name: str, tmp_path:
     network = {"class": "BertModel", "config": config, "generation": None, "rows": 30522}
     network |= {"files": files, "embedding": {"files": files}}
     with pytest.raises(UserError, match="cannot be exported"):
-        export.write({"network": network, "state_dict": {}}, tmp_path, tmp_path / "model")
+        export.write({"network": network, "state_dict": {}, "tokenizer": None}, tmp_path, tmp_path / "model")
     assert not (tmp_path / "harmed").exists()
+
+
+@pytest.mark.parametrize("path", ["os.system", "torch.nn.Linear", "lm_lightning.callbacks.spikes.Spikes", 5])
+def test_an_export_uses_no_other_class_that_a_checkpoint_names(path: object):
+    from lm_lightning.models.export import changes_of
+
+    with pytest.raises(UserError, match="the checkpoint.* callback "):
+        changes_of({"export_changes": {"a": path}, "callbacks": {"a": {}}})
 
 
 def test_a_resumed_run_removes_no_files_that_its_checkpoint_names_elsewhere(fit, tmp_path: Path):

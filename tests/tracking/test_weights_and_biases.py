@@ -157,7 +157,7 @@ def test_no_artifacts_if_they_are_not_wanted(fit):
 
 def test_samples_and_gradients_and_predictions(fit, cli, recipe: Path):
     callbacks = [{"class_path": "Samples", "init_args": {"prompts": ["", "The old"]}}, {"class_path": "Gradients"}]
-    callbacks[0]["class_path"] = "lm_lightning.tasks.generation.samples.Samples"
+    callbacks[0]["class_path"] = "Samples"
     callbacks[1]["init_args"] = {"every_n_steps": 4}
     run = fit("--config", OVERLAY, "--trainer.callbacks", json.dumps(callbacks), "--model.network.n_layer", 1)
     (part,) = parts(run)
@@ -183,7 +183,7 @@ def steps(part: Part) -> list[tuple[int, int]]:
 
 
 def test_a_killed_run_goes_on_as_the_same_and_steps_done_again_are_told_apart(fit, recipe: Path):
-    kill = {"class_path": "test_wandb.Kill", "init_args": {"step": 8}}
+    kill = {"class_path": "test_weights_and_biases.Kill", "init_args": {"step": 8}}
     flags = ("--config", OVERLAY, "--last.every_n_train_steps", 5)
     tests = os.environ | {"PYTHONPATH": f"{ROOT}:{Path(__file__).parent}:{ROOT / 'tests'}"}
     result = command("fit", "--config", recipe, *flags, "--trainer.callbacks", json.dumps([kill]), env=tests)

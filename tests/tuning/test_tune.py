@@ -91,7 +91,7 @@ def test_study_that_was_killed_goes_on_to_the_number_of_trials(cli, recipe: Path
     assert (config["name"], config["runs_dir"]) == ("tiny", str(tmp_path / "runs"))
     assert (study / "parallel.png").stat().st_size > 1000
 
-    with pytest.raises(UserError, match="begun with another trainer"):
+    with pytest.raises(UserError, match="started with another trainer"):
         cli(*command, "--trainer.max_steps", 5)
     assert len(trials(study)) == 9
 
@@ -134,8 +134,8 @@ LR = {"low": 1e-4, "high": 1e-1}
         ({"flags": {"lr": LR}, "trials": 0}, "trials 0"),
         ({"flags": {"lr": LR}, "trials": "many"}, "many"),
         ({"flags": {"lr": LR}, "direction": "down"}, "down"),
-        ({"flags": {"lr": {"low": 2, "high": 1}}}, "lr, which makes no sense"),
-        ({"flags": {"lr": {"low": 0.0, "high": 1.0, "log": True}}}, "lr, which makes no sense"),
+        ({"flags": {"lr": {"low": 2, "high": 1}}}, "lr, which is not possible"),
+        ({"flags": {"lr": {"low": 0.0, "high": 1.0, "log": True}}}, "lr, which is not possible"),
         ({"flags": {"lr": {"low": 1}}}, "give low and high, or choices"),
         ({"flags": {"lr": {"low": 1, "choices": [1, 2]}}}, "choices have no low"),
         ({"flags": {"lr": {"lower": 1}}}, "lower"),

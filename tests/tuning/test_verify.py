@@ -67,7 +67,7 @@ def test_wrong_gradient_is_found_and_a_failure_is_a_row(cli, recipe: Path, capsy
         (("--steps", "0"), "--steps is 0"),
         (("--steps", "many"), "many"),
         (("--output", "/nowhere/table.md"), "make its folder first"),
-        (("--ckpt_path", "last"), "no use for --ckpt_path"),
+        (("--ckpt_path", "last"), "cannot resume from --ckpt_path"),
         (("--data.batchsize", "3"), "batchsize"),
         (("--timeout", "0.1"), "not finished after 0.1 seconds"),
     ],
@@ -92,7 +92,7 @@ def test_mistakes_are_refused_in_one_sentence(recipe: Path, cli, flags: tuple, r
 )
 def test_what_cannot_be_run_here_says_why(name: str, machine: dict, reason: str):
     batch_size = 4 if name == "hsdp" else 6
-    data = {"class_path": "lm_lightning.tasks.masked_lm.data.MaskedData", "init_args": {"batch_size": batch_size}}
+    data = {"class_path": "MaskedData", "init_args": {"batch_size": batch_size}}
     found = obstacle(VARIANTS[name], data, {"plain": Outcome(environment=machine)})
     assert reason in found and bool(found) == bool(reason)
 

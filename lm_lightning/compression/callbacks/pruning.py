@@ -98,9 +98,7 @@ class Pruning(Callback):
                 "with python -m lm_lightning compress"
             )
         if pl_module.adapter is not None:
-            raise UserError(
-                "pruning changes the weights that model.adapter leaves as they are: leave one of the two out"
-            )
+            raise UserError("pruning changes the weights that model.adapter freezes: use only one of the two")
         total = pl_module.total_steps()
         if self.end is None and total == float("inf"):
             raise UserError("the pruning needs an end: set its end, or trainer.max_steps")

@@ -11,10 +11,11 @@ from lm_lightning.compression import structure
 from lm_lightning.compression.callbacks.pruning import Pruning
 from lm_lightning.compression.importance import observe_blocks
 from lm_lightning.errors import UserError
+from lm_lightning.models.export import ChangesExport
 from lm_lightning.networks import blocks, by_rows, linear_layers, smallest
 
 
-class StructuredPruning(Pruning):
+class StructuredPruning(ChangesExport, Pruning):
     """Gradually removes units, heads or blocks of a network, while training compensates for them.
 
     In training, their outputs are made zero, along the schedule of `Pruning`; what is removed stays removed. The
@@ -116,9 +117,10 @@ class StructuredPruning(Pruning):
         what = {"width": "units of each block", "heads": "heads of each block", "layers": "blocks"}[self.kind]
         pl_module.print(f"pruned: {kept} of {self.number} {what} are left ({kept / self.number:.1%})")
 
-    def on_export(self, folder: Path) -> None:
+    @classmethod
+    def change_export(cls, folder: Path, state: dict[str, Any]) -> None:
         """Removes them from the exported model."""
-        structure.shrink(folder, self.kind, self.kept)
+        structure.shrink(folder, state["kind"], state["kept"])
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"kind": self.kind, "kept": self.kept}

@@ -23,6 +23,8 @@ from lm_lightning.errors import UserError
 from lm_lightning.finetuning import results
 from lm_lightning.finetuning.examples import network_inputs
 from lm_lightning.finetuning.mistakes import Mistakes, readable
+from lm_lightning.losses import kd_loss
+from lm_lightning.models.distillation import mix
 from lm_lightning.models.metrics import Agreement, Mode, mode_of
 from lm_lightning.models.module import LanguageModule
 
@@ -145,7 +147,32 @@ class Classification(LanguageModule):
         return loss, (counts if weights is None else counts * weights[targets.clamp(min=0)]).sum()
 
     def loss(self, batch: dict) -> tuple[Tensor, Tensor]:
+        """The loss of a batch, summed over targets, and their number.
+
+        Batches have `input_ids`, `attention_mask` (and `token_type_ids`), (B, T) int64; `id`, B ints. `targets` are
+        the labels' numbers, (B,) int64, -100 for none; several at once, (B, labels) float32 of 0 and 1, NaN for none;
+        or numbers, (B,) float32, NaN for none.
+        """
         return self.losses(self.logits(batch), batch["targets"])
+
+    def distillation_loss(
+        self, batch: dict, teacher: Any, weight: float, temperature: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        targets, kind, logits = batch["targets"], self.trainer.datamodule.kind, self.logits(batch)
+        with torch.no_grad():
+            other = teacher.logits(batch)
+        own, count = self.losses(logits, targets)
+        if kind == "regression":
+            losses, missing = (logits - other).squeeze(-1).square(), targets.isnan()
+        elif kind == "multilabel":  # of each label, its logit and 0 as that of its absence
+            two, other_two = (F.pad(each.unsqueeze(-1), (1, 0)) for each in (logits, other))
+            losses, missing = kd_loss(two, other_two, temperature).mean(1), targets[:, 0].isnan()
+        else:
+            losses, missing = kd_loss(logits, other, temperature), targets == -100
+            if self.weights is not None:
+                losses = losses * self.weights[targets.clamp(min=0)]
+        distillation = losses.masked_fill(missing, 0).sum()
+        return mix(own, distillation, weight), count, distillation
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         logits, targets = self.logits(batch), batch["targets"]

@@ -147,6 +147,10 @@ class SentenceEncoder(LanguageModule):
             return F.cross_entropy(cosines, own.where(counts, -100), ignore_index=-100, reduction="sum"), counts.sum()
 
     def loss(self, batch: dict) -> tuple[Tensor, Tensor]:
+        """The loss of a batch, summed over targets, and their number.
+
+        Batches are described at `batch_of_pairs`.
+        """
         return self.losses(batch, *self.both(batch))
 
     # Evaluation
@@ -242,8 +246,8 @@ class SentenceEncoder(LanguageModule):
         if self.trainer.is_global_zero:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "index.json").unlink(missing_ok=True)  # written last: an index with it is whole
-        if of_checkpoint:
-            self.exporter().write(folder / "model")
+        if of_checkpoint and (exported := self.exporter().model()) is not None:  # (in the first process)
+            exported.write(folder / "model")
         if not self.trainer.is_global_zero:
             return
         data = self.trainer.datamodule

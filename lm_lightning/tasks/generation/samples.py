@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
 from lm_lightning.console import printable
+from lm_lightning.errors import UserError
 from lm_lightning.files import append
 from lm_lightning.strategies.capabilities import capabilities
 from lm_lightning.tasks.generation.generation import Sampling, check, generate, inherited, prompt_ids
@@ -35,6 +36,8 @@ class Samples(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check(self.prompts, self.max_new_tokens, self.sampling)
+        if pl_module.tokenizer is None:
+            raise UserError("Samples need a tokenizer, which the data module does not have: omit the callback Samples")
         if message := inherited(pl_module.network, trainer.datamodule.tokenizer):
             pl_module.print(f"samples: {printable(message)}")
 

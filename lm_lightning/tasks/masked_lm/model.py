@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from lm_lightning.console import printable
 from lm_lightning.errors import UserError
-from lm_lightning.losses import linear_cross_entropy
+from lm_lightning.losses import cross_entropy, kd_loss, linear_cross_entropy
+from lm_lightning.models.distillation import mix, token_losses
 from lm_lightning.models.metrics import Mode, Ratio
 from lm_lightning.models.module import LanguageModule
 from lm_lightning.networks import headless
@@ -117,11 +118,33 @@ class MaskedLM(LanguageModule):
         return sums
 
     def loss(self, batch: dict) -> tuple[Tensor, Tensor]:
+        """The loss of a batch, summed over targets, and their number.
+
+        Batches have `input_ids`, `attention_mask` (and `token_type_ids`), (B, T) int64; `id`, B ints. `positions`,
+        (B, K) int64, are the places of hidden tokens; `targets`, (B, K) int64, these tokens, -100 where there are
+        fewer; with pairs of sentences, `next_sentence`, (B,) int64, is whether the second one follows.
+        """
         sums = self.losses(batch)
         if "next" not in sums:
             return sums["masked"], sums["tokens"]
         # A pair weighs as much as the targets of a full block, so that the mean over targets is the sum of both means.
         return sums["masked"] + sums["next"] * batch["targets"].shape[1], sums["tokens"]
+
+    def distillation_loss(
+        self, batch: dict, teacher: Any, weight: float, temperature: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        targets, output = batch["targets"].flatten(), self.outputs(batch)
+        with torch.no_grad():
+            other = teacher.outputs(batch)
+        tokens, other_tokens = (prediction_logits(both).flatten(0, 1) for both in (output, other))
+        loss, distillation = token_losses(self, tokens, teacher, other_tokens, targets, weight, temperature)
+        if "next_sentence" in batch:  # weighs as in `loss`
+            labels, size = batch["next_sentence"], batch["targets"].shape[1]
+            logits = output.seq_relationship_logits
+            pairs = kd_loss(logits, other.seq_relationship_logits, temperature).masked_fill(labels == -100, 0).sum()
+            loss = loss + mix(cross_entropy(logits, labels), pairs, weight) * size
+            distillation = distillation + pairs * size
+        return loss, (targets != -100).sum(), distillation
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         sums = self.losses(batch)
@@ -179,8 +202,3 @@ def prediction_logits(output: Any) -> Tensor:
     """The token logits of a network's outputs, which `BertForPreTraining` names in its own way."""
     logits = getattr(output, "prediction_logits", None)
     return output.logits if logits is None else logits
-
-
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross entropy in float32, summed over the rows that have a target."""
-    return nn.functional.cross_entropy(logits.float(), targets, ignore_index=-100, reduction="sum")

@@ -171,6 +171,12 @@ class Parser(LanguageModule):
         return loss + F.cross_entropy(relations.flatten(0, 1), named.flatten(), reduction="sum"), counts.sum()
 
     def loss(self, batch: dict) -> tuple[Tensor, Tensor]:
+        """The loss of a batch, summed over targets, and their number.
+
+        Batches have `input_ids`, `attention_mask` (and `token_type_ids`), (B, T) int64; `id`, B ints. `words`, (B, W)
+        int64, are as in tagging; `targets`, (B, W) int64, the words' heads, counted from 1, 0 for the root, and
+        `relations`, (B, W) int64, their labels' numbers, both -100 for none.
+        """
         return self.losses(self.scores(batch), batch)
 
     def decode_predictions(self, scores: tuple[Tensor, Tensor, Tensor], batch: dict) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,8 @@ from lm_lightning.finetuning import results
 from lm_lightning.finetuning.examples import network_inputs
 from lm_lightning.finetuning.mistakes import Mistakes, readable, words_of
 from lm_lightning.finetuning.words import TRUNCATED
+from lm_lightning.losses import kd_loss
+from lm_lightning.models.distillation import mix
 from lm_lightning.models.metrics import Counts, Mode
 from lm_lightning.models.module import LanguageModule
 from lm_lightning.tasks.tagging.data import OUTSIDE, Found, spans_of
@@ -56,7 +58,24 @@ class Tagging(LanguageModule):
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum"), (targets != -100).sum()
 
     def loss(self, batch: dict) -> tuple[Tensor, Tensor]:
+        """The loss of a batch, summed over targets, and their number.
+
+        Batches have `input_ids`, `attention_mask` (and `token_type_ids`), (B, T) int64; `id`, B ints. `words`, (B, W)
+        int64, are the places of the words' first tokens, -1 where truncated, -100 where there is no word; `targets`,
+        (B, W) int64, their labels' numbers, -100 for none.
+        """
         return self.losses(self.logits(batch), batch)
+
+    def distillation_loss(
+        self, batch: dict, teacher: Any, weight: float, temperature: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        logits = self.logits(batch)
+        with torch.no_grad():
+            other = teacher.logits(batch)
+        own, count = self.losses(logits, batch)
+        missing = (batch["targets"] == -100) | (batch["words"] < 0)
+        distillation = kd_loss(logits, other, temperature).masked_fill(missing, 0).sum()
+        return mix(own, distillation, weight), count, distillation
 
     def decode_predictions(self, logits: Tensor, batch: dict) -> Tensor:
         """The label of each word, (B, W) int64: the best ones, if the labels mark spans, of all that are legal.

@@ -1,0 +1,99 @@
+"""A task of one's own, outside the package, is a data module with three methods and a model with a loss."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import evaluation
+
+from lm_lightning.data.tokenizer import Tokenizer, train
+from lm_lightning.security.untrusted import TRUST_PACKAGES
+
+TASK = """import torch, torch.nn.functional as F, transformers
+from lm_lightning.finetuning.data import LabelledData
+from lm_lightning.finetuning.examples import network_inputs
+from lm_lightning.models.module import LanguageModule
+
+
+class ToyData(LabelledData):
+    def key(self, row):
+        return row.text("text")
+
+    def find_labels(self, train):
+        self.labels = self.label_names(train, {row.text("label") for row in train})
+
+    def encode(self, split, rows):
+        examples = self.tokenize(split, [row.text("text") for row in rows])
+        for example, row in zip(examples, rows):
+            example["targets"] = torch.tensor(-100 if split == "predict" else self.label_id(row, row.text("label")))
+        return examples
+
+
+class Toy(LanguageModule):
+    auto_class = transformers.AutoModelForSequenceClassification
+
+    def head_settings(self):
+        return self.label_settings()
+
+    def loss(self, batch):
+        logits = self.network(**network_inputs(batch)).logits
+        return F.cross_entropy(logits, batch["targets"], reduction="sum"), (batch["targets"] != -100).sum()
+
+    def predict_step(self, batch, batch_idx):
+        numbers = self.network(**network_inputs(batch)).logits.argmax(-1).tolist()
+        return [{"id": i, "label": self.trainer.datamodule.labels[n]} for i, n in zip(batch["id"], numbers)]
+"""
+TEXTS = {"long": "a text of many words, as this one has", "short": "a text"}
+
+
+def test_a_task_of_ones_own_trains_and_predicts(
+    cli: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "my_task.py").write_text(TASK)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(sys.modules, "my_task", None)
+    del sys.modules["my_task"]
+    rows = [{"text": f"{text} {i}", "label": label} for i in range(40) for label, text in TEXTS.items()]
+    for split in ("train", "validation", "test"):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = Tokenizer(algorithm="wordpiece", vocab_size=100, lowercase=True)
+    train(options, (row["text"] for row in rows), "bert").save_pretrained(tmp_path / "tokenizer")
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "hidden_dropout_prob": 0,
+    }
+    content = {
+        "model": {
+            "class_path": "my_task.Toy",
+            "init_args": {
+                "network": {"model_type": "bert", "max_position_embeddings": 64, **sizes},
+                "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 5e-3}},
+            },
+        },
+        "data": {
+            "class_path": "my_task.ToyData",
+            "init_args": {
+                "tables": {split: str(tmp_path / f"{split}.jsonl") for split in ("train", "validation", "test")},
+                "tokenizer": {"path": str(tmp_path / "tokenizer")},
+                "batch_size": 16,
+                "max_length": 32,
+            },
+        },
+        "trainer": {"max_steps": 80, "accelerator": "cpu", "precision": "32-true"},
+        "runs_dir": str(tmp_path / "runs"),
+    }
+    (tmp_path / "toy.yaml").write_text(yaml.safe_dump(content))
+    out = cli("fit", "--config", tmp_path / "toy.yaml")
+    run = Path(next(line for line in out.splitlines() if line.startswith("run folder: ")).split(": ", 1)[1])
+    monkeypatch.setenv(TRUST_PACKAGES, "my_task")
+    cli("predict", run, "--data.batch_size", 7)  # the last batch has fewer rows, which are filled up
+    predictions = [json.loads(line) for line in (evaluation(run) / "predictions.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in predictions] == list(range(len(rows)))
+    assert [row["label"] for row in predictions] == [row["label"] for row in rows]
+    assert json.loads((run / "model" / "config.json").read_text())["id2label"] == {"0": "long", "1": "short"}
