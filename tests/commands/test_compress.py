@@ -538,7 +538,8 @@ def test_interrupted_compress_keeps_its_rows_and_does_what_is_missing(folders, c
     monkeypatch.setattr(measures.Bench, "measure", real)
     out = cli(*args, "--tokens", 16)
     assert "sparse=0.5: measured" not in out and "none: measured" not in out and "layers=0.5: measured" in out
-    assert table_of(tmp_path / "mine-compressed")["sparse=0.5"] == before["sparse=0.5"]
+    after = table_of(tmp_path / "mine-compressed")["sparse=0.5"]
+    assert after | {"pareto": ""} == before["sparse=0.5"] | {"pareto": ""}  # which depends on the other rows
     assert "sparse=0.5: measured" in cli(*args, "--tokens", 16)  # a finished one begins anew
 
     monkeypatch.setattr(measures.Bench, "measure", measure)
