@@ -311,7 +311,7 @@ def run_folder(path: str | Path) -> Path:
             return folder
     if not given.exists():
         raise UserError(f"the run folder {path} does not exist")
-    if runs := sorted(str(run) for run in given.glob("*/") if is_run(run)):
+    if runs := sorted(str(run) for kind in ("*/", "*/*/") for run in given.glob(kind) if is_run(run)):
         raise UserError(f"{path} is no run folder, but has {len(runs)} of them in it: give one, such as {runs[-1]}")
     raise UserError(f"{path} is no run folder: it has no config.yaml of a run")
 
