@@ -1,6 +1,7 @@
 """`python -m lm_lightning COMMAND ...`: hands the command line to the command that owns it."""
 
 import argparse
+import atexit
 import difflib
 import importlib
 import logging
@@ -38,6 +39,8 @@ def main() -> None:
     """
     console.prepare()
     console.exit_on_interrupt()
+    # Registered first, it runs last: the signal would kill a finished command while Python shuts down.
+    atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
     end_with_parent()
     redaction.install()
     command = sys.argv[1] if len(sys.argv) > 1 else "--help"

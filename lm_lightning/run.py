@@ -163,7 +163,7 @@ def find_run(path: str | Path) -> Path:
             return folder
     if not given.exists():
         raise UserError(f"the run folder {path} does not exist")
-    if runs := sorted(str(run) for run in given.glob("*/") if is_run(run)):
+    if runs := sorted(str(run) for kind in ("*/", "*/*/") for run in given.glob(kind) if is_run(run)):
         raise UserError(f"{path} is not a run folder, but contains {len(runs)} of them: give one, such as {runs[-1]}")
     raise UserError(f"{path} is not a run folder: it has no config.yaml of a run")
 

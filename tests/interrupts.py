@@ -10,8 +10,7 @@ from collections.abc import Callable, Sequence
 
 
 def ended_by_interrupt(status: int, errors: str) -> bool:
-    """Whether a shell would show 130, which it also does for a process that ended by the signal as Python shut down."""
-    return status in (130, -signal.SIGINT) and "Traceback" not in errors and "KeyboardInterrupt" not in errors
+    return status == 130 and "Traceback" not in errors and "KeyboardInterrupt" not in errors
 
 
 def interrupt(args: list[object], when: Callable[[str, float], bool]) -> tuple[int, str, float]:

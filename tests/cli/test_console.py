@@ -65,21 +65,43 @@ def test_interrupt_during_an_import_ends_the_command(module: str, args: list[str
     assert ended_by_interrupt(result.returncode, result.stderr), result
 
 
+LATE = """
+import os, sys
+from lm_lightning.__main__ import main
+
+class Late:
+    def __del__(self, kill=os.kill, process=os.getpid()):
+        kill(process, 2)
+
+late = Late()  # until Python has taken its signal handlers back
+sys.argv = ["lm_lightning", "--help"]
+main()
+"""
+
+
+def test_interrupt_of_a_finished_command_does_not_change_its_status():
+    result = subprocess.run([sys.executable, "-c", LATE], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0 and "usage" in result.stdout, result
+
+
 def test_interrupt_before_the_first_step_ends_fit(recipe: Path):
     status, errors, _ = interrupt(["fit", "--config", recipe], lambda output, _: "run folder: " in output)
-    assert ended_by_interrupt(status, errors), errors
+    assert ended_by_interrupt(status, errors), (status, errors)
 
 
 @pytest.fixture
 def long_model(tmp_path: Path) -> Path:
-    """A network that writes for a long time."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """A network that writes for a long time, since the end token is out of the question."""
+    from transformers import PhiConfig, PhiForCausalLM
 
     from lm_lightning.data.tokenizer import Tokenizer, train
 
+    tokenizer = train(Tokenizer(algorithm="bytes"), iter(()), "gpt")
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    LlamaForCausalLM(LlamaConfig(vocab_size=257, max_position_embeddings=100_000, **sizes)).save_pretrained(tmp_path)
-    train(Tokenizer(algorithm="bytes"), iter(()), "gpt").save_pretrained(tmp_path)
+    network = PhiForCausalLM(PhiConfig(vocab_size=257, max_position_embeddings=100_000, **sizes))
+    network.lm_head.bias.data[tokenizer.eos_token_id] = -1e4
+    network.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
     return tmp_path
 
 
@@ -87,7 +109,7 @@ def long_model(tmp_path: Path) -> Path:
 def test_interrupt_ends_generate(long_model: Path):
     args = ["generate", long_model, "--prompt", "begin", "--max_new_tokens", 50_000]
     status, errors, _ = interrupt(args, lambda output, _: len(output) > 10)
-    assert ended_by_interrupt(status, errors), errors
+    assert ended_by_interrupt(status, errors), (status, errors)
 
 
 @pytest.mark.slow

@@ -240,6 +240,8 @@ def test_long_curve_is_thinned_but_keeps_its_extremes_and_ends(folder: Path, cli
 def test_what_is_no_run_folder_is_refused(folder: Path, cli, tmp_path: Path):
     with pytest.raises(UserError, match="made is not a run folder, but contains 1 of them: give .*made.up"):
         cli("report", folder, folder.parent)
+    with pytest.raises(UserError, match="give one, such as .*made.up"):  # as the folder of all runs
+        cli("report", folder.parent.parent)
     with pytest.raises(UserError, match="nothing does not exist"):
         cli("report", tmp_path / "nothing")
     (tmp_path / "empty").mkdir()
