@@ -1,4 +1,4 @@
-"""`python -m lm_lightning COMMAND ...`: hands the command line to the command that owns it."""
+"""`python -m lm_lightning COMMAND ...`: runs a command of the core or of a feature."""
 
 import argparse
 import atexit
@@ -54,12 +54,12 @@ def main() -> None:
             close = difflib.get_close_matches(command, known, n=1)
             there = f"did you mean {close[0]}?" if close else f"the commands are {', '.join(known)}"
             raise UserError(f"there is no command {command}: {there}")
-        # asked for, so that the tokenizers library does not warn of the loader's forks
+        # set, as the tokenizers library would otherwise warn of forked data loaders
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         # the profiler reports each of its steps, and PyTorch's C++ code warns of things that nobody can change
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-        # of kernels for GPUs that are not here, at each import, and of casts, at each layer
+        # no warnings of kernels for GPUs that this machine lacks, nor of casts in each layer
         for library in ("torchao", "torch.utils._pytree", "bitsandbytes"):
             logging.getLogger(library).setLevel(logging.ERROR)
         take_trust()
@@ -68,7 +68,7 @@ def main() -> None:
         run(command)
         sys.stdout.flush()
     except BaseException as error:
-        if console.interrupted:  # whatever has become of the KeyboardInterrupt
+        if console.interrupted:  # the KeyboardInterrupt may have become another error
             console.end_children()
             sys.exit(console.INTERRUPTED)
         explain(error)
@@ -92,9 +92,9 @@ def print_help(known: dict[str, tuple[str, str]]) -> None:
 
 
 def take_trust() -> None:
-    """Takes `--trust_remote_code true` and `--trust_package NAME` off the command line.
+    """Removes `--trust_remote_code true` and `--trust_package NAME` from the command line and sets them.
 
-    They are options of all commands, which no config can give. Environment variables pass them on to all processes.
+    They are options of all commands, and cannot be set in a config. Environment variables pass them to all processes.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--trust_remote_code", choices=["true", "false"])
@@ -114,7 +114,7 @@ def take_trust() -> None:
 
 
 def explain(error: BaseException) -> None:
-    """Ends the process with a sentence, if the error is one that needs no traceback."""
+    """Exits with one sentence if the error needs no traceback."""
     if isinstance(error, UserError):
         if first_process():
             print(f"error: {console.printable(scrub(str(error), sys.argv))}", file=sys.stderr)
