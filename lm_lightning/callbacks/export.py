@@ -112,10 +112,13 @@ def export(
         saved: A checkpoint whose weights are written instead of the network's present ones; only the first process
             needs its content.
     """
+    if saved is None:
+        own = [callback for callback in pl_module.trainer.callbacks if isinstance(callback, ChangesExport)]
+        changes = [(type(callback), callback.state_dict()) for callback in own]  # all processes, as some sum over them
+    else:
+        changes = changes_of(saved)
     model = pl_module.exporter().model(saved)
     if model is None:  # in other processes
         return
-    own = [callback for callback in pl_module.trainer.callbacks if isinstance(callback, ChangesExport)]
-    changes = changes_of(saved) if saved else [(type(callback), callback.state_dict()) for callback in own]
     model.write(folder, about, changes, folder.with_name("adapter"))
     print(f"model: {folder} (weights of the {about['checkpoint']} checkpoint, {describe_weights(about)})")
