@@ -137,7 +137,7 @@ def main() -> None:
         statuses = wait(running, draw.uniform(0.1, 1) * duration if kills < options.kills else 3600)
         if running:
             os.kill(draw.choice(sorted(running)), signal.SIGKILL)
-            wait(running, 20)
+            wait(running, 5)
             ended += bool(running)  # they were waiting for the other to start: their launcher ends them
             for process in running:
                 os.kill(process, signal.SIGKILL)
