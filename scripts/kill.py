@@ -21,9 +21,10 @@ import traceback
 from pathlib import Path
 
 import torch
+import torch.utils.tensorboard  # noqa: F401 (so that the forks need not)
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-import lm_lightning.cli  # noqa: F401 (so that the forks need not)
+import lm_lightning.cli.app  # noqa: F401 (so that the forks need not)
 from lm_lightning import run as runs
 from lm_lightning.__main__ import main as command_line
 from lm_lightning.checkpoints.files import OLD
