@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import command, needs, paragraphs
+from forks import python
 from interrupts import ended_by_interrupt, interrupt, interrupt_at_any_time
 
 from lm_lightning.console import printable
@@ -85,7 +86,9 @@ def test_interrupt_of_a_finished_command_does_not_change_its_status():
 
 
 def test_interrupt_before_the_first_step_ends_fit(recipe: Path):
-    status, errors, _ = interrupt(["fit", "--config", recipe], lambda output, _: "run folder: " in output)
+    status, errors, _ = interrupt(
+        ["fit", "--config", recipe], lambda output, _: "run folder: " in output, python("lm_lightning")
+    )
     assert ended_by_interrupt(status, errors), (status, errors)
 
 
@@ -108,7 +111,7 @@ def long_model(tmp_path: Path) -> Path:
 @needs("tasks.generation")
 def test_interrupt_ends_generate(long_model: Path):
     args = ["generate", long_model, "--prompt", "begin", "--max_new_tokens", 50_000]
-    status, errors, _ = interrupt(args, lambda output, _: len(output) > 10)
+    status, errors, _ = interrupt(args, lambda output, _: len(output) > 10, python("lm_lightning"))
     assert ended_by_interrupt(status, errors), (status, errors)
 
 
