@@ -11,7 +11,7 @@ from lm_lightning import files
 from lm_lightning.checkpoints.callback import Checkpoints
 from lm_lightning.checkpoints.loading import load_checkpoint
 from lm_lightning.errors import UserError
-from lm_lightning.models.export import ChangesExport, changes_of, check_export
+from lm_lightning.models.export import Changes, ChangesExport, changes_of, check_export
 from lm_lightning.run import describe_weights
 
 Weights = Literal["best", "last"]
@@ -112,6 +112,7 @@ def export(
         saved: A checkpoint whose weights are written instead of the network's present ones; only the first process
             needs its content.
     """
+    changes: Changes
     if saved is None:
         own = [callback for callback in pl_module.trainer.callbacks if isinstance(callback, ChangesExport)]
         changes = [(type(callback), callback.state_dict()) for callback in own]  # all processes, as some sum over them
