@@ -21,9 +21,10 @@ import traceback
 from pathlib import Path
 
 import torch
+import torch.utils.tensorboard  # noqa: F401 (so that the forks need not)
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-import lm_lightning.cli  # noqa: F401 (so that the forks need not)
+import lm_lightning.cli.app  # noqa: F401 (so that the forks need not)
 from lm_lightning import run as runs
 from lm_lightning.__main__ import main as command_line
 from lm_lightning.checkpoints.files import OLD
@@ -137,7 +138,7 @@ def main() -> None:
         statuses = wait(running, draw.uniform(0.1, 1) * duration if kills < options.kills else 3600)
         if running:
             os.kill(draw.choice(sorted(running)), signal.SIGKILL)
-            wait(running, 20)
+            wait(running, 5)
             ended += bool(running)  # they were waiting for the other to start: their launcher ends them
             for process in running:
                 os.kill(process, signal.SIGKILL)

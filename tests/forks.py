@@ -35,7 +35,7 @@ from typing import Optional
 RUNTIME = ("SLURM_", "WANDB_", "MASTER_", "NODE_RANK", "LOCAL_", "RANK", "WORLD_SIZE", "GROUP_", "PL_")
 RUNTIME += ("ROLE_", "TORCHELASTIC_", "TORCH_NCCL_")
 RUNTIME += ("LM_LIGHTNING_", "PYTEST_", "PYTHONPATH", "OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM")
-RUNTIME += ("PWD", "OLDPWD", "SHLVL", "COLUMNS", "LINES", "_")
+RUNTIME += ("PWD", "OLDPWD", "SHLVL", "COLUMNS", "LINES", "TERM", "_")
 RUNTIME += ("PYTHONIOENCODING", "OPENBLAS_NUM_THREADS")
 LOG_LEVELS = {"KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR"}  # set by a command before it imports torch
 RUNTIME += tuple(LOG_LEVELS)
@@ -73,8 +73,12 @@ os._exit(status)
 
 
 @functools.cache
-def start() -> Optional[Path]:
-    """Starts the server of this process and returns the folder of its executables, None where nothing can be forked."""
+def start() -> Optional[tuple[Path, int]]:
+    """Starts the server of this process, where anything can be forked.
+
+    Returns:
+        The folder of its executables and its process number.
+    """
     import torch
 
     if sys.platform != "linux" or torch.cuda.is_available() or " " in sys.executable:
@@ -94,7 +98,7 @@ def start() -> Optional[Path]:
     while not all((folder / f"{name}.socket").exists() for name in MODULES):
         assert server.poll() is None, (folder / "log").read_text()
         time.sleep(0.02)
-    return folder
+    return folder, server.pid
 
 
 def python(parent: str) -> str:
@@ -104,8 +108,15 @@ def python(parent: str) -> str:
         parent: What its processes are forked from, `lm_lightning` or `transformers`.
     """
     with LOCK:
-        folder = start()
-    return sys.executable if folder is None else str(folder / parent)
+        started = start()
+    return sys.executable if started is None else str(started[0] / parent)
+
+
+def server() -> Optional[int]:
+    """The process number of the server, whose descendants are all that it has forked."""
+    with LOCK:
+        started = start()
+    return started and started[1]
 
 
 # The server
@@ -118,8 +129,12 @@ class Job:
         size, self.files, *_ = socket.recv_fds(connection, 8, 3)
         request = b""
         while len(request) < int.from_bytes(size, "big"):
-            request += connection.recv(2**20)
+            if not (part := connection.recv(2**20)):
+                break
+            request += part
         self.arguments, self.folder, self.environment = marshal.loads(request)
+        self.unbuffered = self.arguments[0] == "-u"  # as torchrun starts its processes
+        self.arguments = self.arguments[self.unbuffered :]
 
     def runs_in(self, parent: str) -> bool:
         """Whether a fork does what a real start would do."""
@@ -143,6 +158,8 @@ class Job:
             os.close(file)
         encoding, _, errors = self.environment.get("PYTHONIOENCODING", "").partition(":")
         sys.stdout = open(1, "w", -1, encoding or None, errors or None, closefd=False)  # noqa: SIM115
+        if self.unbuffered:
+            sys.stdout.reconfigure(line_buffering=True)
         sys.stderr = open(2, "w", 1, encoding or None, "backslashreplace", closefd=False)  # noqa: SIM115
         os.environ.clear()
         os.environ.update(self.environment)
@@ -194,7 +211,11 @@ def watch(connection: socket.socket, child: int) -> None:
     while True:
         ready, *_ = select.select([connection, end], [], [])
         if connection in ready:
-            for number in (data := connection.recv(16)):
+            try:
+                data = connection.recv(16)
+            except ConnectionError:
+                data = b""
+            for number in data:
                 os.kill(child, number)
             if not data:
                 with contextlib.suppress(ProcessLookupError):
@@ -202,7 +223,8 @@ def watch(connection: socket.socket, child: int) -> None:
                 os.kill(child, signal.SIGKILL)  # which may not have a group yet
                 return
         if end in ready:
-            connection.sendall(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]).to_bytes(4, "big", signed=True))
+            with contextlib.suppress(ConnectionError):
+                connection.sendall(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]).to_bytes(4, "big", signed=True))
             return
 
 
@@ -235,9 +257,14 @@ def serve(folder: Path, parent: str) -> Job:
             shutil.rmtree(folder, ignore_errors=True)
             os._exit(0)
         connection, _ = listener.accept()
-        job = Job(connection)
+        try:
+            job = Job(connection)
+        except (OSError, EOFError, ValueError):  # its client was killed
+            connection.close()
+            continue
         if not job.runs_in(parent):
-            connection.sendall(b"n")
+            with contextlib.suppress(ConnectionError):
+                connection.sendall(b"n")
         elif not os.fork():
             listener.close()
             child = os.fork()
@@ -247,7 +274,8 @@ def serve(folder: Path, parent: str) -> Job:
                 return job
             for file in job.files:
                 os.close(file)
-            connection.sendall(b"y")
+            with contextlib.suppress(ConnectionError):  # then the next line notices it, too
+                connection.sendall(b"y")
             watch(connection, child)
             os._exit(0)
         for file in job.files:

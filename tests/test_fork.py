@@ -33,7 +33,7 @@ main = importlib.import_module(name + ".__main__")
 sys.argv = [name, "--help"]
 main.main()
 import pytest
-options = ["-q", "-p", "no:cacheprovider", "-W", "ignore"]
+options = ["-q", "--assert=plain", "-p", "no:cacheprovider", "-W", "ignore"]
 status = pytest.main([*options, "tests/test_configs.py", "-k", recipes])
 assert status == 0, "the recipes fail"
 status = pytest.main([*options, "--collect-only", "tests"])

@@ -161,7 +161,7 @@ def poison(**options: object) -> list[object]:
 )
 def test_killed_at_any_moment_a_run_goes_on_as_if_it_had_not_been(recipe: Path, kills: int, own: tuple):
     script = ROOT / "scripts" / "kill.py"
-    flags = ["--trainer.max_steps", "30", "--last.every_n_train_steps", "1", *map(str, own)]
+    flags = ["--trainer.max_steps", "12", "--last.every_n_train_steps", "1", *map(str, own)]
     result = subprocess.run(
         [sys.executable, script, "--kills", str(kills), "--config", recipe, *flags],
         capture_output=True,

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import command, needs
+from conftest import command, needs, paragraphs
+from forks import python
 from interrupts import ended_by_interrupt, interrupt, interrupt_at_any_time
 
 from lm_lightning.console import printable
@@ -65,6 +66,16 @@ def test_interrupt_during_an_import_ends_the_command(module: str, args: list[str
     assert ended_by_interrupt(result.returncode, result.stderr), result
 
 
+def test_interrupt_within_code_of_a_string_ends_the_command(tmp_path: Path):
+    """As where a library makes a dataclass. Python remembers such an interrupt where a module is run with `-m`."""
+    code = INTERRUPTING.replace("os.kill(os.getpid(), signal.SIGINT)", "exec('os.kill(os.getpid(), signal.SIGINT)')")
+    (tmp_path / "interrupting.py").write_text(code, encoding="utf-8")
+    words = [sys.executable, "-m", "interrupting", "jsonargparse", "prepare", "--config", os.devnull]
+    settings = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    result = subprocess.run(words, env=settings, capture_output=True, text=True, timeout=300)
+    assert ended_by_interrupt(result.returncode, result.stderr), result
+
+
 LATE = """
 import os, sys
 from lm_lightning.__main__ import main
@@ -85,7 +96,9 @@ def test_interrupt_of_a_finished_command_does_not_change_its_status():
 
 
 def test_interrupt_before_the_first_step_ends_fit(recipe: Path):
-    status, errors, _ = interrupt(["fit", "--config", recipe], lambda output, _: "run folder: " in output)
+    status, errors, _ = interrupt(
+        ["fit", "--config", recipe], lambda output, _: "run folder: " in output, python("lm_lightning")
+    )
     assert ended_by_interrupt(status, errors), (status, errors)
 
 
@@ -108,11 +121,17 @@ def long_model(tmp_path: Path) -> Path:
 @needs("tasks.generation")
 def test_interrupt_ends_generate(long_model: Path):
     args = ["generate", long_model, "--prompt", "begin", "--max_new_tokens", 50_000]
-    status, errors, _ = interrupt(args, lambda output, _: len(output) > 10)
+    status, errors, _ = interrupt(args, lambda output, _: len(output) > 10, python("lm_lightning"))
     assert ended_by_interrupt(status, errors), (status, errors)
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [1, 2, 3])
+def test_interrupt_while_the_libraries_are_imported_ends_the_command(seconds: int, recipe: Path):
+    args = ["fit", "--config", recipe, "--trainer.max_steps", 100_000]
+    status, errors, _ = interrupt(args, lambda _, age: age > seconds)
+    assert ended_by_interrupt(status, errors), (status, errors)
+
+
 @pytest.mark.parametrize(
     "args",
     [
@@ -123,6 +142,12 @@ def test_interrupt_ends_generate(long_model: Path):
     ids=" ".join,
 )
 def test_interrupt_at_any_time_ends_a_command_and_its_processes(args: list[str], recipe: Path, tmp_path: Path):
-    flags = ["--config", recipe, "--data.cache_dir", tmp_path / "own cache"]
-    flags += [] if args[0] == "prepare" else ["--trainer.max_steps", "100000"]
-    interrupt_at_any_time([*args, *flags])
+    flags = ["--config", recipe, *([] if args[0] == "prepare" else ["--trainer.max_steps", "100000"])]
+    if args[0] == "prepare":  # which takes a moment only for the small corpus
+        (tmp_path / "text.txt").write_text("\n\n".join(paragraphs(10_000)), encoding="utf-8")
+        flags += ["--data.corpus.paths", str(tmp_path / "text.txt")]
+
+    def trains() -> bool:
+        return any(file.stat().st_size for file in tmp_path.glob("runs/*/*/metrics.csv"))
+
+    interrupt_at_any_time([*args, *flags], tmp_path / "caches", trains)
