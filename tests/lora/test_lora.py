@@ -373,7 +373,7 @@ def test_activation_checkpointing_changes_nothing(fit, bases, kind: str, base: s
         (["--model.adapter.dropout=1"], "a dropout from 0 to below 1"),
         (
             ['--model.adapter.modules=["*banana*"]'],
-            r"\*banana\* is the name of no linear layer, such as transformer.h.0",
+            r"\*banana\* matches no linear layer, such as transformer.h.0",
         ),
         (["--model.adapter.base=int3"], "int3"),
     ],
