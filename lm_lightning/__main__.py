@@ -67,6 +67,9 @@ def main() -> None:
     except BaseException as error:
         if console.interrupted:  # the KeyboardInterrupt may have become another error
             console.end_children()
+            # Where it was raised within an exec() of a string, as dataclasses do, Python remembers it until the next
+            # exec() and would end with the signal, whatever the status.
+            exec("")  # noqa: S102
             sys.exit(console.INTERRUPTED)
         explain(error)
         raise

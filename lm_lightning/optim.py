@@ -1,5 +1,6 @@
 """Optimizers and schedules: parameters in, groups with their settings out."""
 
+import copy
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -94,6 +95,14 @@ def make_optimizer(
     for group in optimizer.param_groups:
         group["lr"] *= group.get("lr_factor", 1.0)
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule.factor(step, total_steps))
+
+
+def group_settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """The settings of each parameter group of an optimizer, without its current learning rate."""
+    return [
+        {key: copy.copy(value) for key, value in group.items() if key not in ("params", "lr")}
+        for group in optimizer.param_groups
+    ]
 
 
 class MuonAdamW(torch.optim.Optimizer):

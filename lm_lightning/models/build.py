@@ -14,6 +14,7 @@ from lightning.pytorch.strategies import Strategy
 from torch import nn
 
 from lm_lightning import hub
+from lm_lightning.data import contract
 from lm_lightning.data.tokenizer import document_ids, fingerprint, load, vocabulary
 from lm_lightning.errors import UserError
 from lm_lightning.models.adapter import Adapter
@@ -265,6 +266,44 @@ class NetworkBuilder:
             wanted = f"the data's {', '.join(labels[:20])}" if labels else "numbers"
             self.print(f"{name} has a head {had}, not for {wanted}: it is replaced by a new one ({', '.join(reset)})")
         return reset
+
+
+def builder_of(module: Any) -> NetworkBuilder:
+    """The builder for a `LanguageModule` with its data and its trainer."""
+    data = module.trainer.datamodule
+    return NetworkBuilder(
+        auto_class=module.auto_class,
+        strategy=module.trainer.strategy,
+        tokenizer=module.tokenizer,
+        block_size=contract.optional(data, "block_size"),
+        length_option=contract.optional(data, "length_option"),
+        head_settings=module.head_settings(),
+        attention=module.attention,
+        adapter=module.adapter,
+        precision="32-true" if module.adapter is None else module.trainer.precision,
+        print=module.print,
+    )
+
+
+def check_options(
+    network: Optional[dict[str, Any]], pretrained: Optional[str], adapter: Optional[Adapter], checkpointing: int
+) -> None:
+    """Refuses options of `LanguageModule` that contradict each other.
+
+    Raises:
+        UserError: Names them.
+    """
+    if checkpointing < 0:
+        raise UserError(f"model.activation_checkpointing is {checkpointing}, but must be 0 or more")
+    if (network is None) == (pretrained is None):
+        raise UserError(
+            "give one of model.network (a new network, such as {model_type: gpt2, n_layer: 4}) and "
+            f"model.pretrained (weights to start from), not {'both' if network else 'neither'}"
+        )
+    if adapter is not None and pretrained is None:
+        raise UserError(
+            "model.adapter requires model.pretrained: give it instead of model.network, or omit model.adapter"
+        )
 
 
 def refuse_unknown(model_type: Any, settings: Mapping[str, Any]) -> None:

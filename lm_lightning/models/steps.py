@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple, Optional
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lm_lightning.compat.torch import multiply
 from lm_lightning.data import contract
+from lm_lightning.data.order import PADDING
 from lm_lightning.models.nonfinite import NonFiniteGuard, Step
 from lm_lightning.networks import gradient_norm
 from lm_lightning.strategies.capabilities import capabilities
@@ -123,6 +124,10 @@ class OptimizerSteps:
             metrics["train/skipped_steps"] = torch.tensor(float(self.nonfinite.skipped))
         return metrics
 
+    def clip_norm(self, parameters: Iterable[nn.Parameter], limit: float) -> None:
+        """Scales the latest step's gradients so that their global norm is at most `limit`."""
+        scale_gradients(parameters, (limit / (self.gradient_norm + 1e-6)).clamp(max=1))
+
     def check_finite(
         self,
         trainer: Trainer,
@@ -154,6 +159,14 @@ class OptimizerSteps:
                 for parameter in module.parameters():
                     parameter.grad = None  # an optimizer does not change such parameters and their state
         return skip
+
+
+def gather_samples(module: LightningModule, own: list[int]) -> list[int]:
+    """The ids of samples of all processes, which must call this together; empty if the data has none."""
+    if not own:
+        return []
+    samples = module.all_gather(torch.tensor(own, device=module.device)).flatten().tolist()
+    return sorted({sample for sample in samples if sample != PADDING})
 
 
 def scale_gradients(parameters: Iterable[nn.Parameter], factor: Tensor) -> None:
