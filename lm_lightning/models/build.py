@@ -20,6 +20,7 @@ from lm_lightning.errors import UserError
 from lm_lightning.models.adapter import Adapter
 from lm_lightning.networks import blocks, positions
 from lm_lightning.security import untrusted
+from lm_lightning.security.trust import trust_remote_code
 
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -150,7 +151,7 @@ class NetworkBuilder:
             network, info = self.auto_class.from_pretrained(
                 name,
                 local_files_only=hub.local_only(name),
-                trust_remote_code=hub.trust_remote_code(),
+                trust_remote_code=trust_remote_code(),
                 attn_implementation=self.attn_implementation,
                 dtype=torch.float32,
                 output_loading_info=True,
@@ -180,7 +181,7 @@ class NetworkBuilder:
     def skeleton(self, config: transformers.PreTrainedConfig) -> transformers.PreTrainedModel:
         """A network without weights, on the meta device."""
         with torch.device("meta"):
-            return self.auto_class.from_config(config, trust_remote_code=hub.trust_remote_code())
+            return self.auto_class.from_config(config, trust_remote_code=trust_remote_code())
 
     def refuse_other_tokenizer(self, name: str) -> None:
         """Refuses pretrained weights whose tokens mean something else than the data's."""
