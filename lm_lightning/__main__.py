@@ -23,12 +23,12 @@ from lm_lightning.security.untrusted import TRUST_PACKAGES
 
 # Commands of the core: the module with a main() that reads sys.argv, and what it does
 CORE = {
-    "fit": ("lm_lightning.cli.app", "train a model, resume with --ckpt_path last"),
-    "validate": ("lm_lightning.cli.app", "metrics on the validation split"),
-    "test": ("lm_lightning.cli.app", "metrics on the test split"),
-    "predict": ("lm_lightning.cli.app", "predictions on the test split"),
-    "prepare": ("lm_lightning.commands.prepare", "tokenize a corpus, show what is in it"),
-    "export": ("lm_lightning.commands.export", "make a from_pretrained folder of a checkpoint"),
+    "fit": ("lm_lightning.cli.app", "train a model; --ckpt_path last resumes it"),
+    "validate": ("lm_lightning.cli.app", "compute the metrics on the validation split"),
+    "test": ("lm_lightning.cli.app", "compute the metrics on the test split"),
+    "predict": ("lm_lightning.cli.app", "write predictions for the test split"),
+    "prepare": ("lm_lightning.commands.prepare", "tokenize a corpus before training and print statistics"),
+    "export": ("lm_lightning.commands.export", "convert a checkpoint to a from_pretrained folder"),
 }
 
 
@@ -90,8 +90,8 @@ def print_help(known: dict[str, tuple[str, str]]) -> None:
     print(f"usage: {program()} COMMAND [OPTIONS]\n\ncommands (each has its --help):")
     for name, (_, summary) in known.items():
         print(f"  {name:10}{summary}")
-    print("\n--trust_remote_code true: run the Python code that a model folder or Hub model has; default: false")
-    print("--trust_package NAME: import classes of this package for a run's own config; may be repeated")
+    print("\n--trust_remote_code true: run the Python code of a model folder or Hub model; default: false")
+    print("--trust_package NAME: let the config of a run import classes of this package; may be repeated")
 
 
 def take_trust() -> None:
