@@ -9,9 +9,9 @@ DEFAULT = "PretrainingData"
 
 
 def prepare() -> None:
-    """Tokenizes a corpus, so that a run that uses it starts at once, and prints what is in it.
+    """Tokenizes a corpus, so that later runs start at once, and prints statistics of it.
 
-    The data module of the recipe does it, see `PretrainingData.prepare_corpus`.
+    The data module does the work, see `PretrainingData.prepare_corpus`.
     """
 
 
