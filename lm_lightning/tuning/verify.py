@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Optional
 
+from lm_lightning import yaml_text
 from lm_lightning.callbacks.metrics_reader import read_metrics
 from lm_lightning.errors import UserError
 from lm_lightning.files import write_text
@@ -98,8 +99,6 @@ def shared_settings(fit_flags: list[str], steps: int, folder: Path, timeout: flo
     It is the user's config, but with the few steps of a comparison, in float32 and without what a comparison does not
     need: validation, checkpoints, other loggers.
     """
-    import yaml
-
     settings = read_settings(fit_flags, folder, timeout)
     if settings["ckpt_path"] is not None:
         raise UserError("verify cannot resume from --ckpt_path: to start from weights, use --model.pretrained")
@@ -115,7 +114,7 @@ def shared_settings(fit_flags: list[str], steps: int, folder: Path, timeout: flo
         settings["seed_everything"] = 1
     plain = {"compile": False, "activation_checkpointing": 0}
     model |= {name: value for name, value in plain.items() if name in model}
-    (folder / "config.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    write_text(folder / "config.yaml", yaml_text.dump(settings))
     return settings
 
 
