@@ -169,6 +169,13 @@ def guard() -> Guard:
     return Guard()
 
 
+class Forking:
+    """Takes the place of `sys` where a run starts a command of its own, which is forked."""
+
+    def __getattr__(self, name: str) -> Any:
+        return python("lm_lightning") if name == "executable" else getattr(sys, name)
+
+
 @pytest.fixture
 def cli(announced_metrics: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., str]:
     """Runs a command in this process, which is quicker, and returns what it prints; refusals are raised."""
@@ -178,6 +185,7 @@ def cli(announced_metrics: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest
         monkeypatch.setattr(sys, "argv", ["lm_lightning", *map(str, args)])
         if args[0] in ("tune", "verify", "compress"):  # which start `sys.executable -m lm_lightning`
             monkeypatch.setattr(sys, "executable", python("lm_lightning"))
+        monkeypatch.setattr("lm_lightning.processes.sys", Forking())
         capsys.readouterr()
         run(str(args[0]))
         return capsys.readouterr().out

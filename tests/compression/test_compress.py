@@ -1,6 +1,7 @@
 """Compression: folders that load again to the same outputs, of the sizes that were asked for, and a measured table."""
 
 import csv
+import hashlib
 import json
 import shutil
 import subprocess
@@ -53,6 +54,31 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         network.save_pretrained(result[kind])
         tokenizer.save_pretrained(result[kind])
     return result
+
+
+@pytest.fixture(scope="module")
+def traced_networks() -> dict[str, bytes]:
+    """ONNX files by what was traced."""
+    return {}
+
+
+@pytest.fixture(autouse=True)
+def trace_once(traced_networks: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    """To trace a network takes seconds: the file of one with the same layers and weights is written again."""
+    write = formats.Onnx.write
+
+    def remember(self: formats.Onnx, program: torch.nn.Module, inputs: dict, outputs: list[str], target: Path) -> None:
+        parts = hashlib.sha256(repr((program, inputs, outputs)).encode())
+        for name, tensor in program.state_dict().items():
+            parts.update(name.encode() + tensor.numpy().tobytes())
+        key = parts.hexdigest()
+        if key in traced_networks:
+            (target / formats.ONNX).write_bytes(traced_networks[key])
+        else:
+            write(self, program, inputs, outputs, target)
+            traced_networks[key] = (target / formats.ONNX).read_bytes()
+
+    monkeypatch.setattr(formats.Onnx, "write", remember)
 
 
 @torch.no_grad()
