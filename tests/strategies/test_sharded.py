@@ -382,13 +382,16 @@ def test_sharded_network_generates_predicts_and_is_exported(runs, recipe, cli):
 
     checkpoint = runs.folder / "split_gpt2" / "checkpoints" / "last.ckpt"
     assert checkpoint.is_dir()
-    predictions = {}
+    predict, predictions = {}, {}
     for name in names:  # each on a copy of the run, since they are written beside the checkpoint
         copy = shutil.copytree(runs.folder / "split_gpt2", runs.folder / f"{name}_copy")
         own = FLAGS[name] or ("--trainer.strategy", "auto")  # else the run's
         flags = recipe("gpt2", *own, "--trainer.devices", 1 if name == "one" else 2)[1:]
-        runs({f"{name}_predict": ("predict", *flags, "--ckpt_path", copy / "checkpoints" / "last.ckpt")})
+        predict[f"{name}_predict"] = ("predict", *flags, "--ckpt_path", copy / "checkpoints" / "last.ckpt")
+    runs(predict)
+    for name in names:
         assert not runs.error(f"{name}_predict")
+        copy = runs.folder / f"{name}_copy"
         (file,) = [*copy.rglob("predictions.jsonl"), *(runs.folder / f"{name}_predict").rglob("predictions.jsonl")]
         predictions[name] = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     one = predictions["one"]
