@@ -135,6 +135,7 @@ def test_every_strategy_has_the_losses_of_one_process(runs, recipe, network: str
 
 
 @needs("tasks.tagging")
+@pytest.mark.slow
 def test_first_step_is_that_of_one_process_whatever_the_lengths(runs, recipe, tmp_path: Path):
     """5 words in one process and 60 in the other: the gradient is that of the mean over all words of both."""
     words = ["anna", "sees", "the", "river", "house"]
@@ -184,6 +185,7 @@ def test_first_step_is_that_of_one_process_whatever_the_lengths(runs, recipe, tm
         assert all(torch.allclose(own[key], weights[key], atol=1e-6) for key in weights), name
 
 
+@pytest.mark.slow
 def test_other_processes_go_on_with_the_same_samples_in_the_same_order(runs, recipe):
     """None is lost, none repeated: one process to two and two to one, by a file and by a folder."""
     note = ("--trainer.callbacks", '[{"class_path": "processes.Order"}]', "--model.schedule.shape", "constant")
@@ -285,6 +287,7 @@ def test_folders_are_not_written_in_the_background(runs, recipe):
     assert all(load_checkpoint(path)["global_step"] == 5 for path in files.iterdir())
 
 
+@pytest.mark.slow
 def test_overlays_of_configs_train(runs, recipe):
     overlays = sorted((ROOT / "configs" / "strategy").glob("*.yaml"))
     runs({f.stem: recipe("gpt2", "--config", f, "--trainer.devices", 2, "--trainer.max_steps", 4) for f in overlays})
@@ -322,6 +325,7 @@ def test_tampered_table_of_contents_is_not_run(tmp_path: Path):
     assert "this" not in sys.modules, "an import runs code as well"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("network", "strategies"),
     [("gpt2", {"ddp": 1, "hsdp": 1, "tp": 2}), pytest.param("bert", {"hsdp": 1, "tp": 2}, marks=SLOW_BERT)],
@@ -350,6 +354,7 @@ OPTIONS = {  # with the largest difference of losses
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [("accumulation", "muon"), pytest.param(("documents", "checkpointing", "bf16"), marks=pytest.mark.slow)],
@@ -371,6 +376,7 @@ def test_options_do_under_sharding_what_they_do_without(runs, recipe, options: t
 
 
 @needs("tasks.generation")
+@pytest.mark.slow
 def test_sharded_network_generates_predicts_and_is_exported(runs, recipe, cli):
     callback = (
         '[{"class_path": "lm_lightning.tasks.generation.samples.Samples", "init_args": {"prompts": ["", "The old"]}}]'
