@@ -7,7 +7,6 @@ import importlib
 import logging
 import multiprocessing
 import os
-import re
 import signal
 import sys
 
@@ -15,20 +14,18 @@ from lm_lightning import console, features
 from lm_lightning.cli.explain import of_command_line, program
 from lm_lightning.compat.torch import LOST_PEER
 from lm_lightning.errors import UserError, first_process
-from lm_lightning.hub import TRUST
 from lm_lightning.processes import end_with_parent
-from lm_lightning.security import redaction
+from lm_lightning.security import redaction, trust
 from lm_lightning.security.redaction import scrub
-from lm_lightning.security.untrusted import TRUST_PACKAGES
 
 # Commands of the core: the module with a main() that reads sys.argv, and what it does
 CORE = {
-    "fit": ("lm_lightning.cli.app", "train a model, resume with --ckpt_path last"),
-    "validate": ("lm_lightning.cli.app", "metrics on the validation split"),
-    "test": ("lm_lightning.cli.app", "metrics on the test split"),
-    "predict": ("lm_lightning.cli.app", "predictions on the test split"),
-    "prepare": ("lm_lightning.commands.prepare", "tokenize a corpus, show what is in it"),
-    "export": ("lm_lightning.commands.export", "make a from_pretrained folder of a checkpoint"),
+    "fit": ("lm_lightning.cli.app", "train a model; --ckpt_path last resumes it"),
+    "validate": ("lm_lightning.cli.app", "compute the metrics on the validation split"),
+    "test": ("lm_lightning.cli.app", "compute the metrics on the test split"),
+    "predict": ("lm_lightning.cli.app", "write predictions for the test split"),
+    "prepare": ("lm_lightning.commands.prepare", "tokenize a corpus before training and print statistics"),
+    "export": ("lm_lightning.commands.export", "convert a checkpoint to a from_pretrained folder"),
 }
 
 
@@ -62,7 +59,7 @@ def main() -> None:
         # no warnings of kernels for GPUs that this machine lacks, nor of casts in each layer
         for library in ("torchao", "torch.utils._pytree", "bitsandbytes"):
             logging.getLogger(library).setLevel(logging.ERROR)
-        take_trust()
+        trust.read_options()
         importlib.import_module(known[command][0])
         console.raise_on_interrupt()
         run(command)
@@ -70,6 +67,9 @@ def main() -> None:
     except BaseException as error:
         if console.interrupted:  # the KeyboardInterrupt may have become another error
             console.end_children()
+            # Where it was raised within an exec() of a string, as dataclasses do, Python remembers it until the next
+            # exec() and would end with the signal, whatever the status.
+            exec("")  # noqa: S102
             sys.exit(console.INTERRUPTED)
         explain(error)
         raise
@@ -87,30 +87,7 @@ def print_help(known: dict[str, tuple[str, str]]) -> None:
     print(f"usage: {program()} COMMAND [OPTIONS]\n\ncommands (each has its --help):")
     for name, (_, summary) in known.items():
         print(f"  {name:10}{summary}")
-    print("\n--trust_remote_code true: run the Python code that a model folder or Hub model has; default: false")
-    print("--trust_package NAME: import classes of this package for a run's own config; may be repeated")
-
-
-def take_trust() -> None:
-    """Removes `--trust_remote_code true` and `--trust_package NAME` from the command line and sets them.
-
-    They are options of all commands, and cannot be set in a config. Environment variables pass them to all processes.
-    """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--trust_remote_code", choices=["true", "false"])
-    parser.add_argument("--trust_package", action="append", default=[])
-    try:
-        given, sys.argv[1:] = parser.parse_known_args(sys.argv[1:])
-    except argparse.ArgumentError as error:
-        needs = "true or false" if "trust_remote_code" in str(error) else "the name of a package"
-        option = "--trust_remote_code" if "trust_remote_code" in str(error) else "--trust_package"
-        raise UserError(f"{option} must be {needs}") from None
-    if given.trust_remote_code is not None:
-        os.environ[TRUST] = str(int(given.trust_remote_code == "true"))
-    if packages := [name for names in given.trust_package for name in re.split(r"[\s,\[\]]+", names) if name]:
-        if wrong := next((name for name in packages if not all(map(str.isidentifier, name.split(".")))), None):
-            raise UserError(f"--trust_package is {wrong}, but must be the name of a package, such as my_package")
-        os.environ[TRUST_PACKAGES] = ",".join(packages)
+    print(f"\n{trust.HELP}")
 
 
 def explain(error: BaseException) -> None:

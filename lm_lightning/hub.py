@@ -16,17 +16,12 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from lm_lightning.errors import UserError
+from lm_lightning.security.trust import trust_remote_code
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 TIMEOUT = 3.0  # seconds the Hub has to answer
-TRUST = "LM_LIGHTNING_TRUST_REMOTE_CODE"  # environment variable, which all processes of a run inherit
-
-
-def trust_remote_code() -> bool:
-    """Whether Python code in model folders may be run: only if the command line has `--trust_remote_code true`."""
-    return os.environ.get(TRUST) == "1"
 
 
 def local_only(name: str) -> bool:

@@ -16,7 +16,7 @@ from test_survival import CONSTANT, DDP, SHARDED, logged, names, only
 from lm_lightning.checkpoints.loading import CheckpointFolder, load_checkpoint
 from lm_lightning.errors import UserError
 from lm_lightning.models.export import generation_config
-from lm_lightning.security.untrusted import TRUST_PACKAGES
+from lm_lightning.security.trust import PACKAGES
 
 
 class Spoil(Callback):
@@ -61,7 +61,7 @@ def lowest(run: Path) -> int:
 def test_the_best_of_several_checkpoints_is_found_after_a_resume_and_a_move(
     fit, cli, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plugins: tuple
 ):
-    monkeypatch.setenv(TRUST_PACKAGES, "test_best")  # so that the run's own config may import Spoil
+    monkeypatch.setenv(PACKAGES, "test_best")  # so that the run's own config may import Spoil
     flags = (*SPOILED, "--best.save_top_k", 3, *plugins)
     run = fit(*flags, "--trainer.max_steps", 9)
     moved = tmp_path / "moved"

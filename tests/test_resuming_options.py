@@ -1,19 +1,23 @@
 """Options that are changed on resuming: each is honored, or refused with a reason, and none is forgotten."""
 
+import importlib
 import inspect
 import json
+import pkgutil
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 from test_resuming import TINY
 
+from lm_lightning import callbacks, features
 from lm_lightning.checkpoints.callback import Checkpoints
 from lm_lightning.checkpoints.loading import load_checkpoint
-from lm_lightning.cli import app as command_line
+from lm_lightning.cli import explain
 from lm_lightning.errors import UserError
+from lm_lightning.models.module import LanguageModule
 from lm_lightning.optim import Schedule
 
 
@@ -47,8 +51,8 @@ HONORED = {  # option: new value, and where it is seen to be in force
     "trainer.log_every_n_steps": (1, lambda t: t.log_every_n_steps),
     "trainer.accumulate_grad_batches": (2, lambda t: t.accumulate_grad_batches),
     "trainer.gradient_clip_val": (0.5, lambda t: t.gradient_clip_val),
-    "model.skip_limit": (3, lambda t: t.lightning_module.steps.nonfinite.limit),
-    "model.on_nonfinite": ("skip", lambda t: t.lightning_module.steps.nonfinite.on_nonfinite),
+    "model.skip_limit": (3, lambda t: t.lightning_module.optimizer_steps.nonfinite.limit),
+    "model.on_nonfinite": ("skip", lambda t: t.lightning_module.optimizer_steps.nonfinite.on_nonfinite),
     "model.activation_checkpointing": (1, lambda t: t.lightning_module.activation_checkpointing),
     "model.schedule.shape": ("linear", lambda t: t.lightning_module.schedule.shape),
     "model.optimizer.lr": (0.003, lambda t: Seen.lr),
@@ -73,8 +77,9 @@ REFUSED = {
 # Options that are about something else than what is trained, by reason.
 ELSEWHERE = {
     "how the machine is used; the losses stay the same": "accelerator strategy devices num_nodes precision "
-    "deterministic benchmark compile attention num_workers cache_dir plugins sync_batchnorm detect_anomaly "
-    "inference_mode use_distributed_sampler reload_dataloaders_every_n_epochs gather cache_chunk barebones",
+    "deterministic benchmark compile attn_implementation num_workers cache_dir plugins sync_batchnorm detect_anomaly "
+    "inference_mode use_distributed_sampler reload_dataloaders_every_n_epochs gather_across_devices mini_batch_size "
+    "barebones",
     "what is shown and recorded": "logger enable_progress_bar enable_model_summary profiler enable_autolog_hparams "
     "model_registry default_root_dir verbose log_rank_zero_only callbacks num_sanity_val_steps",
     "other commands and trial runs": "limit_test_batches limit_predict_batches fast_dev_run texts",
@@ -87,11 +92,11 @@ ELSEWHERE = {
     "part of the fingerprint of the training rows or of the data's identity": "tables columns max_length language "
     "masking next_sentence kind separator scheme mark overlap max_question retrieval hard_negatives min_score "
     "max_score",
-    "of the loss or the evaluation, read anew": "candidates class_weights label_smoothing dropout max_answer threshold "
+    "of the loss or the evaluation, read anew": "top_k class_weights label_smoothing dropout max_answer threshold "
     "scoring scale pooling",
     "sizes of the network, which a checkpoint does not fit otherwise": "arc_size relation_size",
     "settings with options of their own, which are checked": "schedule network",
-    "of the schedule, read anew": "warmup_ratio warmup_steps final decay_fraction",
+    "of the schedule, read anew": "warmup_ratio warmup_steps min_lr_ratio decay_ratio",
 }
 
 
@@ -116,10 +121,9 @@ def options(cls: type) -> set[str]:
 
 
 def test_every_option_is_in_a_class_of_those_that_are_checked():
-    classes = [
-        c for c in vars(command_line).values() if inspect.isclass(c) and c.__module__.startswith("lm_lightning.")
-    ]
-    parts = [c for c in classes if issubclass(c, (command_line.LanguageModule, command_line.LightningDataModule))]
+    features.import_classes()
+    parts = [c for base in (LanguageModule, LightningDataModule) for c in explain.subclasses(base).values()]
+    parts = [LanguageModule, *(c for c in parts if c.__module__.startswith("lm_lightning."))]
     assert len(parts) > 12
     found = set().union(*map(options, [*parts, Trainer, Checkpoints, EarlyStopping, Schedule]))
     listed = [name for names in ELSEWHERE.values() for name in names.split()]
@@ -130,7 +134,10 @@ def test_every_option_is_in_a_class_of_those_that_are_checked():
 
 
 def test_every_option_of_our_callbacks_is_in_a_class():
-    classes = [c for c in vars(command_line).values() if inspect.isclass(c) and issubclass(c, Callback)]
+    modules = [
+        importlib.import_module(f"lm_lightning.callbacks.{m.name}") for m in pkgutil.iter_modules(callbacks.__path__)
+    ]
+    classes = [c for m in modules for c in vars(m).values() if inspect.isclass(c) and issubclass(c, Callback)]
     ours = [c for c in classes if c.__module__.startswith("lm_lightning.callbacks")]
     found = {c.__name__: set(inspect.signature(c).parameters) for c in ours if inspect.signature(c).parameters}
     assert found == {name: set(" ".join(kinds.values()).split()) for name, kinds in CALLBACKS.items()}

@@ -11,7 +11,7 @@ from lm_lightning import files
 from lm_lightning.checkpoints.callback import Checkpoints
 from lm_lightning.checkpoints.loading import load_checkpoint
 from lm_lightning.errors import UserError
-from lm_lightning.models.export import ChangesExport, changes_of, check_export
+from lm_lightning.models.export import Changes, ChangesExport, changes_of, check_export
 from lm_lightning.run import describe_weights
 
 Weights = Literal["best", "last"]
@@ -112,10 +112,14 @@ def export(
         saved: A checkpoint whose weights are written instead of the network's present ones; only the first process
             needs its content.
     """
+    changes: Changes
+    if saved is None:
+        own = [callback for callback in pl_module.trainer.callbacks if isinstance(callback, ChangesExport)]
+        changes = [(type(callback), callback.state_dict()) for callback in own]  # all processes, as some sum over them
+    else:
+        changes = changes_of(saved)
     model = pl_module.exporter().model(saved)
     if model is None:  # in other processes
         return
-    own = [callback for callback in pl_module.trainer.callbacks if isinstance(callback, ChangesExport)]
-    changes = changes_of(saved) if saved else [(type(callback), callback.state_dict()) for callback in own]
     model.write(folder, about, changes, folder.with_name("adapter"))
     print(f"model: {folder} (weights of the {about['checkpoint']} checkpoint, {describe_weights(about)})")

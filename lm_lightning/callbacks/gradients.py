@@ -23,7 +23,7 @@ class Gradients(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step % self.every_n_steps or pl_module.steps.current is not None:
+        if trainer.global_step % self.every_n_steps or pl_module.optimizer_steps.current is not None:
             return
         histograms = {}
         for name, parameter in pl_module.network.named_parameters():

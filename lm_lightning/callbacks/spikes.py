@@ -43,7 +43,8 @@ class Spikes(Callback):
             write_text(file, "".join(kept))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        steps, pl_module.steps.nonfinite.checked = pl_module.steps.nonfinite.checked, []
+        guard = pl_module.optimizer_steps.nonfinite
+        steps, guard.checked = guard.checked, []
         for step in steps:
             if len(self.losses) >= min(20, self.losses.maxlen or 20):
                 mean = statistics.fmean(self.losses)
@@ -52,7 +53,7 @@ class Spikes(Callback):
             self.losses.append(step.loss)
 
     def report(self, trainer: Trainer, pl_module: LightningModule, step: Step, before: float) -> None:
-        samples = pl_module.all_samples(step.samples)
+        samples = pl_module.optimizer_steps.nonfinite.gather(step.samples)
         row = {"step": step.number, "loss": step.loss, "mean_before": before, "samples": samples}
         if trainer.is_global_zero:
             append(self.file(trainer), json.dumps(row) + "\n")

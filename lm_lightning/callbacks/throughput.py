@@ -59,7 +59,7 @@ class Throughput(Callback):
         self.tokens += batch["input_ids"].numel()
         self.targets += batch["targets"].numel()
         self.step_tokens += batch["input_ids"].numel() * contract.place(trainer)["num_replicas"]
-        if pl_module.steps.current is not None:  # the optimizer has not stepped yet
+        if pl_module.optimizer_steps.current is not None:  # the optimizer has not stepped yet
             return
         self.total, self.step_tokens = self.total + self.step_tokens, 0
         if trainer.global_step % trainer.log_every_n_steps:

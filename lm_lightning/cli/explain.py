@@ -11,7 +11,6 @@ from typing import Any, Optional
 
 import yaml
 
-from lm_lightning.compat.jsonargparse import option_names
 from lm_lightning.errors import UserError
 from lm_lightning.yaml_text import Loader
 
@@ -251,6 +250,8 @@ def options_of(kind: Any, prefix: str) -> list[str]:
 
 def flags_of(parser: Any) -> list[str]:
     """The options of a parser, without dashes."""
+    from lm_lightning.compat.jsonargparse import option_names
+
     names = [name[2:] for name in option_names(parser) if name.startswith("--")]
     return [name for name in names if name != "help" and not name.endswith((".help", "+"))]
 

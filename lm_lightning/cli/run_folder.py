@@ -6,7 +6,6 @@ from pathlib import Path
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from lm_lightning import files, yaml_text
 from lm_lightning.cli import saving
@@ -31,7 +30,7 @@ class RunFolder(SaveConfigCallback):
             files.write_text(free, config.read_text(encoding="utf-8"))
         saving.write(self.parser, self.config, config)
         for logger in trainer.loggers:
-            if not isinstance(logger, (CSVLogger, TensorBoardLogger)):  # whose files are in the run folder, too
+            if logger.log_dir is None:  # it has no files in the run folder, beside config.yaml
                 logger.log_hyperparams(yaml_text.load(config.read_text(encoding="utf-8")))
         files.write_text(run / "environment.json", json.dumps(environment(), indent=2))
         if (info := contract.optional(trainer.datamodule, "info")) is not None:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Literal, Optional
 from lm_lightning import hub
 from lm_lightning import run as runs
 from lm_lightning.errors import UserError
+from lm_lightning.security.trust import trust_remote_code
 
 if TYPE_CHECKING:
     import tokenizers
@@ -77,7 +78,7 @@ def load(path: str) -> "PreTrainedTokenizerFast":
         tokenizer = AutoTokenizer.from_pretrained(
             path,
             local_files_only=hub.local_only(path),
-            trust_remote_code=hub.trust_remote_code(),
+            trust_remote_code=trust_remote_code(),
             split_special_tokens=True,
         )
         tokenizer("a")  # which shows settings of other types

@@ -100,6 +100,19 @@ class Adapter:
         return type(self).__name__
 
 
+def summary(adapter: Adapter, network: transformers.PreTrainedModel) -> str:
+    """What is trained of an adapted network, and how much of it."""
+    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    share = trained / network.num_parameters()
+    return f"{adapter.summary(network)}, {trained:,} parameters are trained ({share:.2%})"
+
+
+def without_base(state: dict[str, Tensor], own: Collection[str]) -> dict[str, Tensor]:
+    """The state dict of a `LanguageModule` without those tensors of its network that are not its own."""
+    own = {f"network.{name}" for name in own}
+    return {name: tensor for name, tensor in state.items() if name in own or not name.startswith("network.")}
+
+
 def record_of(adapter: Adapter, pretrained: str, new: Collection[str]) -> dict[str, Any]:
     """What a checkpoint holds of an adapter beside its tensors, JSON-able.
 

@@ -14,11 +14,13 @@ from lightning.pytorch.strategies import Strategy
 from torch import nn
 
 from lm_lightning import hub
+from lm_lightning.data import contract
 from lm_lightning.data.tokenizer import document_ids, fingerprint, load, vocabulary
 from lm_lightning.errors import UserError
 from lm_lightning.models.adapter import Adapter
 from lm_lightning.networks import blocks, positions
 from lm_lightning.security import untrusted
+from lm_lightning.security.trust import trust_remote_code
 
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -34,7 +36,7 @@ class NetworkBuilder:
         block_size: Tokens of the longest sample; None if unknown.
         length_option: Option of the data that sets it, for messages.
         head_settings: Settings of the network's config that its head needs.
-        attention: Attention implementation of `transformers`. Default: the best that it finds.
+        attn_implementation: Attention implementation of `transformers`. Default: the best that it finds.
         adapter: The adapter that will be added to a pretrained network.
         precision: The trainer's, such as `bf16-mixed`.
         print: Prints a line in the first process.
@@ -46,7 +48,7 @@ class NetworkBuilder:
     block_size: Optional[int] = None
     length_option: str = "block_size"
     head_settings: Mapping[str, Any] = field(default_factory=dict)
-    attention: Optional[str] = None
+    attn_implementation: Optional[str] = None
     adapter: Optional[Adapter] = None
     precision: str = "32-true"
     print: Callable[[str], Any] = print
@@ -67,7 +69,7 @@ class NetworkBuilder:
         config = transformers.AutoConfig.for_model(model_type, **settings)
         self.refuse_mismatched_tokenizer(config)
         self.check(config)
-        network = self.auto_class.from_config(config, attn_implementation=self.attention)
+        network = self.auto_class.from_config(config, attn_implementation=self.attn_implementation)
         self.refuse_length(positions(network))
         return network
 
@@ -149,8 +151,8 @@ class NetworkBuilder:
             network, info = self.auto_class.from_pretrained(
                 name,
                 local_files_only=hub.local_only(name),
-                trust_remote_code=hub.trust_remote_code(),
-                attn_implementation=self.attention,
+                trust_remote_code=trust_remote_code(),
+                attn_implementation=self.attn_implementation,
                 dtype=torch.float32,
                 output_loading_info=True,
                 ignore_mismatched_sizes=bool(self.head_settings),  # of a head for other labels; see below
@@ -179,7 +181,7 @@ class NetworkBuilder:
     def skeleton(self, config: transformers.PreTrainedConfig) -> transformers.PreTrainedModel:
         """A network without weights, on the meta device."""
         with torch.device("meta"):
-            return self.auto_class.from_config(config, trust_remote_code=hub.trust_remote_code())
+            return self.auto_class.from_config(config, trust_remote_code=trust_remote_code())
 
     def refuse_other_tokenizer(self, name: str) -> None:
         """Refuses pretrained weights whose tokens mean something else than the data's."""
@@ -264,6 +266,44 @@ class NetworkBuilder:
             wanted = f"the data's {', '.join(labels[:20])}" if labels else "numbers"
             self.print(f"{name} has a head {had}, not for {wanted}: it is replaced by a new one ({', '.join(reset)})")
         return reset
+
+
+def builder_of(module: Any) -> NetworkBuilder:
+    """The builder for a `LanguageModule` with its data and its trainer."""
+    data = module.trainer.datamodule
+    return NetworkBuilder(
+        auto_class=module.auto_class,
+        strategy=module.trainer.strategy,
+        tokenizer=module.tokenizer,
+        block_size=contract.optional(data, "block_size"),
+        length_option=contract.optional(data, "length_option"),
+        head_settings=module.head_settings(),
+        attn_implementation=module.attn_implementation,
+        adapter=module.adapter,
+        precision="32-true" if module.adapter is None else module.trainer.precision,
+        print=module.print,
+    )
+
+
+def check_options(
+    network: Optional[dict[str, Any]], pretrained: Optional[str], adapter: Optional[Adapter], checkpointing: int
+) -> None:
+    """Refuses options of `LanguageModule` that contradict each other.
+
+    Raises:
+        UserError: Names them.
+    """
+    if checkpointing < 0:
+        raise UserError(f"model.activation_checkpointing is {checkpointing}, but must be 0 or more")
+    if (network is None) == (pretrained is None):
+        raise UserError(
+            "give one of model.network (a new network, such as {model_type: gpt2, n_layer: 4}) and "
+            f"model.pretrained (weights to start from), not {'both' if network else 'neither'}"
+        )
+    if adapter is not None and pretrained is None:
+        raise UserError(
+            "model.adapter requires model.pretrained: give it instead of model.network, or omit model.adapter"
+        )
 
 
 def refuse_unknown(model_type: Any, settings: Mapping[str, Any]) -> None:

@@ -3,9 +3,9 @@
 Networks are made in `build.py` and exported in `export.py`; gradients are scaled in `steps.py`.
 """
 
-import copy
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Optional
 
@@ -18,27 +18,29 @@ from torch import Tensor
 from lm_lightning import hub
 from lm_lightning.console import printable
 from lm_lightning.data import contract
-from lm_lightning.data.order import PADDING, seed_of
-from lm_lightning.data.tokenizer import fingerprint, vocabulary
+from lm_lightning.data.order import seed_of
+from lm_lightning.data.tokenizer import vocabulary
 from lm_lightning.errors import UserError
 from lm_lightning.models import adapter as adapters
 from lm_lightning.models import build, export, resuming
 from lm_lightning.models.adapter import Adapter
 from lm_lightning.models.metrics import Mode, Ratio
-from lm_lightning.models.steps import OptimizerSteps, scale_gradients
-from lm_lightning.optim import OptimizerFactory, Schedule, make_optimizer, parameter_groups
+from lm_lightning.models.overriding import check_attribute, check_class, hook, refuse_early_network
+from lm_lightning.models.steps import OptimizerSteps, gather_samples
+from lm_lightning.optim import OptimizerFactory, Schedule, group_settings, make_optimizer
 from lm_lightning.run import pretrained_name
 
 
 class LanguageModule(LightningModule):
     """Base of all models: a network of `transformers`, its training and its evaluation.
 
-    A subclass must set `auto_class` and define `loss`. It may override `main_metric`, `metrics` with `metric_modes`,
-    `validation_step`, `predict_step` and `join_predictions` (what is measured and predicted); `head_settings`,
-    `head_fits`, `new_network`, `pretrained_network`, `replace_head`, `network_made` and `unused` (the network and its
-    head); `distillation_loss` (training with a teacher); `extra_files` (what is written beside an export); and, calling
-    those of this class, `on_save_checkpoint` and `on_load_checkpoint`. What it reads from the data module and its
-    batches is described in `data/contract.py`.
+    A subclass, which is a task, must set `auto_class` and define `loss`. It may override all methods with `@hook`:
+    `main_metric`, `metrics` with `metric_modes`, `validation_step` and `join_predictions` (what is measured);
+    `head_settings`, `head_fits`, `own_labels`, `new_network`, `pretrained_network`, `replace_head` and `network_made`,
+    with the attribute `unused` (the network and its head); `distillation_loss`; `extra_files`. It may define
+    `predict_step`, and Lightning's hooks, such as `on_save_checkpoint`, if these call those of this class. Another
+    name of this class that it overwrites is refused. docs/extending.md describes all of these; `data/contract.py`, what
+    is read from the data module and its batches.
 
     Args:
         network: Settings of a new `transformers` network, such as `{model_type: gpt2, n_layer: 4}`; settings that are
@@ -47,7 +49,7 @@ class LanguageModule(LightningModule):
         optimizer: A `torch.optim.Optimizer` class with its settings; it gets the groups of `parameter_groups`. Another
             class than the default has its own default settings.
         schedule: Learning rate over the steps.
-        attention: Attention implementation of `transformers` (`sdpa`, `eager`, `flash_attention_2`, ...).
+        attn_implementation: Attention implementation of `transformers` (`sdpa`, `eager`, `flash_attention_2`, ...).
             Default: the best that `transformers` finds.
         compile: Whether to compile the network's body with `torch.compile`: slower to start, then faster.
         activation_checkpointing: Recomputes the activations of every n-th block in the backward pass instead of keeping
@@ -66,8 +68,8 @@ class LanguageModule(LightningModule):
 
     auto_class: Any  # of transformers, such as AutoModelForCausalLM
     unused: tuple[str, ...] = ()  # prefixes of the names of tensors that are not used, and need not be pretrained
-    # The description of the network in the checkpoint that `validate`, `test` or `predict` will load, else None. The
-    # command line sets it, because labels depend on it and Lightning loads checkpoints only after the data's setup.
+    # Description of the network in the checkpoint that `validate`, `test` or `predict` will load, else None. The
+    # command line sets it, because labels depend on it, and Lightning loads checkpoints only after the data's setup.
     evaluated_network: Optional[dict[str, Any]] = None
 
     def __init__(
@@ -76,7 +78,7 @@ class LanguageModule(LightningModule):
         pretrained: Optional[str] = None,
         optimizer: OptimizerFactory = torch.optim.AdamW,
         schedule: Schedule = Schedule(),
-        attention: Optional[str] = None,
+        attn_implementation: Optional[str] = None,
         compile: bool = False,
         activation_checkpointing: int = 0,
         on_nonfinite: Literal["stop", "skip"] = "stop",
@@ -87,30 +89,28 @@ class LanguageModule(LightningModule):
         keep_head: bool = False,
     ) -> None:
         super().__init__()
-        if activation_checkpointing < 0:
-            raise UserError(f"model.activation_checkpointing is {activation_checkpointing}, but must be 0 or more")
-        if (network is None) == (pretrained is None):
-            raise UserError(
-                "give one of model.network (a new network, such as {model_type: gpt2, n_layer: 4}) and "
-                f"model.pretrained (weights to start from), not {'both' if network else 'neither'}"
-            )
-        if adapter is not None and pretrained is None:
-            raise UserError(
-                "model.adapter requires model.pretrained: give it instead of model.network, or omit model.adapter"
-            )
+        build.check_options(network, pretrained, adapter, activation_checkpointing)
         self.settings, self.pretrained = network, pretrained
         self.adapter, self.new_tensors = adapter, list[str]()  # tensors without pretrained weights
         self.strict_loading = adapter is None  # checkpoints of an adapter do not have the base
         self.optimizer_factory, self.schedule = optimizer, schedule
-        self.attention, self.compile_body = attention, compile
+        self.attn_implementation, self.compile_body = attn_implementation, compile
         self.activation_checkpointing = activation_checkpointing
         self.network: transformers.PreTrainedModel = None  # made by `configure_model`
         self.val_loss = Ratio()
         self.freeze_patterns, self.layer_decay, self.keep_head = freeze, layer_decay, keep_head
-        self.steps = OptimizerSteps(on_nonfinite, skip_limit, self.all_samples, self.print)
+        self.optimizer_steps = OptimizerSteps(on_nonfinite, skip_limit, partial(gather_samples, self), self.print)
         self.resumed_at = 0  # optimizer step of the checkpoint that this run resumed from
         self.checked = set[str]()  # stages whose batches were checked
         self.training_loss: Optional[Callable[[dict], tuple[Tensor, Tensor]]] = None  # of a callback, instead of `loss`
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        check_class(cls, LanguageModule, LightningModule)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        check_attribute(self, LanguageModule, name)
+        super().__setattr__(name, value)
 
     def print(self, *values: Any, **settings: Any) -> None:
         """Prints in the first process; control characters of names and texts from files are escaped."""
@@ -123,11 +123,13 @@ class LanguageModule(LightningModule):
 
     # What a task defines
 
+    @hook
     def loss(self, batch: dict) -> tuple[Tensor, Tensor]:
         """The loss of a batch: its sum over target tokens, () float32, and their number, () int64."""
         raise NotImplementedError
 
     @staticmethod
+    @hook
     def main_metric(data: Any) -> str:
         """The metric of an evaluation by which the best checkpoint is chosen, unless `best.monitor` names another.
 
@@ -136,21 +138,26 @@ class LanguageModule(LightningModule):
         """
         return "loss"
 
+    @hook
     def head_settings(self) -> dict[str, Any]:
         """Settings of the network's config that its head needs, beside those of the user."""
         return {}
 
+    @hook
     def head_fits(self) -> bool:
         """Whether the head of `pretrained` predicts the data's labels, in their order."""
         return self.own_labels() == self.trainer.datamodule.labels
 
+    @hook
     def network_made(self) -> None:
-        """Called once, by `configure_model`, when the network is there."""
+        """Called once, by `configure_model`, when the network exists."""
 
+    @hook
     def metrics(self, loss: Tensor, split: str) -> dict[str, Tensor]:
         """The metrics of an evaluation of a split, with its mean loss in nats a token: () float32 each, by name."""
         return {"loss": loss}
 
+    @hook
     def metric_modes(self) -> dict[str, Optional[Mode]]:
         """The names in `metrics`, each with the direction that is better, `min` or `max`; None if neither is.
 
@@ -158,10 +165,12 @@ class LanguageModule(LightningModule):
         """
         return {"loss": "min"}
 
+    @hook
     def join_predictions(self, rows: list[dict]) -> list[dict]:
-        """What is written of all dicts that `predict_step` has returned, which are in the order of the samples."""
+        """Turns all dicts from `predict_step`, in the order of the samples, into those that are written."""
         return rows
 
+    @hook
     def distillation_loss(
         self, batch: dict, teacher: Any, weight: float, temperature: float
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -182,8 +191,9 @@ class LanguageModule(LightningModule):
         """
         raise UserError(f"{type(self).__name__} does not support distillation: omit the callback Distillation")
 
+    @hook
     def extra_files(self) -> Optional[export.ExtraFiles]:
-        """What is written beside an exported network."""
+        """Files that are written beside an exported network."""
         return None
 
     # Network
@@ -191,6 +201,7 @@ class LanguageModule(LightningModule):
     def configure_model(self) -> None:
         """Makes the network, which needs the tokenizer; Lightning calls it once the data is set up."""
         if self.network is not None:
+            refuse_early_network(self)
             return
         try:
             self.network = self.new_network() if self.settings is not None else self.pretrained_network()
@@ -213,30 +224,18 @@ class LanguageModule(LightningModule):
             self.network.base_model.compile()
         self.network_made()
         if self.adapter is not None:
-            trained = sum(p.numel() for p in self.network.parameters() if p.requires_grad)
-            share = trained / self.network.num_parameters()
-            self.print(f"{self.adapter.summary(self.network)}, {trained:,} parameters are trained ({share:.2%})")
+            self.print(adapters.summary(self.adapter, self.network))
 
     def builder(self) -> build.NetworkBuilder:
         """Makes networks for this run's data and trainer."""
-        data = self.trainer.datamodule
-        return build.NetworkBuilder(
-            auto_class=self.auto_class,
-            strategy=self.trainer.strategy,
-            tokenizer=self.tokenizer,
-            block_size=contract.optional(data, "block_size"),
-            length_option=contract.optional(data, "length_option"),
-            head_settings=self.head_settings(),
-            attention=self.attention,
-            adapter=self.adapter,
-            precision="32-true" if self.adapter is None else self.trainer.precision,
-            print=self.print,
-        )
+        return build.builder_of(self)
 
+    @hook
     def new_network(self) -> transformers.PreTrainedModel:
         """A network with new weights, from the settings and the tokenizer's vocabulary."""
         return self.builder().new(self.settings or {})
 
+    @hook
     def pretrained_network(self) -> transformers.PreTrainedModel:
         """The network of `pretrained`; sets `new_tensors`."""
         builder = self.builder()
@@ -245,6 +244,7 @@ class LanguageModule(LightningModule):
         self.new_tensors += builder.add_tokens(network)
         return network
 
+    @hook
     def replace_head(self, builder: build.NetworkBuilder, network: transformers.PreTrainedModel) -> None:
         """Gives new weights to the head of `pretrained` if it belongs to other labels than the data's."""
         if builder.head_settings and not self.head_fits():
@@ -257,6 +257,7 @@ class LanguageModule(LightningModule):
         labels = self.trainer.datamodule.labels
         return {"id2label": dict(enumerate(labels)), "label2id": {label: n for n, label in enumerate(labels)}}
 
+    @hook
     def own_labels(self) -> list[str]:
         """The labels that the evaluated checkpoint or `pretrained` predicts, in the order of their numbers.
 
@@ -280,7 +281,7 @@ class LanguageModule(LightningModule):
     # Export
 
     def description(self) -> dict[str, Any]:
-        """All but the weights that is needed to make the network again, see `export.describe`."""
+        """What is needed to make the network again, except for the weights, see `export.describe`."""
         padding = None if self.tokenizer is None else self.tokenizer.pad_token_id
         return export.describe(self.network, self.network_class, self.vocab_size, padding, self.extra_files())
 
@@ -295,20 +296,20 @@ class LanguageModule(LightningModule):
     def on_train_batch_start(self, batch: dict, batch_idx: int) -> None:
         # Dropout is a function of (seed, step, micro-batch, replica), so that a resumed run draws the same numbers.
         seed, replica = int(os.environ.get("PL_GLOBAL_SEED", 0)), contract.place(self.trainer)["rank"]
-        torch.manual_seed(seed_of(seed, self.trainer.global_step, self.steps.rows, replica))
+        torch.manual_seed(seed_of(seed, self.trainer.global_step, self.optimizer_steps.rows, replica))
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         self.check_batch(batch, "train")
-        return self.steps.add(self.trainer, batch, *(self.training_loss or self.loss)(batch))
+        return self.optimizer_steps.add(self.trainer, batch, *(self.training_loss or self.loss)(batch))
 
     def check_batch(self, batch: Any, stage: str) -> None:
-        """Refuses batches that are none of this model, once a stage."""
+        """Refuses batches that this model cannot read, once a stage."""
         if stage not in self.checked:
             self.checked.add(stage)
             contract.check_batch(batch, self.trainer.datamodule, self.vocab_size)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        self.log_dict(self.steps.finish(self.trainer, self, optimizer, self.device))
+        self.log_dict(self.optimizer_steps.finish(self.trainer, self, optimizer, self.device))
 
     def configure_gradient_clipping(
         self,
@@ -316,25 +317,15 @@ class LanguageModule(LightningModule):
         gradient_clip_val: Optional[float] = None,
         gradient_clip_algorithm: Optional[str] = None,
     ) -> None:
-        if not gradient_clip_val:
-            return
         if gradient_clip_algorithm == "value":
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-        else:  # the norm is known already
-            factor = (gradient_clip_val / (self.steps.gradient_norm + 1e-6)).clamp(max=1)
-            scale_gradients(self.parameters(), factor)
-
-    def all_samples(self, own: list[int]) -> list[int]:
-        """The ids of samples of all processes, which must call this together; empty if the data has none."""
-        if not own:
-            return []
-        samples = self.all_gather(torch.tensor(own, device=self.device)).flatten().tolist()
-        return sorted({sample for sample in samples if sample != PADDING})
+        elif gradient_clip_val:  # the norm is known already
+            self.optimizer_steps.clip_norm(self.parameters(), gradient_clip_val)
 
     # Optimizer
 
     def total_steps(self) -> float:
-        """Optimizer steps of the whole run, `inf` if it has no end."""
+        """Optimizer steps of the full run, `inf` if it has no end."""
         trainer = self.trainer
         if trainer.max_steps > 0 and trainer.max_epochs == -1:
             return trainer.max_steps
@@ -347,15 +338,12 @@ class LanguageModule(LightningModule):
         optimizer, scheduler = make_optimizer(
             self.network, self.optimizer_factory, self.schedule, total, self.layer_decay
         )
-        self.group_settings = [
-            {key: copy.copy(value) for key, value in group.items() if key not in ("params", "lr")}
-            for group in optimizer.param_groups
-        ]
+        self.group_settings = group_settings(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_train_start(self) -> None:
         contract.check_loader(self.trainer)
-        # A checkpoint restores the optimizer's settings of its run; those of this run were asked for.
+        # A checkpoint restores the optimizer settings of its run, but those of this run were requested.
         for group, settings in zip(self.optimizers().param_groups, self.group_settings):
             group.update(settings)
             group["lr"] = group["initial_lr"] * self.schedule.factor(self.trainer.global_step, self.total_steps())
@@ -363,6 +351,7 @@ class LanguageModule(LightningModule):
 
     # Evaluation
 
+    @hook
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         """Adds a batch to the metrics of an evaluation; `test_step` does the same."""
         self.check_batch(batch, "evaluation")
@@ -387,7 +376,7 @@ class LanguageModule(LightningModule):
         self.log_dict(metrics)
 
     def title(self, split: str) -> str:
-        """What was evaluated, for tables and pictures: the split, and the step or the name of the weights."""
+        """The title of tables and figures of an evaluation: the split, and the step or the name of the weights."""
         if self.trainer.state.fn == "fit":
             return f"{split}, step {self.trainer.global_step:,}"
         return f"{split}, {Path(str(self.trainer.ckpt_path or self.pretrained)).name}"
@@ -395,34 +384,15 @@ class LanguageModule(LightningModule):
     # Checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        self.steps.nonfinite.check()
-        checkpoint["network"] = self.description()
-        checkpoint["tokenizer"] = None if self.tokenizer is None else fingerprint(self.tokenizer)
-        checkpoint["optimizer"] = type(self.optimizers().optimizer).__name__
-        checkpoint["parameters"] = resuming.grouping(self.network, self.layer_decay, self.freeze_patterns)
-        checkpoint["skipped_steps"] = self.steps.nonfinite.skipped
+        self.optimizer_steps.nonfinite.check()
+        checkpoint |= resuming.state_of(self)
         if self.adapter is not None:
-            checkpoint["adapter"], own = self.adapter_record, {f"network.{name}" for name in self.own_tensors}
-            checkpoint["state_dict"] = {
-                name: tensor
-                for name, tensor in checkpoint["state_dict"].items()
-                if name in own or not name.startswith("network.")
-            }
+            checkpoint["state_dict"] = adapters.without_base(checkpoint["state_dict"], self.own_tensors)
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        resuming.refuse_other_network(checkpoint["network"]["config"], self.description()["config"])
-        tokenizer = None if self.tokenizer is None else fingerprint(self.tokenizer)
-        resuming.refuse_other_tokenizer(checkpoint.get("tokenizer", tokenizer), tokenizer)
-        ignored = () if self.adapter is None else self.adapter.training_options
-        own = None if self.adapter is None else self.adapter_record
-        adapters.refuse_other(checkpoint.get("adapter"), own, ignored)
-        if self.trainer.state.fn != "fit":
-            return
-        self.resumed_at = checkpoint["global_step"]
-        self.steps.nonfinite.skipped = checkpoint.get("skipped_steps", 0)
-        optimizer = self.optimizer_factory(parameter_groups(self.network, self.layer_decay))
-        resuming.refuse_other_optimizer(checkpoint["optimizer"], optimizer)
-        grouping = resuming.grouping(self.network, self.layer_decay, self.freeze_patterns)
-        resuming.refuse_other_grouping(checkpoint.get("parameters", grouping), grouping)
-        if self.pretrained is not None and self.adapter is None:
-            self.print(f"weights: those of the checkpoint, not of model.pretrained ({self.pretrained})")
+        resuming.check(self, checkpoint)
+        if self.trainer.state.fn == "fit":
+            self.resumed_at = checkpoint["global_step"]
+            self.optimizer_steps.nonfinite.skipped = checkpoint.get("skipped_steps", 0)
+            if self.pretrained is not None and self.adapter is None:
+                self.print(f"weights: those of the checkpoint, not of model.pretrained ({self.pretrained})")

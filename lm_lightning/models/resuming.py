@@ -7,12 +7,48 @@ from typing import Any, Optional
 import torch
 import transformers
 
+from lm_lightning.data.tokenizer import fingerprint
 from lm_lightning.errors import UserError
+from lm_lightning.models import adapter as adapters
 from lm_lightning.optim import parameter_groups
 
 # Parts of names of network settings that may change on resuming: they affect neither weights nor outputs in evaluation.
 HARMLESS_KEYS = ("drop", "use_cache", "transformers_version", "dtype", "_name_or_path", "token_id", "architectures")
 NEW_RUN = "or start a new run from the weights with --model.pretrained RUN/model"
+
+
+def state_of(module: Any) -> dict[str, Any]:
+    """What a checkpoint has of a `LanguageModule` beside Lightning's own entries."""
+    state = {
+        "network": module.description(),
+        "tokenizer": None if module.tokenizer is None else fingerprint(module.tokenizer),
+        "optimizer": type(module.optimizers().optimizer).__name__,
+        "parameters": grouping(module.network, module.layer_decay, module.freeze_patterns),
+        "skipped_steps": module.optimizer_steps.nonfinite.skipped,
+    }
+    return state if module.adapter is None else state | {"adapter": module.adapter_record}
+
+
+def check(module: Any, checkpoint: dict[str, Any]) -> None:
+    """Refuses a checkpoint that a `LanguageModule` cannot load, or, to train it, not resume from.
+
+    Raises:
+        UserError: Names the difference.
+    """
+    refuse_other_network(checkpoint["network"]["config"], module.description()["config"])
+    tokenizer = None if module.tokenizer is None else fingerprint(module.tokenizer)
+    refuse_other_tokenizer(checkpoint.get("tokenizer", tokenizer), tokenizer)
+    if module.adapter is None:
+        adapters.refuse_other(checkpoint.get("adapter"), None)
+    else:
+        ignored = module.adapter.training_options
+        adapters.refuse_other(checkpoint.get("adapter"), module.adapter_record, ignored)
+    if module.trainer.state.fn != "fit":
+        return
+    optimizer = module.optimizer_factory(parameter_groups(module.network, module.layer_decay))
+    refuse_other_optimizer(checkpoint["optimizer"], optimizer)
+    own = grouping(module.network, module.layer_decay, module.freeze_patterns)
+    refuse_other_grouping(checkpoint.get("parameters", own), own)
 
 
 def refuse_other_network(saved: dict[str, Any], own: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Optimizer steps: losses of micro-batches in, gradients of the mean over all target tokens of a step out.
+"""Optimizer steps: turns the losses of micro-batches into gradients of the mean over all target tokens of a step.
 
 The mean is exact however a step is split into micro-batches and processes, and however many targets each of them has.
 """
@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple, Optional
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lm_lightning.compat.torch import multiply
 from lm_lightning.data import contract
+from lm_lightning.data.order import PADDING
 from lm_lightning.models.nonfinite import NonFiniteGuard, Step
 from lm_lightning.networks import gradient_norm
 from lm_lightning.strategies.capabilities import capabilities
@@ -89,7 +90,7 @@ class OptimizerSteps:
             sums.loss_sum + loss_sum.detach(),
             sums.tokens + tokens,
         )
-        # The right divisor is known when the step is complete; a constant keeps the sums near 1 until then.
+        # The divisor is known when the step is complete; until then, a constant keeps the sums near 1.
         return loss_sum / contract.optional(trainer.datamodule, "tokens_per_batch")
 
     def finish(
@@ -123,6 +124,10 @@ class OptimizerSteps:
             metrics["train/skipped_steps"] = torch.tensor(float(self.nonfinite.skipped))
         return metrics
 
+    def clip_norm(self, parameters: Iterable[nn.Parameter], limit: float) -> None:
+        """Scales the latest step's gradients so that their global norm is at most `limit`."""
+        scale_gradients(parameters, (limit / (self.gradient_norm + 1e-6)).clamp(max=1))
+
     def check_finite(
         self,
         trainer: Trainer,
@@ -134,9 +139,9 @@ class OptimizerSteps:
     ) -> bool:
         """Stops the run at a loss or gradient that is not finite, or skips the step; returns whether steps are skipped.
 
-        To read a value makes the host wait for the device. So a GPU's is read one step late, when it is there anyway,
-        and that of a lazy device (XLA) after a step that was logged, which had to be waited for. With float16, the
-        scaler provokes infinite gradients and skips their steps itself.
+        Reading a value makes the host wait for the device. Therefore a GPU's value is read one step late, when it is
+        available, and that of a lazy device (XLA) after a step that was logged, which waits anyway. With float16, the
+        scaler itself causes infinite gradients and skips their steps.
         """
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         skip = self.nonfinite.on_nonfinite == "skip" and not scaled
@@ -154,6 +159,14 @@ class OptimizerSteps:
                 for parameter in module.parameters():
                     parameter.grad = None  # an optimizer does not change such parameters and their state
         return skip
+
+
+def gather_samples(module: LightningModule, own: list[int]) -> list[int]:
+    """The ids of samples of all processes, which must call this together; empty if the data has none."""
+    if not own:
+        return []
+    samples = module.all_gather(torch.tensor(own, device=module.device)).flatten().tolist()
+    return sorted({sample for sample in samples if sample != PADDING})
 
 
 def scale_gradients(parameters: Iterable[nn.Parameter], factor: Tensor) -> None:

@@ -7,7 +7,6 @@ harmless classes of known packages are imported for it, see SECURITY.md.
 import contextlib
 import functools
 import inspect
-import os
 import pydoc
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -18,7 +17,7 @@ from typing import Any, Optional, TypeVar
 from lm_lightning.compat.jsonargparse import guard_imports
 from lm_lightning.console import printable
 from lm_lightning.errors import UserError
-from lm_lightning.security.untrusted import TRUST_PACKAGES
+from lm_lightning.security.trust import trusted_packages
 
 T = TypeVar("T")
 PACKAGES = ("lm_lightning", "lightning", "torch", "torchmetrics", "transformers", "bitsandbytes")
@@ -114,7 +113,7 @@ def check_folders(options: Any, arguments: Iterable[str]) -> None:
 
 def trusted(name: str) -> bool:
     """Whether the user has named an import path or allowed its package."""
-    packages = os.environ.get(TRUST_PACKAGES, "").split(",")
+    packages = trusted_packages()
     return name in state.named or any(f"{name}.".startswith(f"{package}.") for package in packages if package)
 
 

@@ -17,7 +17,6 @@ from lm_lightning.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-TRUST_PACKAGES = "LM_LIGHTNING_TRUST_PACKAGES"  # environment variable, which all processes of a run inherit
 # C0 and C1 control characters, line and paragraph separators, direction overrides, lone surrogates
 _UNPRINTABLE = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _WINDOWS_DEVICES = {"con", "prn", "aux", "nul"} | {f"{device}{n}" for device in ("com", "lpt") for n in range(1, 10)}

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Optional
 
+from lm_lightning import files, yaml_text
 from lm_lightning.errors import UserError
 from lm_lightning.tuning.fit_process import fit, logged, newest_run, read_settings, shorten
 
@@ -143,8 +144,6 @@ def largest(sizes: list[int], fits: Callable[[int], bool]) -> Optional[int]:
 
 def short_run(settings: dict[str, Any], folder: Path, name: str) -> str:
     """Runs `fit` with some settings, in `runs` of a folder, and returns the reason if it has failed."""
-    import yaml
-
     config = folder / "config.yaml"
-    config.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    files.write_text(config, yaml_text.dump(settings))
     return fit(["--config", str(config), "--runs_dir", str(folder / "runs"), "--name", name], folder, 3600)[1]

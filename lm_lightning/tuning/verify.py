@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Optional
 
+from lm_lightning import yaml_text
 from lm_lightning.callbacks.metrics_reader import read_metrics
 from lm_lightning.errors import UserError
 from lm_lightning.files import write_text
@@ -30,18 +31,18 @@ def verify(
     output: Optional[str] = None,
     timeout: float = 600,
 ) -> bool:
-    """Runs some steps of a config in each way that this machine supports, and prints how they compare with a plain run.
+    """Trains a few steps in every way that this machine supports, and compares losses and gradients with a plain run.
 
-    The plain run is one process in float32 whose micro-batch is the complete batch. The others do the same steps on the
-    same samples, so that their losses and gradient norms should be the same, up to rounding. Dropout and the warm-up
-    are off, since the first is random and the second would hide differences.
+    The plain run is one process in float32 without gradient accumulation. The others train on the same samples, so
+    their losses and gradient norms should be equal up to rounding. Dropout is off because it is random, and warm-up
+    because it would hide differences.
 
     Args:
         fit_flags: Flags of `fit`: `--config` and any other.
-        steps: Optimizer steps of each variant.
-        only: Names of variants, such as ddp,compile. Default: all.
-        output: Markdown file to write; the table is printed in any case.
-        timeout: Seconds after which a variant has failed.
+        steps: Number of optimizer steps of each variant.
+        only: Names of the variants to run, such as ddp,compile. Default: all.
+        output: Markdown file to write; the table is always printed.
+        timeout: Time limit of each variant, in seconds.
 
     Returns:
         Whether all variants that can run on this machine are within their tolerance.
@@ -98,8 +99,6 @@ def shared_settings(fit_flags: list[str], steps: int, folder: Path, timeout: flo
     It is the user's config, but with the few steps of a comparison, in float32 and without what a comparison does not
     need: validation, checkpoints, other loggers.
     """
-    import yaml
-
     settings = read_settings(fit_flags, folder, timeout)
     if settings["ckpt_path"] is not None:
         raise UserError("verify cannot resume from --ckpt_path: to start from weights, use --model.pretrained")
@@ -115,7 +114,7 @@ def shared_settings(fit_flags: list[str], steps: int, folder: Path, timeout: flo
         settings["seed_everything"] = 1
     plain = {"compile": False, "activation_checkpointing": 0}
     model |= {name: value for name, value in plain.items() if name in model}
-    (folder / "config.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    write_text(folder / "config.yaml", yaml_text.dump(settings))
     return settings
 
 

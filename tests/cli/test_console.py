@@ -67,6 +67,16 @@ def test_interrupt_during_an_import_ends_the_command(module: str, args: list[str
     assert ended_by_interrupt(result.returncode, result.stderr), result
 
 
+def test_interrupt_within_code_of_a_string_ends_the_command(tmp_path: Path):
+    """As where a library makes a dataclass. Python remembers such an interrupt where a module is run with `-m`."""
+    code = INTERRUPTING.replace("os.kill(os.getpid(), signal.SIGINT)", "exec('os.kill(os.getpid(), signal.SIGINT)')")
+    (tmp_path / "interrupting.py").write_text(code, encoding="utf-8")
+    words = [sys.executable, "-m", "interrupting", "jsonargparse", "prepare", "--config", os.devnull]
+    settings = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    result = subprocess.run(words, env=settings, capture_output=True, text=True, timeout=300)
+    assert ended_by_interrupt(result.returncode, result.stderr), result
+
+
 LATE = """
 import os, sys
 from lm_lightning.__main__ import main

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import paragraphs
+from conftest import needs, optional, paragraphs
 from processes import Runs
 from safetensors.torch import load_file
 
@@ -17,11 +17,6 @@ from lm_lightning.compression.callbacks.distillation import Distillation
 from lm_lightning.data.tokenizer import Tokenizer, train
 from lm_lightning.errors import UserError
 from lm_lightning.models.gpt import CausalLM
-from lm_lightning.tasks.classification.model import Classification
-from lm_lightning.tasks.masked_lm.model import MaskedLM
-from lm_lightning.tasks.parsing.model import Parser
-from lm_lightning.tasks.questions.model import QuestionAnswering
-from lm_lightning.tasks.tagging.model import Tagging
 
 OFF = [f"--model.network.{name}_pdrop=0" for name in ("resid", "embd", "attn")]
 LABELS = ["bad", "good", "mixed"]
@@ -143,11 +138,14 @@ def test_loss_of_a_causal_model_is_the_formula(student, teacher, rows, tokenizer
         assert model.eval().loss(batch)[0].item() == pytest.approx(own.item(), rel=1e-5)
 
 
+@needs("tasks.masked_lm")
 @pytest.mark.parametrize("pairs", [False, True])
 def test_loss_of_a_masked_model_is_the_formula_at_the_masks(pairs: bool, tokenizer, tmp_path: Path):
     auto = transformers.AutoModelForPreTraining if pairs else transformers.AutoModelForMaskedLM
     folder_of(auto, BERT | {"hidden_size": 48}, tmp_path, tokenizer)
-    model, reference, other, callback = distilled(MaskedLM(network=BERT), tmp_path, tokenizer, next_sentence=pairs)
+    model, reference, other, callback = distilled(
+        optional("tasks.masked_lm.model.MaskedLM")(network=BERT), tmp_path, tokenizer, next_sentence=pairs
+    )
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(5, len(tokenizer), (4, 16), generator=generator)
     positions = torch.stack([torch.randperm(15, generator=generator)[:3] + 1 for _ in range(4)])
@@ -181,6 +179,7 @@ def inputs_of(tokenizer) -> dict[str, torch.Tensor]:
     return {"input_ids": tokens, "attention_mask": mask}
 
 
+@needs("tasks.classification")
 @pytest.mark.parametrize("kind", ["multiclass", "multilabel", "regression"])
 def test_loss_of_a_classifier_is_the_formula_of_each_kind(kind: str, tokenizer, tmp_path: Path):
     auto, labels = transformers.AutoModelForSequenceClassification, dict(enumerate(LABELS))
@@ -188,7 +187,7 @@ def test_loss_of_a_classifier_is_the_formula_of_each_kind(kind: str, tokenizer, 
     folder_of(auto, BERT, tmp_path, tokenizer, **settings)
     weighed = {"class_weights": {"good": 2.0}} if kind == "multiclass" else {}
     model, reference, other, callback = distilled(
-        Classification(network=BERT, **weighed), tmp_path, tokenizer, kind=kind
+        optional("tasks.classification.model.Classification")(network=BERT, **weighed), tmp_path, tokenizer, kind=kind
     )
     inputs = inputs_of(tokenizer)
     logits = reference(**inputs).logits[:3]  # the last row is padding
@@ -211,11 +210,14 @@ def test_loss_of_a_classifier_is_the_formula_of_each_kind(kind: str, tokenizer, 
     assert model.loss(inputs | {"targets": targets})[1] == (4 if kind == "multiclass" else 3)
 
 
+@needs("tasks.tagging")
 def test_loss_of_a_tagger_is_the_formula_at_the_first_tokens_of_words(tokenizer, tmp_path: Path):
     auto = transformers.AutoModelForTokenClassification
     folder_of(auto, BERT, tmp_path, tokenizer, id2label=dict(enumerate(LABELS)))
     data = {"marks_spans": False, "kinds": LABELS}
-    model, reference, other, callback = distilled(Tagging(network=BERT), tmp_path, tokenizer, **data)
+    model, reference, other, callback = distilled(
+        optional("tasks.tagging.model.Tagging")(network=BERT), tmp_path, tokenizer, **data
+    )
     inputs = inputs_of(tokenizer)
     words = torch.tensor([[1, 2, 4], [1, 3, -1], [1, -100, -100], [1, 2, 3]])  # -1: cut off
     targets = torch.tensor([[0, 2, 1], [1, 1, 1], [2, -100, -100], [-100] * 3])
@@ -228,9 +230,12 @@ def test_loss_of_a_tagger_is_the_formula_at_the_first_tokens_of_words(tokenizer,
     assert_same(model, batch, reference, own, kl(logits, told), callback)
 
 
+@needs("tasks.questions")
 def test_loss_of_a_question_answerer_is_the_formula_over_the_context(tokenizer, tmp_path: Path):
     folder_of(transformers.AutoModelForQuestionAnswering, BERT, tmp_path, tokenizer)
-    model, reference, other, callback = distilled(QuestionAnswering(network=BERT), tmp_path, tokenizer)
+    model, reference, other, callback = distilled(
+        optional("tasks.questions.model.QuestionAnswering")(network=BERT), tmp_path, tokenizer
+    )
     inputs = inputs_of(tokenizer)
     context = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 0], [0, 0, 1, 1, 1, 0, 0, 0], [0, 1, 1, 1, 1, 1, 1, 1], [0] * 8])
     targets = torch.tensor([[3, 4], [0, 0], [5, 7], [-100, -100]])
@@ -344,18 +349,23 @@ def test_teacher_with_another_tokenizer_is_refused(fit):
         fit(*options(teacher))
 
 
+@needs("tasks.classification")
 def test_teacher_of_other_labels_or_none_is_refused(tokenizer, tmp_path: Path):
+    classification = optional("tasks.classification.model.Classification")
     auto = transformers.AutoModelForSequenceClassification
     folder_of(auto, BERT, tmp_path / "order", tokenizer, id2label=dict(enumerate(reversed(LABELS))))
     folder_of(transformers.AutoModelForMaskedLM, BERT, tmp_path / "none", tokenizer)
     with pytest.raises(UserError, match="predicts the labels mixed, good, bad, and the data has bad, good, mixed"):
-        distilled(Classification(network=BERT), tmp_path / "order", tokenizer, kind="multiclass")
+        distilled(classification(network=BERT), tmp_path / "order", tokenizer, kind="multiclass")
     with pytest.raises(
         UserError, match="has no weights for .*classifier.weight.*: use one that was trained for this task"
     ):
-        distilled(Classification(network=BERT), tmp_path / "none", tokenizer, kind="multiclass")
+        distilled(classification(network=BERT), tmp_path / "none", tokenizer, kind="multiclass")
 
 
+@needs("tasks.parsing")
 def test_models_that_it_does_not_know_are_refused(tmp_path: Path):
     with pytest.raises(UserError, match="Parser does not support distillation"):
-        Distillation(str(tmp_path)).on_fit_start(SimpleNamespace(strategy=None), Parser(network=BERT))
+        Distillation(str(tmp_path)).on_fit_start(
+            SimpleNamespace(strategy=None), optional("tasks.parsing.model.Parser")(network=BERT)
+        )

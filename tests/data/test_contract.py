@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import AutoModelForCausalLM
 
 from lm_lightning.errors import UserError
-from lm_lightning.security.untrusted import TRUST_PACKAGES
+from lm_lightning.security.trust import PACKAGES
 
 TOKENS = 20
 
@@ -79,7 +79,7 @@ class Lists(Plain):
 
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv(TRUST_PACKAGES, "test_contract")  # which the run's own config names
+    monkeypatch.setenv(PACKAGES, "test_contract")  # which the run's own config names
     network = {"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 16, "vocab_size": TOKENS}
     settings = {
         "model": {

@@ -13,7 +13,7 @@ from lm_lightning.data.corpus import Corpus, inputs
 from lm_lightning.data.corpus import read as read_corpus
 from lm_lightning.errors import UserError
 from lm_lightning.finetuning.tables import Tables, read_files
-from lm_lightning.security.untrusted import TRUST_PACKAGES
+from lm_lightning.security.trust import PACKAGES
 
 
 def write(path: Path, data: str | bytes) -> Path:
@@ -245,7 +245,7 @@ def test_a_format_of_ones_own_is_a_class_path_of_a_corpus(
     assert sum(split["documents"] for split in documents.values()) == 100
     with pytest.raises(UserError, match="asks to import my_formats.LabelledLines"):
         cli("validate", run)
-    monkeypatch.setenv(TRUST_PACKAGES, "my_formats")
+    monkeypatch.setenv(PACKAGES, "my_formats")
     assert "val/loss" in cli("validate", run)
 
 

@@ -10,7 +10,7 @@ import yaml
 from conftest import evaluation
 
 from lm_lightning.data.tokenizer import Tokenizer, train
-from lm_lightning.security.untrusted import TRUST_PACKAGES
+from lm_lightning.security.trust import PACKAGES
 
 TASK = """import torch, torch.nn.functional as F, transformers
 from lm_lightning.finetuning.data import LabelledData
@@ -91,7 +91,7 @@ def test_a_task_of_ones_own_trains_and_predicts(
     (tmp_path / "toy.yaml").write_text(yaml.safe_dump(content))
     out = cli("fit", "--config", tmp_path / "toy.yaml")
     run = Path(next(line for line in out.splitlines() if line.startswith("run folder: ")).split(": ", 1)[1])
-    monkeypatch.setenv(TRUST_PACKAGES, "my_task")
+    monkeypatch.setenv(PACKAGES, "my_task")
     cli("predict", run, "--data.batch_size", 7)  # the last batch has fewer rows, which are filled up
     predictions = [json.loads(line) for line in (evaluation(run) / "predictions.jsonl").read_text().splitlines()]
     assert [row["id"] for row in predictions] == list(range(len(rows)))

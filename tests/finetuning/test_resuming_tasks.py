@@ -19,7 +19,7 @@ TASKS = {  # recipe: more flags
     "roles": (),
     "parsing": (),
     "questions": ("--data.max_length", 200),
-    "search": ("--model.cache_chunk", 2),
+    "search": ("--model.mini_batch_size", 2),
     "embedding": ("--data.columns.score", "number"),
 }
 

@@ -29,7 +29,7 @@ from lm_lightning.checkpoints.loading import load_checkpoint
 from lm_lightning.data.tokenizer import Tokenizer, train
 from lm_lightning.errors import UserError
 from lm_lightning.lora.lora import LoRA
-from lm_lightning.security.untrusted import TRUST_PACKAGES
+from lm_lightning.security.trust import PACKAGES
 from lm_lightning.strategies import FSDP2, TensorParallel
 
 SIZES = {
@@ -241,7 +241,7 @@ def test_a_checkpoint_is_refused_where_it_does_not_belong(fit, cli, recipe: Path
 def test_new_heads_are_trained_saved_and_exported(
     cli, tmp_path: Path, monkeypatch, data: str, model: str, monitor: str, base: str
 ):
-    monkeypatch.setenv(TRUST_PACKAGES, "test_lora")  # so that the run's own config may import Logits
+    monkeypatch.setenv(PACKAGES, "test_lora")  # so that the run's own config may import Logits
     file, folder = recipe_of(tmp_path, model, data, monitor), tmp_path / "base"
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tok")
     torch.manual_seed(0)
@@ -378,7 +378,7 @@ def test_activation_checkpointing_changes_nothing(fit, bases, kind: str, base: s
         (["--model.adapter.dropout=1"], "a dropout from 0 to below 1"),
         (
             ['--model.adapter.modules=["*banana*"]'],
-            r"\*banana\* is the name of no linear layer, such as transformer.h.0",
+            r"\*banana\* matches no linear layer, such as transformer.h.0",
         ),
         (["--model.adapter.base=int3"], "int3"),
     ],

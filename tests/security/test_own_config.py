@@ -15,7 +15,7 @@ import yaml
 from conftest import command, refusal
 
 from lm_lightning.errors import UserError
-from lm_lightning.security.untrusted import TRUST_PACKAGES
+from lm_lightning.security.trust import PACKAGES
 
 PAYLOAD = """
 from pathlib import Path
@@ -97,7 +97,7 @@ def payload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The file that the import of the module `payload` makes."""
     (tmp_path / "payload.py").write_text(PAYLOAD.format(harmed=str(tmp_path / "harmed")))
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delenv(TRUST_PACKAGES, raising=False)
+    monkeypatch.delenv(PACKAGES, raising=False)
     monkeypatch.delitem(sys.modules, "payload", raising=False)
     return tmp_path / "harmed"
 
@@ -147,7 +147,7 @@ def test_the_config_of_a_run_imports_no_other_classes(fit, cli, payload: Path, m
     assert "the callback is called" in cli("validate", run, "--config", run / "more.yaml")
     change(HOSTILE["a callback"])
     with monkeypatch.context() as patch:
-        patch.setenv(TRUST_PACKAGES, "other,payload")
+        patch.setenv(PACKAGES, "other,payload")
         assert "the callback is called" in cli("validate", run)
 
 

@@ -51,7 +51,7 @@ class Distillation(Callback):
         Raises:
             UserError: If it does not predict what the data asks for.
         """
-        self.teacher: Any = type(pl_module)(pretrained=self.name, attention=pl_module.attention)
+        self.teacher: Any = type(pl_module)(pretrained=self.name, attn_implementation=pl_module.attn_implementation)
         self.teacher.trainer = trainer
         labels = self.teacher.own_labels()
         if "id2label" in self.teacher.head_settings() and labels and labels != trainer.datamodule.labels:
@@ -77,7 +77,7 @@ class Distillation(Callback):
         return loss, count
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        totals = torch.stack([self.distance, pl_module.steps.current.tokens.float()])
+        totals = torch.stack([self.distance, pl_module.optimizer_steps.current.tokens.float()])
         totals = trainer.strategy.reduce(totals, reduce_op="sum")
         pl_module.log("train/distillation", totals[0] / totals[1].where(totals[1] > 0, 1))
         self.distance = 0.0
