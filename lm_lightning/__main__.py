@@ -19,12 +19,12 @@ from lm_lightning.security.redaction import scrub
 
 # Commands of the core: the module with a main() that reads sys.argv, and what it does
 CORE = {
-    "fit": ("lm_lightning.cli.app", "train a model, resume with --ckpt_path last"),
-    "validate": ("lm_lightning.cli.app", "metrics on the validation split"),
-    "test": ("lm_lightning.cli.app", "metrics on the test split"),
-    "predict": ("lm_lightning.cli.app", "predictions on the test split"),
-    "prepare": ("lm_lightning.commands.prepare", "tokenize a corpus, show what is in it"),
-    "export": ("lm_lightning.commands.export", "make a from_pretrained folder of a checkpoint"),
+    "fit": ("lm_lightning.cli.app", "train a model; --ckpt_path last resumes it"),
+    "validate": ("lm_lightning.cli.app", "compute the metrics on the validation split"),
+    "test": ("lm_lightning.cli.app", "compute the metrics on the test split"),
+    "predict": ("lm_lightning.cli.app", "write predictions for the test split"),
+    "prepare": ("lm_lightning.commands.prepare", "tokenize a corpus before training and print statistics"),
+    "export": ("lm_lightning.commands.export", "convert a checkpoint to a from_pretrained folder"),
 }
 
 

@@ -13,11 +13,11 @@ SLICE_LOGITS = 1 << 20  # processed at a time on a CPU, so that they stay in its
 
 
 class Teacher(NamedTuple):
-    """The linear head of a teacher network with its inputs, and how much matching it counts in the loss.
+    """The linear head of a teacher network with its inputs, and the weight of the distillation loss.
 
     Attributes:
         hidden: The teacher's last hidden states of the same tokens, (N, H') float, without gradients.
-        weight: Its head, (V', H') float, whose first rows are the same tokens as those of the student's head.
+        weight: Its head, (V', H') float, whose first rows are those of the same tokens as in the student's head.
         bias: Bias of that head, (V',) float, or None.
         share: Weight of `kd_loss` in the loss; that of the cross entropy is 1 - share.
         temperature: Divides the logits of both.
@@ -48,27 +48,27 @@ def kd_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross entropy of (N, V) logits, summed over the rows that have a target, () float32; -100 where there is none."""
+    """Cross entropy of (N, V) logits, summed over the rows with a target (not -100), () float32."""
     return F.cross_entropy(logits.float(), targets, ignore_index=-100, reduction="sum")
 
 
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, bias: Optional[Tensor], targets: Tensor, vocab_size: Optional[int] = None
 ) -> Tensor:
-    """Cross entropy of a linear head, summed over the tokens, without ever holding all the logits.
+    """Cross entropy of a linear head, summed over the tokens, without holding all logits in memory at once.
 
-    Logits are made for some rows at a time. Where gradients are needed, those of `hidden` and `weight` are computed
-    from them at once, in the forward pass, so that nothing is computed twice and only the gradients are kept. The idea
-    is that of Liger Kernel's fused linear cross entropy (Hsu et al., 2024, arXiv:2410.10989). Under autocast the
+    Logits are computed for some rows at a time. If gradients are needed, those of `hidden` and `weight` are computed
+    from them already in the forward pass, so that nothing is computed twice and only the gradients are kept. This is
+    the method of Liger Kernel's fused linear cross entropy (Hsu et al., 2024, arXiv:2410.10989). Under autocast the
     products are computed in its dtype, the softmax and all sums over rows in float32. If the rows of the head are
-    sharded, each process computes the logits of its rows, and they exchange what the softmax needs of them.
+    sharded, each process computes the logits of its rows, and they exchange the maxima and sums of the softmax.
 
     Args:
         hidden: Last hidden states, (N, H) float; with a sharded head, the same on all its processes.
         weight: Head, (V, H) float; may be a DTensor with sharded rows.
         bias: Bias of the head, (V,) float, or None; sharded as the head is.
-        targets: Right tokens, (N,) int64; -100 where there is none.
-        vocab_size: Only the first so many rows of the head are tokens, the others are padding. Default: all V.
+        targets: Correct tokens, (N,) int64; -100 for none.
+        vocab_size: Number of tokens; further rows of the head are padding. Default: V.
 
     Returns:
         Sum of -log p(target) over rows that have a target, in nats, () float32.
@@ -84,13 +84,13 @@ def linear_distillation(
     teacher: Teacher,
     vocab_size: Optional[int] = None,
 ) -> tuple[Tensor, Tensor]:
-    """`linear_cross_entropy` mixed with the distillation loss, without ever holding all logits of either network.
+    """`linear_cross_entropy` mixed with the distillation loss, without holding all logits in memory at once.
 
     Both losses are computed from the same logits. Neither head may be sharded.
 
     Returns:
-        The loss, (1 - share) * cross entropy + share * `kd_loss`, and the latter alone, without gradients; both summed
-        over the rows that have a target, () float32.
+        The loss, (1 - share) * cross entropy + share * `kd_loss`, and the latter by itself, without gradients; both
+        summed over the rows that have a target, () float32.
     """
     return _linear_loss(hidden, weight, bias, targets, vocab_size, teacher)
 
@@ -110,10 +110,10 @@ def _linear_loss(
         mesh, weight = weight.device_mesh, weight.to_local()
         bias = bias.to_local() if isinstance(bias, DTensor) else None
         first, group = mesh.get_local_rank() * len(weight), mesh.get_group()
-    if not torch.is_grad_enabled():  # which the function itself cannot know
+    if not torch.is_grad_enabled():  # which an autograd function cannot know
         hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
     if teacher is not None:
-        rows = min(vocab_size, len(teacher.weight))  # that are tokens of both
+        rows = min(vocab_size, len(teacher.weight))  # of tokens that both have
         teacher = teacher._replace(
             hidden=teacher.hidden.to(dtype),
             weight=teacher.weight[:rows].to(dtype),
@@ -187,7 +187,7 @@ class _LinearLoss(torch.autograd.Function):
 
 
 def _kd_loss(logits: Tensor, teacher_logits: Tensor, teacher: Teacher) -> tuple[Tensor, Tensor]:
-    """`kd_loss` of (N, V) logits over the first V' of them, those of the teacher: (N, 1), and its gradient: (N, V')."""
+    """`kd_loss` of (N, V) logits over the teacher's first V' tokens, (N, 1), and its gradient, (N, V')."""
     teacher_logits = teacher_logits if teacher.bias is None else teacher_logits + teacher.bias
     both = (logits[:, : teacher_logits.shape[1]], teacher_logits)
     log_p, log_q = (torch.log_softmax(each.float() / teacher.temperature, dim=1) for each in both)
@@ -197,7 +197,7 @@ def _kd_loss(logits: Tensor, teacher_logits: Tensor, teacher: Teacher) -> tuple[
 
 
 def log_softmax(logits: Tensor, group: Optional[torch.distributed.ProcessGroup]) -> Tensor:
-    """Log-softmax over the second dimension of (N, V) logits, in float32, of which each process of a group has some."""
+    """Log-softmax over the second dimension of (N, V) logits, float32; each process of the group has some columns."""
     if group is None:
         return torch.log_softmax(logits, dim=1, dtype=torch.float32)
     logits = logits.float()

@@ -1,4 +1,4 @@
-"""Networks of `transformers`: what we need of them beside their forward pass."""
+"""Functions for networks of `transformers`, beside their forward pass."""
 
 import fnmatch
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,13 +14,13 @@ from transformers.pytorch_utils import Conv1D
 
 from lm_lightning.errors import UserError
 
-# Names that `transformers` has for tables with a row for each absolute position.
+# Names in `transformers` of tables with a row for each absolute position.
 POSITION_TABLES = ("position_embeddings", "embed_positions", "positions_embed", "position_embedding", "wpe")
 
 
 @contextmanager
 def headless(network: transformers.PreTrainedModel) -> Iterator[None]:
-    """A network whose head gives out, in the place of logits, what goes into it."""
+    """Within this context, the network returns the inputs of its head instead of logits."""
     head = network.get_output_embeddings()
     head.forward = lambda hidden: hidden
     try:
@@ -32,8 +32,8 @@ def headless(network: transformers.PreTrainedModel) -> Iterator[None]:
 def positions(network: Any) -> Optional[int]:
     """Tokens of the longest text that a network has positions for; None if there is no limit.
 
-    The config may name more of them than can be used: RoBERTa's positions begin after the row of the padding token
-    (Longformer's, MPNet's, ESM's, ... as well), and those of BART and OPT after an offset.
+    The config may have more of them than can be used: RoBERTa's positions begin after the row of the padding token
+    (as in Longformer, MPNet, ESM, ...), and those of BART and OPT after an offset.
 
     Args:
         network: Of `transformers`.
@@ -49,7 +49,7 @@ def positions(network: Any) -> Optional[int]:
 
 
 def blocks(network: transformers.PreTrainedModel) -> list[nn.Module]:
-    """The layers that a network repeats, which `transformers` marks by their class.
+    """The repeated layers of a network, which `transformers` marks by their class.
 
     Raises:
         UserError: If it has none.
@@ -57,8 +57,8 @@ def blocks(network: transformers.PreTrainedModel) -> list[nn.Module]:
     found = [module for module in network.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not found:
         raise UserError(
-            f"networks of type {network.config.model_type} have no layers that transformers marks as repeated: leave "
-            "model.activation_checkpointing out, and take --trainer.strategy ddp"
+            f"networks of type {network.config.model_type} have no layers that transformers marks as repeated: omit "
+            "model.activation_checkpointing, and use --trainer.strategy ddp"
         )
     return found
 
@@ -83,17 +83,17 @@ def linear_layers(network: Any, patterns: Sequence[str] = ()) -> dict[str, nn.Li
         name: m for name, m in found.items() if not patterns or any(fnmatch.fnmatchcase(name, p) for p in patterns)
     }
     if not chosen:
-        raise UserError(f"{', '.join(patterns)} is the name of no linear layer, such as {', '.join(list(found)[:3])}")
+        raise UserError(f"{', '.join(patterns)} matches no linear layer, such as {', '.join(list(found)[:3])}")
     return chosen
 
 
 def by_rows(module: nn.Linear, weight: Tensor) -> Tensor:
-    """A view of a weight, or what has its shape, as (outputs, inputs)."""
+    """A view of a weight, or of a tensor of its shape, as (outputs, inputs)."""
     return weight.T if isinstance(module, Conv1D) else weight
 
 
 def smallest(scores: Tensor, share: float) -> Tensor:
-    """Which elements of the last dimension are the share with the smallest scores, exactly as many: bool."""
+    """A mask, bool, of exactly the given share of elements, those with the smallest scores in the last dimension."""
     chosen = torch.zeros_like(scores, dtype=torch.bool)
     number = round(share * scores.shape[-1])
     return chosen.scatter_(-1, scores.topk(number, dim=-1, largest=False, sorted=False).indices, True)
@@ -130,7 +130,7 @@ def local_norm(tensors: list[Tensor]) -> Tensor:
     """The norm of all elements of some tensors, () float32."""
     if tensors[0].device.type != "cpu":
         return torch.nn.utils.get_total_norm(tensors)
-    # PyTorch adds up the squares of a whole tensor one after the other on a CPU: of five million, the norm is off by
-    # 1e-4. Row by row, it is not.
+    # On a CPU, PyTorch adds up all squares of a tensor one after the other, which for five million elements makes an
+    # error of 1e-4. Row by row, there is none.
     norms = [torch.linalg.vector_norm(torch.linalg.vector_norm(tensor, dim=-1)) for tensor in tensors]
     return torch.linalg.vector_norm(torch.stack(norms))

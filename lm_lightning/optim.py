@@ -22,14 +22,14 @@ def parameter_groups(network: transformers.PreTrainedModel, layer_decay: float =
 
     Args:
         network: A `transformers` network.
-        layer_decay: Factor of the learning rate from each layer to the one below it. What is over the layers has the
-            whole rate, what is under them that of a layer more (Howard and Ruder, 2018, arXiv:1801.06146).
+        layer_decay: Factor of the learning rate from each layer to the one below it. Parameters above the layers have
+            the full rate; those below them count as one more layer (Howard and Ruder, 2018, arXiv:1801.06146).
 
     Returns:
-        Groups named `hidden` (matrices between the layers, which Muon can take), `embeddings` (token and position
+        Groups named `hidden` (the matrices of the layers, which Muon can train), `embeddings` (token and position
         embeddings and the head), `tensors` (of three and more dimensions, such as stacked experts) and `vectors`
-        (biases and norms, never decayed). Empty groups are left out. With a layer decay, each is divided by layers,
-        and has an `lr_factor` to be multiplied with its learning rate.
+        (biases and norms, without weight decay). Empty groups are omitted. With a layer decay, each is divided by
+        layers, and has an `lr_factor`, by which its learning rate is multiplied.
     """
     decays = {"vectors": {"weight_decay": 0.0}}
     outside = {id(p) for m in network.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
@@ -53,11 +53,11 @@ def parameter_groups(network: transformers.PreTrainedModel, layer_decay: float =
 
 
 def depth_of_parameters(network: transformers.PreTrainedModel) -> dict[int, int]:
-    """How many layers are over each parameter, by its `id`: 0 of what follows them, one more than all of embeddings."""
+    """How many layers are above each parameter, by its `id`: 0 for the head, and one more than all for embeddings."""
     layers = blocks(network)
     depths = {id(p): len(layers) - number for number, layer in enumerate(layers) for p in layer.parameters()}
     under = len(layers) + 1
-    for parameter in network.base_model.parameters():  # in the order in which data passes them
+    for parameter in network.base_model.parameters():  # in the order of the forward pass
         under = 0 if id(parameter) in depths else under
         depths.setdefault(id(parameter), under)
     return {id(p): 0 for p in network.parameters()} | depths
@@ -75,7 +75,7 @@ def make_optimizer(
     Args:
         network: A `transformers` network, perhaps sharded.
         factory: Makes the optimizer of groups of parameters.
-        schedule: Of the learning rate.
+        schedule: Schedule of the learning rate.
         total_steps: Optimizer steps of the run.
         layer_decay: See `parameter_groups`.
 
@@ -132,7 +132,7 @@ class MuonAdamW(torch.optim.Optimizer):
     ) -> None:
         groups = list(params)
         if not all(isinstance(group, dict) and "name" in group for group in groups):
-            raise UserError("MuonAdamW needs to know which matrices are hidden: give it parameter_groups(network)")
+            raise UserError("MuonAdamW needs groups that name the hidden matrices: use parameter_groups(network)")
         hidden = [group for group in groups if group["name"] == "hidden"]
         others = [group for group in groups if group["name"] != "hidden"]
         self.parts: list[torch.optim.Optimizer] = []
@@ -144,7 +144,7 @@ class MuonAdamW(torch.optim.Optimizer):
             )
         if others:
             self.parts.append(torch.optim.AdamW(others, lr=lr, weight_decay=weight_decay, betas=betas, eps=eps))
-        # The parts' groups and states are this optimizer's own, so that schedulers and checkpoints see one optimizer.
+        # The parts share this object's groups and state, so that schedulers and checkpoints see one optimizer.
         super().__init__([group for part in self.parts for group in part.param_groups], {})
         self._share()
 
@@ -175,19 +175,19 @@ class Schedule:
     """Learning rate over the optimizer steps, as a factor of the optimizer's own.
 
     Args:
-        shape: After the warm-up: `cosine` and `linear` fall to `final` over all remaining steps, `constant` stays,
-            `wsd` (warmup, stable, decay) stays and falls linearly over the last `decay_fraction` of the steps.
+        shape: After the warm-up, `cosine` and `linear` decrease to `min_lr_ratio` over all remaining steps; `constant`
+            does not change; `wsd` (warmup, stable, decay) decreases linearly over the last `decay_ratio` of the steps.
         warmup_ratio: Share of all steps in which the rate rises linearly from nearly 0, if `warmup_steps` is not given.
         warmup_steps: Optimizer steps of the warm-up, instead of a share of the run.
-        final: Factor at the last step.
-        decay_fraction: Share of all steps in which `wsd` falls.
+        min_lr_ratio: Learning rate at the last step, as a fraction of the optimizer's.
+        decay_ratio: Share of all steps in which `wsd` decreases.
     """
 
     shape: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     warmup_ratio: float = 0.05
     warmup_steps: Optional[int] = None
-    final: float = 0.1
-    decay_fraction: float = 0.2
+    min_lr_ratio: float = 0.1
+    decay_ratio: float = 0.2
 
     def factor(self, step: int, total_steps: float) -> float:
         """The factor of optimizer step `step`, counted from 0, of a run of `total_steps`."""
@@ -198,10 +198,10 @@ class Schedule:
             return 1.0
         begin: float = warmup
         if self.shape == "wsd":
-            begin = max(begin, total_steps - 1 - max(1, round(self.decay_fraction * total_steps)))
+            begin = max(begin, total_steps - 1 - max(1, round(self.decay_ratio * total_steps)))
         progress = min(1.0, max(0, step - begin) / max(1, total_steps - 1 - begin))
         fall = (1 + math.cos(math.pi * progress)) / 2 if self.shape == "cosine" else 1 - progress
-        return self.final + (1 - self.final) * fall
+        return self.min_lr_ratio + (1 - self.min_lr_ratio) * fall
 
     def warmup(self, total_steps: float) -> int:
         """Optimizer steps of the warm-up of a run of `total_steps`."""
@@ -211,14 +211,14 @@ class Schedule:
 
     def check(self, total_steps: float) -> None:
         """Refuses a schedule that a run of `total_steps` optimizer steps cannot follow."""
-        for name, most in (("warmup_ratio", 1), ("warmup_steps", math.inf), ("final", 1), ("decay_fraction", 1)):
+        for name, most in (("warmup_ratio", 1), ("warmup_steps", math.inf), ("min_lr_ratio", 1), ("decay_ratio", 1)):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= most:
                 between = "0 or more" if most == math.inf else "between 0 and 1"
                 raise UserError(f"model.schedule.{name} is {value}, but must be {between}")
         if self.shape != "constant" and math.isinf(total_steps):
             raise UserError(
-                f"the {self.shape} schedule needs to know the length of the run: set trainer.max_steps or "
+                f"the {self.shape} schedule depends on the length of the run: set trainer.max_steps or "
                 "trainer.max_epochs, or use model.schedule.shape constant"
             )
         if self.warmup_steps is None and self.warmup_ratio and math.isinf(total_steps):
@@ -229,5 +229,5 @@ class Schedule:
         if self.warmup(total_steps) >= total_steps:
             raise UserError(
                 f"the warm-up of {self.warmup(total_steps)} steps is as long as the run of {total_steps:.0f} steps or "
-                "longer: lower model.schedule.warmup_steps, or leave it out to use model.schedule.warmup_ratio"
+                "longer: lower model.schedule.warmup_steps, or omit it to use model.schedule.warmup_ratio"
             )

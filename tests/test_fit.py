@@ -199,7 +199,7 @@ def test_srun_makes_one_run_folder_and_says_everything_once(recipe: Path):
         (("--name", "../up"), "without slashes"),
         (("--model.network", "null"), "not neither"),
         (("--model.network.n_embd", 33), "cannot be made"),
-        (("--model.attention", "banana"), "cannot be made"),
+        (("--model.attn_implementation", "banana"), "cannot be made"),
         (("--model.optimizer.init_args.lr", -1), "does not accept its settings"),
         (("--trainer.strategy", "fsdp"), "use --trainer.strategy fsdp2"),
         (("--trainer.strategy", "deepspeed_stage_3"), "use --trainer.strategy fsdp2"),

@@ -82,7 +82,7 @@ def test_what_fuzzing_has_found_is_refused(fit: Callable[..., Path], flags: tupl
         ("best.save_top_k", ("best",)),
         ("data.batch_size", ("data", "init_args")),
         ("data.corpus.document", ("data", "init_args", "corpus")),
-        ("model.schedule.final", ("model", "init_args", "schedule")),
+        ("model.schedule.min_lr_ratio", ("model", "init_args", "schedule")),
         ("model.optimizer.weight_decay", ("model", "init_args", "optimizer", "init_args")),
     ],
 )
@@ -98,9 +98,9 @@ def test_null_in_a_file_is_refused_where_it_means_nothing(cli, recipe: Path, nam
 
 def test_null_is_refused_where_a_base_class_says_what_is_meant(cli, recipe: Path):
     content = yaml.safe_load(recipe.read_text())
-    content["model"] = {"class_path": "MaskedLM", "init_args": {"schedule": {"decay_fraction": None}}}
+    content["model"] = {"class_path": "MaskedLM", "init_args": {"schedule": {"decay_ratio": None}}}
     recipe.write_text(yaml.safe_dump(content))
-    with pytest.raises(UserError, match="model.schedule.decay_fraction is null"):
+    with pytest.raises(UserError, match="model.schedule.decay_ratio is null"):
         cli("fit", "--config", recipe)
 
 

@@ -32,7 +32,7 @@ CASES = [  # 4 steps of warm-up
 
 @pytest.mark.parametrize("shape, total_steps, factors", CASES)
 def test_factors_of_a_schedule(shape, total_steps, factors):
-    schedule = Schedule(shape, warmup_steps=4, final=0.1, decay_fraction=0.25)
+    schedule = Schedule(shape, warmup_steps=4, min_lr_ratio=0.1, decay_ratio=0.25)
     assert {step: schedule.factor(step, total_steps) for step in factors} == pytest.approx(factors)
 
 
@@ -43,17 +43,19 @@ def test_without_warm_up_the_first_step_has_the_full_rate(shape):
 
 @pytest.mark.parametrize("shape", FALLING)
 def test_a_final_factor_of_zero_is_reached_only_at_the_last_step(shape):
-    schedule = Schedule(shape, warmup_steps=0, final=0.0, decay_fraction=0.5)
+    schedule = Schedule(shape, warmup_steps=0, min_lr_ratio=0.0, decay_ratio=0.5)
     factors = [schedule.factor(step, 10) for step in range(10)]
     assert factors == sorted(factors, reverse=True)
     assert factors[-1] == pytest.approx(0) and min(factors[:-1]) > 0.01
 
 
 def test_wsd_of_a_short_run_ends_at_the_final_rate():
-    assert Schedule("wsd", warmup_steps=0, final=0.1, decay_fraction=0.2).factor(4, 5) == pytest.approx(0.1)
+    assert Schedule("wsd", warmup_steps=0, min_lr_ratio=0.1, decay_ratio=0.2).factor(4, 5) == pytest.approx(0.1)
 
 
-@pytest.mark.parametrize("wrong", [{"warmup_steps": -1}, {"warmup_ratio": 5}, {"final": 1.5}, {"decay_fraction": 20}])
+@pytest.mark.parametrize(
+    "wrong", [{"warmup_steps": -1}, {"warmup_ratio": 5}, {"min_lr_ratio": 1.5}, {"decay_ratio": 20}]
+)
 def test_a_schedule_out_of_range_is_refused(wrong):
     ((name, value),) = wrong.items()
     with pytest.raises(UserError, match=f"model.schedule.{name} is {value}, but must be"):
@@ -72,7 +74,7 @@ def test_the_warm_up_is_a_share_of_the_run_unless_its_steps_are_given():
 
 
 def test_wsd_falls_no_earlier_than_the_warm_up_ends():
-    schedule = Schedule("wsd", warmup_steps=8, final=0.0, decay_fraction=0.5)
+    schedule = Schedule("wsd", warmup_steps=8, min_lr_ratio=0.0, decay_ratio=0.5)
     assert [schedule.factor(step, 11) for step in range(7, 11)] == pytest.approx([8 / 9, 1.0, 0.5, 0.0])
 
 

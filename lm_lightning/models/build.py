@@ -36,7 +36,7 @@ class NetworkBuilder:
         block_size: Tokens of the longest sample; None if unknown.
         length_option: Option of the data that sets it, for messages.
         head_settings: Settings of the network's config that its head needs.
-        attention: Attention implementation of `transformers`. Default: the best that it finds.
+        attn_implementation: Attention implementation of `transformers`. Default: the best that it finds.
         adapter: The adapter that will be added to a pretrained network.
         precision: The trainer's, such as `bf16-mixed`.
         print: Prints a line in the first process.
@@ -48,7 +48,7 @@ class NetworkBuilder:
     block_size: Optional[int] = None
     length_option: str = "block_size"
     head_settings: Mapping[str, Any] = field(default_factory=dict)
-    attention: Optional[str] = None
+    attn_implementation: Optional[str] = None
     adapter: Optional[Adapter] = None
     precision: str = "32-true"
     print: Callable[[str], Any] = print
@@ -69,7 +69,7 @@ class NetworkBuilder:
         config = transformers.AutoConfig.for_model(model_type, **settings)
         self.refuse_mismatched_tokenizer(config)
         self.check(config)
-        network = self.auto_class.from_config(config, attn_implementation=self.attention)
+        network = self.auto_class.from_config(config, attn_implementation=self.attn_implementation)
         self.refuse_length(positions(network))
         return network
 
@@ -152,7 +152,7 @@ class NetworkBuilder:
                 name,
                 local_files_only=hub.local_only(name),
                 trust_remote_code=trust_remote_code(),
-                attn_implementation=self.attention,
+                attn_implementation=self.attn_implementation,
                 dtype=torch.float32,
                 output_loading_info=True,
                 ignore_mismatched_sizes=bool(self.head_settings),  # of a head for other labels; see below
@@ -278,7 +278,7 @@ def builder_of(module: Any) -> NetworkBuilder:
         block_size=contract.optional(data, "block_size"),
         length_option=contract.optional(data, "length_option"),
         head_settings=module.head_settings(),
-        attention=module.attention,
+        attn_implementation=module.attn_implementation,
         adapter=module.adapter,
         precision="32-true" if module.adapter is None else module.trainer.precision,
         print=module.print,

@@ -9,7 +9,7 @@ from lm_lightning.losses import Teacher, cross_entropy, kd_loss, linear_distilla
 
 
 def mix(own: Tensor, distillation: Tensor, weight: float) -> Tensor:
-    """The loss made of a model's own loss and its distillation loss, of which `weight` is the share."""
+    """The weighted mean of a model's own loss and its distillation loss; `weight` is that of the latter."""
     return (1 - weight) * own + weight * distillation
 
 
@@ -22,14 +22,14 @@ def token_losses(
     weight: float,
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
-    """Losses of a model that predicts tokens, by a teacher that does.
+    """Losses of a model that predicts tokens, with a teacher that does.
 
     Args:
         student: The model, with `has_linear_head`, `vocab_size` and `network`.
-        output: What goes into its head if it `has_linear_head`, (N, H) float, else the logits, (N, V) float.
+        output: The inputs of its head if it `has_linear_head`, (N, H) float, else the logits, (N, V) float.
         teacher: The other model.
         teacher_output: Its output for the same tokens, without gradients.
-        targets: (N,) int64, -100 where there is none.
+        targets: (N,) int64, -100 for none.
         weight: See `mix`.
         temperature: See `losses.kd_loss`.
 

@@ -23,8 +23,8 @@ class CausalLM(LanguageModule):
     auto_class = transformers.AutoModelForCausalLM
 
     def network_made(self) -> None:
-        # Blocks have no padding. Told of a padding token, which often is also the end of text, a network would look
-        # for it in every batch, for which a GPU has to wait, and would give its embedding no gradient.
+        # Blocks have no padding. With a padding token, which often is also the end of text, a network would search for
+        # it in every batch, which makes the host wait for a GPU, and its embedding would get no gradient.
         self.network.config.pad_token_id = None
         self.network.get_input_embeddings().padding_idx = None
         self.has_linear_head = self.head_is_last()
@@ -32,7 +32,7 @@ class CausalLM(LanguageModule):
 
     @torch.no_grad()
     def refuse_leaks(self) -> None:
-        """Refuses networks that see the tokens to come, or other documents although these are masked.
+        """Refuses networks that see following tokens, or other documents although these are masked.
 
         Raises:
             UserError: Names the type of network.
@@ -44,28 +44,28 @@ class CausalLM(LanguageModule):
         first_changed[0, 0] += 1
 
         def same(other: Tensor, places: slice, **inputs: Tensor) -> bool:
-            """Whether `other` has the logits of `first` at some places."""
+            """Whether `other` has the logits of `first` at some positions."""
             ours, theirs = (network(input_ids=t, use_cache=False, **inputs).logits[:, places] for t in (first, other))
             return torch.allclose(ours, theirs, atol=1e-5)
 
         if not same(last_changed, slice(0, 7)):
-            raise UserError(f"networks of type {name} see the tokens to come: take a causal one, such as gpt2 or llama")
+            raise UserError(f"networks of type {name} see following tokens: use a causal one, such as gpt2 or llama")
         if contract.optional(self.trainer.datamodule, "mask_documents"):
             positions = torch.arange(8, device=network.device).unsqueeze(0) % 4  # two documents
             try:
                 masked = same(first_changed, slice(4, 8), position_ids=positions)
-            except TypeError:  # it takes no positions
+            except TypeError:  # it has no argument for positions
                 masked = False
             if not masked:
-                raise UserError(f"data.mask_documents does not work with networks of type {name}: switch it off")
+                raise UserError(f"data.mask_documents does not work with networks of type {name}: set it to false")
         network.train()
 
     @torch.no_grad()
     def head_is_last(self) -> bool:
-        """Whether the logits are nothing but the head applied to the last hidden states, tried on a few tokens.
+        """Whether the logits are exactly the head applied to the last hidden states, tested on a few tokens.
 
-        Some networks scale or cap the logits after the head (Gemma 2, Granite, Cohere, ...); the loss of these is
-        computed from their own logits.
+        Some networks scale or cap the logits after the head (Gemma 2, Granite, Cohere, ...); their loss is computed
+        from their own logits.
         """
         network = self.network.eval()
         tokens = torch.arange(4, device=network.device).unsqueeze(0)
@@ -73,18 +73,18 @@ class CausalLM(LanguageModule):
         try:
             expected = network(**inputs, use_cache=False).logits
             return torch.equal(network.get_output_embeddings()(self.hidden(inputs)), expected)
-        except (AttributeError, TypeError, RuntimeError):  # another layout: its own forward is what we have
+        except (AttributeError, TypeError, RuntimeError):  # of another structure: its own logits are used
             return False
         finally:
             network.train()
 
     def hidden(self, inputs: dict[str, Tensor]) -> Tensor:
-        """What goes into the head: (B, T, H). The network as a whole is called, which is where strategies take hold."""
+        """The inputs of the head: (B, T, H). The full network is called, because strategies hook into that."""
         with headless(self.network):
             return self.network(**inputs, use_cache=False).logits
 
     def outputs(self, batch: dict) -> Tensor:
-        """What goes into the head if it is `has_linear_head`, (B, T, H), else the logits: (B, T, V)."""
+        """The inputs of the head if `has_linear_head`, (B, T, H), else the logits: (B, T, V)."""
         inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch}
         return self.hidden(inputs) if self.has_linear_head else self.network(**inputs, use_cache=False).logits
 

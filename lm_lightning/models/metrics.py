@@ -93,7 +93,7 @@ def correlations(predicted: Tensor, right: Tensor) -> dict[str, Tensor]:
 
 
 class Counts(Metric):
-    """How many of each kind of something, such as spans with a label, are there, are told, and are told rightly.
+    """How many items of each kind, such as spans with a label, are correct, exist, and are predicted.
 
     Args:
         kinds: Names of the kinds.
@@ -106,12 +106,12 @@ class Counts(Metric):
         self.numbers = {kind: number for number, kind in enumerate(kinds)}
         self.add_state("counts", torch.zeros(3, len(kinds), dtype=torch.long), dist_reduce_fx="sum")
 
-    def update(self, gold: list[tuple], told: list[tuple]) -> None:
-        """Adds what there is in a sentence and what is told of it: pairs of a kind and a place."""
-        for row, found in enumerate((set(gold) & set(told), gold, told)):
+    def update(self, gold: list[tuple], predicted: list[tuple]) -> None:
+        """Adds the items of a sentence and the predicted ones: pairs of a kind and a place."""
+        for row, found in enumerate((set(gold) & set(predicted), gold, predicted)):
             for kind, _ in found:
                 self.counts[row, self.numbers[kind]] += 1
 
     def compute(self) -> Tensor:
-        """How many are right, there, and told, (3, kinds) int64."""
+        """How many are correct, exist, and are predicted, (3, kinds) int64."""
         return self.counts

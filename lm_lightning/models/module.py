@@ -49,7 +49,7 @@ class LanguageModule(LightningModule):
         optimizer: A `torch.optim.Optimizer` class with its settings; it gets the groups of `parameter_groups`. Another
             class than the default has its own default settings.
         schedule: Learning rate over the steps.
-        attention: Attention implementation of `transformers` (`sdpa`, `eager`, `flash_attention_2`, ...).
+        attn_implementation: Attention implementation of `transformers` (`sdpa`, `eager`, `flash_attention_2`, ...).
             Default: the best that `transformers` finds.
         compile: Whether to compile the network's body with `torch.compile`: slower to start, then faster.
         activation_checkpointing: Recomputes the activations of every n-th block in the backward pass instead of keeping
@@ -68,8 +68,8 @@ class LanguageModule(LightningModule):
 
     auto_class: Any  # of transformers, such as AutoModelForCausalLM
     unused: tuple[str, ...] = ()  # prefixes of the names of tensors that are not used, and need not be pretrained
-    # The description of the network in the checkpoint that `validate`, `test` or `predict` will load, else None. The
-    # command line sets it, because labels depend on it and Lightning loads checkpoints only after the data's setup.
+    # Description of the network in the checkpoint that `validate`, `test` or `predict` will load, else None. The
+    # command line sets it, because labels depend on it, and Lightning loads checkpoints only after the data's setup.
     evaluated_network: Optional[dict[str, Any]] = None
 
     def __init__(
@@ -78,7 +78,7 @@ class LanguageModule(LightningModule):
         pretrained: Optional[str] = None,
         optimizer: OptimizerFactory = torch.optim.AdamW,
         schedule: Schedule = Schedule(),
-        attention: Optional[str] = None,
+        attn_implementation: Optional[str] = None,
         compile: bool = False,
         activation_checkpointing: int = 0,
         on_nonfinite: Literal["stop", "skip"] = "stop",
@@ -94,7 +94,7 @@ class LanguageModule(LightningModule):
         self.adapter, self.new_tensors = adapter, list[str]()  # tensors without pretrained weights
         self.strict_loading = adapter is None  # checkpoints of an adapter do not have the base
         self.optimizer_factory, self.schedule = optimizer, schedule
-        self.attention, self.compile_body = attention, compile
+        self.attn_implementation, self.compile_body = attn_implementation, compile
         self.activation_checkpointing = activation_checkpointing
         self.network: transformers.PreTrainedModel = None  # made by `configure_model`
         self.val_loss = Ratio()
@@ -150,7 +150,7 @@ class LanguageModule(LightningModule):
 
     @hook
     def network_made(self) -> None:
-        """Called once, by `configure_model`, when the network is there."""
+        """Called once, by `configure_model`, when the network exists."""
 
     @hook
     def metrics(self, loss: Tensor, split: str) -> dict[str, Tensor]:
@@ -167,7 +167,7 @@ class LanguageModule(LightningModule):
 
     @hook
     def join_predictions(self, rows: list[dict]) -> list[dict]:
-        """What is written of all dicts that `predict_step` has returned, which are in the order of the samples."""
+        """Turns all dicts from `predict_step`, in the order of the samples, into those that are written."""
         return rows
 
     @hook
@@ -193,7 +193,7 @@ class LanguageModule(LightningModule):
 
     @hook
     def extra_files(self) -> Optional[export.ExtraFiles]:
-        """What is written beside an exported network."""
+        """Files that are written beside an exported network."""
         return None
 
     # Network
@@ -281,7 +281,7 @@ class LanguageModule(LightningModule):
     # Export
 
     def description(self) -> dict[str, Any]:
-        """All but the weights that is needed to make the network again, see `export.describe`."""
+        """What is needed to make the network again, except for the weights, see `export.describe`."""
         padding = None if self.tokenizer is None else self.tokenizer.pad_token_id
         return export.describe(self.network, self.network_class, self.vocab_size, padding, self.extra_files())
 
@@ -303,7 +303,7 @@ class LanguageModule(LightningModule):
         return self.optimizer_steps.add(self.trainer, batch, *(self.training_loss or self.loss)(batch))
 
     def check_batch(self, batch: Any, stage: str) -> None:
-        """Refuses batches that are none of this model, once a stage."""
+        """Refuses batches that this model cannot read, once a stage."""
         if stage not in self.checked:
             self.checked.add(stage)
             contract.check_batch(batch, self.trainer.datamodule, self.vocab_size)
@@ -325,7 +325,7 @@ class LanguageModule(LightningModule):
     # Optimizer
 
     def total_steps(self) -> float:
-        """Optimizer steps of the whole run, `inf` if it has no end."""
+        """Optimizer steps of the full run, `inf` if it has no end."""
         trainer = self.trainer
         if trainer.max_steps > 0 and trainer.max_epochs == -1:
             return trainer.max_steps
@@ -343,7 +343,7 @@ class LanguageModule(LightningModule):
 
     def on_train_start(self) -> None:
         contract.check_loader(self.trainer)
-        # A checkpoint restores the optimizer's settings of its run; those of this run were asked for.
+        # A checkpoint restores the optimizer settings of its run, but those of this run were requested.
         for group, settings in zip(self.optimizers().param_groups, self.group_settings):
             group.update(settings)
             group["lr"] = group["initial_lr"] * self.schedule.factor(self.trainer.global_step, self.total_steps())
@@ -376,7 +376,7 @@ class LanguageModule(LightningModule):
         self.log_dict(metrics)
 
     def title(self, split: str) -> str:
-        """What was evaluated, for tables and pictures: the split, and the step or the name of the weights."""
+        """The title of tables and figures of an evaluation: the split, and the step or the name of the weights."""
         if self.trainer.state.fn == "fit":
             return f"{split}, step {self.trainer.global_step:,}"
         return f"{split}, {Path(str(self.trainer.ckpt_path or self.pretrained)).name}"

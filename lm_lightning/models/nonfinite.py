@@ -36,7 +36,7 @@ class NonFiniteGuard:
     Attributes:
         pending: Steps that have not been checked yet, oldest first; append new ones here.
         checked: Finite steps that have been checked, for callbacks that watch the loss; these remove them.
-        skipped: Skipped steps of the whole run.
+        skipped: Skipped steps of the full run.
     """
 
     def __init__(

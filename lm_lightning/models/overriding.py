@@ -12,7 +12,7 @@ from lm_lightning.errors import UserError
 Function = TypeVar("Function", bound=Callable)
 # Attributes that `LanguageModule.__init__` sets, once.
 FIXED = frozenset(
-    {"settings", "pretrained", "adapter", "optimizer_factory", "schedule", "attention"}
+    {"settings", "pretrained", "adapter", "optimizer_factory", "schedule", "attn_implementation"}
     | {"compile_body", "activation_checkpointing", "val_loss", "freeze_patterns", "layer_decay", "keep_head"}
     | {"optimizer_steps", "checked"}
 )

@@ -1,4 +1,4 @@
-"""Optimizer steps: losses of micro-batches in, gradients of the mean over all target tokens of a step out.
+"""Optimizer steps: turns the losses of micro-batches into gradients of the mean over all target tokens of a step.
 
 The mean is exact however a step is split into micro-batches and processes, and however many targets each of them has.
 """
@@ -90,7 +90,7 @@ class OptimizerSteps:
             sums.loss_sum + loss_sum.detach(),
             sums.tokens + tokens,
         )
-        # The right divisor is known when the step is complete; a constant keeps the sums near 1 until then.
+        # The divisor is known when the step is complete; until then, a constant keeps the sums near 1.
         return loss_sum / contract.optional(trainer.datamodule, "tokens_per_batch")
 
     def finish(
@@ -139,9 +139,9 @@ class OptimizerSteps:
     ) -> bool:
         """Stops the run at a loss or gradient that is not finite, or skips the step; returns whether steps are skipped.
 
-        To read a value makes the host wait for the device. So a GPU's is read one step late, when it is there anyway,
-        and that of a lazy device (XLA) after a step that was logged, which had to be waited for. With float16, the
-        scaler provokes infinite gradients and skips their steps itself.
+        Reading a value makes the host wait for the device. Therefore a GPU's value is read one step late, when it is
+        available, and that of a lazy device (XLA) after a step that was logged, which waits anyway. With float16, the
+        scaler itself causes infinite gradients and skips their steps.
         """
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         skip = self.nonfinite.on_nonfinite == "skip" and not scaled

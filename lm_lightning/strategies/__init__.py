@@ -1,4 +1,4 @@
-"""Strategies: what `--trainer.strategy` names, each with the settings that language models need.
+"""The strategies that `--trainer.strategy` names, with the settings that language models need.
 
 A strategy decides where weights, data and computation are. The models do not depend on it, and a run has the same
 losses with each. Lightning's own `auto`, `ddp` and `ddp_spawn` are used as they are.
@@ -19,7 +19,7 @@ REPLACED = {
         "--trainer.strategy fsdp2, which shards as much as DeepSpeed's stage 3"
     ),
 }
-names = ["auto", "ddp", "ddp_spawn"]  # which are known to work
+names = ["auto", "ddp", "ddp_spawn"]  # that are known to work
 
 
 def register(name: str, strategy: type[Strategy], description: str, **settings: Any) -> None:
@@ -57,7 +57,7 @@ def check(strategy: Strategy) -> None:
     """Refuses strategies that do not leave gradients as `LanguageModule` expects them.
 
     Raises:
-        UserError: Names the strategy, or says why it cannot work with these processes.
+        UserError: Names the strategy, or states why it cannot work with these processes.
     """
     if hasattr(strategy, "check_processes"):
         strategy.check_processes()

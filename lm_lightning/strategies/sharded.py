@@ -1,4 +1,4 @@
-"""Sharded strategies: a network whose weights lie whole on one process in, one that is spread over all of them out.
+"""Sharded strategies: distribute the weights of a network over all processes.
 
 `FSDP2` keeps each process's share of each tensor and gathers a block's when it is needed. `TensorParallel` splits the
 matrices themselves, so that the processes of a group compute a block together (see `tensor_parallel.py`), and shards
@@ -39,10 +39,10 @@ class FSDP2(ModelParallelStrategy):
 
     Args:
         within_node: Shards over the processes of a node only and repeats that on each node ("hybrid"), which spares
-            the slower network between them.
+            the slower connection between them.
         cpu_offload: Keeps the shards in the host's memory while they are not used. Slow; for GPUs only.
         sharded_checkpoints: Whether a checkpoint is a folder to which each process writes its share, instead of one
-            file that the first process gathers in its memory. Either goes on under any strategy.
+            file that the first process gathers in its memory. Either can be resumed with any strategy.
         process_group_backend: Of torch.distributed. Default: nccl on GPUs, gloo on CPUs.
     """
 
@@ -108,8 +108,8 @@ class FSDP2(ModelParallelStrategy):
         What is outside the blocks (embeddings, last norm, head; tied or not) is one more unit.
         """
         offload = CPUOffloadPolicy() if self.cpu_offload else OffloadPolicy()
-        # Blocks are gathered in bf16, in which autocast would compute them anyway; all sums stay float32. (A CPU's
-        # layer norm takes no weights in bf16.)
+        # Blocks are gathered in bf16, in which autocast would compute them anyway; all sums are float32. (On a CPU,
+        # layer norm does not accept bf16 weights.)
         mixed = self.precision_plugin.precision == "bf16-mixed" and self.root_device.type != "cpu"
         half = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
         policy = half if mixed else MixedPrecisionPolicy()
@@ -120,7 +120,7 @@ class FSDP2(ModelParallelStrategy):
     # Checkpoints
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """The state of the optimizer: by parameters' names if sharded, else whole and as PyTorch numbers them."""
+        """The state of the optimizer: by names of parameters if sharded, else complete and numbered as by PyTorch."""
         optimizer = getattr(optimizer, "optimizer", optimizer)  # Lightning's wrapper
         options = StateDictOptions(full_state_dict=not self.sharded_checkpoints, cpu_offload=True)
         state = get_optimizer_state_dict(self.model, optimizer, options=options)

@@ -1,11 +1,11 @@
 """Tensor parallelism: how each type of network is split over processes that compute it together.
 
-The first matrix of a pair is split by columns (what it puts out), the second by rows (what it takes in), so that a
-block needs one sum over the processes for its attention and one for its feed-forward part (Shoeybi et al., 2019,
-arXiv:1909.08053). The rows of the vocabulary are shared out, too, in the embedding and the head.
+The first matrix of a pair is split by columns (outputs), the second by rows (inputs), so that a block needs one sum
+over the processes for its attention and one for its feed-forward part (Shoeybi et al., 2019, arXiv:1909.08053). The
+vocabulary is split, too, in the embedding and the head.
 
-`transformers` names what is split in the configs of many networks (`base_model_tp_plan`); `PLANS` has the others. A
-type of network that neither knows is refused: a guess would train, and be wrong.
+The configs of many networks in `transformers` have a plan (`base_model_tp_plan`); `PLANS` has those of others. A type
+of network without a plan is refused: a guess would train, with wrong results.
 """
 
 import fnmatch
@@ -56,12 +56,12 @@ PLANS: dict[str, dict[str, str]] = {
 
 
 class Projection(ParallelStyle):
-    """Splits the matrix of a linear layer, or of GPT-2's `Conv1D`, whose matrix lies the other way round.
+    """Splits the matrix of a linear layer, or of GPT-2's `Conv1D`, whose matrix is transposed.
 
     Args:
-        by: Which side of the matrix is split: `columns`, what it puts out, or `rows`, what it takes in.
-        inputs: How the processes have the inputs: `Replicate()`, each all of them, or `Shard(-1)`, each its own.
-        outputs: How they want the outputs.
+        by: Which dimension of the matrix is split: `columns`, its outputs, or `rows`, its inputs.
+        inputs: Placement of the inputs: `Replicate()` if each process has all of them, or `Shard(-1)`.
+        outputs: Placement of the outputs, as of the inputs.
     """
 
     def __init__(self, by: str, inputs: Placement, outputs: Placement) -> None:
@@ -80,14 +80,14 @@ class Projection(ParallelStyle):
             for key, _ in list(module.named_parameters(recurse=False)):
                 distribute(module, key, mesh, placements[key])
 
-        def take_in(module: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:
+        def prepare_inputs(module: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:
             local = DTensor.from_local(inputs[0], mesh, [self.inputs], run_check=False)
             return local.redistribute(placements=[Replicate() if columns else Shard(-1)])
 
-        def put_out(module: nn.Module, output: DTensor, mesh: DeviceMesh) -> Any:
+        def prepare_outputs(module: nn.Module, output: DTensor, mesh: DeviceMesh) -> Any:
             return output.redistribute(placements=[self.outputs]).to_local()
 
-        return distribute_module(module, device_mesh, split, take_in, put_out)
+        return distribute_module(module, device_mesh, split, prepare_inputs, prepare_outputs)
 
 
 STYLES: dict[str, ParallelStyle] = {
@@ -95,7 +95,7 @@ STYLES: dict[str, ParallelStyle] = {
     "rowwise": Projection("rows", Shard(-1), Replicate()),
     "colwise_gather_output": Projection("columns", Replicate(), Replicate()),
     "rowwise_split_input": Projection("rows", Replicate(), Replicate()),
-    # a norm of each head, whose small weights all processes have: their gradient is the sum over the heads' processes
+    # a norm of each head, whose small weights are replicated; their gradient is the sum over the processes
     "replicated_with_grad_allreduce": SequenceParallel(sequence_dim=2, use_local_output=True),
 }
 
@@ -114,7 +114,7 @@ def split(network: PreTrainedModel, mesh: DeviceMesh) -> None:
     if head is not None and len(head.weight) % mesh.size() == 0:
         parallelize_module(head, mesh, STYLES["colwise_gather_output"])
         parallelize_module(embedding, mesh, RowwiseParallel(input_layouts=Replicate()))
-    for places in ties:  # each place has got a tensor of its own
+    for places in ties:  # each place now has a tensor of its own
         parameters = [getattr(module, name) for module, name in places]
         one = next((p for p in parameters if isinstance(p, DTensor)), parameters[0])
         for module, name in places:
@@ -139,19 +139,19 @@ def check(config: PreTrainedConfig, size: int) -> None:
         raise UserError(
             f"how to split networks of type {config.model_type} by tensor parallelism is not known"
             + (f" ({', '.join(sorted(strange))})" if strange else "")
-            + f": take --trainer.strategy fsdp2, or one of {', '.join(PLANS)}, llama, mistral, qwen2, qwen3 and gemma2"
+            + f": use --trainer.strategy fsdp2, or one of {', '.join(PLANS)}, llama, mistral, qwen2, qwen3 and gemma2"
         )
     for name in ("num_attention_heads", "num_key_value_heads", "hidden_size", "intermediate_size"):
         value = getattr(config, name, None)
         if isinstance(value, int) and value % size:
             raise UserError(
-                f"tensor parallelism over {size} processes needs a network whose {name} they divide, and it is "
-                f"{value}: take another number of processes (--trainer.devices) or --trainer.strategy fsdp2"
+                f"tensor parallelism over {size} processes needs a network whose {name} is divisible by {size}, not "
+                f"{value}: use another number of processes (--trainer.devices) or --trainer.strategy fsdp2"
             )
 
 
 def tied(network: nn.Module) -> list[list[tuple[nn.Module, str]]]:
-    """The places of each parameter that a network has in more than one."""
+    """The modules and names of each parameter that is used in more than one place."""
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in network.modules():
         for name, parameter in module.named_parameters(recurse=False):

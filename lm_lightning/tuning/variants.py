@@ -52,8 +52,10 @@ VARIANTS = {  # a base comes before what is compared with it
     "compile": Variant(("--model.compile=true",)),
     "checkpointing": Variant(("--model.activation_checkpointing=1",)),
     "bf16": Variant(("--trainer.precision=bf16-mixed",), tolerance=Differences(0.02, 0.1, 0.05)),
-    "documents_eager": Variant((DOCUMENTS, "--model.attention=eager"), base=None, option="mask_documents"),
-    "documents": Variant((DOCUMENTS, "--model.attention=sdpa"), base="documents_eager", option="mask_documents"),
+    "documents_eager": Variant((DOCUMENTS, "--model.attn_implementation=eager"), base=None, option="mask_documents"),
+    "documents": Variant(
+        (DOCUMENTS, "--model.attn_implementation=sdpa"), base="documents_eager", option="mask_documents"
+    ),
     "ddp": Variant(("--trainer.strategy=ddp",), processes=2, shares=2),
     "ddp_accumulate": Variant(("--trainer.strategy=ddp",), processes=2, shares=2, micro_batches=2),
     "ddp_spawn": Variant(("--trainer.strategy=ddp_spawn",), processes=2, shares=2),

@@ -19,7 +19,7 @@ TASKS = {  # recipe: more flags
     "roles": (),
     "parsing": (),
     "questions": ("--data.max_length", 200),
-    "search": ("--model.cache_chunk", 2),
+    "search": ("--model.mini_batch_size", 2),
     "embedding": ("--data.columns.score", "number"),
 }
 
@@ -39,6 +39,7 @@ def rows() -> list[dict]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", [task for task in TASKS if (ROOT / "configs" / f"{task}.yaml").exists()])
 def test_a_task_resumes_exactly_with_dropout(task: str, cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     texts = [row["text"] for row in rows()]

@@ -213,7 +213,7 @@ def test_networks_that_see_what_they_should_not_are_refused(tokenizer):
     from lm_lightning.errors import UserError
 
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
-    with pytest.raises(UserError, match="see the tokens to come"):
+    with pytest.raises(UserError, match="see following tokens"):
         made(CausalLM(network={"model_type": "bert", **sizes}), tokenizer)
     for name in ("gpt2", "llama", "gemma2", "opt"):
         model = CausalLM(network=NETWORKS[name])

@@ -148,6 +148,7 @@ def test_huge_files_are_read_in_part(run: Path):
         assert f"{name} is omitted" in text
 
 
+@pytest.mark.slow
 def test_a_page_of_hostile_tables_stays_small_and_is_escaped(run: Path):
     script = "<script>alert(1)</script>"
     cell = '"' + "x" * 200_000 + '"'

@@ -271,8 +271,8 @@ def test_the_sweep_is_one_that_an_agent_can_run(cli, recipe: Path, monkeypatch: 
     assert part.run.run_id == "abc123" and part.run.sweep_id == "sweep1"
     assert part.config["model"]["init_args"]["schedule"] == {"shape": "wsd", "warmup_ratio": 0.02} | {
         "warmup_steps": 2,  # of the recipe
-        "final": 0.1,
-        "decay_fraction": 0.2,
+        "min_lr_ratio": 0.1,
+        "decay_ratio": 0.2,
     }
     assert any(sweep["metric"]["name"] in row for row in part.rows)
 

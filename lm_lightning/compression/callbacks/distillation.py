@@ -51,7 +51,7 @@ class Distillation(Callback):
         Raises:
             UserError: If it does not predict what the data asks for.
         """
-        self.teacher: Any = type(pl_module)(pretrained=self.name, attention=pl_module.attention)
+        self.teacher: Any = type(pl_module)(pretrained=self.name, attn_implementation=pl_module.attn_implementation)
         self.teacher.trainer = trainer
         labels = self.teacher.own_labels()
         if "id2label" in self.teacher.head_settings() and labels and labels != trainer.datamodule.labels:

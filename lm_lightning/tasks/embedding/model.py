@@ -39,16 +39,17 @@ class SentenceEncoder(LanguageModule):
     entropy of their cosines (van den Oord et al., 2018): the pairs of the other rows, and all hard negatives. What is a
     right answer, too, is no candidate. Where there are scores, the cosine is to be the score.
 
-    A batch is here what is embedded together: the `data.batch_size` rows of a micro-batch, of all processes with
-    `gather`. More micro-batches in an optimizer step make no more candidates; for that, raise `data.batch_size`, with
-    `cache_chunk` if memory does not suffice. The loss of an evaluation is that over the candidates of the whole split,
-    so that it does not depend on the batches; it is higher than that of training, which has fewer candidates.
+    A batch is what is embedded together: the `data.batch_size` rows of a micro-batch, of all processes with
+    `gather_across_devices`. More micro-batches in an optimizer step do not add candidates; for that, raise
+    `data.batch_size`, with `mini_batch_size` if memory does not suffice. The loss of an evaluation is that over the
+    candidates of the full split, so that it does not depend on the batches; it is higher than that of training, which
+    has fewer candidates.
 
     Args:
         pooling: `mean` of the tokens or the first one, `cls`. Default: what the folder of `pretrained` tells, or mean.
         scale: Factor of the cosines in the cross entropy, the inverse of its temperature.
-        gather: Whether the candidates of all processes count, instead of those of one.
-        cache_chunk: Texts that are embedded at once; their activations are computed again in the backward pass, one
+        gather_across_devices: Whether the candidates of all processes count, instead of those of one.
+        mini_batch_size: Texts that are embedded at once; their activations are computed again in the backward pass, one
             chunk after the other, so that a batch of any size needs the memory of one (gradient caching, Gao et al.,
             2021). Default: the whole batch.
         options: Those of all models, see `LanguageModule`.
@@ -66,17 +67,18 @@ class SentenceEncoder(LanguageModule):
         self,
         pooling: Optional[Pooling] = None,
         scale: float = 20.0,
-        gather: bool = False,
-        cache_chunk: Optional[int] = None,
+        gather_across_devices: bool = False,
+        mini_batch_size: Optional[int] = None,
         **options: Any,
     ) -> None:
         super().__init__(**options)
         if not scale > 0:
             raise UserError(f"model.scale is {scale}, but must be more than 0")
-        if cache_chunk is not None and cache_chunk < 1:
-            raise UserError(f"model.cache_chunk is {cache_chunk}, but must be 1 or more")
+        if mini_batch_size is not None and mini_batch_size < 1:
+            raise UserError(f"model.mini_batch_size is {mini_batch_size}, but must be 1 or more")
         self.pooling: Pooling = pooling or "mean"
-        self.pooling_given, self.scale, self.gather, self.cache_chunk = pooling is not None, scale, gather, cache_chunk
+        self.pooling_given, self.scale = pooling is not None, scale
+        self.gather_across_devices, self.mini_batch_size = gather_across_devices, mini_batch_size
         self.seen: list[Seen] = []
 
     # Network
@@ -100,7 +102,7 @@ class SentenceEncoder(LanguageModule):
         super().on_load_checkpoint(checkpoint)
         saved = checkpoint.get("pooling", self.pooling)
         if self.pooling_given and saved != self.pooling:
-            raise UserError(f"the checkpoint's pooling is {saved}, model.pooling {self.pooling}: leave it out")
+            raise UserError(f"the checkpoint's pooling is {saved}, model.pooling {self.pooling}: omit it")
         self.pooling = saved
 
     # Steps
@@ -110,14 +112,14 @@ class SentenceEncoder(LanguageModule):
         return embedding.pool(self.network(input_ids=ids, attention_mask=mask)[0], mask, self.pooling)
 
     def embed(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """The same, in chunks where gradients are wanted and `cache_chunk` is set.
+        """The same, in chunks where gradients are wanted and `mini_batch_size` is set.
 
         A checkpoint around a chunk is gradient caching: the backward pass has the loss's gradient of all embeddings
         before it computes the first chunk again, with the random numbers of the first time.
         """
-        if self.cache_chunk is None or not torch.is_grad_enabled():
+        if self.mini_batch_size is None or not torch.is_grad_enabled():
             return self.pooled(ids, mask)
-        chunks = zip(ids.split(self.cache_chunk), mask.split(self.cache_chunk))
+        chunks = zip(ids.split(self.mini_batch_size), mask.split(self.mini_batch_size))
         return torch.cat([checkpoint(self.pooled, *chunk, use_reentrant=False) for chunk in chunks])
 
     def both(self, batch: dict) -> tuple[Tensor, Tensor]:
@@ -137,7 +139,7 @@ class SentenceEncoder(LanguageModule):
             roles = len(keys) // len(targets)
             owners = torch.cat([batch["keys"], torch.zeros_like(keys[len(targets) :])])  # of pairs; 0 of negatives
             offered = counts.repeat(roles)
-            if self.gather and self.training and self.trainer.world_size > 1:
+            if self.gather_across_devices and self.training and self.trainer.world_size > 1:
                 offset = self.global_rank * len(keys)
                 candidates = self.all_gather(candidates, sync_grads=True).flatten(0, 1)
                 keys, owners, offered = (self.all_gather(t).flatten() for t in (keys, owners, offered))

@@ -24,13 +24,13 @@ class MaskedLM(LanguageModule):
     Args:
         unigram_start: Whether the bias of a new network's head starts at the logarithm of the tokens' frequencies, so
             that it need not be learned. Without effect where the head has no bias.
-        candidates: How many tokens `predict` gives for each hidden one.
+        top_k: How many tokens `predict` gives for each hidden one.
         options: Those of all models, see `LanguageModule`.
     """
 
-    def __init__(self, unigram_start: bool = True, candidates: int = 5, **options: Any) -> None:
+    def __init__(self, unigram_start: bool = True, top_k: int = 5, **options: Any) -> None:
         super().__init__(**options)
-        self.unigram_start, self.candidates = unigram_start, candidates
+        self.unigram_start, self.top_k = unigram_start, top_k
         self.val_accuracy, self.val_next_loss, self.val_next_accuracy = Ratio(), Ratio(), Ratio()
 
     @property
@@ -177,7 +177,7 @@ class MaskedLM(LanguageModule):
         ids = batch["input_ids"][0]
         logits = prediction_logits(self.network(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]))
         places = (ids == tokenizer.mask_token_id).nonzero().flatten()
-        best = logits[0, places, : self.vocab_size].float().softmax(-1).topk(self.candidates)
+        best = logits[0, places, : self.vocab_size].float().softmax(-1).topk(self.top_k)
         filled = ids.clone()
         filled[places] = best.indices[:, 0]
         row = {

@@ -167,11 +167,14 @@ def test_loss_is_that_of_the_definition(fit, cli, recipe: Path):
     assert value(cli("test", *flags), "loss") == pytest.approx(losses_by_hand(run, content), abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [(), NEGATIVES, SCORES], ids=["pairs", "negatives", "scores"])
 def test_gradient_caching_gives_the_same_steps(fit, flags: tuple):
     states = []
     for chunk in ("null", 5):
-        run = fit("--name", f"chunk-{chunk}", "--model.cache_chunk", chunk, *flags, "--trainer.limit_val_batches", 0)
+        run = fit(
+            "--name", f"chunk-{chunk}", "--model.mini_batch_size", chunk, *flags, "--trainer.limit_val_batches", 0
+        )
         states.append((logged(run, "train/gradient_norm"), logged(run, "train/loss")))
     assert len(states[0][0]) == 6 and states[0][0] == pytest.approx(states[1][0], rel=1e-4)
     assert states[0][1] == pytest.approx(states[1][1], rel=1e-4)
@@ -181,7 +184,7 @@ def test_gradient_caching_keeps_one_chunk_and_its_dropout(tokenizer: Path):
     """The chunks' activations are freed, and the second computation draws the same dropout as the first."""
     from transformers import BertConfig, BertModel
 
-    module = SentenceEncoder(network={"model_type": "bert"}, cache_chunk=2)
+    module = SentenceEncoder(network={"model_type": "bert"}, mini_batch_size=2)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
     module.network = BertModel(BertConfig(vocab_size=200, hidden_dropout_prob=0.5, **sizes)).train()
     ids, mask = torch.randint(5, 200, (8, 12)), torch.ones(8, 12, dtype=torch.long)
@@ -205,10 +208,11 @@ def test_micro_batches_of_scores_make_the_same_steps(fit):
     assert logged(whole, "train/gradient_norm") == pytest.approx(logged(part, "train/gradient_norm"), rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_processes_that_gather_do_what_one_does(fit, recipe: Path, strategy: str):
     """A batch of 16 by one process, or of 8 by each of two, with chunks: equal gradients, losses and scores."""
-    flags = (*NEGATIVES, "--model.cache_chunk", 4, "--model.gather", "true")
+    flags = (*NEGATIVES, "--model.mini_batch_size", 4, "--model.gather_across_devices", "true")
     one = fit("--name", "one", *flags)
     two_flags = ("--trainer.strategy", strategy, "--trainer.devices", 2, "--data.batch_size", 8, "--name", "two")
     result = command("fit", "--config", recipe, *flags, *two_flags)
@@ -221,6 +225,7 @@ def test_two_processes_that_gather_do_what_one_does(fit, recipe: Path, strategy:
 # Metrics
 
 
+@pytest.mark.slow
 def test_training_brings_pairs_together(fit, cli, recipe: Path):
     run = fit("--trainer.max_steps", 80, "--trainer.val_check_interval", 80, *NEGATIVES)
     assert logged(run, "train/loss")[-1] < 0.7 * logged(run, "train/loss")[0]
@@ -341,6 +346,7 @@ def judge(queries: Path, corpus: Path, qrels: Path, **options) -> tuple[Judged, 
     return data.judged["validation"], found
 
 
+@pytest.mark.slow
 def test_loaders_start_fresh_processes(fit, cli, recipe: Path, beir: Path):
     """As on macOS and Windows, where everything that a loader needs is pickled."""
     search = ("--data.retrieval.validation", beir / "qrels.tsv", *files(beir), "--best.monitor", "val/ndcg_10")
@@ -432,6 +438,7 @@ def test_export_is_read_by_sentence_transformers(fit, cli, recipe: Path):
             assert np.allclose(other.encode(texts), own.numpy(), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_export_tells_its_pooling_to_the_next_run(fit, cli, recipe: Path):
     run = fit("--model.pooling", "cls")
     cli("export", run)  # from the checkpoint
@@ -475,7 +482,7 @@ def test_batches(tokenizer: Path):
         (("--data.columns.negatives", "nothing"), "there is no column 'nothing'"),
         ((*SCORES, "--data.max_score", 1), r"train.jsonl:\d+: column 'score' has .* a number from 0 .* to 1"),
         (("--data.retrieval.validation", "qrels.tsv"), "data.retrieval.queries is missing"),
-        (("--model.cache_chunk", 0), "model.cache_chunk is 0"),
+        (("--model.mini_batch_size", 0), "model.mini_batch_size is 0"),
     ],
 )
 def test_refusals(fit, flags: tuple, message: str):

@@ -206,7 +206,7 @@ def test_export_loads_as_both_classes_in_a_fresh_process_and_predict_fills_masks
     assert result.returncode == 0, result.stderr
     tokens, probabilities = json.loads(result.stdout)
     text = "the old [MASK] watched the river"
-    cli("predict", "--config", bert, "--ckpt_path", "best", "--data.texts", text, "--model.candidates", 3)
+    cli("predict", "--config", bert, "--ckpt_path", "best", "--data.texts", text, "--model.top_k", 3)
     (row,) = [json.loads(line) for line in (evaluation(run) / "predictions.jsonl").read_text().splitlines()]
     assert [c["token"] for c in row["masks"][0]] == tokens
     assert [c["probability"] for c in row["masks"][0]] == pytest.approx(probabilities, abs=1e-5)
