@@ -18,18 +18,18 @@ TABLE_ROWS = 10_000  # that W&B shows of a table
 
 
 class Predictions(Callback):
-    """Writes the dicts that `predict_step` returns to `predictions.jsonl` in the run folder, in the data's order.
+    """Writes the predictions to `predictions.jsonl` in the run folder, in the order of the data.
 
-    Each process writes a part, without rows that pad a batch (`id` is `PADDING`); the first one joins them by the `id`
-    of the samples (processes of tensor parallelism have the same samples), and the module may join several of one
-    sample (`join_predictions`). If the samples came from CSV or TSV files (`predict_table` of the data), there is
-    `predictions.csv`, too: their columns and rows, in the same order, with the predictions in additional columns
-    such as `predicted.label`.
+    `predict_step` returns them as dicts. Each process writes a part, without rows that pad a batch (`id` is `PADDING`);
+    the first process joins the parts by the `id` of the samples, as processes of tensor parallelism have the same ones,
+    and the module may join several predictions of one sample (`join_predictions`). If the samples came from CSV or TSV
+    files (`predict_table` of the data), `predictions.csv` has their columns and rows, in the same order, and the
+    predictions in additional columns such as `predicted.label`.
 
     Args:
-        escape_formulas: Whether texts and names in `predictions.csv`, `results.csv` and `confusion.csv` that a
-            spreadsheet program would run as a formula, as they begin with = + - @ or a tab, get a ' before them.
-            Numbers such as -1.5 stay as they are.
+        escape_formulas: Whether to put a ' before texts and names in `predictions.csv`, `results.csv` and
+            `confusion.csv` that start with = + - @ or a tab, which a spreadsheet program would run as a formula.
+            Numbers such as -1.5 are not changed.
     """
 
     def __init__(self, escape_formulas: bool = False) -> None:

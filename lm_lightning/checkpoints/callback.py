@@ -12,19 +12,18 @@ from lm_lightning.compat import lightning as compat
 
 
 class Checkpoints(ModelCheckpoint):
-    """Lightning's ModelCheckpoint whose files can be resumed from exactly, with scores of the very step that they hold.
+    """Lightning's ModelCheckpoint, for exact resumes: files are saved between optimizer steps, with that step's score.
 
-    It saves between optimizer steps only, when the last one has been logged, and a score that is not finite is never
-    the best.
+    It saves after the metrics of a step have been logged. A score that is not finite is never the best.
 
     Args:
         filename: Name of the files, without `.ckpt`. If several are kept (`save_top_k` is not 1), `-{step}` and the
-            score are added unless the name has `{step}` in it.
-        monitor: Metric by which checkpoints are compared, such as `val/loss`. Default of `best`: the main metric of
-            the model and its data, such as `val/accuracy`; of `last`: none, and the newest checkpoint is kept.
-        save_top_k: How many of the best are kept, -1 for all, 0 for none.
-        mode: `min` if lower values of the metric are better, `max` if higher ones are. Default: that of the metric.
-        options: Others of Lightning's ModelCheckpoint.
+            score are appended, unless the name contains `{step}`.
+        monitor: Metric that decides which checkpoint is better, such as `val/loss`. The default of `best` is the main
+            metric of the task, such as `val/accuracy`. `last` has none and keeps the newest checkpoint.
+        save_top_k: Number of best checkpoints to keep, -1 for all, 0 for none.
+        mode: `min` if lower values of the metric are better, `max` if higher ones are. Default: known for each metric.
+        options: Other options of Lightning's ModelCheckpoint.
     """
 
     validated = -1  # the step of the last validation

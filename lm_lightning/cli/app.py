@@ -33,13 +33,14 @@ from lm_lightning.checkpoints.loading import find_checkpoint, folder_of, run_of
 from lm_lightning.checkpoints.plugins import BackgroundCheckpoints, CheckpointFiles  # noqa: F401
 from lm_lightning.cli import checks, defaults, evaluation, explain, guide, saving, settings
 from lm_lightning.cli.defaults import as_list
-from lm_lightning.cli.options import TRAINER_DEFAULTS, OptionParser, add_options
+from lm_lightning.cli.options import HELP, TRAINER_DEFAULTS, OptionParser, add_options
 from lm_lightning.cli.run_folder import RunFolder
+from lm_lightning.compat.jsonargparse import set_help
 from lm_lightning.compat.lightning import hide_expected_warnings, subcommand_parser
 from lm_lightning.compat.transformers import hide_load_report
 from lm_lightning.console import printable
 from lm_lightning.data.pretraining import PretrainingData  # noqa: F401
-from lm_lightning.errors import UserError, of_instance
+from lm_lightning.errors import UserError
 from lm_lightning.models.gpt import CausalLM  # noqa: F401
 from lm_lightning.models.module import LanguageModule
 from lm_lightning.security import imports, untrusted
@@ -93,6 +94,8 @@ class CLI(LightningCLI):
         if isinstance(args, (dict, Namespace)):  # settings that are given in Python
             return super().parse_arguments(parser, args)
         self.arguments = list(sys.argv[1:] if args is None else args)
+        for name in self.subcommands():
+            set_help(subcommand_parser(self, name), HELP)  # here, as Lightning adds options after ours
         self.evaluated, arguments = evaluation.of_arguments(self.arguments)
         config = self.parse(parser, arguments, self.evaluated)
         if self.config.subcommand not in evaluation.COMMANDS or self.evaluated is not None:
@@ -234,7 +237,7 @@ class CLI(LightningCLI):
             cause: Optional[BaseException] = error  # jsonargparse wraps what is raised
             while cause is not None and not isinstance(cause, UserError):
                 cause = cause.__cause__ or cause.__context__
-            raise cause or of_instance(error) from error
+            raise cause or explain.of_instance(error) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         self.config[self.subcommand] = self.reusable_config  # for RunFolder; the classes are made already

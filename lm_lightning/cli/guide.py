@@ -19,40 +19,40 @@ TRAINING = """Trains a model.
   {program} --config configs/gpt.yaml --data.corpus.paths my_text.txt --trainer.max_steps 1000
   {program} --config my.yaml --config more.yaml --model.optimizer.lr 1e-3
 
-{recipes}A recipe chooses the classes of the model and the data, whose options are explained by
+{recipes}A config chooses the classes of the model and the data. Their options are explained by
 
   {program} --model.help {models}
   {program} --data.help {data}
 
-and those of other classes by --trainer.callbacks.help EarlyStopping, --trainer.logger.help CSVLogger, ...
---print_config prints all settings instead of training. The options that are needed most:
+and the options of other classes by --trainer.callbacks.help EarlyStopping, --trainer.logger.help CSVLogger, ...
+--print_config prints all settings instead of training. The most common options:
 
-  --name, --runs_dir                where the run folder is: <runs_dir>/<name>/<time>
-  --ckpt_path last                  resumes the last run of that name
-  --trainer.max_steps, max_epochs   how long it trains
-  --trainer.devices, strategy       what it runs on
+  --name, --runs_dir                place of the run folder: <runs_dir>/<name>/<time>
+  --ckpt_path last                  resume the newest run of that name
+  --trainer.max_steps, max_epochs   length of the training
+  --trainer.devices, strategy       processes and how they share the work
   --data.batch_size                 samples in a micro-batch of one process
-  --trainer.accumulate_grad_batches micro-batches of an optimizer step
+  --trainer.accumulate_grad_batches micro-batches in an optimizer step
   --model.pretrained                weights to start from: a folder, a run or a Hub name
   --model.network                   or a new network, such as '{{model_type: gpt2, n_layer: 4}}'
   --model.optimizer.lr              the learning rate
-  --best.monitor, --best.mode       the metric that says which checkpoint is the best one
+  --best.monitor, --best.mode       metric that decides which checkpoint is the best
 
 All options:"""
-EVALUATION = """{what} Settings that no option changes are those of the run.
+EVALUATION = """{what} Settings that you do not change are those of the run.
 
   {program} runs/gpt/2026-11-25_10-30-00
   {program} runs/gpt/2026-11-25_10-30-00 --ckpt_path last --data.corpus.paths other_text.txt
   {program} --config configs/gpt.yaml --ckpt_path last
 
-The options that are needed most:
+The most common options:
 
-  --ckpt_path last              the last checkpoint, or best, or a file; default: model/
+  --ckpt_path last              last, best or the path of a checkpoint; default: model/
   --data.batch_size             samples in a batch of one process
-  --trainer.devices, strategy   what it runs on; default: as the training
-  --data.tables, data.corpus    other files than those of the run
+  --trainer.devices, strategy   as for fit; default: those of the training
+  --data.tables, data.corpus    other files than those of the training
   --trainer.limit_{split}_batches
-                                evaluates so many batches only
+                                limit of the number of batches
 
 Options of the model and the data are explained by --model.help {models}
 and --data.help {data}.
@@ -60,9 +60,13 @@ and --data.help {data}.
 All options:"""
 COMMANDS = {
     "fit": (TRAINING, "", ""),
-    "validate": (EVALUATION, "Measures a run or a checkpoint on the validation split.", "val"),
-    "test": (EVALUATION, "Measures a run or a checkpoint on the test split.", "test"),
-    "predict": (EVALUATION, "Predicts with a run or a checkpoint.", "predict"),
+    "validate": (EVALUATION, "Computes the metrics of a run or a checkpoint on the validation split.", "val"),
+    "test": (EVALUATION, "Computes the metrics of a run or a checkpoint on the test split.", "test"),
+    "predict": (
+        EVALUATION,
+        "Writes predictions of a run or a checkpoint for the test split.",
+        "predict",
+    ),
 }
 
 

@@ -13,7 +13,7 @@ from lm_lightning import run as runs
 from lm_lightning.callbacks.export import Weights
 from lm_lightning.callbacks.predictions import Predictions
 from lm_lightning.checkpoints.callback import Checkpoints
-from lm_lightning.compat.jsonargparse import parses_class_options, set_help
+from lm_lightning.compat.jsonargparse import parses_class_options
 
 CHECKPOINTS = {
     "dirpath": f"{runs.PLACEHOLDER}/checkpoints",
@@ -34,7 +34,24 @@ TRAINER_DEFAULTS = {
         },
     ],
 }
-TRAINER_HELP = {  # where we differ from Lightning, or its help is too short
+HELP = {  # where we differ from Lightning, or its help is too short
+    "ckpt_path": "Checkpoint to resume from, in `fit`, or to evaluate: `last`, the newest checkpoint of the newest run "
+    "of this name; `best`, the best one (not in `fit`); or the path of a checkpoint or a run folder.",
+    "weights_only": "Lightning's option for loading checkpoints. They are always loaded as tensors and plain values.",
+    "trainer.default_root_dir": "Cannot be changed: it is the run folder, see --runs_dir and --name.",
+    "trainer.enable_model_summary": "Whether to print Lightning's table of the network's layers.",
+    "trainer.log_every_n_steps": "Steps between two rows of the training metrics.",
+    "trainer.accumulate_grad_batches": "Micro-batches whose gradients are added up for one optimizer step.",
+    "trainer.limit_val_batches": "Batches of the validation split (an int), or a fraction of it (a float), in each "
+    "process. Default: all.",
+    "trainer.limit_test_batches": "Batches of the test split (an int), or a fraction of it (a float), in each process. "
+    "Default: all.",
+    "trainer.limit_predict_batches": "Batches to predict (an int), or a fraction of the data (a float), in each "
+    "process. Default: all.",
+    "trainer.callbacks": "Callbacks to add, such as `--trainer.callbacks+=EarlyStopping "
+    "--trainer.callbacks.monitor=val/loss`.",
+    "best.dirpath": "Cannot be changed: checkpoints are written to `checkpoints/` of the run folder.",
+    "last.dirpath": "Cannot be changed: checkpoints are written to `checkpoints/` of the run folder.",
     "trainer.val_check_interval": "How often to validate: a float is a fraction of the epoch, an int a number of "
     "optimizer steps (Lightning: of micro-batches), counted from the start of each epoch, or, with "
     "--trainer.check_val_every_n_epoch null, over all epochs. The last step is always validated.",
@@ -66,17 +83,16 @@ class OptionParser(LightningArgumentParser):
 def add_options(parser: LightningArgumentParser) -> None:
     """Adds the options that Lightning does not have."""
     parser.add_argument(
-        "--name", type=Optional[str], help="Name of the experiment. Default: that of the first config file."
+        "--name", type=Optional[str], help="Name of the experiment. Default: the name of the first config file."
     )
     parser.add_argument("--runs_dir", type=str, default="runs", help="Folder of all runs: <runs_dir>/<name>/<time>.")
     parser.add_argument(
         "--export",
         type=Weights,
         default="best",
-        help="Which weights are saved in model/ when training has ended: those of the best checkpoint by best.monitor, "
-        "or those of the last step.",
+        help="Weights to save in model/ at the end of training: those of the best checkpoint (see best.monitor) or "
+        "those of the last step.",
     )
-    set_help(parser, TRAINER_HELP)
     parser.add_lightning_class_args(Checkpoints, "best")
     parser.set_defaults({f"best.{k}": v for k, v in CHECKPOINTS.items()})
     parser.set_defaults({"best.filename": "best"})

@@ -13,19 +13,19 @@ from lm_lightning.security import untrusted
 def export(
     run: str, checkpoint: Optional[str] = None, output: Optional[str] = None, max_shard_size: Optional[str] = None
 ) -> None:
-    """Makes a `from_pretrained` folder of a checkpoint and checks that it reloads to the same logits.
+    """Converts a checkpoint to a `from_pretrained` folder and checks that the folder gives the same logits.
 
-    An adapter is merged into its base, which is loaded from where it came from; without an `output`, it is written to
-    `adapter/` of the run folder, too.
+    An adapter is merged into its base model, which is loaded from its original place. Without `output`, the adapter
+    alone is also written to `adapter/` in the run folder.
 
     Args:
         run: Run folder.
         checkpoint: `last`, `best` or another name in the run's `checkpoints/`, or the path of a checkpoint file.
-            Default: the one that the end of training exports: the best one, if one is monitored and the run did not
-            have `--export last`, else the last.
+            Default: the one that training exports at its end: the best one if a metric is monitored and the run did
+            not have `--export last`, otherwise the last one.
         output: Folder to write, which must not exist. Default: `model/` in the run folder, which is replaced.
-        max_shard_size: Largest file of weights, such as `5GB`; larger ones are written in parts. Default: that of
-            `transformers`.
+        max_shard_size: Maximum size of a file of weights, such as `5GB`; larger weights are split into several files.
+            Default: that of `transformers`.
     """
     from lm_lightning.checkpoints.loading import CheckpointFolder, find_checkpoint, load_checkpoint
 

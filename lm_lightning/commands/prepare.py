@@ -9,20 +9,20 @@ DEFAULT = "PretrainingData"
 
 
 def prepare() -> None:
-    """Tokenizes a corpus, so that a run that uses it starts at once, and prints what is in it.
+    """Tokenizes a corpus, so that later runs start at once, and prints statistics of it.
 
-    The data module of the recipe does it, see `PretrainingData.prepare_corpus`.
+    The data module does the work, see `PretrainingData.prepare_corpus`.
     """
 
 
 def main() -> None:
-    """Reads the command line: `--config` as `fit` reads it, of which the options of the data count, and flags."""
+    """Reads the command line: `--config` as `fit` reads it, of which only the data section is used, and flags."""
     from lm_lightning.cli import command, explain, settings
 
     recipe, files, rest = settings.layered(sys.argv[2:])
     parser = command.parser_of(prepare, options=False)
-    parser.add_argument("-c", "--config", type=str, help="Recipe as for fit; of it, the options of the data count.")
-    parser.add_argument("--show", type=int, nargs="+", default=[], help="Training samples to print, by their numbers.")
+    parser.add_argument("-c", "--config", type=str, help="Config file, as for fit; only its data section is used.")
+    parser.add_argument("--show", type=int, nargs="+", default=[], help="Training samples to print, by number.")
     name, section = data_section(recipe, " and ".join(files))
     if {"-h", "--help"} & set(rest):  # without the imports of the data module, which take seconds
         parser.epilog = f"all flags --data.* of fit: {explain.program('fit')} --data.help {name.rpartition('.')[2]}"

@@ -4,7 +4,7 @@ from lm_lightning.features import Feature
 
 FEATURE = Feature(
     commands={
-        "compress": ("lm_lightning.compression.compress", "quantize, prune or export a model, and measure the result"),
+        "compress": ("lm_lightning.compression.compress", "quantize, prune or convert a model, and measure the result"),
     },
     classes=(
         "lm_lightning.compression.callbacks.distillation",

@@ -37,30 +37,31 @@ def compress(
     device: Literal["cpu", "cuda"] = "cpu",
     measure: bool = True,
 ) -> None:
-    """Compresses a finished model without training, and measures the result.
+    """Compresses a trained model, without further training, and measures the result.
 
-    A recipe that fails is a row of the table with its reason; the others are finished, and the exit status is 2. After
-    that or an interruption, the same command does only what is missing; after success it starts from the beginning.
+    If a recipe fails, the table has the reason in its row, the other recipes are still run, and the exit status is 2.
+    After a failure or an interruption, the same command runs only what is missing; after success, it runs everything
+    again.
 
     Args:
         model: Run folder or `from_pretrained` folder.
-        recipe: One, or several as `[int8, nf4]`: int8, int8-weights, float8-weights (torchao; on GPUs also float8 and
-            int4-weights), bnb-int8, nf4, fp4 (bitsandbytes), sparse=0.5, 2:4, wanda=0.5, wanda-2:4 (zeros), width=0.5,
-            heads=0.5, layers=0.5 (smaller networks), onnx, onnx-int8, onnx-int8-blocks, onnx-int4, pt2 (other
-            formats); several steps with + between, such as width=0.5+int8; none to measure only. Default: each one
-            that fits the network.
-        output: Folder of the compressed models, the table and the plot; it must not contain any of the models yet.
-            Default: `compressed` in the run folder, or one beside the model's folder; older models there are replaced.
-        config: Config of a run, whose data the loss is measured on. Default: that of the run folder.
-        beside: More models to measure, such as one that was trained further after a compression.
-        modules: Patterns of the names of linear layers of the blocks, such as `*mlp*`, for the recipes that make
-            weights zero or quantize them. Default: all of them.
-        calibration_batches: Calibration batches for importance scores, the first training batches of the config; 0 to
-            compare weights alone. The recipes with wanda need some.
-        tokens: Number of tokens in each row of the timed passes.
-        seconds: How long each time is measured.
-        device: Where the times are measured.
-        measure: Whether to measure, or only to make the compressed models.
+        recipe: One recipe or a list such as `[int8, nf4]`. Quantization with torchao: int8, int8-weights,
+            float8-weights (on GPUs also float8 and int4-weights); with bitsandbytes: bnb-int8, nf4, fp4. Weights that
+            become zero: sparse=0.5, 2:4, wanda=0.5, wanda-2:4. Smaller networks: width=0.5, heads=0.5, layers=0.5.
+            Other formats: onnx, onnx-int8, onnx-int8-blocks, onnx-int4, pt2. `+` combines steps, as in width=0.5+int8;
+            `none` only measures the model. Default: every recipe that the network supports.
+        output: Folder for the compressed models, the table and the plot; it must not contain any of the models yet.
+            Default: `compressed` in the run folder or beside the model's folder, where older models are replaced.
+        config: Config of a run whose data is used to measure the loss. Default: that of the run folder.
+        beside: More models to measure, such as one that was trained further after compression.
+        modules: Patterns for the names of the linear layers whose weights are made zero or quantized, such as `*mlp*`.
+            Default: all linear layers in the blocks.
+        calibration_batches: Number of training batches from which importance scores are computed; 0 uses the weights
+            alone. The wanda recipes need at least one.
+        tokens: Number of tokens per row when time is measured.
+        seconds: Duration of each measurement of time.
+        device: Device on which time is measured.
+        measure: Whether to measure the models, or only to write them.
     """
     from lm_lightning.cli.command import split_list
     from lm_lightning.compression import evaluation, recipes

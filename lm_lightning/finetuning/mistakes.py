@@ -41,7 +41,7 @@ class Mistakes:
         Args:
             trainer: That of the evaluation.
             title: What was evaluated.
-            describe: Of the number of a row, what is right and what was predicted: `text`, `right` and `predicted`.
+            describe: Of the number of a row, what is right and what was predicted: `text`, `correct` and `predicted`.
         """
         rows: list[dict[str, Any]] = [
             {"evaluation": title, "row": -number, "loss": loss} | describe(-number, right, predicted)

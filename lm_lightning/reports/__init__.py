@@ -4,7 +4,7 @@ from lm_lightning.features import Feature
 
 FEATURE = Feature(
     commands={
-        "report": ("lm_lightning.reports.report", "make one HTML page of runs: curves, samples, differences"),
+        "report": ("lm_lightning.reports.report", "write an HTML page about runs: curves, samples, differences"),
     },
     callbacks=("lm_lightning.reports.callback.Report",),
 )

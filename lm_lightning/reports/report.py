@@ -9,11 +9,11 @@ from lm_lightning.security.untrusted import refuse_links
 
 
 def report(runs: list[str], output: Optional[str] = None) -> None:
-    """Makes one HTML page of runs that needs no network: curves, samples, configs, machines.
+    """Writes one HTML page about runs: curves, samples, configs, machines. It loads nothing from the network.
 
     Args:
-        runs: Run folders; the curves of several are drawn over each other.
-        output: File to write. Default: report.html in the run folder, of several in the current one.
+        runs: Run folders. Curves of several runs share the same plots.
+        output: File to write. Default: report.html in the run folder, or in the current folder for several runs.
     """
     from lm_lightning.reports import page
 

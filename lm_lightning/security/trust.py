@@ -14,8 +14,8 @@ REMOTE_CODE = "LM_LIGHTNING_TRUST_REMOTE_CODE"  # environment variables, which a
 PACKAGES = "LM_LIGHTNING_TRUST_PACKAGES"
 
 HELP = """\
---trust_remote_code true: run the Python code that a model folder or Hub model has; default: false
---trust_package NAME: import classes of this package for a run's own config; may be repeated"""
+--trust_remote_code true: run the Python code of a model folder or Hub model; default: false
+--trust_package NAME: let the config of a run import classes of this package; may be repeated"""
 
 
 def trust_remote_code() -> bool:

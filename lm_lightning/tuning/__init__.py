@@ -4,8 +4,14 @@ from lm_lightning.features import Feature
 
 FEATURE = Feature(
     commands={
-        "tune": ("lm_lightning.tuning.tune", "search good values of flags, a learning rate, the largest micro-batch"),
-        "verify": ("lm_lightning.tuning.verify", "compare ways to run a config on this machine with a plain run"),
+        "tune": (
+            "lm_lightning.tuning.tune",
+            "search for hyperparameters, a learning rate or a batch size",
+        ),
+        "verify": (
+            "lm_lightning.tuning.verify",
+            "check that all strategies here give the losses of a plain run",
+        ),
     },
     classes=("lm_lightning.tuning.range_test",),
 )

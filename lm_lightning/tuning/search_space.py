@@ -53,10 +53,10 @@ class Values:
 
 @dataclass
 class SearchSpace:
-    """What a study tries, and which metric it optimizes.
+    """The values that a study tries, and the metric that it optimizes.
 
     Args:
-        flags: Flags of `fit`, without the dashes, and the values of each.
+        flags: Flags of `fit`, without the dashes, and the values to try for each.
         trials: Number of trials, including those that are pruned or fail.
         metric: Column of `metrics.csv` whose best value of a run is optimized.
         direction: Whether lower or higher values are better.

@@ -15,19 +15,18 @@ def tune(
     find: Optional[Literal["lr", "batch_size"]] = None,
     memory: Optional[float] = None,
 ) -> None:
-    """Searches good values of flags of `fit`, in full runs (--search) or in runs of a few steps (--find).
+    """Searches for good values of `fit` flags, in full runs (--search) or in runs of a few steps (--find).
 
-    A study that was interrupted is resumed by the same command.
+    The same command resumes a study that was interrupted.
 
     Args:
         fit_flags: `--config` and any other flag of `fit`.
-        search: Search space of a study, a YAML file: see below.
-        study: Name of the study's folder in `runs_dir`. Default: the config's name with `-study`.
-        trials: Number of trials, instead of that of the search space.
-        find: What is found by runs of a few steps: `lr`, the learning rate at which the loss falls fastest, or
-            `batch_size`, the largest micro-batch that fits into the memory.
-        memory: GiB that each process may use, compared with train/memory of metrics.csv, for `--find batch_size`.
-            Default: all memory of the device.
+        search: YAML file with the search space of a study, described below.
+        study: Name of the study's folder in `runs_dir`. Default: the name of the config followed by `-study`.
+        trials: Number of trials. Default: that of the search space.
+        find: `lr` finds the learning rate at which the loss falls fastest, `batch_size` the largest micro-batch that
+            fits into memory.
+        memory: Memory that each process may use with `--find batch_size`, in GiB. Default: all memory of the device.
 
     Raises:
         UserError: If neither or both of `search` and `find` are given, or something about them is wrong.

@@ -31,18 +31,18 @@ def verify(
     output: Optional[str] = None,
     timeout: float = 600,
 ) -> bool:
-    """Runs some steps of a config in each way that this machine supports, and prints how they compare with a plain run.
+    """Trains a few steps in every way that this machine supports, and compares losses and gradients with a plain run.
 
-    The plain run is one process in float32 whose micro-batch is the complete batch. The others do the same steps on the
-    same samples, so that their losses and gradient norms should be the same, up to rounding. Dropout and the warm-up
-    are off, since the first is random and the second would hide differences.
+    The plain run is one process in float32 without gradient accumulation. The others train on the same samples, so
+    their losses and gradient norms should be equal up to rounding. Dropout is off because it is random, and warm-up
+    because it would hide differences.
 
     Args:
         fit_flags: Flags of `fit`: `--config` and any other.
-        steps: Optimizer steps of each variant.
-        only: Names of variants, such as ddp,compile. Default: all.
-        output: Markdown file to write; the table is printed in any case.
-        timeout: Seconds after which a variant has failed.
+        steps: Number of optimizer steps of each variant.
+        only: Names of the variants to run, such as ddp,compile. Default: all.
+        output: Markdown file to write; the table is always printed.
+        timeout: Time limit of each variant, in seconds.
 
     Returns:
         Whether all variants that can run on this machine are within their tolerance.

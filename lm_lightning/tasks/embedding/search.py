@@ -44,18 +44,18 @@ def search(
     model: Optional[str] = None,
     cache_dir: str = "~/.cache/lm_lightning",
 ) -> None:
-    """Prints the texts of an index that are nearest to a query: cosine, id and text, the nearest first.
+    """Prints the texts of an index that are nearest to a query, nearest first: cosine similarity, id and text.
 
     Args:
-        index: Run folder of a SentenceEncoder, of which the newest index is searched, or the folder of one of its
-            `evaluations/`, or the `index/` in that.
-        query: What to look for.
-        top: How many texts to print.
-        approximate: Look through a graph of neighbours (HNSW), made at the first time, instead of through all rows:
-            quicker in an index of millions, and may miss some. Needs `pip install -e ".[search]"`.
-        model: Run folder, `from_pretrained` folder or Hub name of the model that made the embeddings. Default: the one
-            in the index or in its run folder; an index that names any other needs this option.
-        cache_dir: Keeps the graph, which is never loaded from the index.
+        index: Run folder of a SentenceEncoder (its newest index is searched), a folder in its `evaluations/`, or the
+            `index/` folder in that.
+        query: Text to search for.
+        top: Number of texts to print.
+        approximate: Search a graph of neighbors (HNSW), which is built the first time, instead of all rows: faster in
+            an index of millions of texts, but may miss some. Needs `pip install -e ".[search]"`.
+        model: Run folder, `from_pretrained` folder or Hub name of the model that computed the embeddings. Default: the
+            one in the index or in its run folder. An index that names any other model needs this option.
+        cache_dir: Folder for the graph. A graph is never loaded from the index itself.
     """
     if top < 1:
         raise UserError(f"top is {top}, but must be 1 or more")

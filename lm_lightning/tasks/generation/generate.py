@@ -31,24 +31,25 @@ def generate(
     batch_size: int = 8,
     device: str = "auto",
 ) -> None:
-    """Continues prompts with a causal language model until it ends the text.
+    """Continues prompts with a causal language model.
 
-    The model's end tokens count; other settings of its generation config, such as a temperature, are named and ignored.
+    A text ends at one of the model's end tokens or after `max_new_tokens`. Other settings of the model's generation
+    config, such as a temperature, are ignored; a message lists them.
 
     Args:
         model: Run folder, `from_pretrained` folder or Hub name.
-        prompt: Text to continue; the answer is streamed. Default: a new document.
-        prompts_file: File with a prompt a line, instead of `prompt`. Prints a line of JSON for each, with the answer
-            that it would get alone.
-        chat: Talk: reads your turns from the terminal and remembers the dialogue, until an empty line.
-        max_new_tokens: Tokens of an answer, at most.
-        greedy: Always take the most probable token, instead of drawing one.
-        temperature: Under 1 sharpens, over 1 flattens the distribution.
-        top_k: Draw from the so many most probable tokens; 0: from all.
-        top_p: Draw from the most probable tokens that together have this probability.
+        prompt: Text to continue; the output appears as it is generated. Default: start a new document.
+        prompts_file: File with one prompt per line, instead of `prompt`. Prints one line of JSON per prompt; the
+            batch size does not change the answers.
+        chat: Chat in the terminal; an empty line ends it.
+        max_new_tokens: Maximum number of generated tokens.
+        greedy: Always choose the most probable token instead of sampling.
+        temperature: Sampling temperature: values below 1 favor probable tokens, values above 1 improbable ones.
+        top_k: Sample from this number of most probable tokens; 0 means all.
+        top_p: Sample from the smallest set of most probable tokens whose probabilities add up to this value.
         seed: The same seed and prompt give the same text.
-        batch_size: Prompts of the file that are answered at once.
-        device: `cpu`, `cuda`, `mps`, ...; `auto` takes the fastest.
+        batch_size: Number of prompts of `prompts_file` that are processed at once.
+        device: `cpu`, `cuda`, `mps`, ...; `auto` chooses the fastest.
     """
     if (prompt != "") + (prompts_file is not None) + chat > 1:
         raise UserError("give only one of --prompt, --prompts_file and --chat")

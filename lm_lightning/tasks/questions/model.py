@@ -250,7 +250,7 @@ def described(questions: list[Question], number: int, _: None, predicted: str) -
     context = question.context[max(0, start - 200) : start + 400]
     right = " / ".join(dict.fromkeys(answer.text for answer in question.answers))
     text, nothing = f"{question.text} | {context}", "(no answer)"
-    return {"text": text, "right": right or nothing, "predicted": predicted or nothing}
+    return {"text": text, "correct": right or nothing, "predicted": predicted or nothing}
 
 
 def best_spans(logits: Tensor, of_context: Tensor, longest: int) -> tuple[Tensor, Tensor]:

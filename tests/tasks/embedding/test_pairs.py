@@ -171,6 +171,7 @@ def test_loss_is_that_of_the_definition(fit, cli, recipe: Path):
     assert value(cli("test", *flags), "loss") == pytest.approx(losses_by_hand(run, content), abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [(), NEGATIVES, SCORES], ids=["pairs", "negatives", "scores"])
 def test_gradient_caching_gives_the_same_steps(fit, flags: tuple):
     states = []
@@ -211,6 +212,7 @@ def test_micro_batches_of_scores_make_the_same_steps(fit):
     assert logged(whole, "train/gradient_norm") == pytest.approx(logged(part, "train/gradient_norm"), rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_processes_that_gather_do_what_one_does(fit, recipe: Path, strategy: str):
     """A batch of 16 by one process, or of 8 by each of two, with chunks: equal gradients, losses and scores."""
@@ -227,6 +229,7 @@ def test_two_processes_that_gather_do_what_one_does(fit, recipe: Path, strategy:
 # Metrics
 
 
+@pytest.mark.slow
 def test_training_brings_pairs_together(fit, cli, recipe: Path):
     run = fit("--trainer.max_steps", 80, "--trainer.val_check_interval", 80, *NEGATIVES)
     assert logged(run, "train/loss")[-1] < 0.7 * logged(run, "train/loss")[0]
@@ -347,6 +350,7 @@ def judge(queries: Path, corpus: Path, qrels: Path, **options) -> tuple[Judged, 
     return data.judged["validation"], found
 
 
+@pytest.mark.slow
 def test_loaders_start_fresh_processes(fit, cli, recipe: Path, beir: Path):
     """As on macOS and Windows, where everything that a loader needs is pickled."""
     search = ("--data.retrieval.validation", beir / "qrels.tsv", *files(beir), "--best.monitor", "val/ndcg_10")
@@ -461,7 +465,7 @@ print(json.dumps(torch.nn.functional.normalize(ways[chosen], dim=-1).tolist()))
 """
 
 
-@pytest.mark.parametrize("pooling", ["mean", "cls"])
+@pytest.mark.parametrize("pooling", [pytest.param("mean", marks=pytest.mark.slow), "cls"])
 def test_export_is_complete_for_other_programs(fit, cli, recipe: Path, tmp_path: Path, pooling: str):
     """A fresh process without this project computes the embeddings of `predict`."""
     texts = [row["text"] for row in rows(10, 7)]
@@ -480,6 +484,7 @@ def test_export_is_complete_for_other_programs(fit, cli, recipe: Path, tmp_path:
     assert np.allclose(found, expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_export_tells_its_pooling_to_the_next_run(fit, cli, recipe: Path):
     run = fit("--model.pooling", "cls")
     cli("export", run)  # from the checkpoint

@@ -2,11 +2,11 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from conftest import command, refusal
+from forks import python
 
 from lm_lightning.errors import UserError
 
@@ -55,7 +55,7 @@ def test_overlong_prompt_names_the_limit_and_a_short_rest_is_told(cli, run: Path
 
 def test_chat_remembers_and_ends(run: Path):
     result = subprocess.run(
-        [sys.executable, "-m", "lm_lightning", "generate", run, "--chat", "true", "--max_new_tokens", "5"],
+        [python("lm_lightning"), "-m", "lm_lightning", "generate", run, "--chat", "true", "--max_new_tokens", "5"],
         input="The girl\nThe cat\n\n",
         capture_output=True,
         text=True,
