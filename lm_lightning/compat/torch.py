@@ -16,6 +16,8 @@ LOST_PEER = re.compile(r"(closed|reset) by peer|remote (process|worker)|Broken p
 # What a process has printed whose memory was not enough. Alternative: `torch.OutOfMemoryError`, which is for GPUs only,
 # and which another process cannot catch.
 OUT_OF_MEMORY = re.compile(r"out of memory|OutOfMemory|can't allocate memory|MemoryError|DefaultCPUAllocator", re.I)
+# Splits of matrices by tensor parallelism are subclasses of the public `ParallelStyle`, whose only method is `_apply`.
+# Alternative: `ColwiseParallel` and `RowwiseParallel`, which refuse GPT-2's `Conv1D`.
 # Module and name of the class of the entries in a sharded checkpoint's table of contents. Alternative: none, the public
 # `Metadata.storage_data` holds its instances.
 STORAGE_INFO = ("torch.distributed.checkpoint.filesystem", "_StorageInfo")

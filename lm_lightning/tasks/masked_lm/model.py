@@ -40,7 +40,7 @@ class MaskedLM(LanguageModule):
         return transformers.AutoModelForPreTraining if pairs else transformers.AutoModelForMaskedLM
 
     def network_made(self) -> None:
-        # Padding comes with an attention mask; told of its token, networks would look for it, and a GPU wait for that.
+        # Padding has an attention mask. Networks that know its token search for it, too, for which a GPU has to wait.
         self.network.config.pad_token_id = None
         self.has_linear_head = True
         self.has_linear_head = self.head_is_last()
