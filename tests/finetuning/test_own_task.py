@@ -10,6 +10,8 @@ import yaml
 from conftest import evaluation
 
 from lm_lightning.data.tokenizer import Tokenizer, train
+from lm_lightning.errors import UserError
+from lm_lightning.models import export
 from lm_lightning.security.trust import PACKAGES
 
 TASK = """import torch, torch.nn.functional as F, transformers
