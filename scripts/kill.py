@@ -9,6 +9,7 @@ second.
 
 import argparse
 import csv
+import gc
 import json
 import os
 import random
@@ -118,6 +119,8 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="kill-"))
     flags += ["--runs_dir", str(folder)]
 
+    gc.collect()
+    gc.freeze()  # else a collection in a fork would copy all pages of what is imported here
     begin = time.monotonic()
     whole_run = start(options.processes, folder, "whole", *flags)
     if any(wait(whole_run, 3600)) or whole_run:

@@ -1,5 +1,6 @@
 """What the tests share: a small corpus that is made here, a tiny recipe, and the command line."""
 
+import contextlib
 import os
 import random
 import shutil
@@ -169,6 +170,13 @@ def guard() -> Guard:
     return Guard()
 
 
+class Forking:
+    """Takes the place of `sys` where a run starts a command of its own, which is forked."""
+
+    def __getattr__(self, name: str) -> Any:
+        return python("lm_lightning") if name == "executable" else getattr(sys, name)
+
+
 @pytest.fixture
 def cli(announced_metrics: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., str]:
     """Runs a command in this process, which is quicker, and returns what it prints; refusals are raised."""
@@ -178,6 +186,7 @@ def cli(announced_metrics: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest
         monkeypatch.setattr(sys, "argv", ["lm_lightning", *map(str, args)])
         if args[0] in ("tune", "verify", "compress"):  # which start `sys.executable -m lm_lightning`
             monkeypatch.setattr(sys, "executable", python("lm_lightning"))
+        monkeypatch.setattr("lm_lightning.processes.sys", Forking())
         capsys.readouterr()
         run(str(args[0]))
         return capsys.readouterr().out
@@ -210,6 +219,22 @@ def refused(cli: Callable[..., str]) -> Callable[..., str]:
     return run
 
 
+@contextlib.contextmanager
+def unchanged(*folders: Path) -> Iterator[None]:
+    """Checks that what tests share is as it was before; evaluations of a run and logs of it may be added."""
+
+    def files() -> dict[Path, tuple[int, int]]:
+        found = (file for folder in folders for file in folder.rglob("*") if file.is_file())
+        kept = (file for file in found if not {"evaluations", "tensorboard"} & set(file.parts))
+        return {file: (file.stat().st_mtime_ns, file.stat().st_size) for file in kept}
+
+    before = files()
+    yield
+    after = files()
+    changed = sorted(str(file) for file in before.keys() | after.keys() if before.get(file) != after.get(file))
+    assert not changed, f"a test has changed files that other tests use: {', '.join(changed)}"
+
+
 @pytest.fixture(scope="session")
 def references() -> dict[tuple[str, ...], Path]:
     """Run folders by recipe and flags, see `reference`."""
@@ -222,17 +247,22 @@ def reference(
     recipe: Path,
     references: dict[tuple[str, ...], Path],
     tmp_path_factory: pytest.TempPathFactory,
-) -> Callable[..., Path]:
+) -> Iterator[Callable[..., Path]]:
     """As `fit`, but a run that was already trained for another test is taken again: no test may change it."""
+    with contextlib.ExitStack() as checks:
+        used: set[Path] = set()
 
-    def run(*flags: object) -> Path:
-        own = [line for line in recipe.read_text().splitlines() if not line.startswith("runs_dir: ")]
-        key = (*own, *map(str, flags))
-        if key not in references:
-            references[key] = fit(*flags, "--runs_dir", tmp_path_factory.mktemp("reference"))
-        return references[key]
+        def run(*flags: object) -> Path:
+            own = [line for line in recipe.read_text().splitlines() if not line.startswith("runs_dir: ")]
+            key = (*own, *map(str, flags))
+            if key not in references:
+                references[key] = fit(*flags, "--runs_dir", tmp_path_factory.mktemp("reference"))
+            if references[key] not in used:
+                used.add(references[key])
+                checks.enter_context(unchanged(references[key]))
+            return references[key]
 
-    return run
+        yield run
 
 
 def evaluation(run: Path, command: str = "predict") -> Path:
@@ -252,7 +282,7 @@ def refusal(result: subprocess.CompletedProcess) -> str:
 
 
 @pytest.fixture(scope="session")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A pretrained BERT, as it comes from elsewhere."""
     import torch
     from transformers import AutoConfig, AutoModelForMaskedLM
@@ -266,7 +296,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sizes = {"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 128, "num_hidden_layers": 2}
     settings = sizes | {"vocab_size": len(tokenizer), "max_position_embeddings": 512}
     AutoModelForMaskedLM.from_config(AutoConfig.for_model("bert", **settings)).save_pretrained(folder)
-    return folder
+    with unchanged(folder):
+        yield folder
 
 
 @pytest.fixture
@@ -282,11 +313,12 @@ def reader(cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: Path, cac
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory, corpus_file: Path, cache_dir: Path) -> Path:
+def finished(tmp_path_factory: pytest.TempPathFactory, corpus_file: Path, cache_dir: Path) -> Iterator[Path]:
     """A finished run of the tiny recipe."""
     folder = tmp_path_factory.mktemp("run")
     file = recipe.__wrapped__(folder, corpus_file, cache_dir)
     result = command("fit", "--config", file, "--trainer.max_steps", 60, "--trainer.limit_val_batches", 0)
     assert result.returncode == 0, result.stderr
     (run,) = (folder / "runs" / "tiny").iterdir()
-    return run
+    with unchanged(run):
+        yield run

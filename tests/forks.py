@@ -47,6 +47,7 @@ MODULES = {
         "lm_lightning.cli.app",
         "lm_lightning.tasks.generation.generate",  # fork: gpt
         "lm_lightning.reports.report",  # fork: reports
+        "bitsandbytes",  # fork: compression
         "torch.utils.tensorboard",
         "torch.distributed.checkpoint",
     ],

@@ -132,6 +132,7 @@ def test_the_last_step_is_validated_unless_validation_is_off(fit):
     assert about(run) == {"checkpoint": "last", "step": 3}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", [DDP, SHARDED], ids=["ddp", "sharded"])
 def test_several_processes_export_the_best(recipe: Path, strategy: tuple):
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])

@@ -64,6 +64,7 @@ def test_recipe_trains_and_exports(file: Path, cli, tmp_path: Path, cache_dir: P
     check(run, 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", LABELLED, ids=lambda file: file.stem)
 def test_recipe_of_labelled_data_trains_and_exports(file: Path, cli, tmp_path: Path):
     texts = paragraphs(40)

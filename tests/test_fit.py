@@ -274,7 +274,7 @@ def test_validating_a_checkpoint_with_other_sizes_names_the_mismatch(reference, 
 def test_samples_are_printed_and_saved_and_padding_of_short_prompts_changes_nothing(cli, recipe: Path):
     def samples(*prompts: str) -> tuple[list[dict], str]:
         name = "lm_lightning.tasks.generation.samples.Samples"
-        callback = {"class_path": name, "init_args": {"prompts": prompts, "sampling": {"greedy": True}}}
+        callback = {"class_path": name, "init_args": {"prompts": prompts, "sampling": {"temperature": 1.2}}}
         out = cli("fit", "--config", recipe, "--trainer.callbacks", json.dumps([callback]))
         run = Path(out.split("run folder: ")[1].splitlines()[0])
         return [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()], out

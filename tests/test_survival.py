@@ -292,6 +292,7 @@ def test_what_is_not_a_number_is_never_the_best(fit):
     assert names(alone) == {"last.ckpt"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("when", "step"), [(("--last.every_n_train_steps", 3), 3), (("--last.train_time_interval", "00:00:00:00"), 4)]
 )
@@ -409,6 +410,7 @@ def test_what_is_saved_in_the_background_is_the_state_of_that_moment(tmp_path: P
 # Signals
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("hook", "call", "number", "step"),
     [
@@ -478,6 +480,7 @@ def check_resumed_alone(fit, reference, cut: Path, strategy: tuple) -> None:
     assert logged(cut, "train/loss") == pytest.approx(logged(reference(*more), "train/loss"), abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rank", "number", "strategy"),
     [

@@ -217,7 +217,7 @@ def fingerprint(*parts: object) -> str:
 def make_once(folder: Path, cache: Path, work: str, make: Callable[[Path], None]) -> None:
     """Makes a folder of the cache, unless it is there already.
 
-    Several processes, users and hosts may share a cache: one works, the others wait and are told why. What is there is
+    Several processes, users and hosts may share a cache: one works, the others wait and print why. What is there is
     used without a lock, so that the cache may be read-only. Where files cannot be locked, as on some network file
     systems, each process works, and the first result stays.
 
@@ -276,7 +276,7 @@ def tokenize(
     prefix, suffix = layout.around(tokenizer)
     segment = sentence_splitter(layout.sentences) if layout.sentences is not None else lambda text: [text]
     backend = tokenizer.backend_tokenizer
-    backend.no_truncation()  # whatever the tokenizer was saved with: a document is taken whole
+    backend.no_truncation()  # whatever the tokenizer was saved with: documents are not truncated
     backend.no_padding()
     vocabulary = tokenizers.vocabulary(tokenizer)
     dtype = np.dtype("uint16" if vocabulary <= 1 << 16 else "uint32")
@@ -284,8 +284,10 @@ def tokenize(
     frequencies = {split: np.zeros(vocabulary, np.int64) for split in SPLITS}
     unknown = tokenizers.unknown_id(tokenizer)
     examples = dict.fromkeys(SPLITS, "")  # of what is unknown
-    inside: dict[str, bool] = dict.fromkeys(SPLITS, False)  # has a document begun whose last piece is still to come?
-    # Offsets, which tell of white space, cost time.
+    inside: dict[str, bool] = dict.fromkeys(
+        SPLITS, False
+    )  # whether a document has begun whose last piece has not come yet
+    # Offsets, which show white space, cost time.
     encode = backend.encode_batch if layout.words else backend.encode_batch_fast
 
     total = corpora.total_bytes(corpus, cache)

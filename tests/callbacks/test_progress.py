@@ -43,6 +43,7 @@ def in_a_terminal(columns: int, executable: str, *args: object) -> str:
 
 @needs("tasks.generation")
 @pytest.mark.parametrize("columns", [80, 40, 0])
+@pytest.mark.slow
 def test_a_terminal_shows_speed_and_time_left(recipe: Path, columns: int):
     flags = ("--trainer.callbacks+=lm_lightning.tasks.generation.samples.Samples",)
     executable = sys.executable if columns == 80 else python("lm_lightning")  # at least one that imports all

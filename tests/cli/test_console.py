@@ -27,6 +27,7 @@ runpy.run_module("lm_lightning", run_name="__main__", alter_sys=True)
 
 
 @needs("tasks.generation")
+@pytest.mark.slow
 def test_console_without_the_characters_of_a_sample_does_not_end_training(recipe: Path, tmp_path: Path):
     prompt = "Tür 漢字 \x1b[31m\x9b"
     samples = {"class_path": "lm_lightning.tasks.generation.samples.Samples", "init_args": {"prompts": [prompt]}}

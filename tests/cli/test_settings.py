@@ -255,6 +255,7 @@ def trained() -> list:
     return []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", ONE_OR_MORE.values(), ids=ONE_OR_MORE)
 @pytest.mark.parametrize("way", ["flag", "file"])
 def test_one_item_is_as_good_as_a_list(fit, cli, recipe: Path, tmp_path: Path, trained: list, options: dict, way: str):

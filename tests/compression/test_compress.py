@@ -1,6 +1,7 @@
 """Compression: folders that load again to the same outputs, of the sizes that were asked for, and a measured table."""
 
 import csv
+import hashlib
 import json
 import shutil
 import subprocess
@@ -55,11 +56,37 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return result
 
 
+@pytest.fixture(scope="module")
+def traced_networks() -> dict[str, bytes]:
+    """ONNX files by what was traced."""
+    return {}
+
+
+@pytest.fixture(autouse=True)
+def trace_once(traced_networks: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    """To trace a network takes seconds: the file of one with the same layers and weights is written again."""
+    write = formats.Onnx.write
+
+    def remember(self: formats.Onnx, program: torch.nn.Module, inputs: dict, outputs: list[str], target: Path) -> None:
+        parts = hashlib.sha256(repr((program, inputs, outputs)).encode())
+        for name, tensor in program.state_dict().items():
+            parts.update(name.encode() + tensor.numpy().tobytes())
+        key = parts.hexdigest()
+        if key in traced_networks:
+            (target / formats.ONNX).write_bytes(traced_networks[key])
+        else:
+            write(self, program, inputs, outputs, target)
+            traced_networks[key] = (target / formats.ONNX).read_bytes()
+
+    monkeypatch.setattr(formats.Onnx, "write", remember)
+
+
 @torch.no_grad()
 def outputs(folder: Path) -> torch.Tensor:
     return load(folder)(TOKENS)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SIZES)
 @pytest.mark.parametrize("recipe", ["int8", "int8-weights", "float8-weights", "bnb-int8", "nf4", "fp4"])
 def test_quantized_model_is_small_and_loads_in_plain_transformers(folders, kind: str, recipe: str, tmp_path: Path):
@@ -174,6 +201,7 @@ def test_heads_are_left_out_with_all_that_share_their_keys(tmp_path: Path):
 
 
 @traced
+@pytest.mark.slow
 def test_program_runs_with_torch_alone(folders, tmp_path: Path):
     """In a fresh process, with other numbers of rows and tokens."""
     code = """
@@ -201,6 +229,7 @@ assert "transformers" not in sys.modules
 
 
 @traced
+@pytest.mark.slow
 def test_onnx_runs_with_onnxruntime_alone(folders, tmp_path: Path):
     code = """
 import sys, numpy, onnxruntime
@@ -226,6 +255,7 @@ assert "torch" not in sys.modules
 @traced
 @pytest.mark.parametrize("kind", ["gpt2", "bert"])
 @pytest.mark.parametrize(("recipe", "share"), [("onnx-int8-blocks", 0.3), ("onnx-int4", 0.16)])
+@pytest.mark.slow
 def test_blocks_of_onnx_are_of_all_layers(folders, kind: str, recipe: str, share: float, tmp_path: Path):
     recipes.compress(folders[kind], recipe, tmp_path / "target")
     layers = structure.linear_layers(load(folders[kind])).values()
@@ -345,6 +375,7 @@ def test_recipes_of_gpus_are_refused_elsewhere(folders, recipe: str, tmp_path: P
 
 
 @traced
+@pytest.mark.slow
 def test_onnx_gives_the_outputs_of_the_network(folders, tmp_path: Path):
     for recipe, tolerance in (("onnx", 1e-4), ("width=0.5+onnx-int8", 0.3)):
         folder = tmp_path / recipe.replace("=", "-")
@@ -392,6 +423,7 @@ def test_what_lies_beside_the_weights_is_kept(folders, tmp_path: Path):
         ("TaggingData", "Tagging", "val/f1"),
     ],
 )
+@pytest.mark.slow
 def test_tasks_keep_their_metrics(cli, tmp_path: Path, data: str, model: str, monitor: str):
     """Fewer bits, or another runtime, but the same network: also with a head that transformers has not."""
     from clauses import recipe as recipe_of
@@ -417,6 +449,7 @@ def test_masked_language_models_have_the_same_loss_in_onnx(fit, cli, masked: tup
     assert float(onnx["loss"]) == pytest.approx(float(none["loss"]), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_table_is_of_what_was_measured(fit, cli, recipe: Path):
     run = fit("--model.network.n_positions", 64)
     other = fit("--seed_everything", 2)
@@ -536,6 +569,7 @@ def test_recipe_that_fails_is_a_row_and_the_others_are_finished(folders, cli, tm
         cli("compress", folders["gpt2"], *recipe, *flags)
 
 
+@pytest.mark.slow
 def test_interrupted_compress_keeps_its_rows_and_does_what_is_missing(folders, cli, tmp_path: Path, monkeypatch):
     real = measures.Bench.measure
     source = shutil.copytree(folders["gpt2"], tmp_path / "mine")

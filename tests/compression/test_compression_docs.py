@@ -22,6 +22,7 @@ def test_compress(reader: Reader, typed: list[list[str]]):
     assert len(table(reader)) == 4
 
 
+@pytest.mark.slow
 @under("docs/compression.md", "Training a compressed model")
 def test_training(reader: Reader, typed: list[list[str]]):
     reader.type_all(typed)

@@ -62,6 +62,7 @@ def test_only_the_named_layers_are_pruned_and_after_the_start(fit):
         assert zeros(weight) == (weight.numel() // 2 if ".mlp." in name else 0), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "movement"])
 def test_run_that_is_resumed_amid_the_schedule_prunes_the_same(fit, recipe: Path, method: str):
     flags = options(sparsity=0.7, method=method, end=10, frequency=2)

@@ -81,6 +81,7 @@ def test_rounded_network_computes_what_onnxruntime_does(tmp_path: Path):
     assert (own - quantized).abs().mean() < 0.5 * (whole - quantized).abs().mean()
 
 
+@pytest.mark.slow
 def test_run_ends_with_a_quantized_model_and_its_measures(fit):
     """The last validation is of the network as it was trained, which is what the table finds."""
     run = fit(*options(recipe="nf4", start=4, table="true"))
@@ -96,6 +97,7 @@ def test_run_ends_with_a_quantized_model_and_its_measures(fit):
     assert AutoModelForCausalLM.from_pretrained(run / "compressed" / "nf4").config.quantization_config
 
 
+@pytest.mark.slow
 def test_training_rounds_from_the_start_on(fit):
     plain = fit("--model.network", json.dumps(NETWORKS["gpt2"]))
     own = fit(*options(recipe="fp4", start=4))
@@ -105,6 +107,7 @@ def test_training_rounds_from_the_start_on(fit):
     assert not (own / "compressed" / "compression.md").exists()  # nothing was measured
 
 
+@pytest.mark.slow
 def test_resumed_run_goes_on_exactly_and_is_quantized_once(fit, recipe: Path):
     flags = options(recipe="nf4", start=3)
     whole = fit(*flags, "--name", "whole")
@@ -127,6 +130,7 @@ def test_only_the_named_layers_are_quantized(fit):
     assert all((w.dtype == torch.uint8) == (".mlp." in n) for n, w in weights.items() if n.endswith("c_proj.weight"))
 
 
+@pytest.mark.slow
 def test_strategies_round_alike(fit, recipe: Path, tmp_path: Path):
     """Two processes as one, also where each has a part of each weight."""
     runs = Runs(tmp_path / "processes")

@@ -46,6 +46,7 @@ def last(run: Path) -> torch.nn.Module:
     return network
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("network", "values", "settings"),
     [
@@ -115,6 +116,7 @@ def test_two_processes_prune_as_one(fit, recipe: Path, tmp_path: Path):
     assert all(torch.allclose(first[name], second[name], atol=1e-4) for name in first)
 
 
+@pytest.mark.slow
 def test_pruned_pretrained_model_is_measured_beside_what_it_was(fit):
     dense = fit("--model.network", json.dumps(NETWORKS["gpt2"]))
     flags = options("gpt2", table="true", end=4)[:-2]

@@ -28,6 +28,7 @@ def flags(tmp_path: Path) -> list[object]:
     return [*weights, "--model.adapter", "LoRA", "--model.adapter.rank", 4]
 
 
+@pytest.mark.slow
 def test_the_sum_of_base_and_adapters_is_compressed(fit, cli, flags: list):
     """And not measured with adapters beside it once more."""
     run = fit(*flags)

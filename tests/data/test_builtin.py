@@ -23,6 +23,7 @@ def paragraphs_of(text):
     return list(builtin._paragraphs(inspect.cleandoc(text)))
 
 
+@pytest.mark.slow
 def test_it_is_large_enough_to_train_on(corpus):
     text = "".join(text for _, text in corpus)
     assert len(corpus) > 400

@@ -425,6 +425,7 @@ def test_impossible_fractions_are_errors(tmp_path, validation, test):
 # The built-in corpus, the Hub, and what is known beforehand
 
 
+@pytest.mark.slow
 def test_the_default_is_the_builtin_corpus(cache_dir):
     pieces = list(read(Corpus(), cache_dir))
     assert {piece.split for piece in pieces} == {"train", "validation", "test"}

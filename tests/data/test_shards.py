@@ -321,6 +321,7 @@ def prepare_slowly(corpus, cache):
     return prepared.folder, documents(prepared, "train"), len(reads)
 
 
+@pytest.mark.slow
 def test_of_two_processes_one_works_and_both_have_the_result(tmp_path, cache):
     context = multiprocessing.get_context("spawn")
     corpus = write(tmp_path)

@@ -11,6 +11,7 @@ TABLE = (ROOT / "docs/finetuning.md").read_text(encoding="utf-8").partition("| p
 RECIPES = sorted(set(re.findall(r"`(\w+\.yaml)`", TABLE)))
 
 
+@pytest.mark.slow
 @under("docs/finetuning.md", "Fine-tuning tasks")
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipe(recipe: str, reader: Reader, typed: list[list[str]]):

@@ -39,6 +39,7 @@ def rows() -> list[dict]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", [task for task in TASKS if (ROOT / "configs" / f"{task}.yaml").exists()])
 def test_a_task_resumes_exactly_with_dropout(task: str, cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     texts = [row["text"] for row in rows()]

@@ -95,6 +95,7 @@ def state(run: Path) -> dict:
     return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
 
 
+@pytest.mark.slow
 def test_export_and_adapter_give_what_was_trained(fit, cli, masked: tuple, bases, tmp_path: Path):
     """In a process that has not this project; and the command makes the same of the checkpoint."""
     runs = {}
@@ -173,6 +174,7 @@ def test_only_the_named_layers_are_adapted(fit, bases):
     assert len(names) == 2 * 2 * 3 and all(".mlp." in name for name in names)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["full", "nf4"])
 def test_resumed_run_ends_in_the_same_bits(fit, cli, recipe: Path, bases, base: str):
     """Dropout of the adapters included; and the checkpoint is measured as the run had measured it."""
@@ -198,6 +200,7 @@ def test_resumed_run_ends_in_the_same_bits(fit, cli, recipe: Path, bases, base: 
     assert not any(torch.equal(tensor, other["state_dict"][name]) for name, tensor in first["state_dict"].items())
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_refused_where_it_does_not_belong(fit, cli, recipe: Path, bases, tmp_path: Path):
     folder = shutil.copytree(bases["gpt2"], tmp_path / "base")
     run = fit(*flags(folder), "--trainer.max_steps", 5)
@@ -230,6 +233,7 @@ def test_a_checkpoint_is_refused_where_it_does_not_belong(fit, cli, recipe: Path
         fit(*flags(folder), "--ckpt_path", plain / "checkpoints" / "last.ckpt", "--trainer.max_steps", 8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("data", "model", "monitor", "base"),
     [("TaggingData", "Tagging", "val/f1", "full"), ("ParsingData", "Parser", "val/las", "nf4")],
@@ -303,6 +307,7 @@ def test_a_new_head_over_texts_goes_into_both_exports(cli, bases, tmp_path: Path
             assert torch.allclose(network.eval()(TOKENS)[0], trained, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_two_processes_do_what_one_does(fit, recipe: Path, bases, tmp_path: Path):
     """And a sharded checkpoint, which has not the base either, is gone on from."""
     runs, alone, commands = Runs(tmp_path / "two"), {}, {}

@@ -102,6 +102,7 @@ def payload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "harmed"
 
 
+@pytest.mark.slow
 def test_the_config_of_a_run_imports_no_other_classes(fit, cli, payload: Path, monkeypatch: pytest.MonkeyPatch):
     run = fit()
     own = yaml.safe_load((run / "config.yaml").read_text())

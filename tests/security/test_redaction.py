@@ -141,6 +141,7 @@ def found(*places: Path, texts: Sequence[str] = ()) -> list[str]:
 
 
 @needs("reports")
+@pytest.mark.slow
 def test_secrets_are_in_nothing_that_a_run_leaves(recipe: Path, tmp_path: Path):
     (tmp_path / "remote.py").write_text(MODULE)
     secrets = tmp_path / "secrets.yaml"

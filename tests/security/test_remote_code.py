@@ -2,11 +2,11 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from conftest import command, needs, refusal
+from forks import python
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lm_lightning.__main__ import commands
@@ -54,7 +54,7 @@ def test_code_of_a_folder_is_not_run_even_if_yes_is_typed(name: str, folder: Pat
         folder,
     ]
     arguments = [folder, "--prompt", "a"] if name == "generate" else flags
-    start = [sys.executable, "-m", "lm_lightning", name, *map(str, arguments)]
+    start = [python("lm_lightning"), "-m", "lm_lightning", name, *map(str, arguments)]
     said = refusal(subprocess.run(start, input="y\n" * 9, capture_output=True, text=True, timeout=300))
     assert "Python code of its own" in said and "--trust_remote_code true" in said
     assert not (folder.parent / "harmed").exists()

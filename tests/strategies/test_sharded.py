@@ -135,6 +135,7 @@ def test_every_strategy_has_the_losses_of_one_process(runs, recipe, network: str
 
 
 @needs("tasks.tagging")
+@pytest.mark.slow
 def test_first_step_is_that_of_one_process_whatever_the_lengths(runs, recipe, tmp_path: Path):
     """5 words in one process and 60 in the other: the gradient is that of the mean over all words of both."""
     words = ["anna", "sees", "the", "river", "house"]
@@ -184,6 +185,7 @@ def test_first_step_is_that_of_one_process_whatever_the_lengths(runs, recipe, tm
         assert all(torch.allclose(own[key], weights[key], atol=1e-6) for key in weights), name
 
 
+@pytest.mark.slow
 def test_other_processes_go_on_with_the_same_samples_in_the_same_order(runs, recipe):
     """None is lost, none repeated: one process to two and two to one, by a file and by a folder."""
     note = ("--trainer.callbacks", '[{"class_path": "processes.Order"}]', "--model.schedule.shape", "constant")
@@ -274,6 +276,27 @@ def test_disk_that_is_full_leaves_the_folder_before_and_no_part_of_the_next(runs
     assert load_checkpoint(folder / "last.ckpt")["global_step"] == 4
 
 
+@pytest.mark.parametrize("state", ["folder", *(pytest.param(s, marks=pytest.mark.slow) for s in ("fsdp2", "split"))])
+def test_sharded_run_resumes_under_the_same_strategy_in_the_same_bits(runs, recipe, state: str):
+    """Dropout and the optimizer's state included."""
+    flags = ("--model.schedule.shape", "constant", "--model.network.resid_pdrop=0.1", "--model.network.embd_pdrop=0.1")
+    (full,) = commands(recipe, "gpt2", [state], *flags).values()
+    (half,) = commands(recipe, "gpt2", [state], *flags, "--trainer.max_steps", 5).values()
+    runs({f"{state}_full": full, f"{state}_half": half})
+    checkpoint = runs.folder / f"{state}_half" / "checkpoints" / "last.ckpt"
+    assert checkpoint.is_dir() == (state != "fsdp2")
+    checkpoint = checkpoint.rename(runs.folder / "half.ckpt")  # else it resumes in its own folder
+    runs({f"{state}_resumed": (*full, "--ckpt_path", checkpoint)})
+    columns = ("step", "train/loss", "train/gradient_norm", "train/learning_rate")
+    assert runs.log(f"{state}_resumed", *columns) == runs.log(f"{state}_full", *columns)[5:]
+    ends = [
+        load_checkpoint(runs.folder / f"{state}_{name}" / "checkpoints" / "last.ckpt") for name in ("full", "resumed")
+    ]
+    assert len(ends[0]["state_dict"]) and ends[0]["global_step"] == 10
+    for key in ("state_dict", "optimizer_states"):
+        assert equal(ends[0][key], ends[1][key]), key
+
+
 def test_folders_are_not_written_in_the_background(runs, recipe):
     background = ("--trainer.plugins", "BackgroundCheckpoints")
     started = commands(recipe, "gpt2", ["fsdp2", "folder"], *background, "--trainer.max_steps", 5)
@@ -285,6 +308,7 @@ def test_folders_are_not_written_in_the_background(runs, recipe):
     assert all(load_checkpoint(path)["global_step"] == 5 for path in files.iterdir())
 
 
+@pytest.mark.slow
 def test_overlays_of_configs_train(runs, recipe):
     overlays = sorted((ROOT / "configs" / "strategy").glob("*.yaml"))
     runs({f.stem: recipe("gpt2", "--config", f, "--trainer.devices", 2, "--trainer.max_steps", 4) for f in overlays})
@@ -322,6 +346,7 @@ def test_tampered_table_of_contents_is_not_run(tmp_path: Path):
     assert "this" not in sys.modules, "an import runs code as well"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("network", "strategies"),
     [("gpt2", {"ddp": 1, "hsdp": 1, "tp": 2}), pytest.param("bert", {"hsdp": 1, "tp": 2}, marks=SLOW_BERT)],
@@ -350,6 +375,7 @@ OPTIONS = {  # with the largest difference of losses
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [("accumulation", "muon"), pytest.param(("documents", "checkpointing", "bf16"), marks=pytest.mark.slow)],
@@ -371,6 +397,7 @@ def test_options_do_under_sharding_what_they_do_without(runs, recipe, options: t
 
 
 @needs("tasks.generation")
+@pytest.mark.slow
 def test_sharded_network_generates_predicts_and_is_exported(runs, recipe, cli):
     callback = (
         '[{"class_path": "lm_lightning.tasks.generation.samples.Samples", "init_args": {"prompts": ["", "The old"]}}]'
@@ -382,13 +409,16 @@ def test_sharded_network_generates_predicts_and_is_exported(runs, recipe, cli):
 
     checkpoint = runs.folder / "split_gpt2" / "checkpoints" / "last.ckpt"
     assert checkpoint.is_dir()
-    predictions = {}
+    predict, predictions = {}, {}
     for name in names:  # each on a copy of the run, since they are written beside the checkpoint
         copy = shutil.copytree(runs.folder / "split_gpt2", runs.folder / f"{name}_copy")
         own = FLAGS[name] or ("--trainer.strategy", "auto")  # else the run's
         flags = recipe("gpt2", *own, "--trainer.devices", 1 if name == "one" else 2)[1:]
-        runs({f"{name}_predict": ("predict", *flags, "--ckpt_path", copy / "checkpoints" / "last.ckpt")})
+        predict[f"{name}_predict"] = ("predict", *flags, "--ckpt_path", copy / "checkpoints" / "last.ckpt")
+    runs(predict)
+    for name in names:
         assert not runs.error(f"{name}_predict")
+        copy = runs.folder / f"{name}_copy"
         (file,) = [*copy.rglob("predictions.jsonl"), *(runs.folder / f"{name}_predict").rglob("predictions.jsonl")]
         predictions[name] = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     one = predictions["one"]

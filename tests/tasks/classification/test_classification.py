@@ -242,6 +242,7 @@ assert "lm_lightning" not in sys.modules
     return json.loads(result.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "metric"),
     [
@@ -270,6 +271,7 @@ def test_kinds(fit, cli, recipe: Path, flags: tuple, metric: str):
         assert scores == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_results_of_several_labels_are_those_of_the_definitions(fit, cli, recipe: Path):
     flags = ("--data.kind", "multilabel", "--data.columns.label", "several", "--best.monitor", "val/loss")
     flags = (*flags, "--model.schedule.warmup_steps", 2)
@@ -297,6 +299,7 @@ def test_training_stops_early(fit):
     assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] < 1000
 
 
+@pytest.mark.slow
 def test_a_new_head_for_numbers_starts_at_their_mean(fit, recipe: Path):
     numbers = ("--data.kind", "regression", "--data.columns.label", "number", "--best.monitor", "val/loss")
     flags = ("--trainer.max_steps", 3, "--model.optimizer.lr", 1e-6)
@@ -309,6 +312,7 @@ def test_a_new_head_for_numbers_starts_at_their_mean(fit, recipe: Path):
     assert load_file(again / "model" / "model.safetensors")["classifier.bias"] == pytest.approx(bias, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_resumed_run_and_other_micro_batches_are_the_same(fit, recipe: Path):
     off = ("--model.network.hidden_dropout_prob", 0, "--model.network.attention_probs_dropout_prob", 0)
     whole = fit("--name", "whole", *off, "--trainer.max_steps", 30, "--trainer.val_check_interval", 10)
@@ -319,6 +323,7 @@ def test_resumed_run_and_other_micro_batches_are_the_same(fit, recipe: Path):
     assert all(torch.allclose(states[0][key], states[1][key], atol=1e-4) for key in states[0])
 
 
+@pytest.mark.slow
 def test_two_processes_do_and_score_what_one_does(fit, recipe: Path):
     """50 rows of validation and 8 a batch: the last batches are unequal, and padding does not count."""
     off = ("--model.network.hidden_dropout_prob", 0, "--model.network.attention_probs_dropout_prob", 0)
@@ -336,6 +341,7 @@ def test_two_processes_do_and_score_what_one_does(fit, recipe: Path):
     assert len(values[0]) == 40 + 2 * 4 and values[0] == pytest.approx(values[1], abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("held", [50, 6])  # 50: the last batch of the second process is all padding; 6: its only one
 def test_two_processes_score_numbers_as_one_does(fit, recipe: Path, held: int):
     write(recipe.parent / "validation.jsonl", rows(held, 1))
@@ -582,6 +588,7 @@ def test_frozen_parameters_stay(fit):
 HEAD = ("classifier.weight", "classifier.bias")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "lora", [(), ("--model.adapter", "LoRA", "--model.adapter.rank", 2)], ids=["all weights", "lora"]
 )

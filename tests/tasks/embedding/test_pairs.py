@@ -3,7 +3,11 @@
 import csv
 import json
 import multiprocessing
+import os
 import random
+import shutil
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, command
+from conftest import ROOT, command, evaluation
 from scipy.stats import pearsonr, spearmanr
 
 from lm_lightning.data.tokenizer import Tokenizer, load, train
@@ -167,6 +171,7 @@ def test_loss_is_that_of_the_definition(fit, cli, recipe: Path):
     assert value(cli("test", *flags), "loss") == pytest.approx(losses_by_hand(run, content), abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [(), NEGATIVES, SCORES], ids=["pairs", "negatives", "scores"])
 def test_gradient_caching_gives_the_same_steps(fit, flags: tuple):
     states = []
@@ -207,6 +212,7 @@ def test_micro_batches_of_scores_make_the_same_steps(fit):
     assert logged(whole, "train/gradient_norm") == pytest.approx(logged(part, "train/gradient_norm"), rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_processes_that_gather_do_what_one_does(fit, recipe: Path, strategy: str):
     """A batch of 16 by one process, or of 8 by each of two, with chunks: equal gradients, losses and scores."""
@@ -223,6 +229,7 @@ def test_two_processes_that_gather_do_what_one_does(fit, recipe: Path, strategy:
 # Metrics
 
 
+@pytest.mark.slow
 def test_training_brings_pairs_together(fit, cli, recipe: Path):
     run = fit("--trainer.max_steps", 80, "--trainer.val_check_interval", 80, *NEGATIVES)
     assert logged(run, "train/loss")[-1] < 0.7 * logged(run, "train/loss")[0]
@@ -343,6 +350,7 @@ def judge(queries: Path, corpus: Path, qrels: Path, **options) -> tuple[Judged, 
     return data.judged["validation"], found
 
 
+@pytest.mark.slow
 def test_loaders_start_fresh_processes(fit, cli, recipe: Path, beir: Path):
     """As on macOS and Windows, where everything that a loader needs is pickled."""
     search = ("--data.retrieval.validation", beir / "qrels.tsv", *files(beir), "--best.monitor", "val/ndcg_10")
@@ -434,6 +442,49 @@ def test_export_is_read_by_sentence_transformers(fit, cli, recipe: Path):
             assert np.allclose(other.encode(texts), own.numpy(), atol=1e-5)
 
 
+# What sentence-transformers does with the files of an export, by transformers alone.
+PLAIN = """
+import json, sys
+from pathlib import Path
+import torch
+from transformers import AutoModel, AutoTokenizer
+
+folder, texts = Path(sys.argv[1]), json.loads(sys.argv[2])
+kinds = {m["type"].rpartition(".")[2]: folder / m["path"] for m in json.loads((folder / "modules.json").read_text())}
+assert list(kinds) == ["Transformer", "Pooling", "Normalize"]
+length = json.loads((kinds["Transformer"] / "sentence_bert_config.json").read_text())["max_seq_length"]
+pooling = json.loads((kinds["Pooling"] / "config.json").read_text())
+network, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+inputs = tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
+states, mask = network(**inputs).last_hidden_state, inputs["attention_mask"].unsqueeze(-1)
+assert states.shape[-1] == pooling["word_embedding_dimension"]
+ways = {"pooling_mode_cls_token": states[:, 0], "pooling_mode_mean_tokens": (states * mask).sum(1) / mask.sum(1)}
+(chosen,) = [name for name, on in pooling.items() if on is True]
+assert not [name for name in sys.modules if name.startswith("lm_lightning")]
+print(json.dumps(torch.nn.functional.normalize(ways[chosen], dim=-1).tolist()))
+"""
+
+
+@pytest.mark.parametrize("pooling", [pytest.param("mean", marks=pytest.mark.slow), "cls"])
+def test_export_is_complete_for_other_programs(fit, cli, recipe: Path, tmp_path: Path, pooling: str):
+    """A fresh process without this project computes the embeddings of `predict`."""
+    texts = [row["text"] for row in rows(10, 7)]
+    new = write(tmp_path / "new.jsonl", [{"text": text} for text in texts])
+    run = fit("--model.pooling", pooling, "--data.max_length", 8)
+    cli("predict", run, "--data.tables.predict", new)
+    expected = np.load(evaluation(run) / "index" / "embeddings.npy")
+    shutil.rmtree(run / "model")
+    cli("export", run)  # from the checkpoint
+    model = (run / "model").rename(tmp_path / "elsewhere")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    arguments = [sys.executable, "-c", PLAIN, model, json.dumps(texts)]
+    result = subprocess.run(arguments, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    found = np.array(json.loads(result.stdout.splitlines()[-1]))
+    assert np.allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.slow
 def test_export_tells_its_pooling_to_the_next_run(fit, cli, recipe: Path):
     run = fit("--model.pooling", "cls")
     cli("export", run)  # from the checkpoint

@@ -53,7 +53,7 @@ def test_overlong_prompt_names_the_limit_and_a_short_rest_is_told(cli, run: Path
     assert result.returncode == 0 and "leaves room for" in result.stderr
 
 
-def test_chat_remembers_and_ends(cli, run: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+def test_chat_remembers_and_ends(cli, run: Path, monkeypatch: pytest.MonkeyPatch):
     contexts, answers = [], []
     stream = generate.stream
 
