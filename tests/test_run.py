@@ -75,6 +75,7 @@ def trained(cli: Callable[..., str], recipe: Path, tmp_path: Path) -> Callable[.
     return train
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gpt", "bert", "labels"])
 def test_a_run_is_evaluated_with_its_own_data_and_tokenizer(trained, cli, kind: str, tmp_path: Path):
     recipe, run, _ = trained(kind)
