@@ -218,6 +218,7 @@ def test_a_run_that_fails_later_stays(fit, recipe: Path):
     assert (run / "config.yaml").is_file() and (run / "tokenizer").is_dir()
 
 
+@pytest.mark.slow
 def test_another_name_or_folder_starts_a_run_of_its_own(fit, recipe: Path, tmp_path: Path):
     def content(folder: Path) -> dict[str, bytes]:
         return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
