@@ -1,7 +1,4 @@
-"""A task, its model: the number of stars, learned as the probability that it is above 1, 2, 3 and 4.
-
-The head gives a logit for each threshold, and the prediction is how many of them are passed.
-"""
+"""A task, its model: the head gives logits of more than 1, 2, 3 and 4 stars, and the positive ones are counted."""
 
 from typing import Any, Optional
 

@@ -4,7 +4,6 @@ import argparse
 import atexit
 import difflib
 import importlib
-import logging
 import multiprocessing
 import os
 import signal
@@ -12,7 +11,7 @@ import sys
 
 from lm_lightning import console, features
 from lm_lightning.cli.explain import of_command_line, program
-from lm_lightning.compat.torch import LOST_PEER
+from lm_lightning.compat.torch import LOST_PEER, hide_messages
 from lm_lightning.errors import UserError, first_process
 from lm_lightning.processes import end_with_parent
 from lm_lightning.security import redaction, trust
@@ -53,12 +52,7 @@ def main() -> None:
             raise UserError(f"there is no command {command}: {there}")
         # set, as the tokenizers library would otherwise warn of forked data loaders
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-        # the profiler reports each of its steps, and PyTorch's C++ code warns of things that nobody can change
-        os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-        # no warnings of kernels for GPUs that this machine lacks, nor of casts in each layer
-        for library in ("torchao", "torch.utils._pytree", "bitsandbytes"):
-            logging.getLogger(library).setLevel(logging.ERROR)
+        hide_messages()
         trust.read_options()
         importlib.import_module(known[command][0])
         console.raise_on_interrupt()

@@ -1,4 +1,4 @@
-"""The exception for errors that the user can correct, and how others become it."""
+"""The exception for errors that the user can correct."""
 
 import importlib
 import os
@@ -30,20 +30,3 @@ def package(name: str, what: str, extra: str) -> Any:
 def first_process() -> bool:
     """Whether this is the first process of a run; the others have the same problems and need not report them, too."""
     return {os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID")} == {"0"}
-
-
-def of_instance(error: Exception) -> UserError:
-    """The error for a class that could not be made with the values of its options.
-
-    If an option accepts several types, jsonargparse lists the reason against each of them, among these the error of the
-    class itself.
-
-    Args:
-        error: Of the parser or the class.
-    """
-    text = str(error)
-    if text.startswith("Does not validate against any of the Union"):
-        tried = [line[4:] for line in text.splitlines() if line.startswith("  - ")]
-        own = [line for line in tried if not line.startswith(("Expected a", "Not a valid subclass"))]
-        text = " ".join(own) or text
-    return UserError(" ".join(text.split())[:500])

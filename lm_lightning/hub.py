@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
+from lm_lightning.compat.transformers import needs_remote_code
 from lm_lightning.errors import UserError
 from lm_lightning.security.trust import trust_remote_code
 
@@ -44,7 +45,7 @@ def explain(name: str, error: Exception) -> UserError:
             f"{name!r} is neither a folder here nor in the local Hub cache, and {why}: "
             "give a local folder or try again with a network"
         )
-    if "trust_remote_code" in str(error):
+    if needs_remote_code(error):
         return UserError(
             f"{name!r} is a model or tokenizer with Python code of its own, which is not run: read that code, and if "
             "you trust it, add --trust_remote_code true to the command"

@@ -133,7 +133,7 @@ class Noted(Callback):
             found = {"values": values, "tables": [table.read_text() for table in tables if table.exists()]}
             mistakes = Path(trainer.default_root_dir) / "mistakes.jsonl"
             rows = map(json.loads, mistakes.read_text().splitlines() if mistakes.exists() else [])
-            found["mistakes"] = {row["row"]: [row["right"], row["predicted"]] for row in rows}
+            found["mistakes"] = {row["row"]: [row["correct"], row["predicted"]] for row in rows}
             self.file.write_text(json.dumps(found))
 
 

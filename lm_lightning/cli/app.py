@@ -40,7 +40,7 @@ from lm_lightning.compat.lightning import hide_expected_warnings, subcommand_par
 from lm_lightning.compat.transformers import hide_load_report
 from lm_lightning.console import printable
 from lm_lightning.data.pretraining import PretrainingData  # noqa: F401
-from lm_lightning.errors import UserError, of_instance
+from lm_lightning.errors import UserError
 from lm_lightning.models.gpt import CausalLM  # noqa: F401
 from lm_lightning.models.module import LanguageModule
 from lm_lightning.security import imports, untrusted
@@ -237,7 +237,7 @@ class CLI(LightningCLI):
             cause: Optional[BaseException] = error  # jsonargparse wraps what is raised
             while cause is not None and not isinstance(cause, UserError):
                 cause = cause.__cause__ or cause.__context__
-            raise cause or of_instance(error) from error
+            raise cause or explain.of_instance(error) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         self.config[self.subcommand] = self.reusable_config  # for RunFolder; the classes are made already

@@ -11,6 +11,7 @@ from typing import Any, Optional
 
 import yaml
 
+from lm_lightning.compat import jsonargparse_messages as messages
 from lm_lightning.errors import UserError
 from lm_lightning.yaml_text import Loader
 
@@ -45,21 +46,6 @@ TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false", 
 TYPES |= dict.fromkeys(("list", "Sequence", "Iterable", "set", "frozenset"), "a list")
 TYPES |= {"dict": "options by name, such as {name: value}", "timedelta": "a time, such as 00:12:00:00"}
 
-KEY = re.compile(r'Parser key "([^"]+)"')
-UNKNOWN = re.compile(r"Option '([^']+)' is not accepted|does not accept option '([^']+)'|unrecognized arguments: (.+)")
-CLASS = re.compile(
-    r"Expected a dot import path string: (?P<name>.*)"
-    r"|given class_path '(?P<path>[^']+)':\s+(?P<why>No module named .*|module '.*' has no attribute .*|Import .*)"
-    r"|(?:No module named|has no attribute) [^.\n]*\. Got value: (?P<value>\S+)"
-    r"|Import path (?P<other>\S*) ?does not correspond to a subclass|Expected '(?P<kind>\S+)' to be a (?:sub)?class"
-    r"|expects a function or a callable class: (?:Expected an import path|Dict must)"
-)
-REQUIRED = re.compile(r"the following arguments are required: (.+)")
-EXPECTED = re.compile(
-    r"Expected a (?!path but|dot import)(?P<type>.*?)(?:\. Got value: (?P<value>.*?))?(?:\. Got value: .*)?$", re.M
-)
-SUBTYPES = re.compile(r"<class '(?:[\w.]*\.)?(\w+)'>|typing\.Literal\[([^\]]*)\]|\b(\w+)\[|tuple with (\d+)")
-
 
 def program(command: str = "") -> str:
     """How this program was started, for help and messages."""
@@ -78,29 +64,45 @@ def of_command_line(error: Exception, arguments: list[str], names: Iterable[str]
     text, names = str(error), list(names) or list(getattr(error, "names", ()))
     if missing := MISSING.search(text):
         return UserError(f'an option names a class of {missing[1]}: pip install -e ".[{EXTRAS[missing[1]]}]"')
-    if match := UNKNOWN.search(text):
+    if match := messages.UNKNOWN.search(text):
         return UserError(unknown_option(text, match, arguments, names))
-    values = [match for match in EXPECTED.finditer(text) if "NoneType" not in match["type"]]
-    if (match := CLASS.search(text)) and (option_of(text, match.start()).rpartition(".")[2] in BASES or not values):
+    values = [match for match in messages.EXPECTED.finditer(text) if "NoneType" not in match["type"]]
+    match = messages.CLASS.search(text)
+    if match and (option_of(text, match.start()).rpartition(".")[2] in BASES or not values):
         return UserError(wrong_class(text, match, arguments))
-    if match := REQUIRED.search(text):
+    if match := messages.REQUIRED.search(text):
         return UserError(required(text, match, arguments))
-    if match := re.search(r"Unable to load config '(.*)'", text):
+    if match := messages.CONFIG.search(text):
         option = option_of(text, match.start())
         return UserError(
             f"{place(option, arguments)} is {shown(match[1])}, but must have options by name, such as {{name: value}}"
         )
-    if match := EXPECTED.search(text):
+    if match := messages.EXPECTED.search(text):
         return UserError(wrong_value(text, match, arguments))
     if "expected one argument" in text or "expected at least one argument" in text:
         return UserError(f"{without_value(text, arguments)} has no value")
-    text = " ".join(KEY.sub(r"\1", text).split())
+    text = " ".join(messages.KEY.sub(r"\1", text).split())
     return UserError(f"{text[:500]}; `{program(arguments[0])} --help` explains the options")
+
+
+def of_instance(error: Exception) -> UserError:
+    """The error for a class that could not be made with the values of its options.
+
+    If an option accepts several types, jsonargparse lists the reason against each of them, among these the error of the
+    class itself.
+
+    Args:
+        error: Of the parser or the class.
+    """
+    text = str(error)
+    if tried := messages.tried_types(text):
+        text = " ".join(tried)
+    return UserError(" ".join(text.split())[:500])
 
 
 def without_value(text: str, arguments: list[str]) -> str:
     """The flag that has no value, of which jsonargparse names only the section."""
-    section = (re.findall(r"argument (?:-\w/)?(--[\w.]+)", text) or ["--"])[0]
+    section = (messages.ARGUMENT.findall(text) or ["--"])[0]
     for flag, after in zip(arguments, [*arguments[1:], "--"]):
         if flag.startswith(section) and "=" not in flag and re.match(r"--?[a-zA-Z]|--$", after):
             return flag
@@ -110,7 +112,7 @@ def without_value(text: str, arguments: list[str]) -> str:
 def option_of(text: str, end: int) -> str:
     """The option that the text before a position is about."""
     keys: list[str] = []
-    for key in KEY.findall(text[:end]):
+    for key in messages.KEY.findall(text[:end]):
         if key != "config" and keys[-1:] != [key]:
             keys.append(key)
     return ".".join(keys).replace(".init_args", "")
@@ -179,15 +181,15 @@ def one_of(words: list[str]) -> str:
 
 def given_value(text: str) -> str:
     """The value that jsonargparse names next."""
-    value = (re.findall(r"Given value: (.*)", text) or [""])[0].partition(". Got value: ")[0]
-    return re.sub(r"^NestedArg\(key=.*?, val='?(.*?)'?\)$", r"\1", value.strip())
+    value = (messages.GIVEN.findall(text) or [""])[0].partition(". Got value: ")[0]
+    return messages.NESTED.sub(r"\1", value.strip())
 
 
 def unknown_option(text: str, match: re.Match, arguments: list[str], names: list[str]) -> str:
     """The sentence for an option that there is not."""
     name = match[1] or match[2] or match[3].split()[0]
     option = option_of(text, match.start())
-    if group := re.search(r"Group '([^']+)'", text):
+    if group := messages.GROUP.search(text):
         option = group[1]
     if match[3] and not name.startswith("-"):
         return (
@@ -203,8 +205,8 @@ def unknown_option(text: str, match: re.Match, arguments: list[str], names: list
         )
     full = f"{option}.{name}" if option else name
     where, section = place(full, arguments), full.partition(".")[0]
-    of_value = re.match(r"\. Got value: Namespace\(class_path='([^']+)'", text[match.end() :])
-    kinds = [of_value[1]] if of_value else re.findall(r"class_path '([^']+)'", text[: match.start()])
+    of_value = messages.WITH_CLASS.match(text[match.end() :])
+    kinds = [of_value[1]] if of_value else messages.CHOSEN.findall(text[: match.start()])
     kind = kinds[-1].rpartition(".")[2] if kinds else ""
     if kinds:
         names = [*options_of(kinds[-1], option), *names]
@@ -333,21 +335,21 @@ def wrong_value(text: str, match: re.Match, arguments: list[str]) -> str:
     """The sentence for a value of another type than its option's."""
     option = option_of(text, match.start())
     end = text.find("Given value:", match.start())
-    start = max((key.end() for key in KEY.finditer(text, 0, match.start())), default=0)
+    start = max((key.end() for key in messages.KEY.finditer(text, 0, match.start())), default=0)
     block = text[start : end if end >= 0 else len(text)]
     value = match["value"]
     if value is None and end >= 0:
         value = given_value(text[end:])
-    for element in EXPECTED.finditer(block):  # of a list of texts, such as names of columns
+    for element in messages.EXPECTED.finditer(block):  # of a list of texts, such as names of columns
         wrong = value if element["value"] is None else element["value"]
         if "<class 'str'>" in element["type"] and re.fullmatch(r"True|False|None|[-+\d.e_]+|nan|inf", wrong or ""):
             read = {"True": "true", "False": "false", "None": "null"}.get(wrong, wrong)
             kind = {"true": "a boolean", "false": "a boolean", "null": "no value"}.get(read, "a number")
             return f"{place(option, arguments)} has {read}, which is {kind} in YAML: put it in quotes to make it text"
-    subtypes = re.search(r"Subtypes: (.*)", block)
+    subtypes = messages.TYPES.search(block)
     types = subtypes[1] if subtypes else match["type"]
     words, choices, classes = list[str](), list[str](), list[str]()
-    for name, literal, container, length in SUBTYPES.findall(types):
+    for name, literal, container, length in messages.SUBTYPES.findall(types):
         if literal:
             choices += [part.strip(" '\"") for part in literal.split(",")]
         elif length:

@@ -1,15 +1,23 @@
 """PyTorch: kernels, checkpoints and messages. (It is imported in the functions, since each start reads this file.)"""
 
+import logging
+import os
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.optim import Optimizer
 
 # Messages of torch.distributed when another process of the run has died. Alternative: none; they are RuntimeErrors
 # (`torch.distributed.DistNetworkError` is raised by stores only).
 LOST_PEER = re.compile(r"(closed|reset) by peer|remote (process|worker)|Broken pipe")
+# What a process has printed whose memory was not enough. Alternative: `torch.OutOfMemoryError`, which is for GPUs only,
+# and which another process cannot catch.
+OUT_OF_MEMORY = re.compile(r"out of memory|OutOfMemory|can't allocate memory|MemoryError|DefaultCPUAllocator", re.I)
+# Splits of matrices by tensor parallelism are subclasses of the public `ParallelStyle`, whose only method is `_apply`.
+# Alternative: `ColwiseParallel` and `RowwiseParallel`, which refuse GPT-2's `Conv1D`.
 # Module and name of the class of the entries in a sharded checkpoint's table of contents. Alternative: none, the public
 # `Metadata.storage_data` holds its instances.
 STORAGE_INFO = ("torch.distributed.checkpoint.filesystem", "_StorageInfo")
@@ -32,6 +40,30 @@ def multiply(tensors: Sequence["Tensor"], factor: "Tensor") -> None:
     import torch
 
     torch._foreach_mul_(list(tensors), factor)
+
+
+def skip_step_if(optimizer: "Optimizer", skipped: "Tensor") -> None:
+    """Has a fused optimizer skip its next step in its kernels, without a wait for the device.
+
+    `torch.amp.GradScaler` passes it in the same way. Alternative: GradScaler itself, which scales losses, too.
+
+    Args:
+        optimizer: With `fused=True`.
+        skipped: Whether to skip it, () bool.
+    """
+    optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
+
+
+def hide_messages() -> None:
+    """Hides warnings of PyTorch and libraries on it: of kernels for GPUs that are not there, of casts in each layer.
+
+    Must come before torch is imported. Alternative: none, they are logged at import.
+    """
+    # the profiler reports each of its steps, and PyTorch's C++ code warns of things that nobody can change
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    for library in ("torchao", "torch.utils._pytree", "bitsandbytes"):
+        logging.getLogger(library).setLevel(logging.ERROR)
 
 
 def cpu_computes_bf16() -> bool:

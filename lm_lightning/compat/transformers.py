@@ -30,3 +30,11 @@ def refused_settings(error: ValueError) -> list[str]:
     """
     text = str(error)
     return re.findall(r"^- `(\w+)`", text, re.MULTILINE) or re.findall(r"`(\w+)`", text)[:1]
+
+
+def needs_remote_code(error: Exception) -> bool:
+    """Whether `from_pretrained` has failed as the folder has Python code that it was not allowed to run.
+
+    Alternative: none, it is a ValueError as others are.
+    """
+    return "trust_remote_code" in str(error)

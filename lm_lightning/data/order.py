@@ -1,7 +1,7 @@
 """Order: which sample comes at which step.
 
 The samples of a split form an endless stream: epoch 0 shuffled, then epoch 1 shuffled anew, and so on. The sample at
-a position of the stream is a pure function of (seed, epoch, index), so a run that has consumed `n` samples goes on at
+a position of the stream is a pure function of (seed, epoch, index), so a run that has consumed `n` samples resumes at
 position `n`, whatever the number of workers, ranks or micro-batches, and nothing but `n` has to be saved.
 """
 
@@ -127,7 +127,7 @@ class StreamSampler(Sampler[list[int]]):
 
     An optimizer step uses the next `world_size * accumulate * batch_size` positions, however they are split; a
     micro-batch is a contiguous piece of them. One pass over the sampler is about one epoch of the data, rounded up to
-    whole optimizer steps: no step is cut short, none is padded. The next pass goes on where the steps have come to.
+    full optimizer steps: no step is cut short, none is padded. The next pass begins where these steps have ended.
 
     Args:
         size: Number of samples in an epoch.
@@ -158,8 +158,8 @@ class StreamSampler(Sampler[list[int]]):
 class SequentialBatches(Sampler[list[int]]):
     """Batch sampler of evaluation: every sample once, over all ranks together.
 
-    The ranks take turns, and the last batches are filled up with `PADDING`, so that all ranks do equally many batches
-    of one shape (collectives need the first, compiled networks the second) without counting any sample twice.
+    The ranks take turns, and the last batches are padded with `PADDING`, so that all ranks compute the same number of
+    batches of one shape (collectives need the first, compiled networks the second) without counting any sample twice.
 
     Args:
         size: Number of samples.

@@ -159,9 +159,9 @@ def fingerprint(tokenizer: "PreTrainedTokenizerFast") -> str:
 
 def text_ids(tokenizer: "PreTrainedTokenizerFast") -> tuple[list[int], list[int]]:
     """Ids that the tokenizer itself puts before and after a text, such as those of `[CLS]` and `[SEP]`."""
-    whole, text = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
-    start = next(i for i in range(len(whole)) if whole[i : i + len(text)] == text)
-    return whole[:start], whole[start + len(text) :]
+    full, text = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
+    start = next(i for i in range(len(full)) if full[i : i + len(text)] == text)
+    return full[:start], full[start + len(text) :]
 
 
 def unknown_id(tokenizer: "PreTrainedTokenizerFast") -> Optional[int]:

@@ -27,7 +27,7 @@ class Mistakes:
         self.kept: list[tuple[float, int, Any, Any]] = []  # a heap of (loss, -number of the row, right, predicted)
 
     def add(self, number: int, loss: float, right: Any, predicted: Any) -> None:
-        """Adds a row, with what `write` passes on to `describe`; a row that only fills up a batch is skipped."""
+        """Adds a row, with what `write` passes on to `describe`; a row that pads a batch is skipped."""
         if number == PADDING or loss != loss:
             return
         (heapq.heappush if len(self.kept) < KEPT else heapq.heappushpop)(self.kept, (loss, -number, right, predicted))
@@ -41,7 +41,7 @@ class Mistakes:
         Args:
             trainer: That of the evaluation.
             title: What was evaluated.
-            describe: Of the number of a row, what is right and what was predicted: `text`, `right` and `predicted`.
+            describe: Of the number of a row, the correct and the predicted value: `text`, `correct` and `predicted`.
         """
         rows: list[dict[str, Any]] = [
             {"evaluation": title, "row": -number, "loss": loss} | describe(-number, right, predicted)

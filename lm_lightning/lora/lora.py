@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lm_lightning import errors
 from lm_lightning.errors import UserError
+from lm_lightning.lora import compat
 from lm_lightning.models.adapter import Adapter
 from lm_lightning.models.export import HEAD_FILE
 from lm_lightning.networks import linear_layers
@@ -98,10 +99,7 @@ class LoRA(Adapter):
         if self.quantized:
             remedy = "use model.adapter.base full"
             refuse_other_classes(network, linear_layers(network), bitsandbytes_layers(), "model.adapter", remedy)
-            for module in network.modules():
-                # On CPUs with bf16 a layer of 4 bits would repack its weights in an evaluation, and then cannot train.
-                if hasattr(module, "support_avx512bf16_for_cpu"):
-                    module.support_avx512bf16_for_cpu = False
+            compat.keep_trainable(network)
         peft.inject_adapter_in_model(self.peft_config(layers), network)
         remedy = "choose others with model.adapter.modules"
         refuse_other_classes(network, layers, peft.tuners.lora.LoraLayer, "model.adapter", remedy)
@@ -123,21 +121,18 @@ class LoRA(Adapter):
 
     @torch.no_grad()
     def merge(self, network: transformers.PreTrainedModel, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        from peft.utils.integrations import dequantize_bnb_weight
-
         weights, adapted = dict(weights), adapted_layers(network)
         inner = {id(layer) for layer in adapted.values()}
-        # (transformers notes the original class of a quantized layer)
-        quantized = {n: m for n, m in network.named_modules() if hasattr(m, "source_cls") and id(m) not in inner}
+        quantized = {n: m for n, m in network.named_modules() if compat.original_class(m) and id(m) not in inner}
         for name, layer in (adapted | quantized).items():
             own = {key: weights.pop(key) for key in list(weights) if key.startswith(f"{name}.")}
-            prefix = f"{name}.base_layer" if name in adapted else name
-            if hasattr(layer, "source_cls"):
-                rows = dequantize_bnb_weight(layer.weight, getattr(layer, "state", None)).float().cpu()
+            prefix = compat.BASE_LAYER.format(name) if name in adapted else name
+            if compat.original_class(layer):
+                rows = compat.dequantized(layer)
             else:
                 rows = own[f"{prefix}.weight"].T if transposed(layer) else own[f"{prefix}.weight"]
             if name in adapted:
-                a, b = (own[f"{name}.lora_{matrix}.default.weight"] for matrix in "AB")
+                a, b = compat.matrices(name, own)
                 rows = rows + self.alpha / self.rank * (b @ a)
             weights[f"{name}.weight"] = rows.T.contiguous() if transposed(layer) else rows
             if f"{prefix}.bias" in own:
@@ -166,9 +161,9 @@ class LoRA(Adapter):
         settings.save_pretrained(folder)
         outer = tuple(f"{module}." for module in modules)
         tensors = {  # (each name of tied ones has its own)
-            f"base_model.model.{name.replace('.default.', '.')}": tensor.clone(memory_format=torch.contiguous_format)
+            compat.name_in_files(name): tensor.clone(memory_format=torch.contiguous_format)
             for name, tensor in weights.items()
-            if ".lora_" in name or name.startswith(outer)
+            if compat.is_matrix(name) or name.startswith(outer)
         }
         safetensors.torch.save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         head = {name.partition(".")[2]: weights[name] for name in record["new"] if name not in known}
@@ -182,7 +177,7 @@ class LoRA(Adapter):
 
 def transposed(layer: nn.Module) -> bool:
     """Whether the matrix of a layer is (inputs, outputs), as in GPT-2, or was before it was quantized."""
-    return isinstance(layer, Conv1D) or getattr(layer, "source_cls", None) is Conv1D
+    return isinstance(layer, Conv1D) or compat.original_class(layer) is Conv1D
 
 
 def adapted_layers(network: transformers.PreTrainedModel) -> dict[str, Any]:

@@ -37,6 +37,9 @@ class ExtraFiles:
         raise NotImplementedError
 
 
+LIVE: dict[str, type[ExtraFiles]] = {}  # those of models of this process, whose code the user has imported anyway
+
+
 def describe(
     network: transformers.PreTrainedModel,
     class_name: str,
@@ -68,6 +71,7 @@ def describe(
     if extra is not None:
         path = f"{type(extra).__module__}.{type(extra).__qualname__}"
         description["extra"] = {"class": path, "options": dataclasses.asdict(extra)}  # type: ignore[call-overload]
+        LIVE[path] = type(extra)
     return description
 
 
@@ -370,7 +374,9 @@ def save_network(
         network.tie_weights()
     contents: dict[str, Any] = {}
     if extra := description.get("extra"):
-        contents = imports.recorded_class(extra["class"], ExtraFiles, "class of files")(**extra["options"]).files()
+        known = LIVE.get(str(extra["class"]))
+        files_class = known or imports.recorded_class(extra["class"], ExtraFiles, "class of files")
+        contents = files_class(**extra["options"]).files()
     try:
         options: dict[str, Any] = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
         network.save_pretrained(folder, **options | ({"state_dict": {}} if weights is None else {}))

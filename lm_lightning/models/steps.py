@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lm_lightning.compat.torch import multiply
+from lm_lightning.compat.torch import multiply, skip_step_if
 from lm_lightning.data import contract
 from lm_lightning.data.order import PADDING
 from lm_lightning.models.nonfinite import NonFiniteGuard, Step
@@ -148,8 +148,8 @@ class OptimizerSteps:
         in_kernel = skip and all(group.get("fused") for group in optimizer.param_groups)
         loss_sum, tokens = totals
         loss = (loss_sum + 0 * self.gradient_norm) / tokens
-        if in_kernel:  # as torch's GradScaler passes it
-            optimizer.found_inf = (~torch.isfinite(loss)).float()  # type: ignore
+        if in_kernel:
+            skip_step_if(optimizer, ~torch.isfinite(loss))
         if not scaled:
             self.nonfinite.pending.append(Step(sums.step + 1, sums.samples, loss))
         at_once = device.type == "cpu" or (skip and not in_kernel)

@@ -1,8 +1,27 @@
-"""PyTorch: the history of a GPU's memory."""
+"""Lightning: the names of its actions. PyTorch: the history of a GPU's memory."""
 
 from pathlib import Path
 
 import torch
+
+# Names of actions that Lightning passes to profilers. They are documented as examples only. Alternative: none.
+EPOCH = "run_training_epoch"
+PARTS = {  # part of the step -> ends of the names of Lightning's actions
+    "data": ("train_dataloader_next",),
+    "transfer": ("batch_to_device",),
+    "forward": ("training_step",),
+    "backward": ("backward",),
+    "optimizer": ("optimizer_step", "optimizer_zero_grad", "configure_gradient_clipping", "lr_scheduler_step"),
+    "validation": ("on_validation_model_eval",),  # until the strategy's on_validation_end, which comes last
+    "checkpoints": ("save_checkpoint",),
+}
+
+
+def ends(part: str, action_name: str) -> bool:
+    """Whether the end of an action is the end of a part of a step."""
+    if part == "validation":
+        return action_name.startswith("[Strategy]") and action_name.endswith("on_validation_end")
+    return action_name.endswith(PARTS[part])
 
 
 def record_memory() -> None:

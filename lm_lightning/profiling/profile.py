@@ -13,15 +13,6 @@ from lm_lightning.errors import UserError
 from lm_lightning.files import write_text
 from lm_lightning.profiling import compat
 
-PARTS = {  # part of the step -> ends of the names of Lightning's actions
-    "data": ("train_dataloader_next",),
-    "transfer": ("batch_to_device",),
-    "forward": ("training_step",),
-    "backward": ("backward",),
-    "optimizer": ("optimizer_step", "optimizer_zero_grad", "configure_gradient_clipping", "lr_scheduler_step"),
-    "validation": ("on_validation_model_eval",),  # until the strategy's on_validation_end, which comes last
-    "checkpoints": ("save_checkpoint",),
-}
 REST = "callbacks, logging"
 
 
@@ -50,11 +41,11 @@ class Profile(Profiler):
         self.stack: list[tuple[str, Any]] = []  # parts in progress, the innermost last, with their marks in the trace
         self.counting = False
         self.since = 0.0  # when the innermost part began, or continued
-        self.seconds = dict.fromkeys([*PARTS, REST], 0.0)
+        self.seconds = dict.fromkeys([*compat.PARTS, REST], 0.0)
         self.recorder: Optional[torch.profiler.profile] = None
 
     def start(self, action_name: str) -> None:
-        part = next((part for part, ends in PARTS.items() if action_name.endswith(ends)), None)
+        part = next((part for part, ends in compat.PARTS.items() if action_name.endswith(ends)), None)
         if part == "data":
             self.next_batch()
         in_validation = any(outer == "validation" for outer, _ in self.stack)
@@ -66,17 +57,13 @@ class Profile(Profiler):
         self.stack.append((part, mark))
 
     def stop(self, action_name: str) -> None:
-        if action_name == "run_training_epoch":  # what follows the last one is not part of a step
+        if action_name == compat.EPOCH:  # what follows the last one is not part of a step
             self.count()
             self.counting = False
         if not self.stack:
             return
         part, mark = self.stack[-1]
-        if part == "validation":
-            ended = action_name.startswith("[Strategy]") and action_name.endswith("on_validation_end")
-        else:
-            ended = action_name.endswith(PARTS[part])
-        if ended:
+        if compat.ends(part, action_name):
             self.count()
             self.stack.pop()
             mark.__exit__(None, None, None)

@@ -90,7 +90,7 @@ def read(folder: Path) -> Run:
         "row": int,
         "loss": float,
         "text": str,
-        "right": str,
+        "correct": str,
         "predicted": str,
     }
     run.mistakes = read_lines(folder / "mistakes.jsonl", fields, run.notes)

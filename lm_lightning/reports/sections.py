@@ -71,9 +71,9 @@ def mistakes(run: Run) -> str:
         return ""
     rows = ""
     for row in run.mistakes[:MISTAKES]:
-        cells = "".join(f'<td dir="auto">{escape(row[name])}</td>' for name in ("right", "predicted", "text"))
+        cells = "".join(f'<td dir="auto">{escape(row[name])}</td>' for name in ("correct", "predicted", "text"))
         rows += f"<tr>{cells}<td>{row['loss']:.3g}</td><td>{row['row']:,}</td></tr>"
-    head = "".join(f"<th scope=col>{name}</th>" for name in ("right", "predicted", "text", "loss", "row"))
+    head = "".join(f"<th scope=col>{name}</th>" for name in ("correct", "predicted", "text", "loss", "row"))
     shown = len(run.mistakes[:MISTAKES])
     title = f"{run.mistakes[0]['evaluation']}: the {shown} with the highest loss; rows are counted from 0"
     table = f'<table class="mistakes"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'

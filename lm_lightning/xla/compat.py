@@ -1,4 +1,9 @@
-"""transformers: masks that are made without looking into them."""
+"""transformers: masks that are made without looking into them. Lightning: how a strategy places a network.
+
+`XLASharded` replaces `Strategy._setup_model`, which Lightning calls when the network is on its device and the optimizer
+is not made yet. Alternative: none. `model_to_device` comes before tied weights are tied again, and `setup` makes the
+optimizers, too.
+"""
 
 from transformers import masking_utils
 from transformers.utils.import_utils import is_tracing

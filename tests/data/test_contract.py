@@ -2,16 +2,20 @@
 
 import csv
 import json
+import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader, Sampler
+from processes import Runs
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Sampler
 from transformers import AutoModelForCausalLM
 
+from lm_lightning.data.contract import check_loader
 from lm_lightning.errors import UserError
 from lm_lightning.security.trust import PACKAGES
 
@@ -66,6 +70,11 @@ class Resumable(Plain):
 
     def load_state_dict(self, state: dict) -> None:
         self.consumed = state["consumed"]
+
+
+class Stream(IterableDataset):
+    def __iter__(self) -> Any:
+        return iter(samples(40, 0))
 
 
 class Lists(Plain):
@@ -153,6 +162,44 @@ def test_run_resumes_amid_an_epoch_where_the_data_module_saves_its_position(cli,
     assert logged(full, "train/loss") == logged(part, "train/loss")
     weights = [torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for run in (full, part)]
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+
+
+def loader(**options: Any) -> DataLoader:
+    return DataLoader(samples(40, 0), **options)
+
+
+@pytest.mark.parametrize(
+    ("make", "distributed"),
+    [
+        (lambda: loader(batch_size=4), False),
+        (lambda: loader(batch_size=4, shuffle=True), False),
+        (lambda: loader(batch_size=4, sampler=DistributedSampler(samples(40, 0), 2, 0)), True),
+        (lambda: loader(batch_sampler=Order(Resumable())), True),
+        (lambda: DataLoader(Stream(), batch_size=4), True),
+        (lambda: samples(40, 0), True),  # no DataLoader of PyTorch: nothing is known of it
+    ],
+    ids=["sequential", "random", "distributed", "own", "iterable", "list"],
+)
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_loader_that_gives_all_processes_the_same_samples_is_refused(make, distributed: bool, replicas: int):
+    strategy = SimpleNamespace(distributed_sampler_kwargs={"num_replicas": replicas, "rank": 0})
+    trainer: Any = SimpleNamespace(train_dataloader=make(), strategy=strategy, datamodule=Plain())
+    if distributed or replicas == 1:
+        check_loader(trainer)
+    else:
+        with pytest.raises(UserError, match=r"same samples of Plain: add --trainer.use_distributed_sampler true"):
+            check_loader(trainer)
+
+
+def test_two_processes_share_the_samples_or_are_refused(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
+    runs = Runs(tmp_path)
+    flags = ("--data", "test_contract.Plain", "--trainer.strategy", "ddp", "--trainer.devices", 2)
+    flags = (*flags, "--trainer.max_steps", 5)
+    command = ("fit", "--config", config, *flags)
+    runs({"refused": command, "shared": (*command, "--trainer.use_distributed_sampler", "true")})
+    assert "all processes would read the same samples of Plain" in runs.error("refused")
+    assert not runs.error("shared") and len(runs.log("shared", "step", "train/loss")) == 5
 
 
 @pytest.mark.parametrize(

@@ -192,7 +192,7 @@ def test_mistakes_are_the_rows_that_are_predicted_wrongly(found: dict, folder: P
     lines = [json.loads(line) for line in (folder / "one-single" / "mistakes.jsonl").read_text().splitlines()]
     assert all(line["text"] == rows[line["row"]]["text"] for line in lines)
     losses = [line["loss"] for line in lines]
-    expected = [-math.log(told[line["row"]]["scores"][line["right"]]) for line in lines]
+    expected = [-math.log(told[line["row"]]["scores"][line["correct"]]) for line in lines]
     assert losses == pytest.approx(expected, abs=1e-4) and losses == sorted(losses, reverse=True)
     (spans,) = [values for row, values in found["tagging"][1]["mistakes"].items() if row == "25"]
     assert spans[0] != spans[1] and set(spans[0].replace(":", "").replace(";", "").split()) - {"PER", "LOC"} <= set(

@@ -1,4 +1,4 @@
-"""A task of one's own, outside the package, is a data module with three methods and a model with a loss."""
+"""A task outside the package, written as docs/extending.md describes it: data, a model, metrics, files of an export."""
 
 import json
 import sys
@@ -10,12 +10,25 @@ import yaml
 from conftest import evaluation
 
 from lm_lightning.data.tokenizer import Tokenizer, train
+from lm_lightning.errors import UserError
+from lm_lightning.models import export
 from lm_lightning.security.trust import PACKAGES
 
 TASK = """import torch, torch.nn.functional as F, transformers
 from lm_lightning.finetuning.data import LabelledData
 from lm_lightning.finetuning.examples import network_inputs
+from dataclasses import dataclass
+from lm_lightning.models.export import ExtraFiles
+from lm_lightning.models.metrics import Ratio
 from lm_lightning.models.module import LanguageModule
+
+
+@dataclass
+class Card(ExtraFiles):
+    author: str
+
+    def files(self):
+        return {"card.json": {"author": self.author}}
 
 
 class ToyData(LabelledData):
@@ -34,6 +47,40 @@ class ToyData(LabelledData):
 
 class Toy(LanguageModule):
     auto_class = transformers.AutoModelForSequenceClassification
+
+    def __init__(self, author="somebody", **options):
+        super().__init__(**options)
+        self.author = author
+
+    @staticmethod
+    def main_metric(data):
+        return "accuracy"
+
+    def network_made(self):
+        self.correct = Ratio()
+
+    def validation_step(self, batch, batch_idx):
+        super().validation_step(batch, batch_idx)
+        hits = self.network(**network_inputs(batch)).logits.argmax(-1) == batch["targets"]
+        self.correct.update(hits.sum(), (batch["targets"] != -100).sum())
+
+    def metric_modes(self):
+        return {"loss": "min", "accuracy": "max"}
+
+    def metrics(self, loss, split):
+        accuracy = self.correct.compute()
+        self.correct.reset()
+        return {"loss": loss, "accuracy": accuracy}
+
+    def join_predictions(self, rows):
+        return [row | {"of": len(rows)} for row in rows]
+
+    def extra_files(self):
+        return Card(self.author)
+
+    def on_save_checkpoint(self, checkpoint):
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["author"] = self.author
 
     def head_settings(self):
         return self.label_settings()
@@ -72,6 +119,7 @@ def test_a_task_of_ones_own_trains_and_predicts(
         "model": {
             "class_path": "my_task.Toy",
             "init_args": {
+                "author": "me",
                 "network": {"model_type": "bert", "max_position_embeddings": 64, **sizes},
                 "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 5e-3}},
             },
@@ -91,9 +139,17 @@ def test_a_task_of_ones_own_trains_and_predicts(
     (tmp_path / "toy.yaml").write_text(yaml.safe_dump(content))
     out = cli("fit", "--config", tmp_path / "toy.yaml")
     run = Path(next(line for line in out.splitlines() if line.startswith("run folder: ")).split(": ", 1)[1])
+    assert json.loads((run / "model" / "card.json").read_text()) == {"author": "me"}
+    monkeypatch.setattr(export, "LIVE", {})  # as in another process
+    with pytest.raises(UserError, match=r"names the class of files my_task.Card, .* --trust_package my_task"):
+        cli("export", run)
     monkeypatch.setenv(PACKAGES, "my_task")
+    cli("export", run, "--output", tmp_path / "exported")
+    assert json.loads((tmp_path / "exported" / "card.json").read_text()) == {"author": "me"}
+    assert float(next(line for line in cli("test", run).splitlines() if "test/accuracy" in line).split("│")[2]) == 1
     cli("predict", run, "--data.batch_size", 7)  # the last batch has fewer rows, which are filled up
     predictions = [json.loads(line) for line in (evaluation(run) / "predictions.jsonl").read_text().splitlines()]
     assert [row["id"] for row in predictions] == list(range(len(rows)))
     assert [row["label"] for row in predictions] == [row["label"] for row in rows]
+    assert all(row["of"] == len(rows) for row in predictions)
     assert json.loads((run / "model" / "config.json").read_text())["id2label"] == {"0": "long", "1": "short"}

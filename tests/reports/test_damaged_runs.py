@@ -28,7 +28,7 @@ def run(tmp_path: Path) -> Path:
     (folder / "results.csv").write_text("label,precision,f1,rows\na,0.5,0.25,3\nb,1.0,0.5,4\n")
     (folder / "results.md").write_text("validation, step 8\n\n| label |\n")
     (folder / "confusion.csv").write_text("right,a,b\na,2,1\nb,0,4\n")
-    mistake = {"evaluation": "validation", "row": 3, "loss": 1.5, "text": "t", "right": "a", "predicted": "b"}
+    mistake = {"evaluation": "validation", "row": 3, "loss": 1.5, "text": "t", "correct": "a", "predicted": "b"}
     (folder / "mistakes.jsonl").write_text((json.dumps(mistake) + "\n") * 2)
     (folder / "data.json").write_text(json.dumps({"splits": {"train": {"tokens": 5}}, "files": ["a", "b"]}))
     (folder / "environment.json").write_text(json.dumps({"command": ["fit"], "git": {"commit": "a"}, "cores": 2}))

@@ -71,7 +71,7 @@ def test_deep_json_is_a_note(name: str, run: Path):
     for depth in (500, 100_000):
         deep = "[" * depth + "]" * depth
         row = {"step": 1, "prompt": 0, "text": 0, "loss": 0, "samples": 0, "evaluation": 0, "row": 1}
-        row |= {"right": 0, "predicted": 0}
+        row |= {"correct": 0, "predicted": 0}
         text = json.dumps(row).replace(": 0", f": {deep}") if name.endswith("l") else f'{{"command": {deep}}}'
         (run / name).write_text(text + "\n")
         page(run)
@@ -162,7 +162,7 @@ def test_a_page_of_hostile_tables_stays_small_and_is_escaped(run: Path):
     samples = [{"step": i, "prompt": f"{script}{i}", "text": "z" * 50_000} for i in range(200)]
     (run / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples))
     mistake = {"evaluation": script, "row": 10**400, "loss": float("inf"), "text": script * 10_000}
-    mistake |= {"right": script, "predicted": ["x"]}
+    mistake |= {"correct": script, "predicted": ["x"]}
     (run / "mistakes.jsonl").write_text((json.dumps(mistake) + "\n") * 2000)
     (run / "spikes.jsonl").write_text((json.dumps({"step": 1, "loss": 1, "samples": [1] * 2000}) + "\n") * 2000)
     (run / "data.json").write_text(json.dumps({f"{script}{i}": script * 10 for i in range(10_000)}))

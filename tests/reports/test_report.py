@@ -300,7 +300,7 @@ def test_labels_confusion_and_mistakes_are_shown(folder: Path, cli):
     )
     (folder / "results.md").write_text("validation, step 7\n\n| label |\n")
     (folder / "confusion.csv").write_text("true \\ predicted,old,<b>new\nold,8,2\n<b>new,4,0\n")
-    mistake = {"evaluation": "validation, step 7", "row": 1234, "loss": 3.5, "right": "old", "predicted": "<b>new"}
+    mistake = {"evaluation": "validation, step 7", "row": 1234, "loss": 3.5, "correct": "old", "predicted": "<b>new"}
     lines = [json.dumps(mistake | {"text": "<i>some</i> text"}), json.dumps(mistake)]  # the second was cut
     (folder / "mistakes.jsonl").write_text("\n".join(lines))
     cli("report", folder)

@@ -6,6 +6,7 @@ Each payload here is harmless: it would make a file named `harmed`, which must n
 import os
 import pickle
 import shutil
+import sys
 import zipfile
 from pathlib import Path
 
@@ -19,7 +20,10 @@ from lm_lightning.checkpoints.loading import load_checkpoint
 from lm_lightning.commands import export
 from lm_lightning.console import printable
 from lm_lightning.errors import UserError
-from lm_lightning.security import untrusted
+from lm_lightning.models.adapter import from_record
+from lm_lightning.models.export import ExtraFiles, changes_of
+from lm_lightning.security import imports, untrusted
+from lm_lightning.security.trust import PACKAGES as TRUST_PACKAGES
 
 
 class Payload:
@@ -57,6 +61,48 @@ def test_only_networks_of_transformers_are_classes_of_a_checkpoint():
     for name in ("pipeline", "os", "Trainer", "models.gpt2", "__doc__", "GPT2Config", "NoSuchModel", None, 7, ["x"]):
         with pytest.raises(UserError, match="no network class"):
             untrusted.network_class(name)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "payload.Files",
+        "os.system",
+        "lm_lightning_evil.Files",
+        "lm_lightning",
+        "lm_lightning.__main__.main",
+        "lm_lightning.models.export.__builtins__",
+        "lm_lightning.files.os.system",  # an import of a module of the project
+        "lm_lightning.models.adapter.Adapter",  # of the project, but another kind of class
+        "lm_lightning.models.export.NoSuchClass",
+        *("", "..", "payload", "payload\n.Files", None, 7, ["payload.Files"], {"payload": 1}),
+    ],
+)
+def test_classes_that_a_checkpoint_records_are_of_the_project(path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "payload.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'harmed')!r})\nclass Files: pass\n")
+    (tmp_path / "lm_lightning_evil.py").write_text((tmp_path / "payload.py").read_text())
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match="which is not one of lm_lightning: if you trust it|does not exist"):
+        imports.recorded_class(path, ExtraFiles, "class of files")
+    checkpoint = {"export_changes": {"a": path}, "callbacks": {"a": {}}}
+    with pytest.raises(UserError):
+        changes_of(checkpoint)
+    if path != "lm_lightning.models.adapter.Adapter":
+        with pytest.raises(UserError):
+            from_record({"class": path, "options": {}})
+    assert not (tmp_path / "harmed").exists() and "payload" not in sys.modules
+
+
+def test_a_recorded_class_of_a_trusted_package_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    code = "from lm_lightning.models.export import ExtraFiles\nclass Own(ExtraFiles): pass\nclass Other: pass\n"
+    (tmp_path / "trusted_files.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match="--trust_package trusted_files"):
+        imports.recorded_class("trusted_files.Own", ExtraFiles, "class of files")
+    monkeypatch.setenv(TRUST_PACKAGES, "trusted_files")
+    assert issubclass(imports.recorded_class("trusted_files.Own", ExtraFiles, "class of files"), ExtraFiles)
+    with pytest.raises(UserError, match="does not exist"):
+        imports.recorded_class("trusted_files.Other", ExtraFiles, "class of files")
 
 
 def test_control_characters_are_escaped_for_terminals():

@@ -278,6 +278,27 @@ def test_disk_that_is_full_leaves_the_folder_before_and_no_part_of_the_next(runs
     assert load_checkpoint(folder / "last.ckpt")["global_step"] == 4
 
 
+@pytest.mark.parametrize("state", ["folder", *(pytest.param(s, marks=pytest.mark.slow) for s in ("fsdp2", "split"))])
+def test_sharded_run_resumes_under_the_same_strategy_in_the_same_bits(runs, recipe, state: str):
+    """Dropout and the optimizer's state included."""
+    flags = ("--model.schedule.shape", "constant", "--model.network.resid_pdrop=0.1", "--model.network.embd_pdrop=0.1")
+    (full,) = commands(recipe, "gpt2", [state], *flags).values()
+    (half,) = commands(recipe, "gpt2", [state], *flags, "--trainer.max_steps", 5).values()
+    runs({f"{state}_full": full, f"{state}_half": half})
+    checkpoint = runs.folder / f"{state}_half" / "checkpoints" / "last.ckpt"
+    assert checkpoint.is_dir() == (state != "fsdp2")
+    checkpoint = checkpoint.rename(runs.folder / "half.ckpt")  # else it resumes in its own folder
+    runs({f"{state}_resumed": (*full, "--ckpt_path", checkpoint)})
+    columns = ("step", "train/loss", "train/gradient_norm", "train/learning_rate")
+    assert runs.log(f"{state}_resumed", *columns) == runs.log(f"{state}_full", *columns)[5:]
+    ends = [
+        load_checkpoint(runs.folder / f"{state}_{name}" / "checkpoints" / "last.ckpt") for name in ("full", "resumed")
+    ]
+    assert len(ends[0]["state_dict"]) and ends[0]["global_step"] == 10
+    for key in ("state_dict", "optimizer_states"):
+        assert equal(ends[0][key], ends[1][key]), key
+
+
 @pytest.mark.slow
 def test_folders_are_not_written_in_the_background(runs, recipe):
     background = ("--trainer.plugins", "BackgroundCheckpoints")

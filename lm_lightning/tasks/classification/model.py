@@ -213,7 +213,7 @@ class Classification(LanguageModule):
             return data.labels[value]
 
         text = readable(data.tokenizer, data.examples[split].rows[row]["input_ids"])
-        return {"text": text, "right": name(right), "predicted": name(predicted)}
+        return {"text": text, "correct": name(right), "predicted": name(predicted)}
 
     def metric_modes(self) -> dict[str, Optional[Mode]]:
         if self.trainer.datamodule.kind == "regression":

@@ -1,7 +1,7 @@
 """Data of sentence embeddings: texts that belong together, or are alike by a number, in; batches of tokens out.
 
-Embeddings are measured by such rows, or by a search whose right answers are known (`Retrieval`), and predicted of rows
-with one text each.
+Embeddings are measured by such rows, or by a search whose correct answers are known (`Retrieval`), and predicted of
+rows with one text each.
 """
 
 import functools
@@ -41,13 +41,13 @@ class PairColumns:
 
 @dataclass
 class Retrieval:
-    """A search whose right answers are known, in the files of BEIR (Thakur et al., 2021).
+    """A search whose correct answers are known, in the files of BEIR (Thakur et al., 2021).
 
     Args:
         queries: JSONL file with `_id` and `text`.
         corpus: JSONL file with `_id`, `text` and, if there are titles, `title`, which comes before the text.
         validation: TSV file with `query-id`, `corpus-id` and `score` (0 for wrong answers), to validate on instead of
-            rows of `tables`. Queries without a right answer are left out.
+            rows of `tables`. Queries without a correct answer are omitted.
         test: The same to test on.
         ignore_identical_ids: As BEIR does, never count the document with the query's own `_id` as an answer. Switch it
             off if queries and documents are numbered independently.
@@ -61,12 +61,12 @@ class Retrieval:
 
 
 class Judged(NamedTuple):
-    """Right answers to the queries of a split.
+    """Correct answers to the queries of a split.
 
     Attributes:
         queries: Their rows.
         documents: The rows that are searched.
-        relevant: For each query, the rows of its right answers with how right these are. Negative rows stand for
+        relevant: For each query, the rows of its correct answers with their relevance. Negative rows stand for
             documents that do not exist, and count as not found.
         excluded: For each query, the row of the document that is no answer because it is the query itself, or None.
             Empty: none has one.
@@ -105,7 +105,7 @@ def split(example: dict) -> list[list[int]]:
 
 
 class PairData(LabelledData):
-    """Pairs of texts that belong together, or with a number that says how alike they are.
+    """Pairs of texts that belong together, or with a number for their similarity.
 
     Args:
         columns: Names of the tables' columns.
@@ -177,7 +177,7 @@ class PairData(LabelledData):
             print(f"{path}: {empty:,} rows have no text, and are embedded as such")
 
     def judge(self, split: str, queries: list[Row], documents: list[Row]) -> tuple[Judged, list[Row]]:
-        """The right answers that `retrieval` tells for a split, and the rows that these are about."""
+        """The correct answers in `retrieval` for a split, and the rows that these are about."""
         path, retrieval = getattr(self.retrieval, split), self.retrieval
         places = {row["_id"]: number for number, row in enumerate(documents)}
         scores: dict[str, dict[str, float]] = {row["_id"]: {} for row in queries}
@@ -282,8 +282,8 @@ class PairData(LabelledData):
 def answers(examples: list[dict]) -> Judged:
     """The search of rows themselves: to each text, its pair is to be found among those of all rows.
 
-    Equal texts are one, which may have several right answers. A document equal to the query is no answer, unless it is
-    the query's pair.
+    Equal texts are one, which may have several correct answers. A document equal to the query is no answer, unless it
+    is the query's pair.
     """
     queries: dict[tuple, int] = {}
     documents: dict[tuple, int] = {}

@@ -36,8 +36,8 @@ class SentenceEncoder(LanguageModule):
     """A network of `transformers` whose states are pooled into one embedding of length 1.
 
     Where texts have pairs, each is to be nearer to its own pair than to all other candidates of its batch, by the cross
-    entropy of their cosines (van den Oord et al., 2018): the pairs of the other rows, and all hard negatives. What is a
-    right answer, too, is no candidate. Where there are scores, the cosine is to be the score.
+    entropy of their cosines (van den Oord et al., 2018): the pairs of the other rows, and all hard negatives. Other
+    correct answers are no candidates. Where there are scores, the cosine is trained to equal the score.
 
     A batch is what is embedded together: the `data.batch_size` rows of a micro-batch, of all processes with
     `gather_across_devices`. More micro-batches in an optimizer step do not add candidates; for that, raise
@@ -46,12 +46,12 @@ class SentenceEncoder(LanguageModule):
     has fewer candidates.
 
     Args:
-        pooling: `mean` of the tokens or the first one, `cls`. Default: what the folder of `pretrained` tells, or mean.
+        pooling: `mean` of the tokens or the first one, `cls`. Default: that in the folder of `pretrained`, else mean.
         scale: Factor of the cosines in the cross entropy, the inverse of its temperature.
         gather_across_devices: Whether the candidates of all processes count, instead of those of one.
         mini_batch_size: Texts that are embedded at once; their activations are computed again in the backward pass, one
             chunk after the other, so that a batch of any size needs the memory of one (gradient caching, Gao et al.,
-            2021). Default: the whole batch.
+            2021). Default: the full batch.
         options: Those of all models, see `LanguageModule`.
     """
 
@@ -187,7 +187,7 @@ class SentenceEncoder(LanguageModule):
         return modes | dict.fromkeys(names, "max")
 
     def metrics(self, loss: Tensor, split: str) -> dict[str, Tensor]:
-        """Adds how the cosines agree with the scores, or how well the right answers are found."""
+        """Adds how the cosines agree with the scores, or how well the correct answers are found."""
         data, seen = self.trainer.datamodule, self.all_seen()
         if split in data.judged:
             found = ranking(seen, data.judged[split])
@@ -201,7 +201,7 @@ class SentenceEncoder(LanguageModule):
     def loss_over_all(self, seen: Seen, examples: list[dict]) -> Tensor:
         """The mean loss of rows, each compared with the pairs of all rows, () float32.
 
-        As in a batch, equal texts are one candidate, and a text's other right answers are none.
+        As in a batch, equal texts are one candidate, and a text's other correct answers are none.
 
         Args:
             seen: Embeddings of the rows that were evaluated.
@@ -241,13 +241,13 @@ class SentenceEncoder(LanguageModule):
         """Writes `index/` in the run folder.
 
         It has `embeddings.npy`, (rows, D) float32, in the order of the rows; `rows.jsonl` with their `id` and `text`;
-        `index.json`, which tells the model; and, of a checkpoint, that model.
+        `index.json`, which names the model; and, of a checkpoint, that model.
         """
         seen, folder = self.all_seen(), Path(self.trainer.default_root_dir) / "index"
         of_checkpoint = self.trainer.ckpt_path is not None
         if self.trainer.is_global_zero:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "index.json").unlink(missing_ok=True)  # written last: an index with it is whole
+            (folder / "index.json").unlink(missing_ok=True)  # written last: an index with it is complete
         if of_checkpoint and (exported := self.exporter().model()) is not None:  # (in the first process)
             exported.write(folder / "model")
         if not self.trainer.is_global_zero:
@@ -269,9 +269,9 @@ class SentenceEncoder(LanguageModule):
 
 
 def candidates_of(texts: Tensor, own: Tensor, keys: Tensor, owners: Tensor, offered: Tensor) -> Tensor:
-    """Which candidates each text is compared with: its own pair, and all that are no right answers, too.
+    """Which candidates each text is compared with: its own pair, and all that are no other correct answers.
 
-    A candidate that is there twice counts once.
+    Equal candidates count once.
 
     Args:
         texts: Keys of the texts, (B,) int64: equal texts have equal ones.
@@ -293,17 +293,17 @@ def candidates_of(texts: Tensor, own: Tensor, keys: Tensor, owners: Tensor, offe
 
 
 def ranking(seen: Seen, judged: Judged, most: int = 100) -> dict[str, Tensor]:
-    """How well right answers are found among all documents, each a mean over the queries, () float32.
+    """How well correct answers are found among all documents, each a mean over the queries, () float32.
 
     Args:
-        seen: Embeddings of all rows; what an evaluation that was cut short has not seen is left out.
-        judged: The right answers.
+        seen: Embeddings of all rows; rows that a limited evaluation has not seen are omitted.
+        judged: The correct answers.
         most: How far down the answers are looked at.
 
     Returns:
         `ndcg_10`, the discounted gain of the first ten, as a part of the greatest possible one (Järvelin and
         Kekäläinen, 2002; gains are not raised to powers, as in trec_eval); `mrr_10`, the inverse rank of the first
-        right one, 0 beyond the tenth; `recall_100`, the share of the right ones among the first hundred.
+        correct one, 0 beyond the tenth; `recall_100`, the share of the correct ones among the first hundred.
     """
     place = {row: i for i, row in enumerate(seen.rows.tolist())}
     documents = [row for row in judged.documents if row in place]

@@ -1,7 +1,7 @@
 """Embeddings: texts in, vectors of length 1 out; the same for training, for an index and for a query to it.
 
-An embedding pools the last hidden states of a network over the tokens of a text. How, the files tell that
-sentence-transformers keeps beside a network's own.
+An embedding pools the last hidden states of a network over the tokens of a text, as set in the files that
+sentence-transformers adds to a model folder.
 """
 
 import json
@@ -39,10 +39,10 @@ def pool(states: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
 
 
 def pooling_of(folder: str) -> Optional[Pooling]:
-    """How a model's states are pooled, if its folder tells.
+    """How a model's states are pooled; None if its folder has no such setting.
 
     Raises:
-        UserError: If it tells a way that there is not here.
+        UserError: If it is a way that is not supported.
     """
     file = Path(folder) / "1_Pooling" / "config.json"
     if not file.is_file():

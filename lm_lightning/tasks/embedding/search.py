@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import json
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Optional
@@ -23,7 +22,7 @@ AGAIN = "run `predict` again"
 
 
 class About(NamedTuple):
-    """What index.json says.
+    """The content of index.json.
 
     Attributes:
         model: Of the embeddings: a folder relative to that of the index, another folder or a Hub name.
@@ -103,7 +102,7 @@ def index_folder(index: str) -> Path:
 
 
 def read_about(folder: Path) -> About:
-    """What the index.json of an index says.
+    """Reads the index.json of an index.
 
     Raises:
         UserError: If it is damaged.
@@ -116,12 +115,12 @@ def read_about(folder: Path) -> About:
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(f"{file} is damaged ({type(error).__name__}): {AGAIN}") from error
     length = about.max_length
-    for name, value, right, needs in (
+    for name, value, valid, needs in (
         ("model", about.model, isinstance(about.model, str) and about.model.isprintable() and about.model, "a name"),
         ("pooling", about.pooling, about.pooling in ("mean", "cls"), "mean or cls"),
         ("max_length", length, type(length) is int and length > 0, "a number of tokens"),
     ):
-        if not right:
+        if not valid:
             raise UserError(f"{name} of {file} is {shown(value)}, but must be {needs}: {AGAIN}")
     return about
 
@@ -136,7 +135,7 @@ def model_of(folder: Path, about: About, given: Optional[str]) -> str:
 
     Args:
         folder: Of the index.
-        about: What its index.json says.
+        about: The content of its index.json.
         given: What the user has named.
 
     Raises:
@@ -284,7 +283,7 @@ def graph(folder: Path, embeddings: "np.ndarray", cache: Path) -> Any:
             old.unlink(missing_ok=True)
         partial = files.temporary(place)
         made.save(str(partial))
-        os.replace(partial, place)
+        files.put(partial, place)
     except (OSError, RuntimeError) as error:
         print(f"the graph cannot be kept in {cache}, so it will be made again: {error}", file=sys.stderr)
     return made

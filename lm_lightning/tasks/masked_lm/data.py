@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class MaskedBlocks(Dataset):
-    """Blocks of T tokens, of which at most K are to be predicted.
+    """Blocks of T tokens, at most K of which are predicted.
 
     Args:
         split: Tokens.
@@ -65,7 +65,7 @@ class MaskedBlocks(Dataset):
 
 
 class MaskedPairs(Dataset):
-    """Sentence pairs of at most T tokens, of which at most K are to be predicted.
+    """Sentence pairs of at most T tokens, at most K of which are predicted.
 
     Args:
         pairs: Gives the segments.

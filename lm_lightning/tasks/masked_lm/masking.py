@@ -74,8 +74,8 @@ class Masker:
             words: 1 where a word begins, (T,) uint8; read for unit `space`.
 
         Returns:
-            The tokens that the network sees, (T,); the positions of the targets, (K,), ascending; and the right tokens
-            there, (K,). Fewer targets than K are filled up with position 0 and target -100. All int64.
+            The tokens that the network sees, (T,); the positions of the targets, (K,), ascending; and the
+            original tokens there, (K,). Fewer targets than K are padded with position 0 and target -100. All int64.
         """
         free = np.flatnonzero(~self.special[ids])
         budget = min(max(1, round(self.masking.rate * len(free))), self.targets, len(free))

@@ -40,7 +40,7 @@ class MaskedLM(LanguageModule):
         return transformers.AutoModelForPreTraining if pairs else transformers.AutoModelForMaskedLM
 
     def network_made(self) -> None:
-        # Padding comes with an attention mask; told of its token, networks would look for it, and a GPU wait for that.
+        # Padding has an attention mask. Networks that know its token search for it, too, for which a GPU has to wait.
         self.network.config.pad_token_id = None
         self.has_linear_head = True
         self.has_linear_head = self.head_is_last()
@@ -104,7 +104,7 @@ class MaskedLM(LanguageModule):
             sums["masked"] = cross_entropy(hidden[..., : self.vocab_size], targets)
         if not self.training:
             logits = head(hidden) if self.has_linear_head else hidden
-            sums["right"] = (logits[..., : self.vocab_size].argmax(-1) == targets).sum()
+            sums["correct"] = (logits[..., : self.vocab_size].argmax(-1) == targets).sum()
         if "next_sentence" in batch:
             labels = batch["next_sentence"]
             logits = getattr(output, "seq_relationship_logits", None)
@@ -149,7 +149,7 @@ class MaskedLM(LanguageModule):
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         sums = self.losses(batch)
         self.val_loss.update(sums["masked"], sums["tokens"])
-        self.val_accuracy.update(sums["right"], sums["tokens"])
+        self.val_accuracy.update(sums["correct"], sums["tokens"])
         if "next" in sums:
             self.val_next_loss.update(sums["next"], sums["pairs"])
             self.val_next_accuracy.update(sums["next_right"], sums["pairs"])

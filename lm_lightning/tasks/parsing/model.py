@@ -222,7 +222,7 @@ class Parser(LanguageModule):
             return "; ".join(f"{words[word + 1]} <- {relation} - {words[head]}" for relation, (word, head) in left)
 
         text = readable(data.tokenizer, example["input_ids"])
-        return {"text": text, "right": names(right, predicted), "predicted": names(predicted, right)}
+        return {"text": text, "correct": names(right, predicted), "predicted": names(predicted, right)}
 
     def metric_modes(self) -> dict[str, Optional[Mode]]:
         return {"loss": "min", "uas": "max", "las": "max"}

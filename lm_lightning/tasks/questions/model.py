@@ -84,8 +84,8 @@ class QuestionAnswering(LanguageModule):
 
     Args:
         max_answer: Tokens of an answer.
-        threshold: A question is said to have no answer if the score of none is higher than that of the best span by
-            more than this; evaluation reports the best one. null: there always is an answer, as in SQuAD 1.1.
+        threshold: The prediction is that there is no answer if its score is higher than that of the best span by more
+            than this; evaluation reports the best threshold. null: there always is an answer, as in SQuAD 1.1.
         scoring: Whose exact match and F1 are measured: `squad`, by words; or `cmrc`, by Chinese characters.
         options: Those of all models, see `LanguageModule`.
     """
@@ -176,7 +176,7 @@ class QuestionAnswering(LanguageModule):
         return modes
 
     def metrics(self, loss: Tensor, split: str) -> dict[str, Tensor]:
-        """Adds exact match and F1 over the questions of which a window was seen, and writes those of their parts."""
+        """Adds exact match and F1 over the questions with a window that was seen, and writes those of their parts."""
         spans = self.joined(split, *self.spans.compute())
         self.spans.reset()
         questions = self.trainer.datamodule.questions[split]
@@ -221,7 +221,7 @@ class QuestionAnswering(LanguageModule):
         return "" if none else span.text
 
     def predict_step(self, batch: dict, batch_idx: int) -> list[dict]:
-        """The best span of each window, of which `join_predictions` makes answers."""
+        """The best span of each window, from which `join_predictions` makes answers."""
         places, scores = self.found(self.logits(batch), batch)
         rows = zip(places.tolist(), scores.tolist())
         return [{"id": row[0][0], "place": row[0], "scores": row[1]} for row in rows]
@@ -250,7 +250,7 @@ def described(questions: list[Question], number: int, _: None, predicted: str) -
     context = question.context[max(0, start - 200) : start + 400]
     right = " / ".join(dict.fromkeys(answer.text for answer in question.answers))
     text, nothing = f"{question.text} | {context}", "(no answer)"
-    return {"text": text, "right": right or nothing, "predicted": predicted or nothing}
+    return {"text": text, "correct": right or nothing, "predicted": predicted or nothing}
 
 
 def best_spans(logits: Tensor, of_context: Tensor, longest: int) -> tuple[Tensor, Tensor]:
@@ -322,13 +322,13 @@ def normalized(text: str) -> str:
 
 
 def squad(predicted: str, answers: list[str]) -> tuple[float, float]:
-    """Exact match and F1 by words, the best over the right answers, as in evaluate-v2.0.py of SQuAD.
+    """Exact match and F1 by words, the best over the correct answers, as in evaluate-v2.0.py of SQuAD.
 
     Where all answers and the predicted one have words beside articles, they are those of evaluate-v1.1.py, too.
 
     Args:
         predicted: The answer to score, empty for none.
-        answers: The right ones; none if there is none.
+        answers: The correct ones; empty if the question has none.
     """
     words = normalized(predicted).split()
     exact = f1 = 0.0
@@ -347,19 +347,19 @@ def unpunctuated(text: str) -> str:
 def segments(text: str) -> list[str]:
     """Chinese characters, and the words between them.
 
-    Where these have marks such as a comma, CMRC's script, which takes NLTK's tokens, parts them there, too.
+    Where these have marks such as a comma, CMRC's script, which uses NLTK's tokens, splits there, too.
     """
     return re.sub("([\u4e00-\u9fa5])", r" \1 ", unpunctuated(text)).split()
 
 
 def cmrc(predicted: str, answers: list[str]) -> tuple[float, float]:
-    """Exact match and F1 by Chinese characters, the best over the right answers, as in CMRC 2018's script.
+    """Exact match and F1 by Chinese characters, the best over the correct answers, as in CMRC 2018's script.
 
     F1 is that of the longest run of characters that both have.
 
     Args:
         predicted: The answer to score, empty for none.
-        answers: The right ones; none if there is none.
+        answers: The correct ones; empty if the question has none.
     """
     characters = segments(predicted)
     exact = f1 = 0.0

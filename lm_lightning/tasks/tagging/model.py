@@ -123,7 +123,7 @@ class Tagging(LanguageModule):
             return "; ".join(named)
 
         text = readable(data.tokenizer, example["input_ids"])
-        return {"text": text, "right": names(right, predicted), "predicted": names(predicted, right)}
+        return {"text": text, "correct": names(right, predicted), "predicted": names(predicted, right)}
 
     def metric_modes(self) -> dict[str, Optional[Mode]]:
         names = ("precision", "recall") if self.trainer.datamodule.marks_spans else ("accuracy",)

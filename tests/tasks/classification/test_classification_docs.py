@@ -3,6 +3,7 @@
 import csv
 from pathlib import Path
 
+import pytest
 from reading import Reader, under
 from tables import labelled, write
 

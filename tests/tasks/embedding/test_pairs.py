@@ -3,7 +3,11 @@
 import csv
 import json
 import multiprocessing
+import os
 import random
+import shutil
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, command
+from conftest import ROOT, command, evaluation
 from scipy.stats import pearsonr, spearmanr
 
 from lm_lightning.data.tokenizer import Tokenizer, load, train
@@ -436,6 +440,48 @@ def test_export_is_read_by_sentence_transformers(fit, cli, recipe: Path):
             other = sentence_transformers.SentenceTransformer(str(folder), device="cpu")
             assert other.max_seq_length == 8
             assert np.allclose(other.encode(texts), own.numpy(), atol=1e-5)
+
+
+# What sentence-transformers does with the files of an export, by transformers alone.
+PLAIN = """
+import json, sys
+from pathlib import Path
+import torch
+from transformers import AutoModel, AutoTokenizer
+
+folder, texts = Path(sys.argv[1]), json.loads(sys.argv[2])
+kinds = {m["type"].rpartition(".")[2]: folder / m["path"] for m in json.loads((folder / "modules.json").read_text())}
+assert list(kinds) == ["Transformer", "Pooling", "Normalize"]
+length = json.loads((kinds["Transformer"] / "sentence_bert_config.json").read_text())["max_seq_length"]
+pooling = json.loads((kinds["Pooling"] / "config.json").read_text())
+network, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+inputs = tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
+states, mask = network(**inputs).last_hidden_state, inputs["attention_mask"].unsqueeze(-1)
+assert states.shape[-1] == pooling["word_embedding_dimension"]
+ways = {"pooling_mode_cls_token": states[:, 0], "pooling_mode_mean_tokens": (states * mask).sum(1) / mask.sum(1)}
+(chosen,) = [name for name, on in pooling.items() if on is True]
+assert not [name for name in sys.modules if name.startswith("lm_lightning")]
+print(json.dumps(torch.nn.functional.normalize(ways[chosen], dim=-1).tolist()))
+"""
+
+
+@pytest.mark.parametrize("pooling", [pytest.param("mean", marks=pytest.mark.slow), "cls"])
+def test_export_is_complete_for_other_programs(fit, cli, recipe: Path, tmp_path: Path, pooling: str):
+    """A fresh process without this project computes the embeddings of `predict`."""
+    texts = [row["text"] for row in rows(10, 7)]
+    new = write(tmp_path / "new.jsonl", [{"text": text} for text in texts])
+    run = fit("--model.pooling", pooling, "--data.max_length", 8)
+    cli("predict", run, "--data.tables.predict", new)
+    expected = np.load(evaluation(run) / "index" / "embeddings.npy")
+    shutil.rmtree(run / "model")
+    cli("export", run)  # from the checkpoint
+    model = (run / "model").rename(tmp_path / "elsewhere")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    arguments = [sys.executable, "-c", PLAIN, model, json.dumps(texts)]
+    result = subprocess.run(arguments, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    found = np.array(json.loads(result.stdout.splitlines()[-1]))
+    assert np.allclose(found, expected, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loops.evaluation_loop import RestartStage
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.checkpoint import FileSystemWriter, save
+from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
 from lm_lightning.compat import jsonargparse as of_jsonargparse
 from lm_lightning.compat import lightning as of_lightning
@@ -299,3 +300,8 @@ def test_messages_of_lost_peers_are_recognized():
         "NCCL error: remote process exited or there was a network error",
     ):
         assert of_torch.LOST_PEER.search(message)
+
+
+def test_styles_of_tensor_parallelism_are_applied_by_one_method():
+    assert ParallelStyle.__abstractmethods__ == {"_apply"}
+    assert "._apply(module, device_mesh)" in inspect.getsource(parallelize_module)
