@@ -173,6 +173,7 @@ def test_spawned_processes_do_what_one_does(reference, recipe: Path):
     assert all(torch.allclose(ours[key], theirs[key], atol=1e-3) for key in ours)
 
 
+@pytest.mark.slow
 def test_srun_makes_one_run_folder_and_says_everything_once(recipe: Path):
     """Two processes as SLURM starts them, of a job that was requeued once."""
     number = random.SystemRandom().randint(1000, 9999)  # of which a port is made; `random` gives the same after a fit
@@ -245,6 +246,7 @@ def test_changed_flags_of_a_resumed_run_are_honoured(fit):
     assert rates[5] == pytest.approx(1e-2) and rates[6] == pytest.approx(5e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
@@ -288,6 +290,7 @@ def test_samples_are_printed_and_saved_and_padding_of_short_prompts_changes_noth
 
 
 @needs("tasks.generation")
+@pytest.mark.slow
 def test_end_of_text_is_learned_although_it_is_also_the_padding(fit, cli, tmp_path: Path):
     lines = ["apples are red", "the sky is blue", "grass grows green", "coal lies black", "lemons look yellow"]
     # the same lines are all that there is to validate, too: two files, so that none is left out

@@ -183,6 +183,7 @@ def test_early_stopping_does_not_look_for_a_metric_that_is_not_there_yet(fit):
     assert load_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == 3
 
 
+@pytest.mark.slow
 def test_a_run_names_the_limit_that_has_ended_it(cli, recipe: Path):
     flags = ("fit", "--config", recipe, *TINY, "--name")
     assert said(cli(*flags, "a", "--trainer.max_steps", 3)) == "finished: reached trainer.max_steps 3 (step 3)"
