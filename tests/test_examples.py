@@ -29,6 +29,7 @@ def additions(reader: Reader, monkeypatch: pytest.MonkeyPatch) -> Reader:
 
 @needs("finetuning")
 @under("docs/extending.md", "A task")
+@pytest.mark.slow
 def test_a_task(additions: Reader, typed: list[list[str]]):
     fit, validate, predict = typed
     learn = ["--model.optimizer.lr", "0.001", "--trainer.max_epochs", "8"]  # the reader's BERT knows nothing yet
@@ -69,6 +70,7 @@ def test_an_optimizer(additions: Reader, typed: list[list[str]]):
     assert all("momentum" in values for values in state["state"].values())
 
 
+@pytest.mark.slow
 @under("docs/extending.md", "A strategy")
 def test_a_strategy(additions: Reader, typed: list[list[str]]):
     additions.run = in_a_process

@@ -4,15 +4,20 @@ import csv
 import json
 import os
 import random
+import re
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 from conftest import command, needs, paragraphs, refusal
 from forks import python
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lm_lightning.console import printable
+from lm_lightning.errors import UserError
 
 
 class Stop(Callback):
@@ -37,6 +42,14 @@ def metrics(run: Path) -> list[tuple[str, ...]]:
     clock = ("tokens_per_second", "seconds", "mfu", "memory", "epoch")
     names = sorted(name for name in rows[0] if not name.endswith(clock))
     return [tuple(row[name] for name in names) for row in rows]
+
+
+def losses(run: Path) -> list[float]:
+    """The loss of each of the ten steps of the tiny recipe."""
+    with open(run / "metrics.csv", newline="") as file:
+        found = [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
+    assert len(found) == 10
+    return found
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -122,8 +135,6 @@ def test_run_that_was_finished_goes_on_with_more_steps(fit, reference):
 
 
 def test_refused_resume_leaves_the_run_as_it_is(fit, reference):
-    from lm_lightning.errors import UserError
-
     run = reference()
     before = {name: (run / name).read_bytes() for name in ("metrics.csv", "config.yaml")}
     with pytest.raises(UserError, match="raise trainer.max_steps"):
@@ -132,18 +143,21 @@ def test_refused_resume_leaves_the_run_as_it_is(fit, reference):
     assert not list(run.glob("config.*.yaml"))
 
 
-def test_torchrun_makes_one_run_folder(recipe: Path):
+def test_torchrun_makes_one_run_folder_with_the_losses_of_one_process(reference, recipe: Path):
     launcher = [python("lm_lightning"), "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     flags = ["--trainer.strategy", "ddp", "--trainer.devices", "2", "--data.batch_size", "2"]
+    off = [f"--model.network.{name}_pdrop=0" for name in ("resid", "embd", "attn")]
     result = subprocess.run(
-        [*launcher, "-m", "lm_lightning", "fit", "--config", recipe, *flags],
+        [*launcher, "-m", "lm_lightning", "fit", "--config", recipe, *flags, *off],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert result.returncode == 0, result.stderr
+    assert result.stdout.count("run folder: ") == 1 and "device: cpu x 2" in result.stdout
     (run,) = (recipe.parent / "runs" / "tiny").iterdir()
     assert (run / "model" / "model.safetensors").is_file()
+    assert losses(run) == pytest.approx(losses(reference(*off)), abs=1e-5)
 
 
 @pytest.mark.slow
@@ -154,15 +168,12 @@ def test_spawned_processes_do_what_one_does(reference, recipe: Path):
     result = command("fit", "--config", recipe, *off, *flags)
     assert result.returncode == 0, result.stderr
     (run,) = (recipe.parent / "runs" / "spawned").iterdir()
-    losses = []
-    for folder in (one, run):
-        with open(folder / "metrics.csv", newline="") as file:
-            losses.append([float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]])
-    assert len(losses[0]) == 10 and losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert losses(run) == pytest.approx(losses(one), abs=1e-5)
     ours, theirs = weights(one), weights(run)
     assert all(torch.allclose(ours[key], theirs[key], atol=1e-3) for key in ours)
 
 
+@pytest.mark.slow
 def test_srun_makes_one_run_folder_and_says_everything_once(recipe: Path):
     """Two processes as SLURM starts them, of a job that was requeued once."""
     number = random.SystemRandom().randint(1000, 9999)  # of which a port is made; `random` gives the same after a fit
@@ -216,8 +227,6 @@ def test_srun_makes_one_run_folder_and_says_everything_once(recipe: Path):
     ],
 )
 def test_mistakes_are_refused_in_one_sentence(fit, flags: tuple, reason: str):
-    from lm_lightning.errors import UserError
-
     with pytest.raises(UserError) as refused:
         fit(*flags)
     assert reason.lower() in str(refused.value).lower() and "\n" not in str(refused.value)
@@ -237,6 +246,7 @@ def test_changed_flags_of_a_resumed_run_are_honoured(fit):
     assert rates[5] == pytest.approx(1e-2) and rates[6] == pytest.approx(5e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
@@ -249,8 +259,6 @@ def test_changed_flags_of_a_resumed_run_are_honoured(fit):
     ],
 )
 def test_changed_flags_that_make_no_sense_on_resuming_are_refused(fit, reference, flags: tuple, reason: str):
-    from lm_lightning.errors import UserError
-
     runs = reference("--trainer.max_steps", 5).parent.parent
     with pytest.raises(UserError) as refused:
         fit("--runs_dir", runs, "--ckpt_path", "last", *flags)
@@ -258,8 +266,6 @@ def test_changed_flags_that_make_no_sense_on_resuming_are_refused(fit, reference
 
 
 def test_validating_a_checkpoint_with_other_sizes_names_the_mismatch(reference, cli, recipe):
-    from lm_lightning.errors import UserError
-
     checkpoint = reference() / "checkpoints" / "best.ckpt"
     assert "val/perplexity" in cli("validate", "--config", recipe, "--ckpt_path", checkpoint)
     with pytest.raises(UserError, match=r"n_embd 32 \(here 64\)"):
@@ -267,14 +273,24 @@ def test_validating_a_checkpoint_with_other_sizes_names_the_mismatch(reference, 
 
 
 @needs("tasks.generation")
-def test_samples_are_printed_and_saved_and_never_hold_padding(fit, capsys):
-    samples = {"class_path": "lm_lightning.tasks.generation.samples.Samples", "init_args": {"prompts": ["", "The old"]}}
-    run = fit("--trainer.callbacks", json.dumps([samples]))
-    rows = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
-    assert [(row["step"], row["prompt"]) for row in rows] == [(5, ""), (5, "The old"), (10, ""), (10, "The old")]
+def test_samples_are_printed_and_saved_and_padding_of_short_prompts_changes_nothing(cli, recipe: Path):
+    def samples(*prompts: str) -> tuple[list[dict], str]:
+        name = "lm_lightning.tasks.generation.samples.Samples"
+        callback = {"class_path": name, "init_args": {"prompts": prompts, "sampling": {"temperature": 1.2}}}
+        out = cli("fit", "--config", recipe, "--trainer.callbacks", json.dumps([callback]))
+        run = Path(out.split("run folder: ")[1].splitlines()[0])
+        return [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()], out
+
+    rows, printed = samples("7", "The old captain", "The old")
+    expected = [(step, prompt) for step in (5, 10) for prompt in ("7", "The old captain", "The old")]
+    assert [(row["step"], row["prompt"]) for row in rows] == expected
+    assert all(f"sample: {printable(row['prompt'])}|{printable(row['text'])}" in printed for row in rows)
+    assert not any("<|" in row["text"] for row in rows)
+    assert samples("7")[0] == [row for row in rows if row["prompt"] == "7"]  # the shortest one, without the others
 
 
 @needs("tasks.generation")
+@pytest.mark.slow
 def test_end_of_text_is_learned_although_it_is_also_the_padding(fit, cli, tmp_path: Path):
     lines = ["apples are red", "the sky is blue", "grass grows green", "coal lies black", "lemons look yellow"]
     # the same lines are all that there is to validate, too: two files, so that none is left out
@@ -293,19 +309,25 @@ def test_end_of_text_is_learned_although_it_is_also_the_padding(fit, cli, tmp_pa
     assert [answer["prompt"] + answer["text"] for answer in answers] == lines
 
 
-def test_loss_that_is_not_finite_stops_the_run_and_names_step_and_samples(recipe: Path):
+class Batches(Callback):
+    """Keeps which samples each step of the last run has had."""
+
+    steps: ClassVar[list[list[int]]] = []
+
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: dict, index: int) -> None:
+        if index == 0:
+            Batches.steps.clear()
+        Batches.steps.append([*batch["id"]])
+
+
+def test_loss_that_is_not_finite_stops_the_run_and_names_step_and_samples(fit):
     # a learning rate out of all proportion makes the weights, then the loss infinite
-    flags = (
-        "--model.optimizer.init_args.lr",
-        1e30,
-        "--trainer.gradient_clip_val",
-        0,
-        "--model.schedule.warmup_steps",
-        0,
-    )
-    result = command("fit", "--config", recipe, *flags, "--trainer.limit_val_batches", 0)
-    message = refusal(result)
-    assert "not finite at step" in message and "samples [" in message
+    flags = ("--model.optimizer.init_args.lr", 1e30, "--model.schedule.warmup_steps", 0)
+    flags = (*flags, "--trainer.gradient_clip_val", 0, "--trainer.limit_val_batches", 0)
+    with pytest.raises(UserError, match="not finite at step") as stopped:
+        fit(*flags, "--trainer.callbacks", '["test_fit.Batches"]')
+    step, samples = re.search(r"at step (\d+), on the training samples (\[.*?\]): lower", str(stopped.value)).groups()
+    assert json.loads(samples) == sorted(Batches.steps[int(step) - 1])
 
 
 class TestRefusals:

@@ -37,6 +37,7 @@ def config(fit: Callable[..., Path]) -> dict[str, Any]:
     return yaml.safe_load((fit(*flags) / "config.yaml").read_text())
 
 
+@pytest.mark.slow
 def test_any_option_may_be_anything(cli: Callable[..., str], config: dict[str, Any], tmp_path: Path):
     everywhere, file = sorted(set(places(config))), tmp_path / "fuzz.yaml"
     ends = {"runs": 0, "refused": 0}

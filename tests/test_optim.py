@@ -304,6 +304,7 @@ def test_8_bit_optimizers_keep_a_quarter_and_train_as_their_own_kind(fit):
         fit(*WIDE, "--ckpt_path", "last", "--trainer.max_steps", 12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [BITS, "bitsandbytes.optim.Lion8bit"])
 def test_8_bit_optimizers_are_resumed_to_the_bit(fit, name: str):
     flags = (*WIDE, *optimizer(name, lr=1e-3))

@@ -89,6 +89,7 @@ def test_run_folder_and_resuming(reader: Reader, typed: list[list[str]]):
     assert reader.fitted[0] == reader.fitted[1] and max(reader.logged("step")) >= 7
 
 
+@pytest.mark.slow
 @under("docs/devices.md", "Many devices")
 def test_many_devices(reader: Reader, typed: list[list[str]]):
     reader.run = in_a_process

@@ -95,6 +95,32 @@ def losses(run: Path) -> list[float]:
     return [float(row["train/loss"]) for row in rows(run) if row["train/loss"]]
 
 
+@pytest.mark.parametrize(
+    "own",
+    [("--trainer.precision", "bf16-mixed"), ("--model.optimizer", "lm_lightning.optim.MuonAdamW")],
+    ids=["bf16", "Muon"],
+)
+def test_a_run_in_bf16_or_with_muon_resumes_exactly(fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: tuple):
+    flags = (*TINY, *own, *ENDS["steps"], "--trainer.limit_val_batches", 0, "--last.every_n_train_steps", 2)
+    with monkeypatch.context() as patch:
+        kept = snapshots(patch, tmp_path / "kept")
+        whole = fit(*flags)
+    checkpoint = kept[0] / "checkpoints" / "last.ckpt"
+    assert load_checkpoint(checkpoint)["global_step"] == 2
+    fit(*flags, "--ckpt_path", checkpoint)
+    assert rows(kept[0]) == rows(whole) and same(weights(kept[0]), weights(whole))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_schedule_of_epochs_is_as_long_as_one_of_the_same_steps(fit, accumulate: int):
+    flags = (*TINY, "--model.schedule.shape", "linear", "--model.schedule.warmup_steps", 1)
+    flags = (*flags, "--trainer.limit_train_batches", EPOCH, "--trainer.accumulate_grad_batches", accumulate)
+    flags = (*flags, "--trainer.log_every_n_steps", 1)
+    epochs, steps = (fit(*flags, *ENDS["epochs"]), fit(*flags, "--trainer.max_steps", 4 if accumulate == 2 else 6))
+    rates = [[row["train/learning_rate"] for row in rows(run) if row["train/learning_rate"]] for run in (epochs, steps)]
+    assert rates[0] == rates[1] and len({*rates[0]}) == len(rates[0]) == (4 if accumulate == 2 else 6)
+
+
 def test_a_run_that_ends_within_its_epoch_ends_well_and_continues_there(fit, capsys):
     flags = (*TINY, "--trainer.log_every_n_steps", 1, "--trainer.val_check_interval", 1.0)
     flags = (*flags, "--trainer.check_val_every_n_epoch", 1, "--trainer.limit_train_batches", 5)
@@ -157,6 +183,7 @@ def test_early_stopping_does_not_look_for_a_metric_that_is_not_there_yet(fit):
     assert load_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == 3
 
 
+@pytest.mark.slow
 def test_a_run_names_the_limit_that_has_ended_it(cli, recipe: Path):
     flags = ("fit", "--config", recipe, *TINY, "--name")
     assert said(cli(*flags, "a", "--trainer.max_steps", 3)) == "finished: reached trainer.max_steps 3 (step 3)"

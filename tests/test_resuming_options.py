@@ -163,6 +163,7 @@ def test_changed_options_are_honored(fit):
     assert len(list((run / "checkpoints").glob("best*"))) == 1
 
 
+@pytest.mark.slow
 def test_other_changed_options_are_refused_and_leave_the_run_as_it_was(fit, corpus_file: Path, tmp_path: Path):
     other = tmp_path / "other.txt"
     other.write_text(corpus_file.read_text(encoding="utf-8") + "\n\nOne more.", encoding="utf-8")

@@ -75,6 +75,7 @@ def trained(cli: Callable[..., str], recipe: Path, tmp_path: Path) -> Callable[.
     return train
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gpt", "bert", "labels"])
 def test_a_run_is_evaluated_with_its_own_data_and_tokenizer(trained, cli, kind: str, tmp_path: Path):
     recipe, run, _ = trained(kind)
@@ -217,6 +218,7 @@ def test_a_run_that_fails_later_stays(fit, recipe: Path):
     assert (run / "config.yaml").is_file() and (run / "tokenizer").is_dir()
 
 
+@pytest.mark.slow
 def test_another_name_or_folder_starts_a_run_of_its_own(fit, recipe: Path, tmp_path: Path):
     def content(folder: Path) -> dict[str, bytes]:
         return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

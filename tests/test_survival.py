@@ -529,6 +529,7 @@ def test_interrupting_two_processes_as_a_terminal_does_ends_both(fit, reference,
     check_resumed_alone(fit, reference, only(recipe.parent / "runs" / "cut"), DDP)
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_of_two_processes_in_a_validation_ends_both_and_it_is_done_again(fit, reference, recipe: Path):
     environment = os.environ | {"PYTHONPATH": f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}"}
     here = callbacks((Signals, {"hook": "validation", "call": 1, "numbers": [signal.SIGUSR1], "rank": 1}))
@@ -565,6 +566,7 @@ def test_a_slurm_job_that_is_queued_again_goes_on_with_its_own_run(tmp_path: Pat
     assert newest_folder(str(tmp_path), "tiny").parent.name == "slurm-8-0-0"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("array", "number", "job"),
     [(False, signal.SIGUSR1, "77"), (True, signal.SIGUSR1, "70_3"), (False, signal.SIGTERM, None)],

@@ -4,13 +4,14 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch.distributed.tensor import DTensor
 
 
 class Gradients(Callback):
-    """Logs a histogram of the gradient of each parameter to TensorBoard and W&B, as the optimizer has seen it: of all
-    micro-batches and processes, and clipped. (`wandb.watch` would have those of single micro-batches.)
+    """Logs a histogram of the gradient of each parameter, as the optimizer has seen it: of all micro-batches and
+    processes, and clipped. It goes to TensorBoard, and to loggers that have `log_histograms(histograms, step)`, such as
+    `WandbRun`, which get by name what `torch.histogram` returns.
 
     Args:
         every_n_steps: Optimizer steps between two histograms.
@@ -36,14 +37,6 @@ class Gradients(Callback):
             if isinstance(logger, TensorBoardLogger):
                 for name, values in histograms.items():
                     logger.experiment.add_histogram(name, values, trainer.global_step, max_bins=self.bins)
-            elif isinstance(logger, WandbLogger):
-                import wandb
-
+            elif hasattr(logger, "log_histograms"):
                 counts = {name: torch.histogram(values, self.bins) for name, values in histograms.items()}
-                logger.log_metrics(
-                    {
-                        name: wandb.Histogram(np_histogram=(found.hist.numpy(), found.bin_edges.numpy()))
-                        for name, found in counts.items()
-                    },
-                    trainer.global_step,
-                )
+                logger.log_histograms(counts, trainer.global_step)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import IO, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import WandbLogger
 
 from lm_lightning.data import contract
 from lm_lightning.data.cells import without_formula
@@ -75,7 +74,7 @@ class Predictions(Callback):
             write_table(beside(inputs, table), file.with_suffix(".csv"), self.escape_formulas)
             print(f"predictions: {file.with_suffix('.csv')}")
         for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger) and table:
+            if table and hasattr(logger, "log_text"):  # tables, as Lightning's WandbLogger has them
                 data = [list(row.values()) for row in table[:TABLE_ROWS]]
                 logger.log_text("predictions", list(table[0]), data)
                 if len(table) > TABLE_ROWS:

@@ -16,7 +16,6 @@ import contextlib
 import hashlib
 import json
 import math
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 import numpy as np
 
 from lm_lightning import files
+from lm_lightning.data import cache as cached
 from lm_lightning.data import corpus as corpora
 from lm_lightning.data import tokenizer as tokenizers
 from lm_lightning.errors import UserError
@@ -195,11 +195,11 @@ def prepare(corpus: corpora.Corpus, options: tokenizers.Tokenizer, layout: Layou
             texts = (piece.text for piece in corpora.read(corpus, cache) if piece.split == "train")
             tokenizers.train(options, texts, layout.special).save_pretrained(partial)
 
-        make_once(folder, cache, "training the tokenizer", train)
+        cached.make_once(folder, cache, "training the tokenizer", train)
         tokenizer = tokenizers.load(str(folder))
 
     folder = cache / "shards" / fingerprint(inputs, tokenizers.fingerprint(tokenizer), vars(layout))
-    make_once(
+    cached.make_once(
         folder,
         cache,
         "tokenizing the corpus",
@@ -212,54 +212,6 @@ def prepare(corpus: corpora.Corpus, options: tokenizers.Tokenizer, layout: Layou
 def fingerprint(*parts: object) -> str:
     """A name for whatever is made from JSON-able `parts`: 16 hexadecimal digits."""
     return hashlib.sha256(json.dumps([FORMAT, *parts], sort_keys=True).encode()).hexdigest()[:16]
-
-
-def make_once(folder: Path, cache: Path, work: str, make: Callable[[Path], None]) -> None:
-    """Makes a folder of the cache, unless it is there already.
-
-    Several processes, users and hosts may share a cache: one works, the others wait and print why. What is there is
-    used without a lock, so that the cache may be read-only. Where files cannot be locked, as on some network file
-    systems, each process works, and the first result stays.
-
-    Args:
-        folder: To be made.
-        cache: Folder of the cache, whose `locks` has a lock for each folder.
-        work: What is done, such as `tokenizing the corpus`, for messages.
-        make: Writes into a folder that it is given.
-
-    Raises:
-        UserError: If the cache cannot be written.
-    """
-    if folder.exists():
-        return
-    try:
-        with lock(cache, folder.name, work) as locked:
-            if not folder.exists():
-                with files.new_folder(folder, locked) as partial:
-                    make(partial)
-    except OSError as error:
-        raise UserError(f"the cache {cache} cannot be written ({error}): choose another --data.cache_dir") from error
-
-
-@contextlib.contextmanager
-def lock(cache: Path, name: str, work: str) -> Iterator[bool]:
-    """Waits for the lock of a name and holds it; False where the file system has no locks."""
-    from filelock import FileLock, Timeout
-
-    (cache / "locks").mkdir(exist_ok=True)
-    own = FileLock(cache / "locks" / f"{name}.lock", mode=0o666)  # other users must be able to open it, too
-    try:
-        own.acquire(timeout=3)
-    except Timeout:
-        print(f"waiting for another process that is {work} (lock: {own.lock_file})", file=sys.stderr)
-        own.acquire()
-    except NotImplementedError:
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        own.release()
 
 
 def tokenize(

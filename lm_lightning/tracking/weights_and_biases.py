@@ -158,6 +158,16 @@ class WandbRun(WandbLogger):
     def log_metrics(self, metrics: Mapping[str, Any], step: Optional[int] = None) -> None:  # noqa: D102 (as in Lightning)
         super().log_metrics({**metrics, "trainer/part": self.part}, step)
 
+    def log_histograms(self, histograms: Mapping[str, Any], step: int) -> None:
+        """Logs histograms by name, each as `torch.histogram` returns it."""
+        import wandb
+
+        made = {
+            name: wandb.Histogram(np_histogram=(found.hist.numpy(), found.bin_edges.numpy()))
+            for name, found in histograms.items()
+        }
+        self.log_metrics(made, step)
+
     def after_save_checkpoint(self, checkpoint_callback: ModelCheckpoint) -> None:
         """Lightning would give an artifact the alias `best` for any file that is the only one of its callback."""
 

@@ -56,6 +56,7 @@ def test_control_characters_are_shown_not_sent():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "args"),
     [("torch.autograd", ["fit", "--config", "x.yaml"]), ("jsonargparse", ["export", "."])],
@@ -126,6 +127,7 @@ def test_interrupt_ends_generate(long_model: Path):
     assert ended_by_interrupt(status, errors), (status, errors)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seconds", [1, 2, 3])
 def test_interrupt_while_the_libraries_are_imported_ends_the_command(seconds: int, recipe: Path):
     args = ["fit", "--config", recipe, "--trainer.max_steps", 100_000]
@@ -133,6 +135,7 @@ def test_interrupt_while_the_libraries_are_imported_ends_the_command(seconds: in
     assert ended_by_interrupt(status, errors), (status, errors)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "args",
     [

@@ -192,6 +192,7 @@ def own_defaults(kind: type) -> dict[str, Any]:
 OPTIMIZERS = [torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.RMSprop, torch.optim.NAdam, MuonAdamW]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", OPTIMIZERS, ids=lambda kind: kind.__name__)
 def test_an_optimizer_has_its_own_defaults(parsed, tmp_path: Path, kind: type):
     name = f"{'torch.optim' if kind.__module__.startswith('torch') else kind.__module__}.{kind.__name__}"

@@ -255,6 +255,7 @@ def test_loss_of_a_question_answerer_is_the_formula_over_the_context(tokenizer, 
 # Whole runs
 
 
+@pytest.mark.slow
 def test_shallow_student_comes_back_to_its_teacher_and_one_without_does_not(fit, tmp_path: Path):
     brief = ("--trainer.limit_val_batches", 0)
     teacher = fit("--model.network.n_layer", 3, "--trainer.max_steps", 80, *brief)

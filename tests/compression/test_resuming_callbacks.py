@@ -35,6 +35,7 @@ def test_every_option_is_honored_or_refused(callback: type):
     assert {*inspect.signature(callback).parameters} == listed, "say what happens if these are changed on a resume"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("callback", "name", "value"),
     [

@@ -93,6 +93,7 @@ def test_share_grows_along_the_schedule(fit, cli, recipe: Path):
     assert "pruned: 64 of 128 units of each block are left (50.0%)" in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["width", "layers"])
 def test_resumed_run_goes_on_exactly(fit, kind: str):
     flags = options("llama", kind=kind, end=10, frequency=2)

@@ -247,6 +247,7 @@ def test_cuts_depend_on_the_text_only(folder, units, mode):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "unit"), [("file", "some words\n"), ("paragraph", "some words\n"), ("line", "some words ")]
 )

@@ -358,6 +358,7 @@ def test_copied_shards_are_used(tmp_path: Path):
     assert copied.split("train").tokens.tolist() == first.split("train").tokens.tolist()
 
 
+@pytest.mark.slow
 def test_another_user_reads_a_cache_and_is_told_if_it_cannot_be_written(tmp_path: Path):
     if os.geteuid() != 0:
         pytest.skip("only root can become another user")

@@ -148,6 +148,7 @@ assert "lm_lightning" not in sys.modules
             assert (auto.from_pretrained(bases[kind])(TOKENS)[0] - trained).abs().max() > 0.1  # it has learned
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "base"),
     [("gpt2", "full"), ("gpt2", "int8"), ("gpt2", "fp4"), ("llama", "nf4"), ("bert", "int8"), ("bert", "nf4")],
@@ -362,6 +363,7 @@ def test_large_inputs_do_not_let_int8_see_the_tokens_to_come(fit, bases, tmp_pat
     fit(*flags(folder, base="int8"), "--trainer.max_steps", 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "base"), [("gpt2", "nf4"), ("llama", "full")])
 def test_activation_checkpointing_changes_nothing(fit, bases, kind: str, base: str):
     """Gradients reach the adapters although nothing before the first of them is trained."""

@@ -63,6 +63,7 @@ def test_a_folder_takes_the_place_of_another_only_when_it_is_finished(tmp_path: 
     assert [path.name for path in tmp_path.rglob("*")] == ["model", "new"]
 
 
+@pytest.mark.slow
 def test_commands_refuse_a_run_with_links_to_elsewhere_before_they_write(fit, cli, recipe: Path, outside: Path):
     run = fit("--trainer.max_steps", 3, "--trainer.limit_val_batches", 1)
     for name in ("report.html", "samples.jsonl", "checkpoints/x.ckpt", "model/extra.json"):

@@ -192,6 +192,7 @@ def test_secrets_are_in_nothing_that_a_run_leaves(recipe: Path, tmp_path: Path):
 
 
 @needs("tuning")
+@pytest.mark.slow
 def test_secrets_are_in_nothing_that_a_study_leaves(recipe: Path, cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("optuna")
     (tmp_path / "remote.py").write_text(MODULE)

@@ -41,6 +41,7 @@ def folder(tmp_path: Path) -> Path:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in ("generate", "fit", "validate") if name in commands()])
 def test_code_of_a_folder_is_not_run_even_if_yes_is_typed(name: str, folder: Path, recipe: Path, cache_dir: Path):
     flags = [

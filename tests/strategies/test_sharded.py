@@ -216,6 +216,7 @@ def test_other_processes_go_on_with_the_same_samples_in_the_same_order(runs, rec
         assert order(f"{state}_gpt2_half", name) == expected, name
 
 
+@pytest.mark.slow
 def test_damaged_folder_is_named_and_the_one_before_taken(runs, recipe, cli, tmp_path: Path):
     flags = ("--model.schedule.shape", "constant", "--trainer.limit_val_batches", 0)
     runs(commands(recipe, "gpt2", ["folder"], *flags, "--trainer.max_steps", 4))
@@ -250,6 +251,7 @@ def test_damaged_folder_is_named_and_the_one_before_taken(runs, recipe, cli, tmp
     assert f"the checksum of its part {part.name} is wrong" in out and "using last.ckpt.old of step 4" in out
 
 
+@pytest.mark.slow
 def test_folder_takes_the_place_of_a_file_and_a_file_that_of_a_folder(runs, recipe, cli, tmp_path: Path):
     flags = ("--model.schedule.shape", "constant", "--trainer.limit_val_batches", 0)
     one = recipe("gpt2", *flags, "--runs_dir", tmp_path, "--trainer.devices", 1)
@@ -297,6 +299,7 @@ def test_sharded_run_resumes_under_the_same_strategy_in_the_same_bits(runs, reci
         assert equal(ends[0][key], ends[1][key]), key
 
 
+@pytest.mark.slow
 def test_folders_are_not_written_in_the_background(runs, recipe):
     background = ("--trainer.plugins", "BackgroundCheckpoints")
     started = commands(recipe, "gpt2", ["fsdp2", "folder"], *background, "--trainer.max_steps", 5)

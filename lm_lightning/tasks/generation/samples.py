@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import TensorBoardLogger
 
 from lm_lightning.console import printable
 from lm_lightning.errors import UserError
@@ -62,6 +62,6 @@ class Samples(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_text("samples", text, trainer.global_step)
-            elif isinstance(logger, WandbLogger):
+            elif hasattr(logger, "log_text"):  # tables, as Lightning's WandbLogger has them
                 rows = [[trainer.global_step, *row] for row in zip(self.prompts, texts)]
                 logger.log_text("samples", ["step", "prompt", "text"], rows, step=trainer.global_step)

@@ -157,6 +157,7 @@ def test_metrics_are_those_of_the_definitions(fit, cli, recipe: Path):
         assert float(shown) == pytest.approx(value, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_predictions_are_aligned_with_a_csv_file(fit, cli, recipe: Path):
     """Two processes, rows of all lengths in batches of similar ones: the table has the file's order."""
     run, content = fit("--trainer.max_steps", 60, *QUICK), rows(21, 4)
@@ -361,6 +362,7 @@ def test_two_processes_score_numbers_as_one_does(fit, recipe: Path, held: int):
     assert values[0] == pytest.approx(values[1], abs=1e-3)  # (trained with other rounding)
 
 
+@pytest.mark.slow
 def test_weights_of_labels_are_relative(fit, cli, recipe: Path):
     """Weights of which a batch has less than 1 in all give the same steps; measuring needs no weights."""
     losses = []
@@ -375,6 +377,7 @@ def test_weights_of_labels_are_relative(fit, cli, recipe: Path):
         cli(name, *measure, run / "checkpoints" / "last.ckpt")
 
 
+@pytest.mark.slow
 def test_gpts_whose_tokenizer_has_no_padding(fit, recipe: Path, tmp_path: Path):
     """As OpenAI's: the network reads the last token before the padding, the export tells which that is."""
     from transformers import AutoTokenizer, pipeline
@@ -399,6 +402,7 @@ def accuracy(out: str) -> float:
     return float(next(line for line in out.splitlines() if "test/accuracy" in line).split("│")[2])
 
 
+@pytest.mark.slow
 def test_a_trained_network_tells_its_labels_itself(fit, cli, recipe: Path):
     """A network's labels may be numbered in any order; rows are counted by their names."""
     run = fit("--trainer.max_steps", 60, *QUICK)
@@ -449,6 +453,7 @@ def test_a_bert_pretrained_here_is_tuned(cli, recipe: Path, corpus_file: Path, c
     assert vocabularies[0] == vocabularies[1]
 
 
+@pytest.mark.slow
 def test_a_network_of_other_labels_gets_a_new_head(fit, cli, recipe: Path):
     run = fit("--trainer.max_steps", 5)
     train = write(recipe.parent / "two.jsonl", [row for row in rows(100, 3) if row["label"] != "mixed"])

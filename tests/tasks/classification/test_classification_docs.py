@@ -3,15 +3,18 @@
 import csv
 from pathlib import Path
 
+import pytest
 from reading import Reader, under
 from tables import labelled, write
 
 
+@pytest.mark.slow
 @under("README.md", "Your own task")
 def test_own_task(reader: Reader, typed: list[list[str]]):
     sentiment(reader, typed)
 
 
+@pytest.mark.slow
 @under("docs/finetuning.md", "An example")
 def test_example(reader: Reader, typed: list[list[str]]):
     sentiment(reader, typed)

@@ -68,6 +68,7 @@ def test_a_query_finds_the_nearest_texts(fit, cli, recipe: Path, tmp_path: Path)
     assert answers(cli("search", tmp_path / "moved", TEXTS[4]))[0] == ["1.000", "4", TEXTS[4]]
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_rows_in_their_order(fit, cli, recipe: Path, tmp_path: Path):
     run = fit()
     rows = [{"_id": f"t{i}", "text": text} for i, text in enumerate(TEXTS + ["cups"])]

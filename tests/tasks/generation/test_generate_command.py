@@ -1,14 +1,14 @@
 """The command `generate`."""
 
+import io
 import json
-import subprocess
 from pathlib import Path
 
 import pytest
 from conftest import command, refusal
-from forks import python
 
 from lm_lightning.errors import UserError
+from lm_lightning.tasks.generation import generate
 
 
 @pytest.fixture
@@ -53,15 +53,20 @@ def test_overlong_prompt_names_the_limit_and_a_short_rest_is_told(cli, run: Path
     assert result.returncode == 0 and "leaves room for" in result.stderr
 
 
-def test_chat_remembers_and_ends(run: Path):
-    result = subprocess.run(
-        [python("lm_lightning"), "-m", "lm_lightning", "generate", run, "--chat", "true", "--max_new_tokens", "5"],
-        input="The girl\nThe cat\n\n",
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("> ") == 3 and "no chat template" in result.stderr
+def test_chat_remembers_and_ends(cli, run: Path, monkeypatch: pytest.MonkeyPatch):
+    contexts, answers = [], []
+    stream = generate.stream
+
+    def watched(network, tokenizer, ids: list[int], *rest: object) -> str:
+        contexts.append(tokenizer.decode(ids, skip_special_tokens=True))
+        answers.append(stream(network, tokenizer, ids, *rest))
+        return answers[-1]
+
+    monkeypatch.setattr(generate, "stream", watched)
+    monkeypatch.setattr("sys.stdin", io.StringIO("The girl\nThe cat\n\nafter the end\n"))
+    out = cli("generate", run, "--chat", "true", "--max_new_tokens", 5)
+    assert contexts == ["The girl\n", f"The girl\n{answers[0]}\nThe cat\n"]
+    assert out.split("> ") == ["", *(f"{answer}\n" for answer in answers), ""] and all(answers)
 
 
 def test_generate_refuses_what_is_no_model(cli, tmp_path: Path):

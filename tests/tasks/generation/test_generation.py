@@ -109,6 +109,7 @@ print(json.dumps(texts))
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gpt2", "wordpiece", "llama"])
 def test_greedy_text_is_that_of_plain_transformers(kind, folders, references, cli: Callable[..., str], tmp_path: Path):
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS), encoding="utf-8")

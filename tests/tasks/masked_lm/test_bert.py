@@ -178,6 +178,7 @@ def trained(cli, *args: object) -> Path:
     return Path(out.split("run folder: ")[1].splitlines()[0])
 
 
+@pytest.mark.slow
 def test_resumed_run_ends_in_the_same_bits(cli, bert: Path):
     from test_fit import metrics, same, weights
 
