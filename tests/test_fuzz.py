@@ -99,7 +99,7 @@ def test_null_in_a_file_is_refused_where_it_means_nothing(cli, recipe: Path, nam
 
 def test_null_is_refused_where_a_base_class_says_what_is_meant(cli, recipe: Path):
     content = yaml.safe_load(recipe.read_text())
-    content["model"] = {"class_path": "MaskedLM", "init_args": {"schedule": {"decay_ratio": None}}}
+    content["model"]["init_args"]["schedule"] = {"decay_ratio": None}
     recipe.write_text(yaml.safe_dump(content))
     with pytest.raises(UserError, match="model.schedule.decay_ratio is null"):
         cli("fit", "--config", recipe)

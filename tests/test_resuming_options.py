@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from conftest import needs
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 from test_resuming import TINY
@@ -120,6 +121,9 @@ def options(cls: type) -> set[str]:
     return {p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)} - {"self"}
 
 
+@needs(
+    "tasks.masked_lm", "tasks.classification", "tasks.tagging", "tasks.parsing", "tasks.questions", "tasks.embedding"
+)
 def test_every_option_is_in_a_class_of_those_that_are_checked():
     features.import_classes()
     parts = [c for base in (LanguageModule, LightningDataModule) for c in explain.subclasses(base).values()]

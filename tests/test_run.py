@@ -76,7 +76,14 @@ def trained(cli: Callable[..., str], recipe: Path, tmp_path: Path) -> Callable[.
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["gpt", "bert", "labels"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "gpt",
+        pytest.param("bert", marks=needs("tasks.masked_lm")),
+        pytest.param("labels", marks=needs("tasks.classification")),
+    ],
+)
 def test_a_run_is_evaluated_with_its_own_data_and_tokenizer(trained, cli, kind: str, tmp_path: Path):
     recipe, run, _ = trained(kind)
     at_the_end = logged(run, "val/loss")

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 
 import pytest
-from conftest import ROOT, command, optional
+from conftest import ROOT, command, needs, optional
 from jsonargparse import ArgumentParser
 
 from lm_lightning.__main__ import commands
@@ -42,6 +42,7 @@ def accepted() -> set[str]:
     return names
 
 
+@needs("finetuning")
 def test_options_in_messages_are_accepted(accepted: set[str]):
     wrong = []
     for file in SOURCES:
@@ -108,6 +109,7 @@ def classes_of(section: str) -> dict[str, type]:
     return {n: kind for n, kind in found if kind.__module__.startswith("lm_lightning.") and n not in ABSTRACT}
 
 
+@needs("finetuning")
 def test_each_message_names_options_of_its_own_classes():
     options, files = {}, {}
     for section in BASES:

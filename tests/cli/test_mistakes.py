@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, command, refusal
+from conftest import ROOT, command, needs, refusal
 
 from lm_lightning.__main__ import commands
 from lm_lightning.errors import UserError
@@ -26,8 +26,6 @@ FLAGS = [
     ("--model.optimizer.learning_rate 3", "no option of MuonAdamW", "--model.optimizer.lr"),
     ("--trainer.batch_size 3", "--data.batch_size"),
     ("--data.corpus.path x", "no option of PretrainingData", "--data.corpus.paths"),
-    ("--data.tables.train x", "no option of PretrainingData", "but of ClassificationData", "TaggingData"),
-    ("--model.class_weights x", "no option of CausalLM", "but of Classification"),
     ("--model.optimizer.lr nan", "--model.optimizer.lr is 'nan'", "must be a number"),
     ("--model.optimizer.lr=fast", "--model.optimizer.lr is 'fast'", "must be a number"),
     ("--model.optimizer.betas [0.9]", "must be a list of 2 values"),
@@ -40,7 +38,6 @@ FLAGS = [
     ("--trainer.precision bf17", "bf16-mixed", "did you mean bf16?"),
     ("--model.freeze 3", "--model.freeze is '3'", "must be a list"),
     ("--model.network gpt2", "--model.network is 'gpt2'", "options by name"),
-    ("--model.adapter LoRa", "did you mean LoRA?"),
     ("--data.tokenizer 3", "--data.tokenizer is '3'", "options by name"),
     ("--trainer fast", "--trainer is 'fast'", "options by name"),
     ("--model GPT", "--model is 'GPT'", "CausalLM"),
@@ -74,6 +71,19 @@ def test_a_wrong_flag_is_one_clear_sentence(cli: Callable[..., str], recipe: Pat
     with pytest.raises(UserError) as refused:
         cli("fit", "--config", config, *arguments(flags))
     check(str(refused.value), phrases)
+
+
+@needs("tasks.classification", "tasks.tagging", "lora")
+@pytest.mark.parametrize(
+    ("flags", "phrases"),
+    [
+        ("--data.tables.train x", ["no option of PretrainingData", "but of ClassificationData", "TaggingData"]),
+        ("--model.class_weights x", ["no option of CausalLM", "but of Classification"]),
+        ("--model.adapter LoRa", ["did you mean LoRA?"]),
+    ],
+)
+def test_a_flag_of_another_class_is_one_clear_sentence(cli, recipe: Path, flags: str, phrases: list[str]):
+    test_a_wrong_flag_is_one_clear_sentence(cli, recipe, flags, phrases)
 
 
 def check(message: str, phrases: list[str]) -> None:
@@ -162,7 +172,13 @@ def test_the_help_of_fit_begins_with_examples(cli: Callable[..., str], capsys, m
     lines = capsys.readouterr().out.splitlines()
     begin = "\n".join(lines[:40])
     assert lines[0] == "usage: python -m lm_lightning fit --config FILE [--option VALUE ...]"
-    for phrase in ("--config configs/gpt.yaml", "--model.help CausalLM", "--data.help PretrainingData", "sentiment"):
+    for phrase in (
+        "--config configs/gpt.yaml",
+        "--model.help CausalLM",
+        "--data.help PretrainingData",
+        "Recipes in configs/: ",
+        "llama",
+    ):
         assert phrase in begin
     for option in ("--trainer.max_steps", "--model.optimizer.lr", "--data.batch_size", "--ckpt_path last"):
         assert option in begin

@@ -115,6 +115,7 @@ def test_sections_in_files_of_their_own_and_dotted_keys_are_read(tmp_path: Path)
 # Text
 
 
+@needs("tasks.classification")
 def test_keys_are_the_text_that_was_written(parsed, tmp_path: Path):
     weights = "{0: 1, 01: 2, 1.50: 3, yes: 4, No: 5, null: 6, 2020-01-31: 7, U.S.: 8, true: 9, text: 10, 12:30: 11}"
     names = ["0", "01", "1.50", "yes", "No", "null", "2020-01-31", "U.S.", "true", "text", "12:30"]
@@ -125,6 +126,7 @@ def test_keys_are_the_text_that_was_written(parsed, tmp_path: Path):
     assert by_flag["model"]["init_args"]["class_weights"] == expected
 
 
+@needs("tasks.classification")
 def test_weights_of_labels_that_look_like_numbers_reach_them(cli, tmp_path: Path):
     folder = tmp_path / "tokenizer"
     train(Tokenizer(algorithm="wordpiece", vocab_size=100), iter(["one two number"] * 9), "bert").save_pretrained(
@@ -144,6 +146,7 @@ def test_weights_of_labels_that_look_like_numbers_reach_them(cli, tmp_path: Path
     assert saved["model"]["init_args"]["class_weights"] == {"0": 1.0, "1": 5.0}
 
 
+@needs("tasks.classification")
 def test_column_names_are_text_or_refused_with_advice(parsed, cli):
     section = parsed("fit", "--config", SENTIMENT, "--data.tables.header", "[text, yes, on, 2020-01-31, 12:30, 010]")
     assert section["data"]["init_args"]["tables"]["header"] == ["text", "yes", "on", "2020-01-31", "12:30", "010"]
@@ -166,12 +169,14 @@ def test_anchors_and_merge_keys_work():
     assert yaml_text.load(text) == yaml.safe_load(text)
 
 
+@needs("tasks.classification")
 def test_null_and_lists_reach_options_of_options(parsed):
     flags = ("--data.tokenizer.path", "x", "--data.tokenizer.path=null", "--data.tables.header", r'["a\\b", "it\'s"]')
     data = parsed("fit", "--config", SENTIMENT, *flags)["data"]["init_args"]
     assert data["tokenizer"]["path"] is None and data["tables"]["header"] == ["a\\b", "it's"]
 
 
+@needs("tasks.classification")
 def test_text_that_looks_like_a_number_survives_a_saved_config(parsed, tmp_path: Path):
     names = ["1e3", "yes", "010", "1.5", "null", "None", "12:30", "0x1f", "true"]
     file = write(tmp_path / "saved.yaml", yaml_text.dump({"data": {"init_args": {"tables": {"header": names}}}}))

@@ -270,6 +270,7 @@ def test_bfloat16_of_the_cpu_is_known():
 def test_the_report_of_loaded_weights_is_hidden_and_other_messages_are_not(tmp_path: Path, caplog):
     config = transformers.GPT2Config(n_layer=1, n_head=1, n_embd=4, vocab_size=8, n_positions=8)
     transformers.GPT2Model(config).save_pretrained(tmp_path)
+    transformers.utils.logging.set_verbosity_warning()  # another test may have changed it
     logger = transformers.utils.logging.get_logger("transformers.modeling_utils")
     logger.removeFilter(of_transformers.no_load_report)
     logger.addHandler(caplog.handler)

@@ -82,6 +82,7 @@ def test_classes_that_a_checkpoint_records_are_of_the_project(path, tmp_path: Pa
     (tmp_path / "payload.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'harmed')!r})\nclass Files: pass\n")
     (tmp_path / "lm_lightning_evil.py").write_text((tmp_path / "payload.py").read_text())
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "payload", raising=False)  # of another test
     with pytest.raises(UserError, match="which is not one of lm_lightning: if you trust it|does not exist"):
         imports.recorded_class(path, ExtraFiles, "class of files")
     checkpoint = {"export_changes": {"a": path}, "callbacks": {"a": {}}}
