@@ -184,7 +184,7 @@ def test_a_bad_byte_is_an_error_with_its_place(tmp_path):
 def test_bad_bytes_can_be_replaced_and_are_counted(tmp_path, capsys):
     path = write(tmp_path / "a.txt", b"a\xff\xfeb\n\nc \xef\xbf\xbd\n")
     assert documents(path, encoding_errors="replace") == ["a\ufffd\ufffdb", "c \ufffd"]
-    assert "2 bytes" in capsys.readouterr().err
+    assert "2 invalid bytes" in capsys.readouterr().err
     assert documents(write(path, "fine"), encoding_errors="replace") == ["fine"]
     assert capsys.readouterr().err == ""
 
