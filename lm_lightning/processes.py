@@ -1,4 +1,4 @@
-"""Processes that this project starts: trials, ranks and measurements end with the process that has started them."""
+"""Processes that this project starts: trials, ranks and measurements end when the process that started them ends."""
 
 import ctypes
 import os
@@ -7,16 +7,16 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-RUN_FOLDER = "LM_LIGHTNING_RUN"  # environment variable: the run folder, which the first process of a run has made
-# Beginnings of the environment variables that make a process one of the processes of a training run.
+RUN_FOLDER = "LM_LIGHTNING_RUN"  # environment variable: the run folder, created by the first process of a run
+# Prefixes of the environment variables that make a process one of the processes of a training run.
 OF_A_RUN = ("RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "NODE_RANK", "MASTER_", "TORCHELASTIC_", "SLURM_")
-PARENT = "LM_LIGHTNING_PARENT"  # environment variable: the number of the process whose children should end with it
+PARENT = "LM_LIGHTNING_PARENT"  # environment variable: the ID of the process whose children should end with it
 
 
 def end_with_parent() -> None:
-    """Has this process killed when the command that has started it is gone, even by SIGKILL. (Linux only.)
+    """Makes Linux kill this process when the command that started it has ended, even by SIGKILL. (Linux only.)
 
-    A command calls it first. Processes started by anything else, such as a shell or `torchrun`, are left alone.
+    A command calls this first. Processes started by anything else, such as a shell or `torchrun`, are not affected.
     """
     parent, os.environ[PARENT] = os.environ.get(PARENT, ""), str(os.getpid())
     if sys.platform != "linux" or not parent.isdecimal():
@@ -28,8 +28,10 @@ def end_with_parent() -> None:
 
 
 def gone(process: int) -> bool:
-    """Whether a process has ended; also one that remains as a zombie, as where the first process of a container does
-    not wait for its children. (Linux only.)
+    """Whether a process has ended. (Linux only.)
+
+    Zombies count as ended: they remain, for example, where the first process of a container does not wait for its
+    children.
     """
     try:
         with open(f"/proc/{process}/stat", encoding="utf-8", errors="replace") as file:
@@ -39,19 +41,19 @@ def gone(process: int) -> bool:
 
 
 def kill_with_parent() -> None:
-    """Has Linux kill this process as soon as its parent has ended."""
+    """Makes Linux kill this process as soon as its parent has ended."""
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 def run_alone(arguments: Sequence[str]) -> int:
-    """Runs a command of this project in a process of its own, also within a training run, of which it knows nothing.
+    """Runs a command of this project in a process of its own, which does not become part of a surrounding training run.
 
     Args:
         arguments: The command and its arguments.
 
     Returns:
-        Its exit status; what it prints is printed.
+        Its exit status. Its output goes to the console.
     """
     environment = {n: value for n, value in os.environ.items() if not n.startswith((*OF_A_RUN, RUN_FOLDER))}
     return subprocess.run([sys.executable, "-m", "lm_lightning", *arguments], env=environment, check=False).returncode
