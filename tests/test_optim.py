@@ -330,5 +330,5 @@ def test_8_bit_optimizers_are_refused_with_sharded_weights(recipe: Path):
 def test_missing_bitsandbytes_is_told_with_its_remedy(fit, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     for flags in (optimizer(BITS), ["--model.optimizer.class_path", BITS]):
-        with pytest.raises(UserError, match="names a class of bitsandbytes, which is missing: pip install bitsandbytes$"):
+        with pytest.raises(UserError, match="class of bitsandbytes, which is missing: pip install bitsandbytes$"):
             fit(*flags)
