@@ -316,7 +316,7 @@ def edited(path: str, content: bytes, name: str, kept: list[str], removed: list[
     if path == "LICENSE":
         return content
     text = "".join(without_marked(text, kept, path))
-    if path.endswith(".py") and path.startswith("tests/"):
+    if path.endswith(".py") and path.startswith("tests/") and "@needs(" in text:
         text = without_tests(text, {feature.package for feature in removed})
     if Path(path).name in LISTS:
         packages = "|".join(re.escape(feature.package) for feature in removed) or "(?!)"
