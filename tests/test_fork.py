@@ -266,6 +266,60 @@ def test_later_changes_of_the_template_are_merged(template: Path, tmp_path: Path
     assert git(later, "rev-parse", "HEAD") in git(folder, "log", "--format=%B", "template")
 
 
+def test_conflicts_are_those_of_lines_that_both_have_changed(template: Path, tmp_path: Path):
+    folder, later = tmp_path / "my_lm", tmp_path / "later"
+    assert run(template, folder, "--keep", "gpt").returncode == 0
+    git(tmp_path, "clone", "--quiet", str(template), str(later))
+    for project, rate in ((folder, "1.0e-3"), (later, "2.0e-3")):
+        recipe = project / "configs" / "gpt.yaml"
+        text = recipe.read_text(encoding="utf-8")
+        assert "lr: 3.0e-3" in text
+        recipe.write_text(text.replace("lr: 3.0e-3", f"lr: {rate}"), encoding="utf-8")
+    git(folder, "rm", "--quiet", "scripts/kill.py")
+    for name in ("scripts/kill.py", "lm_lightning/losses.py"):
+        with open(later / name, "a", encoding="utf-8") as file:
+            file.write("# later\n")
+    for project in (folder, later):
+        git(project, "commit", "--all", "--message", "a change")
+    assert run(later, folder, "--update").returncode == 0
+    with pytest.raises(subprocess.CalledProcessError):
+        git(folder, "merge", "template")
+    assert git(folder, "status", "--porcelain").splitlines() == [
+        *("UU configs/gpt.yaml", "M  my_lm/losses.py", "DU scripts/kill.py")
+    ]
+    git(folder, "checkout", "--ours", "configs/gpt.yaml")
+    git(folder, "add", "configs/gpt.yaml")
+    git(folder, "rm", "--quiet", "scripts/kill.py")
+    git(folder, "commit", "--no-edit")
+    result = run(later, folder, "--update")
+    assert "has all of the template already" in result.stdout, result.stdout + result.stderr
+
+
+def test_features_are_added_and_removed_later(template: Path, tmp_path: Path):
+    folder = tmp_path / "my_lm"
+    assert run(template, folder, "--keep", "gpt,reports").returncode == 0
+    assert run(template, folder, "--update", "--keep", "gpt,lora").returncode == 0
+    git(folder, "merge", "--no-edit", "template")
+    mentions(folder, ["gpt", "lora"])
+    assert (folder / "my_lm" / "lora").is_dir() and not (folder / "my_lm" / "reports").exists()
+    assert "has all of the template already" in run(template, folder, "--update").stdout
+    git(folder, "switch", "template")
+    result = run(template, folder, "--update")
+    assert result.returncode == 2 and "is on the branch template" in result.stderr
+
+
+def test_the_list_has_the_lines_of_each_feature(template: Path):
+    rows = [re.split(r"\s{2,}", line) for line in run(template, "--list").stdout.splitlines()[1:]]
+    assert [row[0] for row in rows] == [
+        *fork.CHOICES,
+        *(f"({n})" for n in fork.FEATURES if n not in fork.CHOICES),
+        "(core)",
+    ]
+    files = (ROOT / "lm_lightning").rglob("*.py")
+    assert sum(int(row[1].replace(",", "")) for row in rows) == sum(len(f.read_bytes().splitlines()) for f in files)
+    assert all(len(row) == 4 for row in rows if row[0] in ("lora", "compression"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -283,6 +337,7 @@ def test_later_changes_of_the_template_are_merged(template: Path, tmp_path: Path
         ([], "the folder of the new project is missing"),
         (["NEW", "--update"], "is not a git repository"),
         (["OLD", "--update"], "is not a git repository"),
+        (["OLD", "--update", "--name", "my_lm"], "--update keeps the name of the project"),
     ],
     ids=str,
 )
