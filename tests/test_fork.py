@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from importlib.util import module_from_spec, spec_from_file_location
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -155,6 +155,7 @@ def mentions(folder: Path, keep: list[str]) -> None:
     }
     assert not found, "\n".join(sorted(found))
     assert not any(re.search("lm.lightning", text, re.I) for text in texts.values())
+    unguarded(folder, kept, texts)
     extras = set(re.findall(r"^(\w+) = \[", (folder / "pyproject.toml").read_text(encoding="utf-8"), re.M))
     for path, text in texts.items():
         named = ",".join(
@@ -165,6 +166,21 @@ def mentions(folder: Path, keep: list[str]) -> None:
         links = re.findall(r"\]\((?!https?:|#)([^)#]+)", texts[path])
         assert all((path.parent / link).exists() for link in links), (path, links)
         assert texts[path] == fork.without_empty(texts[path]), path
+
+
+def unguarded(folder: Path, kept: list[str], texts: dict[Path, str]) -> None:
+    """Checks that a test file which chooses a class that was removed also names its package, as `needs` does."""
+    from lm_lightning.features import features
+
+    only_compared = ("conftest.py", "reading.py", "test_configs.py", "test_messages.py")
+    for package in features().keys() - {fork.FEATURES[name].package for name in kept}:
+        modules = [find_spec(name) for name in features()[package].classes]
+        sources = [Path(module.origin).read_text(encoding="utf-8") for module in modules if module and module.origin]
+        names = [name for source in sources for name in CLASS.findall(source)]
+        choices = re.compile(rf"""["'=]({"|".join(names) or "(?!)"})["']""")
+        for path, text in texts.items():
+            if "tests" in path.relative_to(folder).parts and path.name not in only_compared:
+                assert not choices.search(text) or f'"{package}' in text, (path, choices.search(text), package)
 
 
 def gone(kept: list[str]) -> set[str]:

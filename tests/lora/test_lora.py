@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from clauses import recipe as recipe_of
-from conftest import paragraphs
+from conftest import needs, paragraphs
 from forks import python
 from lightning.pytorch import Callback, LightningModule, Trainer
 from processes import Runs
@@ -237,7 +237,10 @@ def test_a_checkpoint_is_refused_where_it_does_not_belong(fit, cli, recipe: Path
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("data", "model", "monitor", "base"),
-    [("TaggingData", "Tagging", "val/f1", "full"), ("ParsingData", "Parser", "val/las", "nf4")],
+    [
+        pytest.param("TaggingData", "Tagging", "val/f1", "full", marks=needs("tasks.tagging")),
+        pytest.param("ParsingData", "Parser", "val/las", "nf4", marks=needs("tasks.parsing")),
+    ],
 )
 def test_new_heads_are_trained_saved_and_exported(
     cli, tmp_path: Path, monkeypatch, data: str, model: str, monitor: str, base: str
@@ -280,6 +283,7 @@ def test_new_heads_are_trained_saved_and_exported(
         assert torch.allclose(told, trained["logits"], atol=1e-5)
 
 
+@needs("tasks.classification")
 def test_a_new_head_over_texts_goes_into_both_exports(cli, bases, tmp_path: Path):
     """With a pooler, which a masked language model has not."""
     from peft import PeftModel

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, command, evaluation
+from conftest import ROOT, command, evaluation, needs
 from forks import python
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -595,7 +595,9 @@ HEAD = ("classifier.weight", "classifier.bias")
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "lora", [(), ("--model.adapter", "LoRA", "--model.adapter.rank", 2)], ids=["all weights", "lora"]
+    "lora",
+    [(), pytest.param(("--model.adapter", "LoRA", "--model.adapter.rank", 2), marks=needs("lora"))],
+    ids=["all weights", "lora"],
 )
 def test_an_equally_large_head_of_other_labels_is_replaced_and_trained(fit, cli, recipe: Path, lora: tuple):
     names = {"good": "art", "bad": "news", "mixed": "sport"}
