@@ -28,6 +28,7 @@ FEATURES = (
     "tuning",
     "reports",
     "tracking",
+    "sharding",
     "xla",
     "profiling",
 )
@@ -46,12 +47,15 @@ class Feature:
         callbacks: Classes of callbacks that each run has, made without arguments.
         trainer_settings: Functions that are called with the trainer's settings (a namespace, which they may change)
             before the trainer is made. They raise `UserError` to refuse settings.
+        checkpoint_folders: Modules that read checkpoints which are folders, not files: see `CheckpointFormat` in
+            `checkpoints/loading.py`.
     """
 
     commands: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     classes: tuple[str, ...] = ()
     callbacks: tuple[str, ...] = ()
     trainer_settings: tuple[str, ...] = ()
+    checkpoint_folders: tuple[str, ...] = ()
 
 
 @functools.cache
@@ -99,6 +103,11 @@ def trainer_settings() -> Iterator[Callable[[Any], None]]:
     """The functions that check and complete the trainer's settings."""
     for feature in features().values():
         yield from map(resolve, feature.trainer_settings)
+
+
+def checkpoint_folders() -> list[Any]:
+    """The modules that read checkpoints which are folders."""
+    return [importlib.import_module(path) for feature in features().values() for path in feature.checkpoint_folders]
 
 
 def resolve(path: str) -> Any:

@@ -79,6 +79,7 @@ FEATURES = {
     "compression": Feature(
         "compression", "quantization, pruning, distillation", ("docs/compression.md",), ("compress",)
     ),
+    "quantized": Feature("quantized", "layers that bitsandbytes quantizes", needed_by=("lora", "compression")),
     "tuning": Feature(
         "tuning",
         "search of hyperparameters, comparison of strategies",
@@ -87,6 +88,7 @@ FEATURES = {
     ),
     "reports": Feature("reports", "HTML pages of runs", ("docs/images/report.png",)),
     "tracking": Feature("tracking", "Weights & Biases", ("configs/tracking/",), ("wandb",)),
+    "sharding": Feature("sharding", "FSDP2 and tensor parallelism, sharded checkpoints", ("configs/strategy/",)),
     "xla": Feature("xla", "TPUs", ("scripts/test_xla.sh",), ("tpu",)),
     "profiling": Feature("profiling", "profiles of training steps"),
 }

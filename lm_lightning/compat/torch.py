@@ -1,10 +1,10 @@
-"""PyTorch: kernels, checkpoints and messages. (It is imported in the functions, since each start reads this file.)"""
+"""PyTorch: kernels and messages. (It is imported in the functions, since each start reads this file.)"""
 
 import logging
 import os
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,20 +16,6 @@ LOST_PEER = re.compile(r"(closed|reset) by peer|remote (process|worker)|Broken p
 # What a process has printed whose memory was not enough. Alternative: `torch.OutOfMemoryError`, which is for GPUs only,
 # and which another process cannot catch.
 OUT_OF_MEMORY = re.compile(r"out of memory|OutOfMemory|can't allocate memory|MemoryError|DefaultCPUAllocator", re.I)
-# Splits of matrices by tensor parallelism are subclasses of the public `ParallelStyle`, whose only method is `_apply`.
-# Alternative: `ColwiseParallel` and `RowwiseParallel`, which refuse GPT-2's `Conv1D`.
-# Module and name of the class of the entries in a sharded checkpoint's table of contents. Alternative: none, the public
-# `Metadata.storage_data` holds its instances.
-STORAGE_INFO = ("torch.distributed.checkpoint.filesystem", "_StorageInfo")
-# The function that unpickles a `torch.layout`, which such a table has for each tensor.
-LAYOUT = ("torch.serialization", "_get_layout")
-
-
-def storage_info() -> Any:
-    """The class of `STORAGE_INFO`."""
-    from torch.distributed.checkpoint import filesystem
-
-    return filesystem._StorageInfo
 
 
 def multiply(tensors: Sequence["Tensor"], factor: "Tensor") -> None:

@@ -13,7 +13,7 @@ from lm_lightning.compression.calibration import Calibration
 from lm_lightning.compression.folder import load, package
 from lm_lightning.errors import UserError
 from lm_lightning.networks import linear_layers
-from lm_lightning.quantized import (
+from lm_lightning.quantized.layers import (
     Kind,
     bitsandbytes_config,
     bitsandbytes_layers,

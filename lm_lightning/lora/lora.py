@@ -23,7 +23,7 @@ from lm_lightning.lora import compat
 from lm_lightning.models.adapter import Adapter
 from lm_lightning.models.export import HEAD_FILE
 from lm_lightning.networks import linear_layers
-from lm_lightning.quantized import bitsandbytes_config, bitsandbytes_layers, refuse_other_classes
+from lm_lightning.quantized.layers import bitsandbytes_config, bitsandbytes_layers, refuse_other_classes
 from lm_lightning.security import untrusted
 from lm_lightning.strategies.capabilities import capabilities
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import paragraphs
+from conftest import needs, paragraphs
 from processes import Runs
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -130,6 +130,7 @@ def test_only_the_named_layers_are_quantized(fit):
     assert all((w.dtype == torch.uint8) == (".mlp." in n) for n, w in weights.items() if n.endswith("c_proj.weight"))
 
 
+@needs("sharding")
 @pytest.mark.slow
 def test_strategies_round_alike(fit, recipe: Path, tmp_path: Path):
     """Two processes as one, also where each has a part of each weight."""

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, command, evaluation
+from conftest import ROOT, command, evaluation, needs
 from forks import python
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -324,6 +324,7 @@ def test_resumed_run_and_other_micro_batches_are_the_same(fit, recipe: Path):
     assert all(torch.allclose(states[0][key], states[1][key], atol=1e-4) for key in states[0])
 
 
+@needs("sharding")
 @pytest.mark.slow
 def test_two_processes_do_and_score_what_one_does(fit, recipe: Path):
     """50 rows of validation and 8 a batch: the last batches are unequal, and padding does not count."""
