@@ -251,6 +251,7 @@ def test_the_report_of_loaded_weights_is_hidden_and_other_messages_are_not(tmp_p
     transformers.GPT2Model(config).save_pretrained(tmp_path)
     transformers.utils.logging.set_verbosity_warning()  # another test may have changed it
     logger = transformers.utils.logging.get_logger("transformers.modeling_utils")
+    logger.disabled = False  # import-linter disables all loggers that exist
     logger.removeFilter(of_transformers.no_load_report)
     logger.addHandler(caplog.handler)
     try:
