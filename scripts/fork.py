@@ -79,7 +79,7 @@ FEATURES = {
     "compression": Feature(
         "compression", "quantization, pruning, distillation", ("docs/compression.md",), ("compress",)
     ),
-    "quantized": Feature("quantized", "layers that bitsandbytes quantizes", needed_by=("lora", "compression")),
+    "linear_layers": Feature("linear_layers", "which there are, and quantized ones", needed_by=("lora", "compression")),
     "tuning": Feature(
         "tuning",
         "search of hyperparameters, comparison of strategies",

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -9,11 +10,12 @@ from typing import IO, Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lm_lightning.data import contract
-from lm_lightning.data.cells import without_formula
 from lm_lightning.data.order import PADDING
 from lm_lightning.files import remove, replacing
 
 TABLE_ROWS = 10_000  # that W&B shows of a table
+FORMULA = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")  # which a formula of spreadsheet programs begins with
+NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", re.ASCII)
 
 
 class Predictions(Callback):
@@ -134,3 +136,10 @@ def rows_writer(stream: IO[str], escape: bool) -> Callable[[Iterable[Any]], Any]
 def escapes_formulas(trainer: Trainer) -> bool:
     """Whether the tables of a run are to have no formulas, see `Predictions`."""
     return any(callback.escape_formulas for callback in trainer.callbacks if isinstance(callback, Predictions))
+
+
+def without_formula(value: Any) -> Any:
+    """A cell that spreadsheet programs show instead of running it as a formula: text gets a `'`, numbers stay as is."""
+    if isinstance(value, str) and value.startswith(FORMULA) and not NUMBER.fullmatch(value):
+        return f"'{value}"
+    return value

@@ -13,9 +13,6 @@ if TYPE_CHECKING:
 # Messages of torch.distributed when another process of the run has died. Alternative: none; they are RuntimeErrors
 # (`torch.distributed.DistNetworkError` is raised by stores only).
 LOST_PEER = re.compile(r"(closed|reset) by peer|remote (process|worker)|Broken pipe")
-# What a process has printed whose memory was not enough. Alternative: `torch.OutOfMemoryError`, which is for GPUs only,
-# and which another process cannot catch.
-OUT_OF_MEMORY = re.compile(r"out of memory|OutOfMemory|can't allocate memory|MemoryError|DefaultCPUAllocator", re.I)
 
 
 def multiply(tensors: Sequence["Tensor"], factor: "Tensor") -> None:

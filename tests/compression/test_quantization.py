@@ -17,7 +17,7 @@ from lm_lightning.compression.callbacks.quantization import rounded
 from lm_lightning.compression.folder import load
 from lm_lightning.data.tokenizer import Tokenizer, train
 from lm_lightning.errors import UserError
-from lm_lightning.networks import by_rows, linear_layers
+from lm_lightning.linear_layers.blocks import by_rows, linear_layers
 
 NETWORKS = {
     "gpt2": {"model_type": "gpt2", "n_layer": 2, "n_embd": 64, "n_head": 2, "n_positions": 64},

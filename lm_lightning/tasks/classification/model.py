@@ -22,10 +22,11 @@ from lm_lightning.data.order import PADDING
 from lm_lightning.errors import UserError
 from lm_lightning.finetuning import results
 from lm_lightning.finetuning.examples import network_inputs
+from lm_lightning.finetuning.metrics import Agreement, mode_of
 from lm_lightning.finetuning.mistakes import Mistakes, readable
 from lm_lightning.losses import kd_loss
 from lm_lightning.models.distillation import mix
-from lm_lightning.models.metrics import Agreement, Mode, mode_of
+from lm_lightning.models.metrics import Mode
 from lm_lightning.models.module import LanguageModule
 
 

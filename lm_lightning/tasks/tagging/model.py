@@ -11,11 +11,12 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 
 from lm_lightning.finetuning import results
 from lm_lightning.finetuning.examples import network_inputs
+from lm_lightning.finetuning.metrics import Counts
 from lm_lightning.finetuning.mistakes import Mistakes, readable, words_of
 from lm_lightning.finetuning.words import TRUNCATED
 from lm_lightning.losses import kd_loss
 from lm_lightning.models.distillation import mix
-from lm_lightning.models.metrics import Counts, Mode
+from lm_lightning.models.metrics import Mode
 from lm_lightning.models.module import LanguageModule
 from lm_lightning.tasks.tagging.data import OUTSIDE, Found, spans_of
 from lm_lightning.tasks.tagging.viterbi import decode, legal

@@ -17,10 +17,10 @@ from forks import python
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from lm_lightning.data.order import by_length, samples_at
+from lm_lightning.data.order import samples_at
 from lm_lightning.data.tokenizer import Tokenizer, train
 from lm_lightning.errors import UserError
-from lm_lightning.finetuning.examples import Examples
+from lm_lightning.finetuning.examples import Examples, by_length
 from lm_lightning.finetuning.tables import Tables
 from lm_lightning.optim import parameter_groups
 from lm_lightning.tasks.classification.data import ClassificationData

@@ -13,7 +13,6 @@ ADJACENT = re.compile(r"""(['"])\s+['"]""")  # as numpy writes arrays, which Pyt
 INTEGER = re.compile(r"([+-]?\d+)\.0+")
 NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", re.ASCII)
 GREATEST = 3.4e38  # of float32
-FORMULA = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")  # which a formula of spreadsheet programs begins with
 
 
 def parsed(cell: str) -> Any:
@@ -107,10 +106,3 @@ def number(value: Any) -> float:
     if not abs(result) <= GREATEST:
         raise ValueError("it must be finite")
     return result
-
-
-def without_formula(value: Any) -> Any:
-    """A cell that spreadsheet programs show instead of running it as a formula: text gets a `'`, numbers stay as is."""
-    if isinstance(value, str) and value.startswith(FORMULA) and not NUMBER.fullmatch(value):
-        return f"'{value}"
-    return value

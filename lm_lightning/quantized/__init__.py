@@ -1,1 +1,0 @@
-"""What the features that quantize linear layers share."""
