@@ -8,7 +8,7 @@ and its line here. To add one, add a folder and a line.
 import functools
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,7 @@ FEATURES = (
     "tasks.embedding",
     "lora",
     "compression",
+    "diagnostics",
     "tuning",
     "reports",
     "tracking",
@@ -44,7 +45,7 @@ class Feature:
         classes: Modules that are imported before options are parsed. Their classes (of models, data modules, callbacks,
             loggers, ...) can be chosen by their short names as `class_path`; they may also register names, for example
             with `lm_lightning.strategies.register`.
-        callbacks: Classes of callbacks that each run has, made without arguments.
+        callbacks: Classes of callbacks that each run has, made without arguments unless the options have one.
         trainer_settings: Functions that are called with the trainer's settings (a namespace, which they may change)
             before the trainer is made. They raise `UserError` to refuse settings.
         checkpoint_folders: Modules that read checkpoints which are folders, not files: see `CheckpointFormat` in
@@ -94,9 +95,10 @@ def import_classes() -> None:
             importlib.import_module(module)
 
 
-def callbacks() -> list[Any]:
-    """New callbacks, those that the features add to each run."""
-    return [resolve(path)() for feature in features().values() for path in feature.callbacks]
+def callbacks(given: Iterable[Any] = ()) -> list[Any]:
+    """New callbacks, those that the features add to each run which has none of their class in `given`."""
+    classes = [resolve(path) for feature in features().values() for path in feature.callbacks]
+    return [own() for own in classes if not any(isinstance(callback, own) for callback in given)]
 
 
 def trainer_settings() -> Iterator[Callable[[Any], None]]:

@@ -79,6 +79,7 @@ FEATURES = {
     "compression": Feature(
         "compression", "quantization, pruning, distillation", ("docs/compression.md",), ("compress",)
     ),
+    "diagnostics": Feature("diagnostics", "samples behind spikes of the loss, histograms of gradients"),
     "linear_layers": Feature("linear_layers", "which there are, and quantized ones", needed_by=("lora", "compression")),
     "tuning": Feature(
         "tuning",

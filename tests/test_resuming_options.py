@@ -103,8 +103,8 @@ ELSEWHERE = {
 
 # Options of our callbacks: those that the state in a checkpoint fits alone are refused, others are read anew.
 CALLBACKS = {
-    "Gradients": {"anew": "every_n_steps bins"},
-    "Spikes": {"anew": "deviations steps"},
+    "Gradients": {"anew": "every_n_steps bins"},  # fork: diagnostics
+    "Spikes": {"anew": "deviations steps"},  # fork: diagnostics
     "Export": {"anew": "weights"},
     "Predictions": {"anew": "escape_formulas"},
 }

@@ -13,7 +13,7 @@ from typing import Any, Optional
 
 import pytest
 import torch
-from conftest import ROOT, command
+from conftest import ROOT, command, needs
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from test_fit import metrics, same, weights
@@ -631,6 +631,7 @@ def test_a_process_that_is_not_finite_makes_all_leave_the_step_out(recipe: Path)
     assert logged(only(recipe.parent / "runs" / "tiny"), "train/skipped_steps")[10] == 1
 
 
+@needs("diagnostics")
 def test_a_spike_names_its_samples_once_however_often_it_was_done(fit, cli, recipe: Path, capsys):
     flags = ("--name", "spiky", *poison(steps=[28], factor=30.0), "--trainer.max_steps", 40, *CONSTANT)
     with pytest.raises(RuntimeError, match="power failure"):

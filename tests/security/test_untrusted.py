@@ -123,7 +123,7 @@ def test_an_export_writes_no_file_that_the_checkpoint_names(name: str, tmp_path:
     assert not (tmp_path / "harmed").exists()
 
 
-@pytest.mark.parametrize("path", ["os.system", "torch.nn.Linear", "lm_lightning.callbacks.spikes.Spikes", 5])
+@pytest.mark.parametrize("path", ["os.system", "torch.nn.Linear", "lm_lightning.callbacks.dropout.NoDropout", 5])
 def test_an_export_uses_no_other_class_that_a_checkpoint_names(path: object):
     from lm_lightning.models.export import changes_of
 
