@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Tests XLA on the CPU, in an environment of its own, as torch_xla needs its own torch. 8 GB of disk.
-# Elsewhere than on Linux x86, or with torch's CPU wheels at hand, torch is smaller: PIP_EXTRA_INDEX_URL is heeded.
+# PIP_EXTRA_INDEX_URL can point to torch's CPU wheels, which are smaller.
 set -e
 cd "$(dirname "$0")/.."
 environment=${1:-.venv-xla}

@@ -42,7 +42,7 @@ def accepted() -> set[str]:
     return names
 
 
-@needs("finetuning")
+@needs("finetuning", "lora")
 def test_options_in_messages_are_accepted(accepted: set[str]):
     wrong = []
     for file in SOURCES:
@@ -132,7 +132,7 @@ def test_each_message_names_options_of_its_own_classes():
                 len(has) < len(users) and file.split("/")[0] == ("models" if section == "model" else section)
             ):
                 wrong.append(f"{file}:{line}: {name} is no option of {', '.join(sorted(set(users) - set(has)))}")
-    assert not wrong and checked > 80, wrong
+    assert not wrong and checked > 60, wrong
 
 
 def flags_in(text: str) -> set[str]:

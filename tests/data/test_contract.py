@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from conftest import needs
 from lightning.pytorch import LightningDataModule
 from processes import Runs
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Sampler
@@ -208,7 +209,10 @@ def test_two_processes_share_the_samples_or_are_refused(config: Path, tmp_path: 
         (["--data", "test_contract.Lists"], "Lists yields batches of type Tensor, but must yield dicts with input_ids"),
         (["--model.network.vocab_size", 10], "Resumable yields the token 19, but the network has 10"),
         (["--model.network.vocab_size", "null"], "has no tokenizer, so that model.network needs vocab_size"),
-        (["--trainer.callbacks+=Samples"], "Samples need a tokenizer, which the data module does not have"),
+        pytest.param(
+            *(["--trainer.callbacks+=Samples"], "Samples need a tokenizer, which the data module does not have"),
+            marks=needs("tasks.generation"),
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(cli, config: Path, flags: list, message: str):
