@@ -48,9 +48,9 @@ def main() -> None:
             if command.startswith("-"):
                 raise UserError(f"the command comes first: {program('fit')} --config FILE")
             close = difflib.get_close_matches(command, known, n=1)
-            there = f"did you mean {close[0]}?" if close else f"the commands are {', '.join(known)}"
-            raise UserError(f"there is no command {command}: {there}")
-        # set, as the tokenizers library would otherwise warn of forked data loaders
+            hint = f"did you mean {close[0]}?" if close else f"the commands are {', '.join(known)}"
+            raise UserError(f"there is no command {command}: {hint}")
+        # The tokenizers library would otherwise warn about forked data loaders.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         hide_messages()
         trust.read_options()
@@ -61,8 +61,8 @@ def main() -> None:
     except BaseException as error:
         if console.interrupted:  # the KeyboardInterrupt may have become another error
             console.end_children()
-            # Where it was raised within an exec() of a string, as dataclasses do, Python remembers it until the next
-            # exec() and would end with the signal, whatever the status.
+            # If it was raised in an exec() of a string, which dataclasses use, Python remembers it until the next
+            # exec() and would end with the signal, whatever the exit status is.
             exec("")  # noqa: S102
             sys.exit(console.INTERRUPTED)
         explain(error)
@@ -72,12 +72,12 @@ def main() -> None:
 
 
 def commands() -> dict[str, tuple[str, str]]:
-    """All commands, those of the core first: the module of each and what it does."""
+    """The module and the summary of each command, by name; commands of the core come first."""
     return CORE | features.commands()
 
 
 def print_help(known: dict[str, tuple[str, str]]) -> None:
-    """Prints which commands there are."""
+    """Prints the list of commands."""
     print(f"usage: {program()} COMMAND [OPTIONS]\n\ncommands (each has its --help):")
     for name, (_, summary) in known.items():
         print(f"  {name:10}{summary}")
@@ -91,7 +91,7 @@ def explain(error: BaseException) -> None:
             print(f"error: {console.printable(scrub(str(error), sys.argv))}", file=sys.stderr)
         sys.exit(2)
     if isinstance(error, RuntimeError) and LOST_PEER.search(str(error)):
-        # That process prints the reason; tracebacks of all that waited for it would only hide it.
+        # That process prints the reason; tracebacks of all the processes that waited for it would only hide it.
         sys.exit("exiting: a peer process died")
     if isinstance(error, BrokenPipeError):
         try:
@@ -105,7 +105,7 @@ def run(command: str) -> None:
     """Runs a command on the rest of `sys.argv`.
 
     Raises:
-        UserError: Whatever the user can fix.
+        UserError: For any error that the user can fix.
     """
     from lm_lightning.security import imports
 

@@ -12,16 +12,16 @@ from types import FrameType
 from typing import Any, Optional
 
 INTERRUPTED = 128 + signal.SIGINT  # exit status, as shells have it
-DIRECTIONS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # which reorder the text after them
-PATIENCE = 60  # seconds that processes of ours have to finish their step
+DIRECTIONS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # characters that reorder the text after them
+PATIENCE = 60  # seconds that child processes have to finish their step
 interrupted = False
 
 
 def prepare() -> None:
-    """Has this process and its children print characters that the console's encoding lacks as `\\uXXXX`.
+    """Makes this process and its children print characters that the console's encoding lacks as `\\uXXXX`.
 
     Without it, a sample with an umlaut on an ASCII or Latin-1 console would end a training run. Libraries open files,
-    such as configs, in the encoding of the locale: where that is not UTF-8, the command is started again with it.
+    such as configs, in the encoding of the locale: where that is not UTF-8, the command is started again with UTF-8.
     """
     if os.name == "posix" and codecs.lookup(locale.getpreferredencoding(False)).name != "utf-8":
         os.environ |= {"PYTHONUTF8": "1", "PYTHONIOENCODING": sys.stdout.encoding}
@@ -44,15 +44,15 @@ def printable(text: str) -> str:
 
 
 def exit_on_interrupt() -> None:
-    """Has Ctrl-C (SIGINT) end this process at once with status 130: while there is nothing to clean up yet, or no more.
+    """Makes Ctrl-C (SIGINT) end this process at once with status 130, for times when there is nothing to clean up.
 
-    An exception would not do: a `KeyboardInterrupt` during an import can surface as another error, or get lost.
+    An exception would not work: a `KeyboardInterrupt` during an import can surface as another error, or get lost.
     """
     signal.signal(signal.SIGINT, leave)
 
 
 def raise_on_interrupt() -> None:
-    """Has Ctrl-C raise `KeyboardInterrupt` and set `interrupted`, and a second one end this process at once."""
+    """Makes Ctrl-C raise `KeyboardInterrupt` and set `interrupted`, and a second Ctrl-C end this process at once."""
     signal.signal(signal.SIGINT, on_interrupt)
     sys.unraisablehook = on_unraisable
 
@@ -81,7 +81,7 @@ def leave(*_: Any) -> None:
 
 
 def end_children() -> None:
-    """Waits for the processes of this one's strategy, which got the Ctrl-C of a terminal, too; kills what stays."""
+    """Waits for the processes that the strategy started, which also received the Ctrl-C; kills those that remain."""
     for child in multiprocessing.active_children():
         child.join(0 if child.daemon else PATIENCE)
         if child.is_alive():

@@ -1,4 +1,4 @@
-"""Environment: what a result depends on beside config and data; it goes to environment.json of the run folder."""
+"""Environment: what a result depends on besides config and data; saved as environment.json in the run folder."""
 
 import os
 import platform
@@ -16,7 +16,7 @@ from lm_lightning.security.redaction import redact_arguments
 
 
 def environment() -> dict[str, Any]:
-    """Command, versions, hardware and the git commit of the working directory, JSON-able."""
+    """Command, versions, hardware and the git commit of the working directory, as JSON-serializable values."""
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return {
         "command": redact_arguments(sys.argv),
@@ -36,7 +36,7 @@ def environment() -> dict[str, Any]:
 
 
 def git() -> Optional[dict[str, Any]]:
-    """`commit` of the working directory and whether files of it are `changed`; None outside of a repository."""
+    """The `commit` of the working directory and whether any of its files `changed`; None outside of a repository."""
     try:
         commit, changes = (
             subprocess.run(

@@ -13,12 +13,12 @@ def package(name: str, what: str, extra: str) -> Any:
     """Imports an optional package.
 
     Args:
-        name: Of the package, or of a module in it.
+        name: Name of the package or of one of its modules.
         what: The option or feature that needs it, for the message.
-        extra: The extra of this project that installs it.
+        extra: The extra of this project that installs the package.
 
     Raises:
-        UserError: If it is missing; gives the command that installs it.
+        UserError: If the package is missing; the message has the command that installs it.
     """
     try:
         return importlib.import_module(name)
@@ -28,5 +28,5 @@ def package(name: str, what: str, extra: str) -> Any:
 
 
 def first_process() -> bool:
-    """Whether this is the first process of a run; the others have the same problems and need not report them, too."""
+    """Whether this is the first process of a run, the only one that reports problems: the others have the same ones."""
     return {os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID")} == {"0"}

@@ -37,15 +37,16 @@ FEATURES = (
 
 @dataclass(frozen=True)
 class Feature:
-    """What a task or an optional feature adds to the core. All names are import paths, imported where they are needed.
+    """What a task or an optional feature adds to the core. Values are import paths, which are imported when needed.
 
     Args:
-        commands: Commands of `python -m lm_lightning`: for the name of each, a module with a `main()` that reads
+        commands: Commands of `python -m lm_lightning`. Maps the name of each to a module with a `main()` that reads
             `sys.argv`, and a summary for the help.
         classes: Modules that are imported before options are parsed. Their classes (of models, data modules, callbacks,
             loggers, ...) can be chosen by their short names as `class_path`; they may also register names, for example
             with `lm_lightning.strategies.register`.
-        callbacks: Classes of callbacks that each run has, made without arguments unless the options have one.
+        callbacks: Classes of callbacks that are added to every run, created without arguments, unless the options already
+            have one of that class.
         trainer_settings: Functions that are called with the trainer's settings (a namespace, which they may change)
             before the trainer is made. They raise `UserError` to refuse settings.
         checkpoint_folders: Modules that read checkpoints which are folders, not files: see `CheckpointFormat` in
@@ -64,7 +65,7 @@ def features() -> dict[str, Feature]:
     """The features by the names of their packages, in the order of `FEATURES`.
 
     Raises:
-        UserError: If there is no such package.
+        UserError: If a package is missing.
     """
     found = {}
     for name in FEATURES:
@@ -96,7 +97,7 @@ def import_classes() -> None:
 
 
 def callbacks(given: Iterable[Any] = ()) -> list[Any]:
-    """New callbacks, those that the features add to each run which has none of their class in `given`."""
+    """New instances of the callbacks that the features add to every run, except for classes that `given` already has."""
     classes = [resolve(path) for feature in features().values() for path in feature.callbacks]
     return [own() for own in classes if not any(isinstance(callback, own) for callback in given)]
 

@@ -32,7 +32,7 @@ def temporary(path: Path) -> Path:
 
 
 def host() -> str:
-    """The name of this machine, as it is in names of temporary files."""
+    """The name of this machine, as it appears in the names of temporary files."""
     return "".join(c if c.isalnum() else "-" for c in socket.gethostname())
 
 
@@ -40,7 +40,7 @@ def remove_stale(folder: Path, name: str = "*") -> None:
     """Removes the unfinished files of processes of this machine that have ended, such as killed ones.
 
     Args:
-        folder: Contains them, not in its subfolders.
+        folder: Folder that directly contains them; subfolders are not searched.
         name: Pattern of the names of the finished files.
     """
     pattern = re.compile(rf"\.{re.escape(host())}-(\d+)-[0-9a-f]{{8}}{re.escape(PARTIAL)}$")
@@ -70,7 +70,7 @@ def replacing(path: Path, mode: str = "w", old: Optional[Path] = None, **setting
         path: File to replace or create; if it is a link, the link is replaced, not its target.
         mode: `w` for UTF-8 text, `wb` for bytes.
         old: See `put`.
-        settings: Others of `open`.
+        settings: Other arguments of `open`.
     """
     remove_stale(path.parent, glob.escape(path.name))
     partial = temporary(path)
@@ -86,17 +86,17 @@ def replacing(path: Path, mode: str = "w", old: Optional[Path] = None, **setting
 
 
 def put(new: Path, path: Path, old: Optional[Path] = None) -> None:
-    """Renames a finished file or folder to its final name; an earlier one of that name is removed only then.
+    """Renames a finished file or folder to its final name; only then is an existing one of that name removed.
 
     Args:
         new: The finished file or folder, in the same folder as `path`.
         path: Its final name.
-        old: Name of an earlier folder while the new one is renamed, to be found there if the process is killed. A file
-            or folder of this name is removed. Default: a temporary name.
+        old: Name that an existing folder gets while the new one is renamed, so that it can be found if the process is
+            killed. Anything that already has this name is removed. Default: a temporary name.
     """
     before = old or temporary(path)
     folder = path.is_dir() and not path.is_symlink()
-    if folder or (new.is_dir() and os.path.lexists(path)):  # neither of which can be moved over the other
+    if folder or (new.is_dir() and os.path.lexists(path)):  # a rename cannot replace a folder
         remove(before)
         path.rename(before)
     os.replace(new, path)
@@ -105,18 +105,18 @@ def put(new: Path, path: Path, old: Optional[Path] = None) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces a file by a text in UTF-8; lone surrogates are escaped."""
+    """Writes text as UTF-8 to a file, which is replaced if it exists; lone surrogates are escaped."""
     with replacing(path, errors="backslashreplace") as file:
         file.write(text)
 
 
 def write_picture(path: Path, figure: "Figure", **settings: Any) -> None:
-    """Replaces a file by a figure of matplotlib, a PNG.
+    """Writes a figure of matplotlib as PNG to a file, which is replaced if it exists.
 
     Args:
         path: The file.
-        figure: What to draw.
-        settings: Others of `savefig`.
+        figure: The figure.
+        settings: Other arguments of `savefig`.
     """
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=120, **settings)
@@ -131,7 +131,7 @@ def append(path: Path, text: str) -> None:
         UserError: If it is a link.
     """
     if path.is_symlink():
-        raise UserError(f"{printable(str(path))} is a link, whose target would be changed: remove it")
+        raise UserError(f"{printable(str(path))} is a link, and its target would be changed: remove the link")
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
     with open(os.open(path, flags, 0o666), "a", encoding="utf-8", errors="backslashreplace") as file:
         file.write(text)
@@ -155,12 +155,12 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
 def new_folder(folder: Path, locked: bool) -> Iterator[Path]:
     """Yields a folder to write into, which becomes `folder` when the block ends without an error.
 
-    If another process was faster, its folder is kept and this one is removed.
+    If another process has created `folder` in the meantime, that one is kept and this one is removed.
 
     Args:
-        folder: Must not exist.
-        locked: Whether no other process can be writing the same folder; unfinished ones of killed processes
-            are removed.
+        folder: Folder to create; it must not exist.
+        locked: Whether a lock guarantees that no other process is writing the same folder, so that unfinished folders
+            of killed processes can be removed.
     """
     if locked:
         for stale in folder.parent.glob(f"{glob.escape(folder.name)}.*{PARTIAL}"):
@@ -181,7 +181,7 @@ def new_folder(folder: Path, locked: bool) -> Iterator[Path]:
 
 
 def unwritable(folder: Path) -> str:
-    """Why a folder can not be written or replaced, empty if it can."""
+    """The reason why a folder cannot be written or replaced; empty if it can be."""
     try:
         new = temporary(folder)
         new.mkdir(parents=True)

@@ -1,7 +1,7 @@
 """Loading by name: from a local folder, from the local Hub cache or from the Hub itself.
 
-Without a network, `from_pretrained("gpt2")` tries again for the better part of a minute before it fails. So the Hub is
-asked for an answer first, once per process: `from_pretrained(name, local_files_only=local_only(name))`.
+Without a network connection, `from_pretrained("gpt2")` retries for almost a minute before it fails. So each process
+checks once whether the Hub answers: `from_pretrained(name, local_files_only=local_only(name))`.
 """
 
 import contextlib
@@ -26,29 +26,29 @@ TIMEOUT = 3.0  # seconds the Hub has to answer
 
 
 def local_only(name: str) -> bool:
-    """Whether `name` has to be found on this machine: it is a path, or the Hub is switched off or does not answer."""
+    """Whether `name` must be loaded from this machine: it is a path, or the Hub is disabled or does not answer."""
     from huggingface_hub import constants
 
     return os.path.isdir(name) or _is_path(name) or constants.HF_HUB_OFFLINE or not _answers(constants.ENDPOINT)
 
 
 def explain(name: str, error: Exception) -> UserError:
-    """The error to raise for `error`, with which `from_pretrained(name)` failed: one sentence that names the remedy."""
+    """Converts an error of `from_pretrained(name)` to one sentence that names the remedy."""
     from huggingface_hub import constants
 
     if not os.path.exists(name) and (_is_path(name) or ("/" in name and Path(name).parent.exists())):
         return UserError(f"the folder {name!r} does not exist")
-    # What is not found is an OSError; anything else means that something was found, but cannot be used.
+    # An OSError means that nothing was found; any other error, that something was found but cannot be used.
     if isinstance(error, OSError) and not os.path.exists(name) and local_only(name):
         why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} cannot be reached"
         return UserError(
-            f"{name!r} is neither a folder here nor in the local Hub cache, and {why}: "
-            "give a local folder or try again with a network"
+            f"{name!r} is neither a local folder nor in the local Hub cache, and {why}: "
+            "give a local folder, or try again with a network connection"
         )
     if needs_remote_code(error):
         return UserError(
-            f"{name!r} is a model or tokenizer with Python code of its own, which is not run: read that code, and if "
-            "you trust it, add --trust_remote_code true to the command"
+            f"{name!r} is a model or tokenizer with its own Python code, which is not run by default: read that code, "
+            "and if you trust it, add --trust_remote_code true to the command"
         )
     return UserError(f"{name!r} cannot be loaded: {textwrap.shorten(str(error), 300) or type(error).__name__}")
 
@@ -57,7 +57,7 @@ def config(name: str) -> "PreTrainedConfig":
     """The config of a model folder or Hub name.
 
     Raises:
-        UserError: If there is none, it is damaged, or it needs code that is not trusted.
+        UserError: If it has no config, the config is damaged, or it needs code that is not trusted.
     """
     from transformers import AutoConfig
 
@@ -70,16 +70,16 @@ def config(name: str) -> "PreTrainedConfig":
 
 
 def load(auto_class: Any, name: str, unused: tuple[str, ...] = (), **settings: Any) -> Any:
-    """`auto_class.from_pretrained`, which refuses weights that lack a part of the network: that would be random.
+    """Calls `auto_class.from_pretrained`, but refuses weights that lack a part of the network, which would be random.
 
     Args:
-        auto_class: Of `transformers`, an auto class or another one.
+        auto_class: A class of `transformers`, such as `AutoModel`.
         name: Folder or Hub name.
-        unused: Beginnings of the names of tensors that nothing uses.
-        settings: More for `from_pretrained`.
+        unused: Prefixes of the names of tensors that may be missing because nothing uses them.
+        settings: Other arguments of `from_pretrained`.
 
     Raises:
-        UserError: If something is missing, or cannot be loaded.
+        UserError: If tensors are missing, or the model cannot be loaded.
     """
     from transformers.utils import logging as messages
 
@@ -99,12 +99,12 @@ def load(auto_class: Any, name: str, unused: tuple[str, ...] = (), **settings: A
 
 
 def untrained(name: str, network: Any, missing: list[str]) -> UserError:
-    """The error for weights that lack some tensors of the network that was made of them."""
+    """The error for weights that lack some tensors of the network into which they were loaded."""
     made_of = ", ".join(network.config.architectures or []) or "model"
     tensors = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
     return UserError(
-        f"{name} (a {made_of}) has no weights for {len(missing)} tensors of {type(network).__name__}: {tensors}; they "
-        "would be random, so give a model that was trained for this"
+        f"{name} (a {made_of}) has no weights for {len(missing)} tensors of {type(network).__name__} ({tensors}), "
+        "which would be random: give a model that was trained for this task"
     )
 
 
@@ -115,7 +115,7 @@ def _is_path(name: str) -> bool:
 
 @functools.cache
 def _answers(endpoint: str) -> bool:
-    """Whether `endpoint` takes a connection within `TIMEOUT`; taken for granted behind a proxy."""
+    """Whether `endpoint` accepts a connection within `TIMEOUT`; assumed to be true behind a proxy."""
     url, answered = urlsplit(endpoint), threading.Event()
     if getproxies().keys() & {url.scheme, "all"}:
         return True
@@ -125,7 +125,7 @@ def _answers(endpoint: str) -> bool:
             socket.create_connection((url.hostname, url.port or (80 if url.scheme == "http" else 443)), TIMEOUT).close()
             answered.set()
 
-    # In a thread because the look-up of the host's name knows no timeout.
+    # In a thread, as the lookup of the host name has no timeout.
     thread = threading.Thread(target=connect, daemon=True)
     thread.start()
     thread.join(TIMEOUT)

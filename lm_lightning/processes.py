@@ -1,18 +1,18 @@
-"""Processes that this project starts: trials, ranks and measurements end with the process that has started them."""
+"""Processes that this project starts: trials, ranks and measurements end when the process that started them ends."""
 
 import ctypes
 import os
 import signal
 import sys
 
-RUN_FOLDER = "LM_LIGHTNING_RUN"  # environment variable: the run folder, which the first process of a run has made
-PARENT = "LM_LIGHTNING_PARENT"  # environment variable: the number of the process whose children should end with it
+RUN_FOLDER = "LM_LIGHTNING_RUN"  # environment variable: the run folder, created by the first process of a run
+PARENT = "LM_LIGHTNING_PARENT"  # environment variable: the ID of the process whose children should end with it
 
 
 def end_with_parent() -> None:
-    """Has this process killed when the command that has started it is gone, even by SIGKILL. (Linux only.)
+    """Makes Linux kill this process when the command that started it has ended, even by SIGKILL. (Linux only.)
 
-    A command calls it first. Processes started by anything else, such as a shell or `torchrun`, are left alone.
+    A command calls this first. Processes started by anything else, such as a shell or `torchrun`, are not affected.
     """
     parent, os.environ[PARENT] = os.environ.get(PARENT, ""), str(os.getpid())
     if sys.platform != "linux" or not parent.isdecimal():
@@ -24,8 +24,10 @@ def end_with_parent() -> None:
 
 
 def gone(process: int) -> bool:
-    """Whether a process has ended; also one that remains as a zombie, as where the first process of a container does
-    not wait for its children. (Linux only.)
+    """Whether a process has ended. (Linux only.)
+
+    Zombies count as ended: they remain, for example, where the first process of a container does not wait for its
+    children.
     """
     try:
         with open(f"/proc/{process}/stat", encoding="utf-8", errors="replace") as file:
@@ -35,6 +37,6 @@ def gone(process: int) -> bool:
 
 
 def kill_with_parent() -> None:
-    """Has Linux kill this process as soon as its parent has ended."""
+    """Makes Linux kill this process as soon as its parent has ended."""
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)

@@ -1,29 +1,30 @@
-"""Run folder: `runs/<name>/<time>/`, which holds everything of a run.
+"""Run folder: `runs/<name>/<time>/`, which contains all files of a run.
 
-config.yaml        complete except for secrets; `fit --config` of it repeats the run, and `validate RUN` and the like
-                   evaluate with it
+config.yaml        all settings except secrets; `fit --config RUN/config.yaml` repeats the run, and `validate RUN`,
+                   `test RUN` and `predict RUN` use it
 data.json          where the tokens came from and how many there are
 environment.json   versions, machine and git commit
 tokenizer/         from_pretrained folder
 checkpoints/       last.ckpt to resume from, best.ckpt of the best validation
-metrics.csv        and tensorboard/: what was logged
-wandb/             of a run of W&B: its id, and the files that are or were to be sent
+metrics.csv        and tensorboard/: the logged metrics
+wandb/             with Weights & Biases: the ID of its run, and the files that are or will be uploaded
 samples.jsonl      texts that a GPT generated at each validation
-spikes.jsonl       steps whose loss was far above those before, with their training samples
-results.csv        and results.md: scores of the labels or answers in the last validation of the training; also
-                   confusion.csv and .png
-model/             from_pretrained folder: the network of the best checkpoint (or the last one) with its tokenizer, and
-                    training.json, which names its step
-adapter/           of LoRA: the trained adapters, as a folder that peft loads
-report.html        all of this as one page
-evaluations/       a folder for each `validate`, `test` and `predict` of this run, named `<time>-<command>`:
+spikes.jsonl       steps whose loss was far above the losses before, with their training samples
+results.csv        and results.md, confusion.csv, confusion.png: scores per label or answer in the last validation of
+                   the training
+model/             from_pretrained folder: the network of the best (or last) checkpoint, its tokenizer, and
+                   training.json, which names the training step
+adapter/           with LoRA: the trained adapters, as a folder that peft loads
+report.html        a page about the run
+evaluations/       a folder for each `validate`, `test` or `predict` of this run, named `<time>-<command>`:
     config.yaml        its complete settings
     evaluation.json    weights, checkpoint, split, data and metrics
-    predictions.jsonl  of `predict`; of rows of CSV and TSV files also predictions.csv, of a SentenceEncoder index/
-    results.csv        and the other tables of `validate` and `test`
+    predictions.jsonl  from `predict`; also predictions.csv for rows of CSV and TSV files, and index/ with a
+                       SentenceEncoder
+    results.csv        and the other tables, from `validate` and `test`
 
-An evaluation of weights that belong to no run, or with another `--runs_dir` or `--name`, is `<runs_dir>/<name>/<time>-
-<command>/`, with the same files.
+An evaluation of weights that do not belong to a run, or with a different `--runs_dir` or `--name`, writes the same
+files to `<runs_dir>/<name>/<time>-<command>/`.
 """
 
 import contextlib
@@ -40,21 +41,21 @@ from lm_lightning.errors import UserError
 from lm_lightning.processes import RUN_FOLDER as ENVIRONMENT
 from lm_lightning.security import untrusted
 
-PLACEHOLDER = "<run>"  # in the value of an option: the run folder
-TRAINING = "training.json"  # in model/: the step that the weights are from, and its score
-STORES: list = []  # which live as long as this process
+PLACEHOLDER = "<run>"  # stands for the run folder in the values of options
+TRAINING = "training.json"  # file in model/: the step from which the weights are, and its score
+STORES: list = []  # keeps stores alive as long as this process
 MADE: list[Path] = []  # folders that this process has made for its run, the run folder last
 
 
 def new_run(parent: Path, suffix: str = "") -> Path:
-    """Makes a run folder, named by the time; a process that was started as another rank gets that of rank 0.
+    """Creates a run folder, named by the time; processes of other ranks get the folder of rank 0.
 
     Args:
-        parent: Folder in which it is made: that of all runs of a name, or of all evaluations of a run.
-        suffix: Ends the folder's name.
+        parent: Folder in which it is created: the one of all runs of a name, or of all evaluations of a run.
+        suffix: Appended to the folder's name.
 
     Raises:
-        UserError: If it cannot be made.
+        UserError: If it cannot be created.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:  # started by torchrun, which has a store for all processes
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
@@ -68,7 +69,7 @@ def new_run(parent: Path, suffix: str = "") -> Path:
         parts = [os.environ.get(f"SLURM_{part}", "0") for part in ("JOB_ID", "STEP_ID", "RESTART_COUNT")]
         run = parent.absolute() / f"slurm-{'-'.join(parts)}{suffix}"
         return make_run(parent, run.name) if os.environ["SLURM_PROCID"] == "0" else run
-    if {"MASTER_ADDR", "NODE_RANK"} <= os.environ.keys():  # by hand, once on each node
+    if {"MASTER_ADDR", "NODE_RANK"} <= os.environ.keys():  # manually, once on each node
         first = os.environ["NODE_RANK"] == "0"
         run = shared_run(parent, suffix, int(os.environ["MASTER_PORT"]) + 1, first, first)
     else:
@@ -83,7 +84,7 @@ def now() -> str:
 
 
 def shared_run(parent: Path, suffix: str, port: int, serve: bool, make: bool, attempt: object = 0) -> Path:
-    """The run folder that rank 0 makes; the others get its path from a store at `MASTER_ADDR`."""
+    """The run folder that rank 0 creates; the other ranks get its path from a store at `MASTER_ADDR`."""
     from torch.distributed import TCPStore
 
     store = TCPStore(os.environ["MASTER_ADDR"], port, is_master=serve, wait_for_workers=False)
@@ -95,7 +96,7 @@ def shared_run(parent: Path, suffix: str, port: int, serve: bool, make: bool, at
 
 
 def make_run(parent: Path, name: str) -> Path:
-    """Makes a folder of this name, or with a number after it if another run has the name."""
+    """Creates a folder of this name, or with a number appended if another run has the name."""
     for number in itertools.count(1):
         run = parent.absolute() / (name if number == 1 else f"{name}-{number}")
         new = [folder for folder in (run, *run.parents) if not folder.exists()]
@@ -103,10 +104,10 @@ def make_run(parent: Path, name: str) -> Path:
             run.mkdir(parents=True)
         except FileExistsError:
             if not run.is_dir():
-                raise UserError(f"the run folder {run} cannot be made: a file of that name is in the way") from None
+                raise UserError(f"cannot create the run folder {run}: a file of that name exists; remove it") from None
         except OSError as error:
             raise UserError(
-                f"the run folder {run} cannot be made ({error.strerror}): choose another --runs_dir"
+                f"cannot create the run folder {run} ({error.strerror}): choose another --runs_dir"
             ) from error
         else:
             MADE[:] = reversed(new)
@@ -116,7 +117,7 @@ def make_run(parent: Path, name: str) -> Path:
 
 @contextlib.contextmanager
 def removed_if_refused() -> Iterator[None]:
-    """Removes the run folder that this process has made, if the command fails before the run starts."""
+    """Removes the run folder that this process has created, if the command fails before the run starts."""
     MADE.clear()
     try:
         yield
@@ -141,7 +142,7 @@ def experiment_folder(runs_dir: str, name: str) -> Path:
 
 
 def is_unfinished(run: Path, checkpoint: Path) -> bool:
-    """Whether a run that is resumed from its own checkpoint was ended before it wrote `model/`."""
+    """Whether a run that is resumed from its own checkpoint had ended before it wrote `model/`."""
     return checkpoint.absolute().parent.parent == run.absolute() and not (run / "model").exists()
 
 
@@ -152,7 +153,7 @@ def describe_weights(about: dict[str, Any]) -> str:
 
 
 def find_run(path: str | Path) -> Path:
-    """The run folder of a path: itself, or that of a folder or file in it, such as `model/` or a checkpoint.
+    """The run folder of a path: the path itself, or the run folder that contains it, as with `model/` or a checkpoint.
 
     Raises:
         UserError: If there is none.
@@ -169,20 +170,20 @@ def find_run(path: str | Path) -> Path:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is that of a training run, finished or not."""
+    """Whether a folder is the run folder of a training run, finished or not."""
     marks = ("tokenizer", "checkpoints", "metrics.csv")
     return (folder / "config.yaml").is_file() and any((folder / mark).exists() for mark in marks)
 
 
 def pretrained_name(name: str | Path, part: Literal["model", "tokenizer"] = "model") -> str:
-    """The name for `from_pretrained`, where a user may give a run, a `from_pretrained` folder or a name on the Hub.
+    """Converts a run, a `from_pretrained` folder or a name on the Hub to a name for `from_pretrained`.
 
     Args:
         name: A run folder stands for its `model/` or `tokenizer/`; anything else is returned as it is.
-        part: Which of both.
+        part: Which of the two to return for a run folder.
 
     Raises:
-        UserError: If it is a run that has not finished, so that it has no model.
+        UserError: If it is a run that has no model because it has not finished.
     """
     folder = Path(name).expanduser()
     if not folder.is_dir():
@@ -194,14 +195,14 @@ def pretrained_name(name: str | Path, part: Literal["model", "tokenizer"] = "mod
         return str(folder)
     if (folder / "checkpoints").is_dir():
         raise UserError(
-            f"{name} is a run that has not finished, so it has no model/ yet: make it with "
+            f"{name} is a run that has not finished, so it has no model/ yet: create it with "
             f"`python -m lm_lightning export {name}`"
         )
     return str(folder)
 
 
 def model_folder(name: str | Path) -> Path:
-    """The local `from_pretrained` folder of a run or of a folder of weights.
+    """The local `from_pretrained` folder of a run, or the folder itself if it is one.
 
     Raises:
         UserError: If it is neither.

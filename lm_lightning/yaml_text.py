@@ -5,14 +5,14 @@ from typing import Any, Optional
 
 import yaml
 
-LARGEST = 10_000_000  # characters of a file, its aliases written out, where each value counts 10 more
-DEEPEST = 100  # levels
+LARGEST = 10_000_000  # maximum number of characters with aliases expanded; each value counts as 10 more
+DEEPEST = 100  # maximum number of levels
 
 
 class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
     """YAML 1.2: keys are text, as they are written, and only true and false are booleans.
 
-    YAML 1.1 reads `yes`, `no`, `on` and `off` as booleans, `12:30` as a number of base 60, `010` as 8, `2026-01-31` as
+    YAML 1.1 reads `yes`, `no`, `on` and `off` as booleans, `12:30` as a number in base 60, `010` as 8, `2026-01-31` as
     a date and `1e-3` as text.
     """
 
@@ -60,7 +60,7 @@ def load(text: str) -> Any:
 
 
 class Dumper(yaml.SafeDumper):
-    """Puts text in quotes that this loader or one of YAML 1.1 would read as something else."""
+    """Quotes text that this loader or a YAML 1.1 loader would read as something else."""
 
 
 for _letter, _patterns in Loader.yaml_implicit_resolvers.items():
@@ -76,9 +76,9 @@ def dump(value: Any) -> str:
 def refuse_expanding(root: yaml.Node) -> None:
     """Refuses aliases that refer to themselves or that expand to much more than the text, and deep nesting.
 
-    A few lines could otherwise be a list of billions, or an endless one.
+    Otherwise a few lines could expand to a list of billions of items, or to an infinite one.
     """
-    # Size (with aliases written out) and depth of each node; None while its parts are counted
+    # Size (with aliases expanded) and depth of each node; None while its parts are counted
     known: dict[int, Optional[tuple[int, int]]] = {}
     waiting = [(root, False)]
     while waiting:
@@ -94,7 +94,7 @@ def refuse_expanding(root: yaml.Node) -> None:
                 problem = f"it is nested more than {DEEPEST} levels deep"
                 raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
             if size > LARGEST:
-                problem = f"with its aliases (*) written out, it has more than {LARGEST:,} characters"
+                problem = f"with its aliases (*) expanded, it has more than {LARGEST:,} characters"
                 raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
             known[id(node)] = size, depth
         elif id(node) not in known:
@@ -102,12 +102,12 @@ def refuse_expanding(root: yaml.Node) -> None:
             waiting.append((node, True))
             waiting += [(part, False) for part in parts]
         elif known[id(node)] is None:
-            problem = "an alias (*) refers to the value that it is in"
+            problem = "an alias (*) refers to the value that contains it"
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
 
 
 def refuse_duplicates(node: yaml.Node) -> None:
-    """Refuses a mapping that has a key twice, of which the YAML library would keep the last."""
+    """Refuses a mapping that has a key twice; the YAML library would silently keep the last one."""
     waiting, done = [node], set[int]()
     while waiting:
         node = waiting.pop()
@@ -130,19 +130,19 @@ def refuse_duplicates(node: yaml.Node) -> None:
 
 
 def explain_error(error: yaml.YAMLError) -> str:
-    """Where and why a text is not YAML, in plain words, to be put after the name of its file."""
+    """Where and why a text is not valid YAML, in plain words; follows the name of the file in a message."""
     mark, text = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
     advice = {
-        "cannot start any token": "a value or key begins with a character that YAML reserves, or a line with a tab: "
-        "indent with spaces, and put such values in quotes",
+        "cannot start any token": "a value or key begins with a character that YAML reserves, or a line begins with a "
+        "tab: indent with spaces, and put such values in quotes",
         "mapping values are not allowed": "there is a second colon in a line, or a line is indented wrongly: "
         "put values with a colon in quotes",
         "could not find expected": "a colon is missing after a key, or a quote or bracket is not closed",
         "undefined alias": "a value that begins with * must be in quotes",
         "while parsing": "a bracket or quote is not closed, or a line is indented wrongly",
         "did not find expected": "a bracket or quote is not closed, or a line is indented wrongly",
-        "unacceptable character": "there is a control character in it: is it a text file?",
-        "control characters": "there is a control character in it: is it a text file?",
+        "unacceptable character": "it contains a control character: is it a text file?",
+        "control characters": "it contains a control character: is it a text file?",
     }
     words = next((words for part, words in advice.items() if part in str(error)), text)
     return (f", line {mark.line + 1}" if mark else "") + f": {words}"

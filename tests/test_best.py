@@ -191,7 +191,7 @@ def test_what_cannot_be_exported_is_repaired_or_refused_before_training(fit, tmp
     shutil.rmtree(blocked / "tiny" / run.name / "model")
     (blocked / "tiny" / run.name / "model").write_text("a file is in the way")
     flags = (*tune, "--trainer.max_steps", 4, "--ckpt_path", blocked / "tiny" / run.name / "checkpoints" / "last.ckpt")
-    with pytest.raises(UserError, match="model could not be written at the end of the run"):
+    with pytest.raises(UserError, match="model, which is written at the end of the run, is not writable"):
         fit(*flags, *CONSTANT)
     assert set((tmp_path / "runs" / "tiny").iterdir()) == before
 

@@ -37,7 +37,7 @@ def test_a_task(additions: Reader, typed: list[list[str]]):
     run = additions.fitted[-1]
     assert additions.logged("val/mae")[-1] < 0.5 and all(map(math.isfinite, additions.logged("train/distance")))
     assert torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)["optimizer_states"]
-    with pytest.raises(UserError, match="asks to import .*--trust_package examples"):
+    with pytest.raises(UserError, match="names .*--trust_package examples"):
         additions.run("validate", run)
     additions.run = in_a_process  # which reads --trust_package
     assert "val/mae" in additions.type(validate)

@@ -164,7 +164,7 @@ STOPPING = json.dumps(
 def test_a_run_that_was_stopped_early_says_so_and_continues_only_if_it_is_asked_to(fit, cli, recipe: Path):
     flags = ("fit", "--config", recipe, *TINY, "--trainer.val_check_interval", 1, "--trainer.callbacks")
     out = cli(*flags, STOPPING)  # the first validation sets the best value, the second and third do not reach it
-    assert said(out).startswith("stopped early: val/loss did not improve for 2 validations, its best was")
+    assert said(out).startswith("stopped early: val/loss did not improve for 2 validations; its best was")
     assert said(out).endswith("(step 3)")
     run = Path(out.split("run folder: ")[1].splitlines()[0])
     before = {file: file.stat().st_mtime_ns for file in run.rglob("*") if file.is_file()}
@@ -241,7 +241,7 @@ def test_slurm_without_srun_is_refused_in_a_sentence(fit, monkeypatch: pytest.Mo
     monkeypatch.setenv("SLURM_NTASKS", "2")
     monkeypatch.setenv("SLURM_JOB_NAME", "train")
     monkeypatch.delenv("SLURM_PROCID", raising=False)
-    with pytest.raises(UserError, match="SLURM_PROCID is not: start it with srun"):
+    with pytest.raises(UserError, match="SLURM_PROCID is not, .*: start it with srun"):
         fit()
 
 

@@ -99,7 +99,7 @@ def test_a_run_is_evaluated_with_its_own_data_and_tokenizer(trained, cli, kind: 
     out = cli("validate", "--config", recipe, "--ckpt_path", "last")
     assert record(run, "validate")["metrics"]["val/loss"] == pytest.approx(at_the_end, abs=1e-5)
     assert record(run, "validate")["weights"] == str(run / "checkpoints" / "last.ckpt")
-    assert f"settings: those of {run}/config.yaml, not of {recipe}" in out and "data." in out
+    assert f"settings: from {run}/config.yaml, which differs from {recipe} in: " in out and "data." in out
 
     predict = {
         "gpt": ("--seed_everything", 1),

@@ -593,7 +593,7 @@ def test_a_slurm_job_is_queued_again_when_its_time_is_over_and_resumes(
     assert ended.value.code == 128 + number
     calls = (tmp_path / "calls").read_text(encoding="utf-8") if (tmp_path / "calls").exists() else ""
     assert calls == (f"requeue {job}\n" if job else "")
-    assert ("the job is queued again" in capsys.readouterr().out) == (job is not None)
+    assert ("the job is requeued" in capsys.readouterr().out) == (job is not None)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     run = fit(*flags, "--ckpt_path", "last")
     assert run.name == "slurm-77-0-0" and load_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == 4

@@ -1,1 +1,1 @@
-"""Callbacks: what happens beside the training loop."""
+"""Callbacks of the training loop."""

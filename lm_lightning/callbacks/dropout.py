@@ -1,4 +1,4 @@
-"""Dropout: switches it off, so that runs can be compared."""
+"""Switches dropout off, so that runs can be compared."""
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
@@ -6,8 +6,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 class NoDropout(Callback):
     """Sets every dropout probability of the network to 0, whether the network is new or pretrained.
 
-    Dropout draws differ between processes and micro-batches, so runs that split their batches differently are equal
-    only without it. The network stays in training mode, which activation checkpointing needs.
+    Processes and micro-batches drop different units, so runs that split their batches differently are equal only
+    without dropout. The network stays in training mode, which activation checkpointing needs.
     """
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

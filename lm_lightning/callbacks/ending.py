@@ -1,4 +1,4 @@
-"""Ending: prints why a run has ended, and refuses to train it further by accident."""
+"""Prints why a run ended, and prevents that it is accidentally trained further."""
 
 from collections.abc import Iterable
 from datetime import timedelta
@@ -17,14 +17,14 @@ THRESHOLDS = ("stopping_threshold", "divergence_threshold", "check_finite")
 
 
 class Ending(Callback):
-    """Prints why training has ended, and refuses to resume where it has.
+    """Prints why training ended, and refuses to resume a run that has ended.
 
-    A run has ended when it has reached `trainer.max_steps`, `max_epochs` or `max_time`, or when an EarlyStopping has
-    stopped it. Raising the limit, or the patience, continues it.
+    A run has ended when it has reached `trainer.max_steps`, `trainer.max_epochs` or `trainer.max_time`, or when
+    EarlyStopping has stopped it. It can be resumed with a higher limit or a higher patience.
     """
 
     def __init__(self) -> None:
-        self.stopped = False  # by EarlyStopping, before the checkpoint that this run resumes from
+        self.stopped = False  # whether EarlyStopping had stopped the run before its checkpoint was saved
         self.started = False
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -40,11 +40,11 @@ class Ending(Callback):
         for callback in early_stoppings(trainer):
             if (state := states.get(callback.state_key)) is None:
                 continue
-            state["patience"] = callback.patience  # Lightning would restore that of the checkpoint
+            state["patience"] = callback.patience  # Lightning would restore the one in the checkpoint
             patience = state["stopping_reason"] == EarlyStoppingReason.PATIENCE_EXHAUSTED.value
             thresholds = {name: getattr(callback, name) for name in THRESHOLDS}
             if state["stopping_reason"] == EarlyStoppingReason.NOT_STOPPED.value:
-                stopped = state["wait_count"] >= callback.patience  # a patience that was lowered
+                stopped = state["wait_count"] >= callback.patience  # also if the patience was lowered
             elif patience:
                 stopped = state["wait_count"] >= callback.patience
             else:
@@ -79,10 +79,10 @@ class Ending(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.started:
-            raise UserError("there is nothing to train: trainer.limit_train_batches leaves no batches")
+            raise UserError("there is nothing to train: trainer.limit_train_batches leaves no batches; increase it")
 
     def reason(self, trainer: Trainer) -> str:
-        """Why the run has ended, as text."""
+        """The reason why the run ended, as text."""
         if trainer.fast_dev_run:
             return "finished: trainer.fast_dev_run"
         epochs = trainer.fit_loop.epoch_progress.current.processed
@@ -97,7 +97,7 @@ class Ending(Callback):
 
 
 def resumes_unfinished(trainer: Trainer) -> bool:
-    """Whether this run resumes one, in its folder, that was killed after its last step and before it wrote `model/`."""
+    """Whether a run is resumed in its folder that was killed between its last step and the writing of `model/`."""
     checkpoint = trainer.ckpt_path
     return checkpoint is not None and is_unfinished(Path(trainer.default_root_dir), Path(checkpoint))
 
@@ -108,9 +108,9 @@ def early_stoppings(trainer: Trainer) -> list[EarlyStopping]:
 
 
 def check_after_validation(callbacks: Iterable[Callback]) -> None:
-    """Lets EarlyStopping check a validation's metrics after it.
+    """Makes EarlyStopping check its metric after each validation.
 
-    By default Lightning checks at the end of an epoch, where they may be missing or those of an earlier validation.
+    By default, Lightning checks at the end of an epoch, where the metric may be missing or from an earlier validation.
     """
     for callback in callbacks:
         if isinstance(callback, EarlyStopping) and callback.monitor.startswith("val/"):
@@ -118,13 +118,13 @@ def check_after_validation(callbacks: Iterable[Callback]) -> None:
 
 
 def limit(trainer: Trainer, step: int, epochs: int, seconds: float) -> Optional[str]:
-    """The option of the trainer, with its value, by which a run has ended; None if none is reached.
+    """The limit that a run has reached, as an option of the trainer with its value; None if it has reached none.
 
     Args:
-        trainer: Whose options count.
-        step: Optimizer steps done.
-        epochs: Complete epochs.
-        seconds: Of training.
+        trainer: The trainer with the options.
+        step: Number of optimizer steps done.
+        epochs: Number of complete epochs.
+        seconds: Duration of the training so far.
     """
     if 0 < trainer.max_steps <= step:
         return f"trainer.max_steps {trainer.max_steps:,}"
@@ -132,17 +132,17 @@ def limit(trainer: Trainer, step: int, epochs: int, seconds: float) -> Optional[
         return f"trainer.max_epochs {trainer.max_epochs:,}"
     for callback in trainer.callbacks:
         if isinstance(callback, Timer) and (left := callback.time_remaining()) is not None:
-            duration = round(left + callback.time_elapsed(), 3)  # (the clock runs between both)
+            duration = round(left + callback.time_elapsed(), 3)  # (time passes between the two calls)
             if seconds >= duration:
                 return f"trainer.max_time {timedelta(seconds=duration)}"
     return None
 
 
 def explained(callback: EarlyStopping) -> str:
-    """Why an EarlyStopping has stopped, as text."""
+    """The reason why EarlyStopping stopped the run, as text."""
     if callback.stopping_reason == EarlyStoppingReason.PATIENCE_EXHAUSTED:
         best = float(callback.best_score)
-        return f"{callback.monitor} did not improve for {callback.wait_count} validations, its best was {best:.4g}"
+        return f"{callback.monitor} did not improve for {callback.wait_count} validations; its best was {best:.4g}"
     if callback.stopping_reason == EarlyStoppingReason.STOPPING_THRESHOLD:
         return f"{callback.monitor} has reached stopping_threshold {callback.stopping_threshold}"
     if callback.stopping_reason == EarlyStoppingReason.DIVERGENCE_THRESHOLD:

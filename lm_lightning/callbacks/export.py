@@ -1,4 +1,4 @@
-"""Export: at the end of training, a folder that plain `transformers` loads, and a checkpoint of the last step."""
+"""At the end of training, writes a folder that plain `transformers` can load, and a checkpoint of the last step."""
 
 import tempfile
 from pathlib import Path
@@ -18,20 +18,20 @@ Weights = Literal["best", "last"]
 
 
 class Export(Callback):
-    """Writes `model/` in the run folder when training has ended, and `checkpoints/last.ckpt` of the last step.
+    """Writes `model/` in the run folder, and `checkpoints/last.ckpt` of the last step, at the end of training.
 
     Args:
-        weights: Whose weights `model/` gets: those of the best checkpoint, if one is monitored, or those of the last
-            step. Callbacks that change the network step by step (pruning, quantization) have an attribute
-            `complete_from`, the step from which it is as it will be exported; if the best checkpoint is older, the last
-            step is exported.
+        weights: Weights that are written to `model/`: those of the best checkpoint, if a metric is monitored, or those
+            of the last step. Callbacks that change the network gradually (pruning, quantization) have an attribute
+            `complete_from`, the step from which the network has its final form; if the best checkpoint is older, the
+            last step is exported.
     """
 
     def __init__(self, weights: Weights = "best") -> None:
         self.weights = weights
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuses, before training, what could not be exported after it."""
+        """Checks before training that the network can be exported after it."""
         if trainer.fast_dev_run:
             return
         description, problem = pl_module.description(), ""
@@ -47,7 +47,8 @@ class Export(Callback):
         reason = trainer.strategy.broadcast(files.unwritable(place) if trainer.is_global_zero else "")
         if reason:
             raise UserError(
-                f"the folder {place} could not be written at the end of the run ({reason}): make it writable"
+                f"the folder {place}, which is written at the end of the run, is not writable ({reason}): make it "
+                "writable"
             )
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict) -> None:
@@ -58,7 +59,7 @@ class Export(Callback):
             return
         run = Path(trainer.default_root_dir)
         last = run / "checkpoints" / "last.ckpt"
-        trainer.strategy.checkpoint_io.teardown()  # waits for one that writes in the background
+        trainer.strategy.checkpoint_io.teardown()  # waits for pending writes in the background
         try:
             stale = load_checkpoint(last, weights=False, verified=True)["global_step"] != trainer.global_step
         except UserError:  # it is missing or damaged
@@ -71,7 +72,7 @@ class Export(Callback):
         export(pl_module, run / "model", about, saved if earlier else None)
 
     def chosen(self, trainer: Trainer) -> tuple[Optional[dict[str, Any]], dict[str, Any]]:
-        """The checkpoint that is exported, None for the network as it is now; and its name, step and score."""
+        """The checkpoint to export, or None to export the current network; and its name, step and score."""
         last = {"checkpoint": "last", "step": trainer.global_step}
         monitors = [c for c in trainer.checkpoint_callbacks if isinstance(c, Checkpoints) and c.has_best()]
         if not monitors or self.weights == "last":
@@ -85,8 +86,8 @@ class Export(Callback):
         step = saved["global_step"]
         if step < complete_from(trainer):
             print(
-                f"model/ gets the weights of the last step, since at the best one, {step:,}, the network was not yet "
-                "completely pruned, quantized or averaged"
+                f"model/ gets the weights of the last step: at the step of the best checkpoint, {step:,}, the network "
+                "was not yet completely pruned, quantized or averaged"
             )
             return None, last
         best = {"checkpoint": "best", "step": step, "metric": monitor.monitor, "score": float(monitor.best_model_score)}
@@ -94,7 +95,7 @@ class Export(Callback):
 
 
 def complete_from(trainer: Trainer) -> float:
-    """The step from which the network is as it will be exported, see `Export`; `inf` if only at the end."""
+    """The step from which the network has its final form, see `Export`; `inf` if it has it only at the end."""
     if any(isinstance(callback, StochasticWeightAveraging) for callback in trainer.callbacks):
         return float("inf")
     return max([0.0, *(float(getattr(callback, "complete_from", 0)) for callback in trainer.callbacks)])
@@ -106,10 +107,10 @@ def export(
     """Writes the model, and the files of an adapter to `adapter/` beside it; all processes call it.
 
     Args:
-        pl_module: Whose network is written.
-        folder: To write.
+        pl_module: Module with the network to write.
+        folder: Folder to write.
         about: Checkpoint, step and score of the weights.
-        saved: A checkpoint whose weights are written instead of the network's present ones; only the first process
+        saved: A checkpoint whose weights are written instead of the network's current ones; only the first process
             needs its content.
     """
     changes: Changes

@@ -1,4 +1,4 @@
-"""Lightning's training loop, which always validates the last step of a run."""
+"""Lightning's training loop, extended so that the last step of a run is always validated."""
 
 from lightning.pytorch import Trainer
 
@@ -8,10 +8,10 @@ from lm_lightning.compat.lightning import LightningFitLoop
 
 
 class FitLoop(LightningFitLoop):
-    """Lightning's loop over the epochs; when training ends, the last step is validated unless it already was.
+    """Lightning's loop over the epochs, which validates the last step of training unless it was already validated.
 
-    A run that is resumed at its last step, because it was killed in that validation or before `model/` was written,
-    does only what is missing.
+    A run that is resumed at its last step, because it was killed during that validation or before `model/` was
+    written, does only what is missing.
     """
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Tracking: where the numbers go."""
+"""Writes the logged metrics to metrics.csv."""
 
 import csv
 import os
@@ -35,7 +35,7 @@ class MetricsFile(CSVLogger):
 
 
 class Rows(ExperimentWriter):
-    """Lightning's writer of the file, which removes no rows before there are others to replace them."""
+    """Lightning's writer of the file, which does not remove rows until there are new ones to replace them."""
 
     def __init__(self, log_dir: str) -> None:
         super().__init__(log_dir)
@@ -44,14 +44,14 @@ class Rows(ExperimentWriter):
             columns, rows = self.read_rows()
             self.earlier = [
                 row for row in rows if row.get("step", "").isdecimal()
-            ]  # a killed run may have cut the last
+            ]  # a killed run may have left an incomplete last row
             self.metrics_keys = columns if self.earlier else []
 
-        if not self.earlier and os.path.islink(self.metrics_file_path):  # whose target would be changed
+        if not self.earlier and os.path.islink(self.metrics_file_path):  # its target would be changed
             os.remove(self.metrics_file_path)
 
     def _check_log_dir_exists(self) -> None:
-        """Lightning removes the file here, though the resume may yet be refused, or the run be killed."""
+        """Does nothing: Lightning removes the file here, although the resumed run may still be refused or killed."""
 
     def log_metrics(self, metrics_dict: dict[str, Any], step: Optional[int] = None) -> None:  # noqa: D102
         if self.earlier:
@@ -71,7 +71,7 @@ class Rows(ExperimentWriter):
         self.rewrite([row for row in self.read_rows()[1] if row.get("step")])
 
     def read_rows(self) -> tuple[list[str], list[dict[str, str]]]:
-        """The columns of the file, and its rows as they are written there.
+        """The names of the file's columns, and its rows.
 
         Raises:
             UserError: If it is not a CSV file in UTF-8.
@@ -82,11 +82,11 @@ class Rows(ExperimentWriter):
         except ValueError as error:
             raise UserError(f"{self.metrics_file_path} cannot be continued ({error}): move it away") from error
         if columns is None or None in rows:
-            raise UserError(f"{self.metrics_file_path} cannot be continued (it is no table): move it away")
+            raise UserError(f"{self.metrics_file_path} cannot be continued (it is not a table): move it away")
         return columns, [dict(zip(columns, row or [])) for row in rows]
 
     def rewrite(self, rows: list[dict[str, Any]]) -> None:
-        """Replaces the file by one of these rows."""
+        """Replaces the file by one with these rows."""
         with replacing(Path(self.metrics_file_path), newline="") as file:
             writer = csv.DictWriter(file, self.metrics_keys)
             writer.writeheader()

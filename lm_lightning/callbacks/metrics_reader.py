@@ -1,4 +1,4 @@
-"""The reader of metrics.csv, which `callbacks/metrics_file.py` writes."""
+"""Reads metrics.csv, which `callbacks/metrics_file.py` writes."""
 
 import csv
 from collections.abc import Iterable, Iterator
@@ -7,27 +7,27 @@ from typing import Any, Optional
 
 from lm_lightning.security.bounded import text_of
 
-Points = list[tuple[int, float]]  # (step, value), by rising steps
+Points = list[tuple[int, float]]  # (step, value), by ascending steps
 
-ROWS = 500_000  # that are read, the last ones
-COLUMNS = 200  # that are read
-NAME = 200  # characters of the name of a column
+ROWS = 500_000  # maximum number of rows to read, the last ones of the file
+COLUMNS = 200  # maximum number of columns to read
+NAME = 200  # maximum number of characters of a column's name
 
 
 def read_metrics(file: Path, notes: Optional[list[str]] = None) -> dict[str, Points]:
-    """The values of metrics.csv, also while a run is still writing it; an incomplete last row is omitted.
+    """Reads metrics.csv, even while a run is writing it; an incomplete last row is omitted.
 
     Args:
-        file: Its path. If there is no such file, there are no values.
-        notes: A sentence is added for what could not be read.
+        file: Path of the file. If it does not exist, the result is empty.
+        notes: A list to which a sentence is added for everything that could not be read.
 
     Returns:
-        For each metric, such as `val/loss`, its values by rising steps.
+        For each metric, such as `val/loss`, its values by ascending steps.
     """
     notes = [] if notes is None else notes
     metrics: dict[str, dict[int, float]] = {}
     *lines, rest = text_of(file, notes, last=True).split("\n")
-    bad = int(bool(rest))  # (its last number may be cut, too)
+    bad = int(bool(rest))  # (its last number may be incomplete)
     if len(lines) > ROWS + 1:
         notes.append(f"{file.name}: only the last {ROWS:,} of {len(lines) - 1:,} rows are shown")
         lines = [lines[0], *lines[-ROWS:]]
@@ -50,13 +50,13 @@ def read_metrics(file: Path, notes: Optional[list[str]] = None) -> dict[str, Poi
         for name, value in values.items():
             metrics.setdefault(name, {})[step] = value
     if bad:
-        notes.append(f"{file.name}: cut or damaged rows are omitted ({bad})")
+        notes.append(f"{file.name}: incomplete or damaged rows are omitted ({bad})")
     return {name: sorted(points.items()) for name, points in metrics.items()}
 
 
 def csv_rows(lines: Iterable[str]) -> Iterator[Optional[list[str]]]:
     """The rows of a CSV file; None for a row that cannot be read, such as one with a cell of more than 128 KiB."""
-    csv.field_size_limit(1 << 17)  # of the whole process, which may have read tables of long texts
+    csv.field_size_limit(1 << 17)  # a global setting, which may have been raised to read tables of long texts
     reader = csv.reader(line.replace("\0", "") for line in lines)
     while True:
         try:
@@ -70,12 +70,12 @@ def csv_rows(lines: Iterable[str]) -> Iterator[Optional[list[str]]]:
 
 
 def step_of(value: Any) -> int:
-    """A number of steps.
+    """Converts a value to a number of steps.
 
     Raises:
-        ValueError: If a run cannot have so many; also TypeError and OverflowError.
+        ValueError: If a run cannot have that many steps; also TypeError and OverflowError.
     """
     step = int(value)
     if not 0 <= step < 1 << 53:
-        raise ValueError(f"{step} is no step")
+        raise ValueError(f"{step} is not a number of steps")
     return step

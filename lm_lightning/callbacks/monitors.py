@@ -1,4 +1,4 @@
-"""Monitors: checks the metrics that checkpoints and early stopping monitor, before training, and sets their modes."""
+"""Checks before training the metrics that checkpoints and early stopping monitor, and sets their modes."""
 
 from typing import Any, Optional
 
@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lm_lightning.errors import UserError
 from lm_lightning.models.metrics import Mode
 
-TRAINING: dict[str, Optional[Mode]] = {  # metrics of training; None: neither direction is better
+TRAINING: dict[str, Optional[Mode]] = {  # training metrics; None: neither direction is better
     **dict.fromkeys(("train/loss", "train/distillation"), "min"),
     **dict.fromkeys(("train/tokens_per_second", "train/mfu"), "max"),
     **dict.fromkeys(("train/gradient_norm", "train/learning_rate", "train/skipped_steps", "train/sparsity")),
@@ -18,13 +18,13 @@ TRAINING: dict[str, Optional[Mode]] = {  # metrics of training; None: neither di
 
 
 class Monitors(Callback):
-    """Refuses metrics that will not be logged and wrong modes, and sets modes that were not given."""
+    """Refuses to monitor metrics that will not be logged, refuses wrong modes, and sets modes that were not given."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
         known = TRAINING | {f"val/{name}": mode for name, mode in pl_module.metric_modes().items()}
-        # The metrics of a user's own module or callback are not known before they are logged.
+        # The metrics of a user's own module or callback are unknown until they are logged.
         own = [type(part).__module__ for part in (pl_module, *trainer.callbacks)]
         complete = all(name.startswith(("lm_lightning.", "lightning.")) for name in own)
         for callback in trainer.callbacks:
@@ -44,10 +44,10 @@ def option(callback: Any) -> str:
 
 
 def set_mode(callback: Any, mode: Optional[Mode]) -> None:
-    """Sets the mode of a callback to that of its metric.
+    """Sets the mode of a callback to the mode of its metric.
 
     Raises:
-        UserError: If the user has given the other one.
+        UserError: If the user has given the opposite mode.
     """
     # Lightning's own classes have `min` by default, so whether the user has given `min` is unknown.
     given = callback.given_mode if hasattr(callback, "given_mode") else "max" if callback.mode == "max" else None

@@ -1,4 +1,4 @@
-"""Predictions: a JSON line for each sample, and a table if the samples were one."""
+"""Predictions: a JSON line for each sample, and a CSV table if the samples came from a table."""
 
 import csv
 import json
@@ -13,23 +13,23 @@ from lm_lightning.data import contract
 from lm_lightning.data.order import PADDING
 from lm_lightning.files import remove, replacing
 
-TABLE_ROWS = 10_000  # that W&B shows of a table
-FORMULA = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")  # which a formula of spreadsheet programs begins with
+TABLE_ROWS = 10_000  # maximum number of rows of a table in W&B
+FORMULA = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")  # characters with which formulas of spreadsheet programs begin
 NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", re.ASCII)
 
 
 class Predictions(Callback):
     """Writes the predictions to `predictions.jsonl` in the run folder, in the order of the data.
 
-    `predict_step` returns them as dicts. Each process writes a part, without rows that pad a batch (`id` is `PADDING`);
-    the first process joins the parts by the `id` of the samples, as processes of tensor parallelism have the same ones,
-    and the module may join several predictions of one sample (`join_predictions`). If the samples came from CSV or TSV
-    files (`predict_table` of the data), `predictions.csv` has their columns and rows, in the same order, and the
-    predictions in additional columns such as `predicted.label`.
+    `predict_step` returns them as dicts. Each process writes a part, without the rows that only pad a batch (`id` is
+    `PADDING`). The first process joins the parts by the `id` of the samples, since tensor-parallel processes predict
+    the same ones; the module may also join several predictions of one sample (`join_predictions`). If the samples came
+    from CSV or TSV files (`predict_table` of the data), `predictions.csv` has their columns and rows in the same order,
+    with the predictions in additional columns such as `predicted.label`.
 
     Args:
-        escape_formulas: Whether to put a ' before texts and names in `predictions.csv`, `results.csv` and
-            `confusion.csv` that start with = + - @ or a tab, which a spreadsheet program would run as a formula.
+        escape_formulas: Whether to insert a ' before each text and name in `predictions.csv`, `results.csv` and
+            `confusion.csv` that starts with =, +, -, @ or a tab, as a spreadsheet program would run it as a formula.
             Numbers such as -1.5 are not changed.
     """
 
@@ -84,7 +84,7 @@ class Predictions(Callback):
 
 
 def cells(rows: list[dict]) -> list[dict[str, Any]]:
-    """Predictions as rows of a table: each score as a column such as `scores.good`, lists as JSON."""
+    """Converts predictions to rows of a table. Each score gets a column such as `scores.good`; lists become JSON."""
     flat = []
     for row in rows:
         found: dict[str, Any] = {}
@@ -98,7 +98,7 @@ def cells(rows: list[dict]) -> list[dict[str, Any]]:
 
 
 def beside(inputs: Sequence[Mapping[str, Any]], table: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of a table with those of another one beside them, whose columns get names that the first one has not."""
+    """Appends the columns of one table to another; they are renamed where both have the same name."""
     columns = {column for row in inputs for column in row}
     prefix = "predicted."
     while any(column.startswith(prefix) for column in columns):
@@ -111,8 +111,8 @@ def write_table(table: list[dict[str, Any]], file: Path, escape: bool = False) -
 
     Args:
         table: The rows.
-        file: Is replaced.
-        escape: Whether cells are escaped that would be formulas.
+        file: File to write or replace.
+        escape: Whether to escape cells that would be formulas.
     """
     names = list(dict.fromkeys(column for row in table for column in row))
     with replacing(file, newline="") as stream:
@@ -123,23 +123,23 @@ def write_table(table: list[dict[str, Any]], file: Path, escape: bool = False) -
 
 
 def rows_writer(stream: IO[str], escape: bool) -> Callable[[Iterable[Any]], Any]:
-    """What writes a row of cells to a CSV file.
+    """Creates a function that writes a row of cells to a CSV file.
 
     Args:
         stream: The file, opened with `newline=""`.
-        escape: Whether cells are escaped that would be formulas.
+        escape: Whether to escape cells that would be formulas.
     """
     write = csv.writer(stream).writerow
     return (lambda row: write(map(without_formula, row))) if escape else write
 
 
 def escapes_formulas(trainer: Trainer) -> bool:
-    """Whether the tables of a run are to have no formulas, see `Predictions`."""
+    """Whether formulas are escaped in the tables of a run, see `Predictions`."""
     return any(callback.escape_formulas for callback in trainer.callbacks if isinstance(callback, Predictions))
 
 
 def without_formula(value: Any) -> Any:
-    """A cell that spreadsheet programs show instead of running it as a formula: text gets a `'`, numbers stay as is."""
+    """Escapes a cell that spreadsheet programs would run as a formula: text gets a `'`, numbers stay unchanged."""
     if isinstance(value, str) and value.startswith(FORMULA) and not NUMBER.fullmatch(value):
         return f"'{value}"
     return value

@@ -1,4 +1,4 @@
-"""Preemption: a signal in; a checkpoint between two optimizer steps and the exit status of the signal out."""
+"""Preemption: upon a signal, saves a checkpoint between two optimizer steps and exits."""
 
 import os
 import signal
@@ -21,30 +21,30 @@ SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if
 class Preemption(Callback):
     """Ends a training run upon SIGTERM, SIGUSR1 or Ctrl-C (SIGINT), so that it can be resumed exactly.
 
-    The optimizer step in progress, with all its micro-batches, is finished and `checkpoints/last.ckpt` is written; a
-    validation is interrupted, and done by the resumed run. The exit status is 128 + the signal's number, as in shells:
-    143, 138 and 130. A second signal ends the run at once, without a checkpoint.
+    The current optimizer step, with all its micro-batches, is finished, and `checkpoints/last.ckpt` is written. A
+    validation is interrupted; the resumed run repeats it. The exit status is 128 plus the number of the signal, as in
+    shells: 143, 138 or 130. A second signal ends the run at once, without a checkpoint.
 
-    Any process of a run may get the signal. The processes exchange it on the host, beside the training, without waiting
-    for devices: two steps later all of them know it, in the same step.
+    Any process of a run may receive the signal. The processes exchange it on the CPU, in the background, without
+    waiting for devices; two steps later, all of them know of it in the same step.
 
-    Under SLURM with Lightning's automatic requeueing, its signal (SIGUSR1) also queues the job again. Its command
+    Under SLURM with Lightning's automatic requeueing, SLURM's signal (SIGUSR1) also requeues the job. Its command
     should have `--ckpt_path last` if SLURM_RESTART_COUNT is set.
     """
 
     def __init__(self) -> None:
         self.received = 0  # number of the signal that this process has received
-        self.owner = 0  # process ID; a fork of it inherits the handlers
-        self.group: Any = None  # of all processes, on their hosts
+        self.owner = 0  # ID of this process; forked processes inherit the handlers
+        self.group: Any = None  # process group of all processes, on CPUs
         self.votes, self.vote = (
             torch.zeros(1, dtype=torch.int64),
             None,
-        )  # the signal that they have received, and its exchange
+        )  # the signal that the processes have received, and the operation that exchanges it
 
     # Signals
 
     def listen(self, trainer: Trainer) -> None:
-        """Handles the signals instead of Lightning, which restores the earlier handlers at the end."""
+        """Replaces Lightning's signal handlers; at the end, Lightning restores the original ones."""
         if self.owner == os.getpid():
             return
         self.owner, self.launcher = os.getpid(), trainer.strategy.launcher
@@ -55,7 +55,7 @@ class Preemption(Callback):
             compat.disable_signal_broadcast(trainer)
 
     def on_signal(self, number: int, frame: Optional[FrameType]) -> None:
-        if os.getpid() != self.owner:  # a data worker; its parent handles Ctrl-C
+        if os.getpid() != self.owner:  # a data loader's worker; its parent handles Ctrl-C
             if number == signal.SIGTERM:
                 os._exit(128 + number)
         elif self.received:
@@ -69,7 +69,7 @@ class Preemption(Callback):
             os.write(2, f"\n{name}: finishing and saving this step; signal again to quit now\n".encode())
 
     def agreed(self) -> int:
-        """The signal that all processes know, 0 if none; the n-th call returns the same in all processes."""
+        """The signal that all processes know of, 0 if none; the n-th call returns the same in all processes."""
         if self.group is None:
             return self.received
         if self.vote is not None:
@@ -89,7 +89,7 @@ class Preemption(Callback):
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: dict, batch_idx: int
-    ) -> None:  # the step before is complete: logged and validated, too
+    ) -> None:  # the previous step is complete, including its logging and validation
         if batch_idx % trainer.accumulate_grad_batches == 0 and (number := self.agreed()):
             self.stop(trainer, pl_module, number)
 
@@ -107,13 +107,13 @@ class Preemption(Callback):
         step, saved = trainer.global_step, trainer.global_step > pl_module.resumed_at
         if saved:
             trainer.save_checkpoint(last)
-            trainer.strategy.checkpoint_io.teardown()  # waits for one that writes in the background
+            trainer.strategy.checkpoint_io.teardown()  # waits for pending writes in the background
         environment = compat.cluster_environment(trainer)
         requeued = trainer.is_global_zero and isinstance(environment, SLURMEnvironment) and requeue(environment, number)
-        for child in getattr(self.launcher, "procs", []):  # they save nothing and exit sooner
+        for child in getattr(self.launcher, "procs", []):  # they do not save anything and exit earlier
             child.wait(60)
         if isinstance(environment, LightningEnvironment) and trainer.local_rank > 0:
-            sys.exit(0)  # with another status, Lightning would kill the first process, whose status counts
+            sys.exit(0)  # with another status, Lightning would kill the first process, which sets the exit status
         remedy = "resume with the same command and --ckpt_path last"
         if step >= pl_module.total_steps():
             remedy += ", which finishes the validation and writes model/"
@@ -123,13 +123,13 @@ class Preemption(Callback):
         pl_module.print(
             f"stopped by {name} at step {step}"
             + (f", saved in {last}" if saved else "")
-            + (": the job is queued again" if requeued else f": {remedy}")
+            + (": the job is requeued" if requeued else f": {remedy}")
         )
         sys.exit(128 + number)
 
 
 def requeue(environment: SLURMEnvironment, number: int) -> bool:
-    """Queues this SLURM job again, if requeueing is enabled and this is its signal."""
+    """Requeues this SLURM job, if requeueing is enabled and this is the signal for it; returns whether it did."""
     if not environment.auto_requeue or number != environment.requeue_signal:
         return False
     job = os.environ["SLURM_JOB_ID"]

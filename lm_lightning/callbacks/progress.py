@@ -10,9 +10,9 @@ from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
 FORMAT = (
-    "{desc} {n_fmt}/{total_fmt} {percentage:.0f}%, {remaining} left, {rate_fmt}{postfix}"  # (its comma is included)
+    "{desc} {n_fmt}/{total_fmt} {percentage:.0f}%, {remaining} left, {rate_fmt}{postfix}"  # (tqdm adds a comma before)
 )
-# Metrics of training, the most important first; those that do not fit into the terminal are not shown.
+# Training metrics, the most important first; those that do not fit into the terminal are not shown.
 NUMBERS = {
     "loss": "loss {:.4g}",
     "tokens_per_second": "{:,.0f} tokens/s",
@@ -25,9 +25,10 @@ NUMBERS = {
 
 
 class RunProgress(ProgressBar):
-    """A line about the optimizer steps of the run with the latest logged metrics, and one about each evaluation.
+    """Shows a line with the optimizer steps of the run and the latest logged metrics, and a line for each evaluation.
 
-    In a terminal they are at the bottom; other outputs, such as a file, get the first as a line at each logged step.
+    In a terminal, the lines stay at the bottom. In other outputs, such as a file, the first one is printed at each
+    logged step.
     """
 
     def __init__(self) -> None:
@@ -67,7 +68,7 @@ class RunProgress(ProgressBar):
         self.steps = self.bar(total=total, initial=trainer.global_step, unit=" steps", desc="train")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        # The metrics of a step are there only after its last hook: here, at the start of the next one.
+        # The metrics of a step are complete only after its last hook, so they are shown at the start of the next step.
         self.advance(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -90,10 +91,10 @@ class RunProgress(ProgressBar):
                 self.steps.refresh()
 
     def numbers(self, trainer: Trainer) -> str:
-        """The latest metrics of training, as many as the terminal has room for."""
+        """The latest training metrics, as many as fit into the terminal."""
         metrics = {name[6:]: float(v) for name, v in trainer.callback_metrics.items() if name.startswith("train/")}
-        metrics.pop("seconds", None)  # the line has the time
-        if trainer.global_step % trainer.log_every_n_steps:  # these are of an earlier step
+        metrics.pop("seconds", None)  # the line already shows the time
+        if trainer.global_step % trainer.log_every_n_steps:  # these belong to an earlier step
             for name in ("tokens_per_second", "tokens", "mfu", "memory"):
                 metrics.pop(name, None)
         formats = NUMBERS | {name: f"{name} {{:.4g}}" for name in metrics if name not in NUMBERS}
@@ -101,7 +102,7 @@ class RunProgress(ProgressBar):
         if not sys.stdout.isatty():
             return ", ".join(parts)
         meter = self.steps.format_dict | {"n": trainer.global_step, "rate": None, "postfix": None, "ncols": None}
-        room = columns() - len(tqdm.format_meter(**meter)) - 4  # 2 for the comma, 2 for a line that grows
+        room = columns() - len(tqdm.format_meter(**meter)) - 4  # 2 for the comma, 2 because the line may get longer
         while parts and len(", ".join(parts)) > room:
             parts.pop()
         return ", ".join(parts)

@@ -1,4 +1,4 @@
-"""Resuming: makes each checkpoint one between two optimizer steps, and resumes exactly there."""
+"""Makes each checkpoint represent a state between two optimizer steps, and resumes exactly there."""
 
 from typing import Any, Optional
 
@@ -11,16 +11,16 @@ from lm_lightning.data import contract
 class Resuming(Callback):
     """Makes a resumed run do and log exactly what the interrupted run would have done.
 
-    Lightning saves the counters of its loops as they are at that moment, in the middle of an optimizer step, of a
-    validation or of the end of an epoch, and resumes differently for each (some lose a step, some an epoch, some train
-    one batch too many). Here a checkpoint always consists of the number of complete epochs, the number of batches of
-    complete optimizer steps in the next one, and whether the last step was validated.
+    Lightning saves the counters of its loops as they are at that moment, which may be in the middle of an optimizer
+    step, of a validation or of the end of an epoch. How it resumes depends on that: it may skip a step or an epoch, or
+    train one batch too many. With this callback, a checkpoint always has the number of complete epochs, the number of
+    batches of complete optimizer steps in the next epoch, and whether the last step was validated.
     """
 
     def __init__(self) -> None:
         self.validated: Optional[int] = None  # step of the last finished validation
-        self.accumulated: Optional[int] = None  # micro-batches in an optimizer step of the checkpoint
-        self.batch_samples: Optional[int] = None  # samples in a micro-batch over all replicas, of the checkpoint
+        self.accumulated: Optional[int] = None  # micro-batches per optimizer step when the checkpoint was saved
+        self.batch_samples: Optional[int] = None  # samples per micro-batch of all replicas at that time
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
@@ -35,7 +35,7 @@ class Resuming(Callback):
         # Batches of an incomplete step are read again. (The last step of an epoch may have fewer of them.)
         begun = 0 if done == length else done % trainer.accumulate_grad_batches
         done -= begun
-        # `processed` is counted before the hooks of the epoch's end, even if trainer.max_steps ended it too early.
+        # `processed` is increased before the hooks at the end of an epoch, even if trainer.max_steps ends it early.
         ended = epochs["current"]["processed"] == epochs["current"]["ready"] and (done in (0, length))
         complete = epochs["current"]["ready"] - (0 if ended else 1)
         if ended:
@@ -60,9 +60,9 @@ class Resuming(Callback):
             compat.mark_epoch_validated(trainer)
 
     def convert(self, trainer: Trainer) -> None:
-        """Converts the counters of a run with another batch size or another number of micro-batches in a step.
+        """Converts the counters of a run that had another batch size or number of micro-batches per step.
 
-        The position in the data does not depend on them, since it is a number of samples.
+        The position in the data does not depend on these, since it is a number of samples.
         """
         progress, length = trainer.fit_loop.epoch_loop.batch_progress, int(trainer.num_training_batches)
         accumulate = trainer.accumulate_grad_batches
@@ -73,7 +73,7 @@ class Resuming(Callback):
         if (self.accumulated, self.batch_samples) != (accumulate, samples):
             done = done * (self.batch_samples or samples) // samples // accumulate * accumulate
         if self.accumulated not in (None, accumulate):
-            total = progress.total.ready // self.accumulated * accumulate  # the steps stay the same
+            total = progress.total.ready // self.accumulated * accumulate  # the number of steps stays the same
             for name in ("ready", "started", "processed", "completed"):
                 setattr(progress.total, name, total)
         done = length if progress.is_last_batch else min(done, length)

@@ -15,17 +15,18 @@ from lm_lightning.data import contract
 class Throughput(Callback):
     """Logs `train/tokens_per_second`, `train/tokens`, `train/seconds`, `train/mfu` and `train/memory`.
 
-    Tokens are those that the network has read, padding included, over all processes. `train/tokens` and `train/seconds`
-    are totals of the run: a resumed run continues those of its checkpoint, so steps after it are not counted twice.
-    Seconds are wall-clock time, validations and checkpoints included.
+    Tokens are the input tokens of all processes, including padding. `train/tokens` and `train/seconds` are totals of
+    the run: a resumed run continues those of its checkpoint, so that repeated steps are not counted twice. Seconds are
+    wall-clock time, including validations and checkpoints.
 
-    Memory is the peak of this process, in GiB: that of PyTorch's tensors on a GPU, else of the process (its resident
-    set, libraries included; not on Windows). A strategy may add more, as that for XLA does.
+    Memory is the peak of this process in GiB: on a GPU, the memory of PyTorch's tensors; otherwise, the resident set of
+    the process, including libraries (not available on Windows). A strategy may log more metrics, as the one for XLA
+    does.
 
-    MFU, the model FLOPs utilization, is the arithmetic of the network for these tokens, 6 FLOPs per parameter and token
-    and, for attention, 12 per layer, hidden unit, context token and token (Chowdhery et al., 2022, arXiv:2204.02311,
-    appendix B), divided by the peak of the device: that of a GPU's data sheet, or of a large matrix product on this
-    CPU. The head counts for the targets only.
+    MFU, the model FLOPs utilization, is the number of FLOPs that the network needs for these tokens (6 per parameter
+    and token and, for attention, 12 per layer, hidden unit, context token and token; Chowdhery et al., 2022,
+    arXiv:2204.02311, appendix B), divided by the peak of the device: from the data sheet of a GPU, or measured with a
+    large matrix product on a CPU. The head counts only for the targets.
     """
 
     def __init__(self) -> None:
@@ -39,8 +40,8 @@ class Throughput(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         network = pl_module.network
         config = network.config
-        # a lookup costs no arithmetic, even if its matrix is also that of the head
-        head = network.get_output_embeddings()  # over the vocabulary, if there is one
+        # An embedding lookup needs no FLOPs, even if its matrix is shared with the head.
+        head = network.get_output_embeddings()  # the head over the vocabulary, if there is one
         vocabulary = {network.get_input_embeddings().weight} | (set() if head is None else {head.weight})
         parameters = sum(p.numel() for p in network.parameters()) - sum(matrix.numel() for matrix in vocabulary)
         context = contract.optional(trainer.datamodule, "block_size") or 0  # unknown: attention is not counted
@@ -82,10 +83,10 @@ class Throughput(Callback):
         self.restart()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.restart()  # other callbacks may still come, but validation itself is out
+        self.restart()  # excludes the validation, although not the callbacks that run after this one
 
     def seconds(self) -> float:
-        """The time that the run has taken so far."""
+        """The duration of the run so far."""
         return self.earlier + time.perf_counter() - self.begin
 
     def state_dict(self) -> dict:
@@ -96,10 +97,10 @@ class Throughput(Callback):
 
 
 def peak_flops(device: torch.device, precision: str) -> Optional[float]:
-    """Floating-point operations a second that a device can do, None if unknown.
+    """Peak FLOPs per second of a device; None if unknown.
 
     Args:
-        device: A GPU's figure is its data sheet's; a CPU's is measured in a quarter of a second.
+        device: The device. The value of a GPU is from its data sheet; that of a CPU is measured in 0.25 s.
         precision: Lightning's name of the precision, such as `bf16-mixed`.
     """
     dtype = {"bf16": torch.bfloat16, "16": torch.float16}.get(precision.split("-")[0], torch.float32)
@@ -112,11 +113,11 @@ def peak_flops(device: torch.device, precision: str) -> Optional[float]:
 
 @functools.cache
 def cpu_flops(dtype: torch.dtype, threads: int) -> float:
-    """Floating-point operations a second of the fastest of some matrix products, measured once in a process.
+    """FLOPs per second of the fastest of several matrix products; measured once per process.
 
     Args:
-        dtype: Of the matrices.
-        threads: PyTorch's at present; another number is measured again.
+        dtype: Data type of the matrices.
+        threads: Current number of PyTorch's threads; each number is measured separately.
     """
     a = torch.ones(1024, 1024, dtype=dtype)
     a @ a
@@ -128,12 +129,12 @@ def cpu_flops(dtype: torch.dtype, threads: int) -> float:
 
 
 def peak_memory(device: torch.device) -> Optional[float]:
-    """The most memory in GiB that this process has held so far, on a CUDA device or in all; None if unknown."""
+    """Peak memory of this process in GiB, on a CUDA device or in RAM; None if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     if sys.platform == "win32":
         return None
-    import resource  # Windows has none
+    import resource  # not available on Windows
 
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+    unit = 1 if sys.platform == "darwin" else 1024  # in bytes on macOS, in KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

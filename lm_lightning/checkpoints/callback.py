@@ -1,4 +1,4 @@
-"""When checkpoints are saved: `best` by a metric of the validation, and `last` to resume from."""
+"""When checkpoints are saved: `best`, chosen by a validation metric, and `last`, from which runs are resumed."""
 
 import os
 from typing import Any, Literal, Optional
@@ -12,22 +12,23 @@ from lm_lightning.compat import lightning as compat
 
 
 class Checkpoints(ModelCheckpoint):
-    """Lightning's ModelCheckpoint, for exact resumes: files are saved between optimizer steps, with that step's score.
+    """Lightning's ModelCheckpoint, changed so that runs resume exactly: it saves only between optimizer steps.
 
-    It saves after the metrics of a step have been logged. A score that is not finite is never the best.
+    A checkpoint has the score of its own step. It is saved after the metrics of the step have been logged. A score that
+    is not finite is never the best.
 
     Args:
         filename: Name of the files, without `.ckpt`. If several are kept (`save_top_k` is not 1), `-{step}` and the
             score are appended, unless the name contains `{step}`.
-        monitor: Metric that decides which checkpoint is better, such as `val/loss`. The default of `best` is the main
-            metric of the task, such as `val/accuracy`. `last` has none and keeps the newest checkpoint.
+        monitor: Metric that decides which checkpoint is the best, such as `val/loss`. Default: for `best`, the main
+            metric of the task, such as `val/accuracy`; `last` has none and keeps the newest checkpoint.
         save_top_k: Number of best checkpoints to keep, -1 for all, 0 for none.
-        mode: `min` if lower values of the metric are better, `max` if higher ones are. Default: known for each metric.
+        mode: `min` if lower values of the metric are better, `max` if higher ones are. Default: the mode of the metric.
         options: Other options of Lightning's ModelCheckpoint.
     """
 
     validated = -1  # the step of the last validation
-    option = "checkpoints"  # name on the command line
+    option = "checkpoints"  # its name on the command line
 
     def __init__(
         self,
@@ -56,7 +57,7 @@ class Checkpoints(ModelCheckpoint):
             self.kth_value = self.best_k_models[self.kth_best_model_path]
 
     def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        """Lightning saves here, before the step is logged, and amid accumulation."""
+        """Does nothing: Lightning saves here, before the step is logged, and during gradient accumulation."""
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any = None, batch_idx: int = 0
@@ -67,17 +68,17 @@ class Checkpoints(ModelCheckpoint):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
-        # A validation may take long. The last step is saved when all is done, since nothing resumes from there.
+        # A validation may take long. The last step is saved at the end, as a run is never resumed from there.
         if self.monitor is not None or trainer.global_step < pl_module.total_steps():
             self.on_train_batch_start(trainer, pl_module)
 
     def has_best(self) -> bool:
-        """Whether one of its files is the best of this run."""
+        """Whether one of its files is the best checkpoint of this run."""
         here = os.path.dirname(self.best_model_path) == str(self.dirpath)
         return self.monitor is not None and self.best_model_score is not None and here
 
     def _should_save_on_train_epoch_end(self, trainer: Trainer) -> bool:
-        # Lightning would save at the end of each epoch even if it is validated, too early for the last validation.
+        # Lightning would save at the end of each epoch, before the validation of its last step.
         if compat.saves_by_default(self) and sum(trainer.num_val_batches):
             return False
         return super()._should_save_on_train_epoch_end(trainer)
@@ -105,5 +106,5 @@ class Checkpoints(ModelCheckpoint):
             super()._save_topk_checkpoint(trainer, monitor_candidates)
 
     def check_monitor_top_k(self, trainer: Trainer, current: Optional[Tensor] = None) -> bool:
-        """Whether a score is one of the best; one that is not finite never is."""
+        """Whether a score is one of the best; False if it is not finite."""
         return current is not None and bool(current.isfinite()) and super().check_monitor_top_k(trainer, current)

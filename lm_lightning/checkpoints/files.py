@@ -1,4 +1,4 @@
-"""Checkpoint files: a dict of tensors and plain values in, a file that is complete or absent out."""
+"""Checkpoint files: saves a dict of tensors and plain values atomically, so that a file is complete or absent."""
 
 import io
 import os
@@ -11,17 +11,17 @@ import torch
 from lm_lightning.errors import UserError
 from lm_lightning.files import PARTIAL, remove, replacing
 
-OLD = ".old"  # ends the name of a sharded checkpoint while another takes its place
+OLD = ".old"  # suffix of a sharded checkpoint while another one replaces it
 
 
 def save(checkpoint: dict[str, Any], path: Path) -> None:
-    """Writes a checkpoint under a temporary name, makes sure that it is on the disk and loads, and renames it.
+    """Writes a checkpoint under a temporary name, flushes it to disk, checks that it can be loaded, and renames it.
 
-    If a process or machine dies at any moment, `path` is the old or the new file, complete.
+    Whenever a process or machine dies, `path` is either the complete old file or the complete new file.
 
     Raises:
-        UserError: If there is no room for it, or it holds something that could not be loaded again. The earlier file of
-            that name stays, and no part of the new one.
+        UserError: If the disk is full, or the checkpoint contains something that could not be loaded again. The old
+            file is kept, and the incomplete new file is removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_partial(path.parent)
@@ -39,7 +39,7 @@ def save(checkpoint: dict[str, Any], path: Path) -> None:
 
 
 def remove_partial(folder: Path) -> None:
-    """Removes the unfinished checkpoints that killed processes have left in a folder."""
+    """Removes unfinished checkpoints of killed processes from a folder."""
     for partial in folder.glob(f"*{PARTIAL}"):
         remove(partial)
 
@@ -48,8 +48,8 @@ class CountingWriter:
     """A file for `torch.save` that keeps counting when the disk is full, so that the size of the checkpoint is known.
 
     Attributes:
-        size: Bytes so far, written or not.
-        error: Why they are not.
+        size: Number of bytes so far, written or not.
+        error: The error of the first write that failed; None if none failed.
     """
 
     def __init__(self, file: io.FileIO) -> None:
@@ -67,29 +67,35 @@ class CountingWriter:
         return len(data)
 
     def flush(self) -> None:
-        """`save` flushes the file itself."""
+        """Does nothing, as `save` flushes the file itself."""
 
 
 def write_error(path: Path, error: OSError, size: str) -> UserError:
-    """The error for a checkpoint that could not be written, with its size in bytes; to be raised when it is removed."""
+    """The error for a checkpoint that could not be written. Create it after the incomplete file is removed.
+
+    Args:
+        path: The checkpoint.
+        error: Why it could not be written.
+        size: Number of bytes that it needs, for the message.
+    """
     return UserError(
         f"the checkpoint {path} cannot be written ({error.strerror}): it needs {size} bytes, and "
-        f"{shutil.disk_usage(path.parent).free:,} are free: make room and resume with --ckpt_path last"
+        f"{shutil.disk_usage(path.parent).free:,} are free: free some disk space and resume with --ckpt_path last"
     )
 
 
 def check_loads(written: Path, path: Path) -> None:
-    """Checks, before a file gets its name `path`, that it can be loaded without running code.
+    """Checks that a file can be loaded without running code, before it is renamed to `path`.
 
     Raises:
-        UserError: Names the class that cannot.
+        UserError: If it cannot; names the class of the object that cannot be loaded.
     """
     try:
         torch.load(written, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         classes = torch.serialization.get_unsafe_globals_in_checkpoint(written)
         raise UserError(
-            f"the checkpoint {path} could not be loaded again: the state of a callback or module holds "
-            f"{'a ' + classes[0] if classes else 'something'}, but only tensors, numbers, strings, lists and dicts "
-            "are safe to load: change its state_dict"
+            f"the checkpoint {path} could not be loaded again: the state of a callback or module contains "
+            f"{'a ' + classes[0] if classes else 'an object'}, but only tensors, numbers, strings, lists and dicts "
+            "are safe to load: change its state_dict()"
         ) from error

@@ -1,4 +1,4 @@
-"""Checkpoints of runs: a path, `last` or `best` in, a verified checkpoint out."""
+"""Finds the checkpoints of runs, by a path or by the words `last` and `best`, verifies them and loads them."""
 
 import contextlib
 import functools
@@ -20,9 +20,9 @@ KINDS = ("*.ckpt", f"*.ckpt{OLD}")
 
 
 class Checkpoint(NamedTuple):
-    """A checkpoint that was compared with its checksums.
+    """A checkpoint whose checksums were verified.
 
-    `content` has all of it but the tensors of a folder; those of a file stay on disk until they are used.
+    `content` is its content, without tensors if it is a folder. The tensors of a file stay on disk until they are used.
     """
 
     path: Path
@@ -53,15 +53,15 @@ def folder_format(path: Path) -> Optional[CheckpointFormat]:
 
 
 def load_checkpoint(path: Path, weights: bool = True, verified: bool = False) -> dict[str, Any]:
-    """Loads a checkpoint, a file whose tensors stay on disk until they are used, or a folder.
+    """Loads a checkpoint: a file, whose tensors stay on disk until they are used, or a folder.
 
     Args:
         path: The file or folder.
-        weights: Whether the tensors of a folder are wanted, which are read and put together.
-        verified: Whether its parts were compared with their checksums before.
+        weights: Whether to read and assemble the tensors of a sharded folder.
+        verified: Whether its checksums have already been verified.
 
     Raises:
-        UserError: Names the file and the problem.
+        UserError: If it cannot be loaded; names the file and the problem.
     """
     if not exists(path):
         raise UserError(f"there is no checkpoint file {path}")
@@ -78,15 +78,15 @@ def load_checkpoint(path: Path, weights: bool = True, verified: bool = False) ->
 
 
 def exists(path: Path) -> bool:
-    """Whether there is a checkpoint of either kind."""
+    """Whether a path is a checkpoint: a file or a folder."""
     return path.is_file() or folder_format(path) is not None
 
 
 def verify(path: Path) -> None:
-    """Compares a checkpoint with its checksums.
+    """Verifies the checksums of a checkpoint.
 
     Raises:
-        UserError: If a part of it is not as it was written.
+        UserError: If a part of it has changed since it was written.
     """
     with readable(path):
         if folder := folder_format(path):
@@ -94,7 +94,7 @@ def verify(path: Path) -> None:
         else:
             with zipfile.ZipFile(path) as file:
                 untrusted.refuse_expanding_zip(file, path)
-                damaged = file.testzip()  # torch.load does not compare the sums
+                damaged = file.testzip()  # torch.load does not verify checksums
         if damaged:
             raise UserError(
                 f"the checkpoint {path} is damaged (the checksum of its part {damaged} is wrong): {remedy(path)}"
@@ -103,12 +103,12 @@ def verify(path: Path) -> None:
 
 @contextlib.contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Makes a UserError that names the checkpoint of any error in the block."""
+    """Converts any error in the block to a UserError that names the checkpoint."""
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # zipfile and pickle raise anything for damaged files
+    except Exception as error:  # zipfile and pickle raise any type of error for damaged files
         size = f" ({path.stat().st_size:,} bytes)" if path.is_file() else ""
         reason = " ".join(str(error).split())[:200]
         raise UserError(
@@ -117,21 +117,21 @@ def readable(path: Path) -> Iterator[None]:
 
 
 def remedy(path: Path) -> str:
-    """What to do without a checkpoint."""
+    """What the user can do if a checkpoint cannot be used."""
     if any(other != path for kind in KINDS for other in path.parent.glob(kind)):
-        return f"use another one of {path.parent}"
+        return f"use another one in {path.parent}"
     return f"{path.parent} has no other one, so start a new run"
 
 
 class CheckpointFolder:
-    """The checkpoints in `checkpoints/` of a run, each read once."""
+    """The checkpoints in `checkpoints/` of a run. Each is read only once."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     @functools.cached_property
     def contents(self) -> dict[Path, dict[str, Any]]:
-        """Those that can be read, by their paths, not yet verified and without the tensors of folders."""
+        """The contents of all readable checkpoints, by path; not verified, and without the tensors of folders."""
         found = {}
         for path in self.paths:
             with contextlib.suppress(UserError):
@@ -140,11 +140,11 @@ class CheckpointFolder:
 
     @functools.cached_property
     def paths(self) -> list[Path]:
-        """All of them, in no order."""
+        """The paths of all checkpoints, unsorted."""
         return [path for kind in KINDS for path in self.folder.glob(kind)]
 
     def newest_first(self) -> list[Path]:
-        """All of them, the one of the latest step first; unreadable ones at the end, except `last.ckpt`."""
+        """The paths of all checkpoints, the latest step first; unreadable ones come last, except for `last.ckpt`."""
 
         def order(path: Path) -> tuple:
             last = path.name == "last.ckpt"
@@ -155,7 +155,7 @@ class CheckpointFolder:
         return sorted(self.paths, key=order, reverse=True)
 
     def newest(self) -> Checkpoint:
-        """The one of the latest step that is not damaged.
+        """The checkpoint of the latest step that is not damaged.
 
         Raises:
             UserError: If there is none.
@@ -174,19 +174,19 @@ class CheckpointFolder:
             raise UserError(f"there is no checkpoint in {self.folder}")
         if len(errors) == 1:
             raise errors[0]
-        reason = str(errors[0]).rpartition(": ")[0]  # its remedy is another checkpoint
+        reason = str(errors[0]).rpartition(": ")[0]  # without its remedy, which is to use another checkpoint
         raise UserError(
-            f"none of the {len(errors)} checkpoints of {self.folder} can be used, so start a new run ({reason})"
+            f"none of the {len(errors)} checkpoints in {self.folder} can be used ({reason}): start a new run"
         )
 
     def verified(self, path: Path) -> Checkpoint:
-        """One of them.
+        """The checkpoint with this path.
 
         Raises:
             UserError: If it is missing or damaged.
         """
         if path not in self.contents:
-            return Checkpoint(path, load_checkpoint(path, weights=False))  # (says what is wrong with it)
+            return Checkpoint(path, load_checkpoint(path, weights=False))  # explains the error
         verify(path)
         return Checkpoint(path, self.contents[path])
 
@@ -200,18 +200,18 @@ class CheckpointFolder:
             for state in self.contents.get(path, {}).get("callbacks", {}).values():
                 if isinstance(state, dict) and state.get("monitor") and state.get("best_model_score") is not None:
                     if os.path.dirname(state["best_model_path"]) != str(state["dirpath"]):
-                        continue  # of the run that this one was started from
+                        continue  # belongs to the run from which this one was started
                     best = self.folder / os.path.basename(state["best_model_path"])
                     if best.exists():
                         return best
-                    raise UserError(f"the best checkpoint {best} is missing: use another one of {self.folder}")
+                    raise UserError(f"the best checkpoint {best} is missing: use another one in {self.folder}")
         raise UserError(
-            f"there is no best checkpoint in {self.folder}: "
-            "none was monitored (best.monitor, best.save_top_k) or validated"
+            f"there is no best checkpoint in {self.folder}, as no metric was monitored (best.monitor, "
+            "best.save_top_k) or no validation was run: use --ckpt_path last"
         )
 
     def exported(self) -> Checkpoint:
-        """The one that the end of the training exports, or would export if it were now.
+        """The checkpoint that the end of training exports, or would export if training ended now.
 
         Raises:
             UserError: If there is none, or it is damaged.
@@ -222,13 +222,13 @@ class CheckpointFolder:
             return self.verified(newest)
         try:
             best = self.best_path()
-        except UserError:  # none is monitored
+        except UserError:  # no metric is monitored
             return self.verified(newest)
         complete = best in self.contents and self.contents[best]["global_step"] >= settings["complete_from"]
         return self.verified(best if complete else newest)
 
     def named(self, name: str) -> Checkpoint:
-        """The one that `best`, `last` or the name of its file means.
+        """The checkpoint with a name: `best`, `last` or the name of a file.
 
         Raises:
             UserError: If it is missing or damaged.
@@ -240,11 +240,11 @@ class CheckpointFolder:
 
 
 def find_checkpoint(given: str, folder: Path) -> Checkpoint:
-    """The checkpoint that a user means.
+    """Finds the checkpoint that a user specified.
 
     Args:
         given: A path, `last` (the newest one that is not damaged), `best`, or the name of another file in `folder`.
-            A path to `best.ckpt` or `last.ckpt` may also be that of a folder where these have other names.
+            The paths of `best.ckpt` and `last.ckpt` are accepted even if these checkpoints have other file names.
         folder: `checkpoints/` of the run.
 
     Raises:
@@ -259,25 +259,25 @@ def find_checkpoint(given: str, folder: Path) -> Checkpoint:
 
 
 def is_word(given: str) -> bool:
-    """Whether a checkpoint is given by `last`, `best` or a name of its folder, not by a path."""
+    """Whether a checkpoint is given as `last`, `best` or the name of a file, not as a path."""
     path = Path(given).expanduser()
     return given in ("last", "best") or not (exists(path) or len(path.parts) > 1)
 
 
 def folder_of(given: str, runs_dir: str, name: str) -> Path:
-    """The folder of the checkpoint that a user means by a path, or by a word: that of the newest run of a name.
+    """The folder of a checkpoint that is given as a path, or as a name in the newest run of an experiment.
 
     Raises:
-        UserError: If there is no such run.
+        UserError: If the experiment has no run with a checkpoint.
     """
     return newest_folder(runs_dir, name) if is_word(given) else Path(given).expanduser().parent
 
 
 def newest_folder(runs_dir: str, name: str) -> Path:
-    """`checkpoints/` of the newest run of a name that has any.
+    """`checkpoints/` of the newest run of an experiment that has a checkpoint.
 
     Raises:
-        UserError: If there is none.
+        UserError: If no run has one.
     """
     checkpoints = [path for kind in KINDS for path in experiment_folder(runs_dir, name).glob(f"*/checkpoints/{kind}")]
     if not checkpoints:
@@ -285,13 +285,13 @@ def newest_folder(runs_dir: str, name: str) -> Path:
             f"there is no checkpoint to resume from: no {runs_dir}/{name}/*/checkpoints/last.ckpt; start without "
             "--ckpt_path, or give the path of a checkpoint"
         )
-    # A job that SLURM has queued again resumes its own run, whatever others of that name have done since.
+    # A job that SLURM has requeued resumes its own run, even if there are newer runs of this name.
     job = f"slurm-{os.environ.get('SLURM_JOB_ID')}-"
     checkpoints = [path for path in checkpoints if path.parent.parent.name.startswith(job)] or checkpoints
     return max(checkpoints, key=lambda path: path.stat().st_mtime).parent
 
 
 def run_of(checkpoint: Path) -> Optional[Path]:
-    """The run folder that a checkpoint lies in, None if it lies elsewhere."""
+    """The run folder that contains a checkpoint; None if it is not in a run folder."""
     run = checkpoint.absolute().parent.parent
     return run if (run / "config.yaml").is_file() else None

@@ -1,4 +1,4 @@
-"""What Lightning writes and reads checkpoints with: `CheckpointFiles`, and `BackgroundCheckpoints` in a thread."""
+"""Lightning plugins that read and write checkpoints: `CheckpointFiles`, and `BackgroundCheckpoints` in a thread."""
 
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,15 +14,15 @@ from lm_lightning.checkpoints.loading import load_checkpoint
 
 
 class CheckpointFiles(TorchCheckpointIO):
-    """Lightning's CheckpointIO with files that are complete or absent, whenever a process or machine dies."""
+    """Lightning's CheckpointIO with atomic writes: files are complete or absent even if a process or machine dies."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         files.save(checkpoint, Path(path))
 
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Loads a checkpoint; the best checkpoints that it names are looked for beside it."""
+        """Loads a checkpoint. The best checkpoints that it names are looked up in its folder."""
         path = Path(path)
-        # (a file may be something else: ddp_spawn returns the weights in one)
+        # (The file may not be a checkpoint: ddp_spawn returns the weights in a file.)
         checkpoint = (
             load_checkpoint(path, verified=True) if path.is_dir() else super().load_checkpoint(path, *args, **kwargs)
         )
@@ -36,9 +36,9 @@ class CheckpointFiles(TorchCheckpointIO):
 class BackgroundCheckpoints(CheckpointFiles):
     """Writes checkpoints in a thread while training continues: `--trainer.plugins BackgroundCheckpoints`.
 
-    The state is first copied to host memory. The run ends when everything is written; an error of the thread ends it.
-    (Lightning's AsyncCheckpointIO copies on the device, copies shared tensors twice, queues any number of copies, and
-    removes an old checkpoint before the new one is written.)
+    The state is first copied to host memory. The run waits for the last write before it ends, and fails if a write
+    fails. (Lightning's AsyncCheckpointIO copies on the device, copies shared tensors twice, queues any number of
+    copies, and removes an old checkpoint before the new one is written.)
     """
 
     def __init__(self) -> None:
@@ -46,16 +46,16 @@ class BackgroundCheckpoints(CheckpointFiles):
         self.pending: list[Future] = []
 
     def submit(self, *call: Any) -> None:
-        self.wait(1)  # two at most: those of `best` and `last` come together
+        self.wait(1)  # at most two, as `best` and `last` are often saved together
         self.pending.append(self.thread.submit(*call))
 
     def wait(self, left: int = 0) -> None:
-        """Waits until at most `left` files are to be written or removed, and raises the error of those that failed."""
+        """Waits until at most `left` writes and removals are pending, and raises the error of any that failed."""
         while len(self.pending) > left or (self.pending and self.pending[0].done()):
             self.pending.pop(0).result()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        copies: dict[tuple, Tensor] = {}  # tensors that share memory share it in the file, too
+        copies: dict[tuple, Tensor] = {}  # tensors that share memory also share it in the file
 
         def copied(tensor: Tensor) -> Tensor:
             key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
@@ -70,16 +70,16 @@ class BackgroundCheckpoints(CheckpointFiles):
         return super().load_checkpoint(path, *args, **kwargs)
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        self.submit(super().remove_checkpoint, path)  # after those that replace it
+        self.submit(super().remove_checkpoint, path)  # after the checkpoints that replace it are written
 
     def teardown(self) -> None:
         self.wait()
 
 
 def relocate_best_paths(state: dict[str, Any], folder: str) -> None:
-    """Changes the state of a ModelCheckpoint to paths in `folder`, if all files that it names were moved there.
+    """Replaces the paths in the state of a ModelCheckpoint by paths in `folder`, if all of its files were moved there.
 
-    Files elsewhere are forgotten: ModelCheckpoint removes those that are no longer among the best.
+    Other paths are dropped from the state, as ModelCheckpoint removes files that are no longer among the best.
     """
     if state["dirpath"] == folder:
         best = state["best_k_models"]
@@ -89,7 +89,7 @@ def relocate_best_paths(state: dict[str, Any], folder: str) -> None:
         return
     here = {path: os.path.join(folder, os.path.basename(path)) for path in state["best_k_models"]}
     if not all(map(os.path.isfile, here.values())):
-        return  # it alone was copied
+        return  # only this checkpoint was copied
     state["best_k_models"] = {here[path]: score for path, score in state["best_k_models"].items()}
     for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
         if os.path.dirname(state[key]) == state["dirpath"]:

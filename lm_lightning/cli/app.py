@@ -44,7 +44,7 @@ from lm_lightning.models.module import LanguageModule
 from lm_lightning.security import imports, untrusted
 from lm_lightning.security.redaction import REDACTED, find_redacted
 
-features.import_classes()  # here, not in a function, since Ctrl-C is handled differently once the command runs
+features.import_classes()  # not in a function, as Ctrl-C is handled differently once the command runs
 
 
 class CLI(LightningCLI):
@@ -52,7 +52,7 @@ class CLI(LightningCLI):
 
     Args:
         args: Subcommand and arguments. Default: those of the command line.
-        callbacks: Added to those of the options.
+        callbacks: Callbacks to add to those of the options.
     """
 
     def __init__(self, args: Optional[list[str]] = None, callbacks: Sequence[Callback] = ()) -> None:
@@ -75,7 +75,7 @@ class CLI(LightningCLI):
         )
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """Only the one that is run, if it is known already: a parser has hundreds of options and is slow to make."""
+        """Only the subcommand that is run, if it is known: a parser has hundreds of options and is slow to build."""
         every = super().subcommands()
         return {name: every[name] for name in every if self.command is None or name == self.command} or every
 
@@ -83,7 +83,7 @@ class CLI(LightningCLI):
         add_options(parser)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parses config files in their order, and then all flags; for the evaluation of a run, its config first.
+        """Parses the config files in order, then all flags. When a run is evaluated, its config comes first.
 
         Sets `evaluated` to the folder of that run.
         """
@@ -108,7 +108,7 @@ class CLI(LightningCLI):
         ]:
             given = ", ".join(config.config or [])
             names = printable(", ".join(sorted(different)))
-            print(f"settings: those of {self.evaluated}/config.yaml, not of {given}: {names}")
+            print(f"settings: from {self.evaluated}/config.yaml, which differs from {given} in: {names}")
 
     def parse(self, parser: LightningArgumentParser, arguments: list[str], run: Optional[Path]) -> Any:
         """Sets `config` and returns the options of the subcommand.
@@ -116,7 +116,7 @@ class CLI(LightningCLI):
         Args:
             parser: The parser of all subcommands.
             arguments: Subcommand and arguments.
-            run: A run whose own config is among the arguments.
+            run: The run whose config is among the arguments, if any.
 
         Raises:
             UserError: If the parser refuses them.
@@ -140,7 +140,7 @@ class CLI(LightningCLI):
             raise explain.of_command_line(error, arguments, names) from error
         config = self.config[self.config.subcommand]
         settings.report_replaced(options, config)
-        config.config = sources  # the first one names the run
+        config.config = sources  # the run is named after the first one
         return config
 
     def _parse_ckpt_path(self) -> None:
@@ -148,7 +148,7 @@ class CLI(LightningCLI):
         checks.check(self.config[self.config.subcommand])
 
     def before_instantiate_classes(self) -> None:
-        """Completes the settings and makes the run folder."""
+        """Completes the settings and creates the run folder."""
         config = self.config[self.subcommand]
         config.name = defaults.name_of(config)
         imports.check_folders(config.trainer, self.arguments)
@@ -161,11 +161,11 @@ class CLI(LightningCLI):
         defaults.complete(config, self.subcommand, subcommand_parser(self, self.subcommand).get_defaults())
         if missing := sorted(set(find_redacted(config.as_dict()))):
             raise UserError(
-                f"the config has {REDACTED} in the place of {', '.join(missing)}, as secrets are not saved: give "
+                f"the config has {REDACTED} as the value of {', '.join(missing)}, as secrets are not saved: give "
                 "these options again, as flags or in a second --config"
             )
         self.checkpoint = config.ckpt_path
-        self.reusable_config = config.clone()  # with `<run>` in it, so that it can be run again
+        self.reusable_config = config.clone()  # with `<run>` not yet replaced, so that it can be run again
         if self.subcommand == "fit":
             self.reusable_config.ckpt_path = None
             self.reusable_config = saving.checked(subcommand_parser(self, "fit"), self.reusable_config)
@@ -179,9 +179,9 @@ class CLI(LightningCLI):
         self.config[self.subcommand] = defaults.fill_in(config, str(self.run_folder))
 
     def resumed_run(self, config: Any) -> Optional[Path]:
-        """The run that is resumed in its own folder; makes `ckpt_path` the path of its checkpoint.
+        """The run that is resumed in its own folder, if any; sets `ckpt_path` to the path of its checkpoint.
 
-        An earlier state than the last one, and another name or folder of runs, start a new run folder.
+        A checkpoint other than the newest, a different `--name` or a different `--runs_dir` starts a new run folder.
         """
         if config.ckpt_path is None:
             return None
@@ -197,7 +197,7 @@ class CLI(LightningCLI):
         return run
 
     def evaluation_folder(self, config: Any, run: Optional[Path]) -> Path:
-        """A new folder for an evaluation, inside the run that is evaluated if there is one."""
+        """A new folder for an evaluation, inside the run folder if a run is evaluated."""
         parent, logs = runs.experiment_folder(config.runs_dir, config.name), None
         if run is not None and not self.elsewhere(run):
             untrusted.refuse_links(run)
@@ -207,7 +207,7 @@ class CLI(LightningCLI):
         return folder
 
     def elsewhere(self, run: Path) -> bool:
-        """Whether the command line asks for another name or folder than those of a run."""
+        """Whether `--name` or `--runs_dir` of the command line differ from those of a run."""
         config = self.config[self.subcommand]
         given = {argument.partition("=")[0] for argument in self.arguments}
         return ("--name" in given and config.name != run.parent.name) or (
@@ -232,7 +232,7 @@ class CLI(LightningCLI):
             imports.check()
         except (ValueError, TypeError, ImportError, RuntimeError, MisconfigurationException) as error:
             imports.check()
-            cause: Optional[BaseException] = error  # jsonargparse wraps what is raised
+            cause: Optional[BaseException] = error  # jsonargparse wraps the original error
             while cause is not None and not isinstance(cause, UserError):
                 cause = cause.__cause__ or cause.__context__
             raise cause or explain.of_instance(error) from error
@@ -261,11 +261,11 @@ class CLI(LightningCLI):
         return trainer
 
     def default_callbacks(self, given: list[Callback], progress_bar: Optional[bool]) -> list[Callback]:
-        """The callbacks that each run has, those of the options excepted.
+        """The callbacks that every run has in addition to those of the options.
 
         Args:
-            given: Those of the options.
-            progress_bar: False for none; a default one otherwise, unless one is given.
+            given: The callbacks of the options.
+            progress_bar: False for no progress bar. Otherwise a default one is added, unless `given` contains one.
         """
         own = [Monitors(), Resuming(), Ending(), Preemption(), Throughput(), *features.callbacks(given)]
         if self.subcommand != "fit":
@@ -301,7 +301,7 @@ def main() -> None:
 
 
 def refused_by_lightning(error: BaseException) -> bool:
-    """Whether an error is one that Lightning raises itself where it checks settings, and not a bug somewhere else."""
+    """Whether Lightning itself raised an error, as where it checks settings; otherwise it is a bug somewhere else."""
     *_, (frame, line) = traceback.walk_tb(error.__traceback__)
     file = frame.f_code.co_filename
     inside = Path(file).is_relative_to(Path(lightning.__file__).parent)

@@ -1,4 +1,4 @@
-"""Checks of settings that Lightning and the parser accept, although they fail later or mean something else."""
+"""Checks of settings that Lightning and the parser accept although they fail later or do not have the meant effect."""
 
 import contextlib
 import dataclasses
@@ -71,18 +71,18 @@ def check(config: Any) -> None:
 
 
 def check_slurm() -> None:
-    """Refuses to start in an allocation of SLURM without srun, as Lightning needs variables that srun sets."""
+    """Refuses to start in a SLURM allocation without srun, as Lightning needs environment variables that srun sets."""
     if "TORCHELASTIC_RUN_ID" in os.environ or not SLURMEnvironment.detect():
         return
     if missing := [name for name in ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID") if name not in os.environ]:
         raise UserError(
-            f"SLURM_NTASKS is set, so SLURM should have started this process, but {missing[0]} is not: start it with "
-            "srun, or to run without SLURM, with `env -u SLURM_NTASKS python -m lm_lightning ...`"
+            f"SLURM_NTASKS is set, but {missing[0]} is not, so srun did not start this process: start it with srun, "
+            "or run it without SLURM by `env -u SLURM_NTASKS python -m lm_lightning ...`"
         )
 
 
 def check_location(config: Any) -> None:
-    """Refuses options that would write a part of a run outside its run folder."""
+    """Refuses options that would write files of a run outside its run folder."""
     loggers = as_list(config.trainer.logger)
     own_files = [own for own in loggers if str(getattr(own, "class_path", "")).endswith("MetricsFile")]
     for name, value, default in [
@@ -93,30 +93,30 @@ def check_location(config: Any) -> None:
     ]:
         if str(value) != default:
             raise UserError(
-                f"{name} is {value}, but a run has all its files in one folder, <runs_dir>/<name>/<time>: remove it, "
-                "and set the folder of all runs with --runs_dir"
+                f"{name} is {value}, but all files of a run are in one folder, <runs_dir>/<name>/<time>: remove this "
+                "option, and set the folder of all runs with --runs_dir"
             )
 
 
 def refuse_null(value: Any, name: str, target: Any) -> None:
-    """Refuses options that are null although their types do not include None, which the parser accepts.
+    """Refuses options that are null although their types do not include None; the parser accepts them.
 
     Args:
-        value: Options by name, nested.
+        value: Nested options by name.
         name: The name of the section, for messages.
-        target: The class whose options they are; None if `class_path` among them names it.
+        target: The class that has these options; None if their `class_path` names it.
     """
     if "class_path" in value:
         target, value = imports.locate(value["class_path"]), value.get("init_args") or {}
     hints: dict[str, Any] = {}
     for base in (
         reversed(inspect.getmro(target)) if inspect.isclass(target) else ()
-    ):  # `**options` are passed on to a base
+    ):  # `**options` are passed on to a base class
         with contextlib.suppress(NameError):  # types that are imported for type checkers only
             hints |= typing.get_type_hints(base.__init__)  # type: ignore[misc]
     for key, option in (value if isinstance(value, dict) else vars(value)).items():
         hint = hints.get(key)
         if option is None and hint not in (None, Any) and type(None) not in typing.get_args(hint):
-            raise UserError(f"{name}.{key} is null, but must have a value: omit it for its default")
+            raise UserError(f"{name}.{key} is null, but must have a value: omit the option to use its default")
         if hasattr(option, "items"):  # settings of a network may be null
             refuse_null(option, f"{name}.{key}", hint if dataclasses.is_dataclass(hint) else None)

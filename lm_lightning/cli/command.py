@@ -1,6 +1,6 @@
-"""Command lines of the commands beside `fit` and its evaluations: a documented, typed function in, a call of it out.
+"""Command lines of all commands except `fit`, `validate`, `test` and `predict`.
 
-A new command is such a function, and beside it
+Each command is a typed function with a docstring, from which the parser and the help are made, and beside it
 
     def main() -> None:
         command.run(function)
@@ -20,27 +20,27 @@ from lm_lightning.cli.explain import program
 from lm_lightning.cli.settings import Parser
 from lm_lightning.compat.jsonargparse import option_names
 
-FIT_FLAGS = "fit_flags"  # name of a parameter that takes all flags that are not the function's own
+FIT_FLAGS = "fit_flags"  # name of a parameter that receives all flags that are not the function's own
 
 
 class Formatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
-    """Keeps the paragraphs of a description."""
+    """Help formatter that keeps the paragraphs of a description."""
 
 
 def run(function: Callable, epilog: str = "") -> Any:
     """Calls a function with the arguments of the command line, `sys.argv` without the program and the command.
 
     Args:
-        function: Its name is that of the command, its docstring is the help. Parameters without a default are
-            positional, a `list[str]` among them takes one or more values; the others are options. If it has a parameter
-            `fit_flags: list[str]`, that gets all arguments that are not the function's own, which are flags of `fit`.
-        epilog: Ends the help.
+        function: The command. Its name is the command's name and its docstring is the help. Parameters without a
+            default are positional arguments (a `list[str]` accepts one or more values), the others are options. A
+            parameter `fit_flags: list[str]` receives all other arguments, which are flags of `fit`.
+        epilog: Text at the end of the help.
 
     Returns:
-        What the function returns.
+        The value that the function returns.
 
     Raises:
-        argparse.ArgumentError: If the command line is refused.
+        argparse.ArgumentError: If the command line is invalid.
     """
     parser, arguments = parser_of(function, epilog), sys.argv[2:]
     if FIT_FLAGS not in inspect.signature(function).parameters:
@@ -54,8 +54,8 @@ def parser_of(function: Callable, epilog: str = "", options: bool = True) -> Par
 
     Args:
         function: The command.
-        epilog: Ends the help.
-        options: Whether the parser gets the function's parameters, or only its name and help.
+        epilog: Text at the end of the help.
+        options: Whether to add the function's parameters to the parser, or only its name and help.
     """
     doc, name = docstring_parser.parse(function.__doc__ or ""), program(function.__name__)
     parameters = inspect.signature(function).parameters.values()
@@ -73,11 +73,11 @@ def parser_of(function: Callable, epilog: str = "", options: bool = True) -> Par
 
 
 def split(arguments: Sequence[str], own: Any) -> tuple[list[str], list[str]]:
-    """Divides a command line into flags of the command, with their values, and the flags of `fit`.
+    """Splits a command line into the command's own flags, with their values, and the flags of `fit`.
 
     Args:
-        arguments: Of the command line.
-        own: A container of the command's flags, with their dashes. Each has a value, but for those of the help.
+        arguments: Arguments of the command line.
+        own: The command's own flags, with their dashes. All except `-h` and `--help` have a value.
     """
     found, others = list[str](), list[str]()
     waiting = list(arguments)
@@ -94,7 +94,7 @@ def split(arguments: Sequence[str], own: Any) -> tuple[list[str], list[str]]:
 
 
 def split_list(given: Sequence[str]) -> list[str]:
-    """The names of an option, also of a list that YAML does not read as one: 2:4 is a number to it, *mlp* an alias."""
+    """Splits a list of names. YAML could not read some of them: it takes 2:4 for a number and *mlp* for an alias."""
     if not isinstance(given, str):
         return list(given)
     return [name for part in given.strip("[] ").split(",") if (name := part.strip(" '\""))]

@@ -1,4 +1,4 @@
-"""Defaults that depend on other settings, on the machine or on the run."""
+"""Default values that depend on other settings, on the machine or on the run."""
 
 from pathlib import Path
 from typing import Any
@@ -13,15 +13,15 @@ from lm_lightning.security import imports
 
 
 def name_of(config: Any) -> str:
-    """The name of the experiment, which is that of the first config file by default."""
+    """The name of the experiment; by default, the name of the first config file."""
     return config.name or (Path(config.config[0]).stem if config.config else "run")
 
 
 def complete(config: Any, subcommand: str, defaults: Any) -> None:
-    """Sets options that have no value yet, and those that follow from others.
+    """Sets options that have no value yet, and options whose values follow from others.
 
     Args:
-        config: Options of the subcommand; is changed.
+        config: Options of the subcommand; changed in place.
         subcommand: `fit`, `validate`, `test` or `predict`.
         defaults: The defaults of all options.
     """
@@ -50,19 +50,19 @@ def loggers(chosen: Any, subcommand: str, default: Any) -> Any:
 
 
 def count_micro_batches(trainer: Any) -> None:
-    """Converts `val_check_interval` from optimizer steps, which all our options count, to Lightning's micro-batches."""
+    """Converts `val_check_interval` from optimizer steps, as in all our options, to Lightning's micro-batches."""
     interval = trainer.val_check_interval
     if isinstance(interval, int) or (isinstance(interval, float) and interval > 1):
         trainer.val_check_interval = interval * trainer.accumulate_grad_batches
 
 
 def as_list(value: Any) -> list:
-    """A list of what Lightning accepts as one item, a list of them, null or false."""
+    """Converts a value to a list, where Lightning accepts one item, a list of items, null or false."""
     return list(value) if isinstance(value, (list, tuple)) else [value] if value else []
 
 
 def fill_in(config: Any, run: str) -> Any:
-    """The options with the run folder in the place of `<run>`."""
+    """Replaces `<run>` in the values of options by the run folder."""
     if isinstance(config, str):
         return config.replace(runs.PLACEHOLDER, run)
     if isinstance(config, list):

@@ -1,7 +1,7 @@
 """Evaluations: the run, settings and weights that `validate`, `test` and `predict` use, and the files that they write.
 
-The settings are those of the run's config.yaml, overridden by the flags of the command line; the weights are those of
-its `model/`, unless a checkpoint is given; the tokenizer is the one that the run has saved.
+The settings are those of the run's config.yaml, overridden by flags of the command line; the weights are those of its
+`model/`, unless a checkpoint is given; the tokenizer is the one that the run saved.
 """
 
 import json
@@ -32,10 +32,10 @@ def of_arguments(arguments: list[str]) -> tuple[Optional[Path], list[str]]:
     """Replaces the run in `validate RUN ...` by its config file.
 
     Args:
-        arguments: The subcommand and what follows.
+        arguments: The subcommand and its arguments.
 
     Returns:
-        The run folder, None if there is no such argument; the arguments for the parser.
+        The run folder, or None if the arguments do not contain one; and the arguments for the parser.
 
     Raises:
         UserError: If the argument is not a run.
@@ -50,14 +50,14 @@ def of_arguments(arguments: list[str]) -> tuple[Optional[Path], list[str]]:
 
 
 def of_config(config: Any, name: str) -> Optional[Path]:
-    """The run of `ckpt_path` or `model.pretrained`, None if these are of no run.
+    """The run to which `ckpt_path` or `model.pretrained` belongs; None if they do not belong to a run.
 
     Args:
-        config: Of the subcommand.
-        name: Of the experiment.
+        config: Options of the subcommand.
+        name: Name of the experiment.
 
     Raises:
-        UserError: If there is no such checkpoint.
+        UserError: If the checkpoint does not exist.
     """
     if record := record_of(config.config):
         run = read_json(record).get("run")
@@ -76,12 +76,12 @@ def options_of(config: Any, part: str) -> Any:
 
 
 def with_config_of(run: Path, arguments: list[str]) -> list[str]:
-    """Arguments of an evaluation with the config of a run instead of other configs."""
+    """Replaces the configs in the arguments of an evaluation by the config of a run."""
     return [arguments[0], "--config", str(run / "config.yaml"), *settings.layered(arguments[1:])[2]]
 
 
 def record_of(configs: Any) -> Optional[Path]:
-    """The record of the evaluation whose complete config is among the given ones, None if there is none."""
+    """The `evaluation.json` of the evaluation whose saved config is among the given ones; None if there is none."""
     files = [Path(str(config)).parent / RECORD for config in configs or []]
     return next((file for file in files if file.is_file()), None)
 
@@ -99,7 +99,7 @@ def differences(ours: Any, other: Any, name: str) -> Iterator[str]:
 class Weights(NamedTuple):
     """The weights that are evaluated.
 
-    `name` is a folder, a checkpoint or a name on the Hub; `network`, of a checkpoint, the description of its network.
+    `name` is a folder, a checkpoint or a name on the Hub; `network` is the description of a checkpoint's network.
     """
 
     name: str
@@ -107,15 +107,15 @@ class Weights(NamedTuple):
 
 
 def weights_of(config: Any, run: Optional[Path], command: str) -> Weights:
-    """The weights of an evaluation; sets the options that load them.
+    """Chooses the weights of an evaluation, and sets the options that load them.
 
     Args:
-        config: Options of the subcommand; is changed.
-        run: The run that is evaluated, None for weights of no run.
+        config: Options of the subcommand; changed in place.
+        run: The run that is evaluated; None if the weights do not belong to a run.
         command: The subcommand.
 
     Raises:
-        UserError: If there are none, or they are damaged.
+        UserError: If there are no weights, or they are damaged.
     """
     if run is not None and not record_of(config.config):
         return weights_of_run(config, run)
@@ -131,20 +131,20 @@ def weights_of(config: Any, run: Optional[Path], command: str) -> Weights:
 
 
 def use_checkpoint(config: Any, checkpoint: Checkpoint) -> Weights:
-    """Makes an evaluation load a checkpoint."""
+    """Sets the options of an evaluation so that it loads a checkpoint."""
     config.ckpt_path = str(checkpoint.path.absolute())
     return Weights(config.ckpt_path, checkpoint.content["network"])
 
 
 def weights_of_run(config: Any, run: Path) -> Weights:
-    """Sets the options for the weights and the tokenizer of a run, where the user has not given others.
+    """Sets the options for the weights and the tokenizer of a run, unless the user has set them.
 
     Args:
-        config: Options of the subcommand; is changed.
+        config: Options of the subcommand; changed in place.
         run: Run folder.
 
     Raises:
-        UserError: If it has no weights, or they are damaged.
+        UserError: If the run has no weights, or they are damaged.
     """
     saved = settings.read(str(run / "config.yaml"))
     saved_model, saved_data = (saved[part].get("init_args") or {} for part in ("model", "data"))
@@ -155,7 +155,7 @@ def weights_of_run(config: Any, run: Path) -> Weights:
     if config.ckpt_path is not None:
         return use_checkpoint(config, find_checkpoint(config.ckpt_path, run / "checkpoints"))
     pretrained = model.get("pretrained")
-    if pretrained is not None and Path(pretrained).expanduser().absolute() == run:  # by which it was found
+    if pretrained is not None and Path(pretrained).expanduser().absolute() == run:  # the option that named the run
         pretrained = model["pretrained"] = saved_model.get("pretrained")
     if pretrained is not None and pretrained != saved_model.get("pretrained"):  # the run's settings, other weights
         if "network" in model and model["network"] == saved_model.get("network"):
@@ -168,12 +168,12 @@ def weights_of_run(config: Any, run: Path) -> Weights:
                 model[key] = value
         return Weights(str(run / "model"))
     if not (run / "checkpoints").is_dir():
-        raise UserError(f"{run} has neither a model/ nor checkpoints/, so there is nothing to evaluate")
+        raise UserError(f"{run} has neither model/ nor checkpoints/, so there is nothing to evaluate: train it first")
     return use_checkpoint(config, CheckpointFolder(run / "checkpoints").exported())
 
 
 def files_of(config: Any) -> dict[str, Any]:
-    """The options that name the data, without those that are not set."""
+    """The options that name the data, except those that are not set."""
     options = options_of(config, "data")
     found = {key: options[key] for key in ("corpus", "tables", "retrieval", "texts") if options.get(key)}
     plain = {key: value.as_dict() if hasattr(value, "as_dict") else value for key, value in found.items()}
@@ -189,18 +189,18 @@ class Evaluation(Callback):
     Args:
         parser: Writes the config.
         config: The settings of the evaluation.
-        run: Run folder, None for weights of no run.
+        run: Run folder; None if the weights do not belong to a run.
         weights: Folder, checkpoint or Hub name of the weights.
     """
 
     def __init__(self, parser: LightningArgumentParser, config: Any, run: Optional[Path], weights: str) -> None:
         self.parser, self.config = parser, config
-        about = Path(weights) / runs.TRAINING  # of a run's model/: its checkpoint
+        about = Path(weights) / runs.TRAINING  # in the model/ of a run; names the checkpoint
         self.about = read_json(about) if weights and about.is_file() else None
         if self.about is not None and not (
             type(self.about.get("step")) is int and isinstance(self.about.get("checkpoint"), str)
         ):
-            raise UserError(f"{about} is damaged, as it names no checkpoint and step: remove it")
+            raise UserError(f"{about} is damaged, as it does not name a checkpoint and its step: remove the file")
         self.record: dict[str, Any] = {"run": run and str(run), "weights": weights, "model": self.about}
 
     def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -232,7 +232,7 @@ class Evaluation(Callback):
     on_validation_end = on_test_end = on_predict_end = end
 
     def weights(self) -> str:
-        """Where the weights are from, as text."""
+        """The origin of the weights, as text."""
         where = self.record["weights"]
         return (
             f"{where} ({printable(str(self.about.get('checkpoint')))} checkpoint, step {self.about['step']:,})"
@@ -241,6 +241,6 @@ class Evaluation(Callback):
         )
 
     def write(self, trainer: Trainer) -> None:
-        """Writes the record, complete even if the process is killed."""
+        """Writes the record atomically."""
         file = Path(trainer.default_root_dir) / RECORD
         write_text(file, json.dumps(redact(self.record), indent=2, ensure_ascii=False))

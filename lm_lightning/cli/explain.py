@@ -1,4 +1,4 @@
-"""What is wrong with a command line or a config, in plain words: jsonargparse's message in, one sentence out."""
+"""Converts jsonargparse's messages about a command line or a config to one sentence in plain words."""
 
 import difflib
 import inspect
@@ -15,11 +15,11 @@ from lm_lightning.compat import jsonargparse_messages as messages
 from lm_lightning.errors import UserError
 from lm_lightning.yaml_text import Loader
 
-# What a class that an option names may lack, and the extra that brings it.
+# A package that a class named by an option may need, and the extra that installs it
 MISSING = re.compile(r"(?:No module named '|import of )(bitsandbytes)\b")
 EXTRAS = {"bitsandbytes": "lora"}
 
-BASES = {  # of the classes that an option may name
+BASES = {  # base classes of the classes that an option may name
     "model": "lm_lightning.models.module.LanguageModule",
     "adapter": "lm_lightning.models.adapter.Adapter",
     "data": "lightning.pytorch.LightningDataModule",
@@ -28,7 +28,7 @@ BASES = {  # of the classes that an option may name
     "optimizer": "torch.optim.Optimizer",
     "profiler": "lightning.pytorch.profilers.Profiler",
 }
-# What other libraries call our options.
+# Names that other libraries use for our options
 SYNONYMS = {
     "lr": "model.optimizer.lr",
     "learning_rate": "model.optimizer.lr",
@@ -57,13 +57,15 @@ def of_command_line(error: Exception, arguments: list[str], names: Iterable[str]
     """The sentence for a command line or a YAML file that the parser refused.
 
     Args:
-        error: The parser's, of many lines.
+        error: The parser's error, whose message has many lines.
         arguments: The command and its arguments.
-        names: Of options that there are, to find what was meant.
+        names: Names of the existing options, to suggest one for a misspelled name.
     """
     text, names = str(error), list(names) or list(getattr(error, "names", ()))
     if missing := MISSING.search(text):
-        return UserError(f'an option names a class of {missing[1]}: pip install -e ".[{EXTRAS[missing[1]]}]"')
+        return UserError(
+            f'an option names a class of {missing[1]}, which is missing: pip install -e ".[{EXTRAS[missing[1]]}]"'
+        )
     if match := messages.UNKNOWN.search(text):
         return UserError(unknown_option(text, match, arguments, names))
     values = [match for match in messages.EXPECTED.finditer(text) if "NoneType" not in match["type"]]
@@ -86,13 +88,13 @@ def of_command_line(error: Exception, arguments: list[str], names: Iterable[str]
 
 
 def of_instance(error: Exception) -> UserError:
-    """The error for a class that could not be made with the values of its options.
+    """The error for a class that could not be instantiated with the values of its options.
 
-    If an option accepts several types, jsonargparse lists the reason against each of them, among these the error of the
-    class itself.
+    If an option accepts several types, jsonargparse lists why each of them does not fit; one of the reasons is the
+    error of the class itself.
 
     Args:
-        error: Of the parser or the class.
+        error: The error of the parser or of the class.
     """
     text = str(error)
     if tried := messages.tried_types(text):
@@ -101,7 +103,7 @@ def of_instance(error: Exception) -> UserError:
 
 
 def without_value(text: str, arguments: list[str]) -> str:
-    """The flag that has no value, of which jsonargparse names only the section."""
+    """The flag that has no value; jsonargparse names only its section."""
     section = (messages.ARGUMENT.findall(text) or ["--"])[0]
     for flag, after in zip(arguments, [*arguments[1:], "--"]):
         if flag.startswith(section) and "=" not in flag and re.match(r"--?[a-zA-Z]|--$", after):
@@ -119,7 +121,7 @@ def option_of(text: str, end: int) -> str:
 
 
 def place(option: str, arguments: list[str]) -> str:
-    """An option with where it was given: as a flag, or a line of a config file."""
+    """An option with its origin: a flag, or a line of a config file."""
     parts = option.split(".")
     for argument in arguments:
         flag = argument.partition("=")[0].lstrip("-").replace(".init_args", "").removesuffix("+")
@@ -153,7 +155,7 @@ def line_of(file: str, option: list[str]) -> Optional[int]:
         if isinstance(node, yaml.SequenceNode):
             return next(filter(None, (find(item, parts, None) for item in node.value)), None)
         if not isinstance(node, yaml.MappingNode):
-            return line  # a class that is given by its name
+            return line  # a class that is given by its name only
         own = {key.value: (key, value) for key, value in node.value}
         found: Any
         for length in range(len(parts), 0, -1):  # `trainer.max_steps` may be one key
@@ -169,38 +171,39 @@ def line_of(file: str, option: list[str]) -> Optional[int]:
 
 
 def shown(value: Any) -> str:
-    """A value for a message."""
+    """Quotes and shortens a value for a message."""
     text = str(value)
     return repr(text if len(text) < 60 else f"{text[:60]} ...") if text else "empty"
 
 
 def one_of(words: list[str]) -> str:
-    """Words as `a, b or c`."""
+    """Joins words as in `a, b or c`."""
     return " or ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else "".join(words)
 
 
 def given_value(text: str) -> str:
-    """The value that jsonargparse names next."""
+    """The first value that a text of jsonargparse reports."""
     value = (messages.GIVEN.findall(text) or [""])[0].partition(". Got value: ")[0]
     return messages.NESTED.sub(r"\1", value.strip())
 
 
 def unknown_option(text: str, match: re.Match, arguments: list[str], names: list[str]) -> str:
-    """The sentence for an option that there is not."""
+    """The sentence for an option that does not exist."""
     name = match[1] or match[2] or match[3].split()[0]
     option = option_of(text, match.start())
     if group := messages.GROUP.search(text):
         option = group[1]
     if match[3] and not name.startswith("-"):
         return (
-            f"{shown(name)} belongs to no option: options begin with --, and several values of one are a list, '[a, b]'"
+            f"{shown(name)} does not belong to an option: options begin with --, and several values of an option are "
+            "a list, '[a, b]'"
         )
     if not option and re.match("-[^-]", name):
-        return f"{name} is no option: `{program(arguments[0])} --help` lists what there is"
+        return f"{name} is not an option: `{program(arguments[0])} --help` lists the options"
     name = name.lstrip("-").partition("=")[0]
     if name == "class_path":
         return (
-            f"{place(option, arguments)} has options beside class_path: put those under init_args, as "
+            f"{place(option, arguments)} has options beside class_path: put them under init_args, as "
             "`{class_path: NAME, init_args: {option: value}}`"
         )
     full = f"{option}.{name}" if option else name
@@ -210,7 +213,7 @@ def unknown_option(text: str, match: re.Match, arguments: list[str], names: list
     kind = kinds[-1].rpartition(".")[2] if kinds else ""
     if kinds:
         names = [*options_of(kinds[-1], option), *names]
-    start = f"{where} is no option" + (f" of {kind}" if kind else "")
+    start = f"{where} is not an option" + (f" of {kind}" if kind else "")
     others = others_with(full) if section in ("model", "data") else []
     meant = suggestion(full, names, only_near=bool(others))
     if meant:
@@ -218,11 +221,11 @@ def unknown_option(text: str, match: re.Match, arguments: list[str], names: list
     if others:
         return f"{start}, but of {one_of(others)}"
     helps = f"--{option}.help {kind}" if option in ("model", "data") and kind else "--help"
-    return f"{start}: `{program(arguments[0])} {helps}` lists what there is"
+    return f"{start}: `{program(arguments[0])} {helps}` lists the options"
 
 
 def others_with(option: str) -> list[str]:
-    """The classes of the models or of the data that have an option."""
+    """The classes of models or data modules that have an option."""
     section = option.partition(".")[0]
     base = pydoc.locate(BASES[section])
     kinds = subclasses(base) if inspect.isclass(base) else {}
@@ -232,11 +235,11 @@ def others_with(option: str) -> list[str]:
 
 
 def options_of(kind: Any, prefix: str) -> list[str]:
-    """The options of a class, with those within them.
+    """The options of a class, including nested ones.
 
     Args:
         kind: The class or its import path.
-        prefix: Where they stand, such as `model`.
+        prefix: The section that contains them, such as `model`.
     """
     from jsonargparse import ArgumentParser
 
@@ -259,12 +262,12 @@ def flags_of(parser: Any) -> list[str]:
 
 
 def suggestion(name: str, names: list[str], only_near: bool = False) -> str:
-    """What may have been meant by a name that there is not, empty if nothing is like it.
+    """The option that a wrong name probably means; empty if no option has a similar name.
 
     Args:
-        name: The wrong one.
-        names: Those that there are.
-        only_near: Whether it must be in the same section.
+        name: The wrong name.
+        names: The names of the existing options.
+        only_near: Whether to search only in the section of the wrong name.
     """
     section, _, last = name.rpartition(".")
     if last in SYNONYMS and (section in ("", "model", "data", "trainer") or SYNONYMS[last].startswith(f"{section}.")):
@@ -280,7 +283,7 @@ def suggestion(name: str, names: list[str], only_near: bool = False) -> str:
 
 
 def subclasses(base: type) -> dict[str, type]:
-    """All classes made of one, by their names."""
+    """All direct and indirect subclasses of a class, by their names."""
     found: dict[str, type] = {}
     kind: type
     for kind in base.__subclasses__():
@@ -291,7 +294,7 @@ def subclasses(base: type) -> dict[str, type]:
 
 
 def wrong_class(text: str, match: re.Match, arguments: list[str]) -> str:
-    """The sentence for a class that there is not."""
+    """The sentence for a class that does not exist or cannot be used."""
     option = option_of(text, match.start())
     given = match.groupdict()
     name = next((given[key] for key in ("name", "path", "value", "kind", "other") if given[key]), "")
@@ -301,26 +304,26 @@ def wrong_class(text: str, match: re.Match, arguments: list[str]) -> str:
     known = subclasses(base) if inspect.isclass(base) else {}
     close = difflib.get_close_matches(name.rpartition(".")[2], known, n=1)
     own = [kind for kind, made in known.items() if made.__module__.startswith("lm_lightning")]
-    hint = f"there are {', '.join(own)}" if option in ("model", "data") else ""
+    hint = f"use one of {', '.join(own)}" if option in ("model", "data") else ""
     hint = f"did you mean {close[0]}?" if close else hint
     why = "" if close or not given["why"] else f" ({' '.join(given['why'].split())})"
     if base is None and option.rpartition(".")[2] not in ("plugins", "strategy", "accelerator"):
         return f"{place(option, arguments)} is {shown(name)}, but must have options by name, such as {{name: value}}"
-    what = f"class of {base.__name__}" if inspect.isclass(base) else "class"
-    return f"{place(option, arguments)} is {shown(name)}, which is no {what}{why}: " + (
-        hint or "give a class's name, or its import path, such as package.module.Class"
+    what = f"subclass of {base.__name__}" if inspect.isclass(base) else "class"
+    return f"{place(option, arguments)} is {shown(name)}, which is not a {what}{why}: " + (
+        hint or "give the name of a class, or its import path, such as package.module.Class"
     )
 
 
 def required(text: str, match: re.Match, arguments: list[str]) -> str:
-    """The sentence for options that must be given."""
+    """The sentence for required options that are missing."""
     names, option = match[1].split(", "), option_of(text, match.start())
     if option:
         return f"{place(option, arguments)} needs {one_of([f'--{option}.{name}' for name in names])}"
     missing = {name.rpartition(".")[2] for name in names}
     if missing <= {"model", "data"} and not config_files(arguments):
         found = [str(file) for file in sorted(Path("configs").glob("*.yaml"))]
-        there = f"; there are {', '.join(found)}" if found else " (the project's configs/ has some)"
+        there = f"; available: {', '.join(found)}" if found else " (the project has some in configs/)"
         example = "configs/gpt.yaml" if "configs/gpt.yaml" in found else (found or ["FILE"])[0]
         return f"{arguments[0]} needs a config: {program(arguments[0])} --config {example}{there}"
     if missing <= {"model", "data"}:
@@ -332,7 +335,7 @@ def required(text: str, match: re.Match, arguments: list[str]) -> str:
 
 
 def wrong_value(text: str, match: re.Match, arguments: list[str]) -> str:
-    """The sentence for a value of another type than its option's."""
+    """The sentence for a value whose type is not the one of its option."""
     option = option_of(text, match.start())
     end = text.find("Given value:", match.start())
     start = max((key.end() for key in messages.KEY.finditer(text, 0, match.start())), default=0)
@@ -340,7 +343,7 @@ def wrong_value(text: str, match: re.Match, arguments: list[str]) -> str:
     value = match["value"]
     if value is None and end >= 0:
         value = given_value(text[end:])
-    for element in messages.EXPECTED.finditer(block):  # of a list of texts, such as names of columns
+    for element in messages.EXPECTED.finditer(block):  # in a list of strings, such as names of columns
         wrong = value if element["value"] is None else element["value"]
         if "<class 'str'>" in element["type"] and re.fullmatch(r"True|False|None|[-+\d.e_]+|nan|inf", wrong or ""):
             read = {"True": "true", "False": "false", "None": "null"}.get(wrong, wrong)

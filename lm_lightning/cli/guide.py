@@ -1,4 +1,4 @@
-"""The guide with which the help of `fit` and the other commands of the CLI begins."""
+"""The guide at the start of the help of `fit`, `validate`, `test` and `predict`."""
 
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ from lm_lightning.cli import explain
 
 
 class Help(DefaultHelpFormatter, RawDescriptionHelpFormatter):
-    """Help with the lines of a description as they are."""
+    """Help formatter that keeps the lines of the description."""
 
 
 TRAINING = """Trains a model.
@@ -19,27 +19,29 @@ TRAINING = """Trains a model.
   {program} --config configs/gpt.yaml --data.corpus.paths my_text.txt --trainer.max_steps 1000
   {program} --config my.yaml --config more.yaml --model.optimizer.lr 1e-3
 
-{recipes}A config chooses the classes of the model and the data. Their options are explained by
+{recipes}A config chooses the classes of the model and of the data. These commands explain their options:
 
   {program} --model.help {models}
   {program} --data.help {data}
 
-and the options of other classes by --trainer.callbacks.help EarlyStopping, --trainer.logger.help CSVLogger, ...
+Likewise for other classes: --trainer.callbacks.help EarlyStopping, --trainer.logger.help CSVLogger, ...
 --print_config prints all settings instead of training. The most common options:
 
-  --name, --runs_dir                place of the run folder: <runs_dir>/<name>/<time>
+  --name, --runs_dir                set the run folder, which is <runs_dir>/<name>/<time>
   --ckpt_path last                  resume the newest run of that name
-  --trainer.max_steps, max_epochs   length of the training
-  --trainer.devices, strategy       processes and how they share the work
-  --data.batch_size                 samples in a micro-batch of one process
-  --trainer.accumulate_grad_batches micro-batches in an optimizer step
+  --trainer.max_steps, --trainer.max_epochs
+                                    length of the training
+  --trainer.devices, --trainer.strategy
+                                    number of processes, and how they share the work
+  --data.batch_size                 samples per micro-batch and process
+  --trainer.accumulate_grad_batches micro-batches per optimizer step
   --model.pretrained                weights to start from: a folder, a run or a Hub name
-  --model.network                   or a new network, such as '{{model_type: gpt2, n_layer: 4}}'
-  --model.optimizer.lr              the learning rate
+  --model.network                   a new network instead, such as '{{model_type: gpt2, n_layer: 4}}'
+  --model.optimizer.lr              learning rate
   --best.monitor, --best.mode       metric that decides which checkpoint is the best
 
 All options:"""
-EVALUATION = """{what} Settings that you do not change are those of the run.
+EVALUATION = """{what} All settings are those of the run, except for the options that you give.
 
   {program} runs/gpt/2026-11-25_10-30-00
   {program} runs/gpt/2026-11-25_10-30-00 --ckpt_path last --data.corpus.paths other_text.txt
@@ -47,15 +49,18 @@ EVALUATION = """{what} Settings that you do not change are those of the run.
 
 The most common options:
 
-  --ckpt_path last              last, best or the path of a checkpoint; default: model/
-  --data.batch_size             samples in a batch of one process
-  --trainer.devices, strategy   as for fit; default: those of the training
-  --data.tables, data.corpus    other files than those of the training
+  --ckpt_path last              last, best or the path of a checkpoint; default: the weights in model/
+  --data.batch_size             samples per batch and process
+  --trainer.devices, --trainer.strategy
+                                as for fit; default: those of the training
+  --data.tables, --data.corpus  other files than those of the training
   --trainer.limit_{split}_batches
-                                limit of the number of batches
+                                maximum number of batches
 
-Options of the model and the data are explained by --model.help {models}
-and --data.help {data}.
+These options explain those of the model and of the data:
+
+  --model.help {models}
+  --data.help {data}
 
 All options:"""
 COMMANDS = {
@@ -74,9 +79,9 @@ def of_commands(commands: Iterable[str], model: type, data: type) -> dict[str, d
     """Usage and description of each command.
 
     Args:
-        commands: Their names.
-        model: Base of all models.
-        data: Base of all data modules.
+        commands: The names of the commands.
+        model: Base class of all models.
+        data: Base class of all data modules.
     """
     recipes = ", ".join(file.stem for file in sorted(Path("configs").glob("*.yaml")))
     found = {}
@@ -97,7 +102,7 @@ def of_commands(commands: Iterable[str], model: type, data: type) -> dict[str, d
 
 
 def one_line(base: type, first: str) -> str:
-    """The classes of a kind that this project has, one of them first."""
+    """The names of this project's subclasses of a class, in one line that begins with `first`."""
     own = [name for name, kind in explain.subclasses(base).items() if kind.__module__.startswith("lm_lightning.")]
     own = [name for name in own if not name.startswith(("Labelled", "Stream"))]
     return f"{first}  (or {', '.join(sorted(set(own) - {first}))})"

@@ -1,4 +1,4 @@
-"""The options of `fit`, `validate`, `test` and `predict`, beside those of the classes that are chosen."""
+"""The options of `fit`, `validate`, `test` and `predict`, except those of the chosen classes."""
 
 import ast
 import contextlib
@@ -34,31 +34,32 @@ TRAINER_DEFAULTS = {
         },
     ],
 }
-HELP = {  # where we differ from Lightning, or its help is too short
-    "ckpt_path": "Checkpoint to resume from, in `fit`, or to evaluate: `last`, the newest checkpoint of the newest run "
-    "of this name; `best`, the best one (not in `fit`); or the path of a checkpoint or a run folder.",
-    "weights_only": "Lightning's option for loading checkpoints. They are always loaded as tensors and plain values.",
+HELP = {  # where this project differs from Lightning, or Lightning's help is too short
+    "ckpt_path": "Checkpoint from which `fit` resumes, or which the other commands evaluate: `last`, the newest "
+    "checkpoint of the newest run of this name; `best`, the best one (not for `fit`); or the path of a checkpoint or a "
+    "run folder.",
+    "weights_only": "Has no effect: checkpoints are always loaded as tensors and plain values.",
     "trainer.default_root_dir": "Cannot be changed: it is the run folder, see --runs_dir and --name.",
     "trainer.enable_model_summary": "Whether to print Lightning's table of the network's layers.",
-    "trainer.log_every_n_steps": "Steps between two rows of the training metrics.",
-    "trainer.accumulate_grad_batches": "Micro-batches whose gradients are added up for one optimizer step.",
-    "trainer.limit_val_batches": "Batches of the validation split (an int), or a fraction of it (a float), in each "
-    "process. Default: all.",
-    "trainer.limit_test_batches": "Batches of the test split (an int), or a fraction of it (a float), in each process. "
-    "Default: all.",
-    "trainer.limit_predict_batches": "Batches to predict (an int), or a fraction of the data (a float), in each "
-    "process. Default: all.",
+    "trainer.log_every_n_steps": "Number of optimizer steps between two rows of the training metrics.",
+    "trainer.accumulate_grad_batches": "Number of micro-batches whose gradients are added up for one optimizer step.",
+    "trainer.limit_val_batches": "Number of validation batches of each process (int), or fraction of the validation "
+    "split (float). Default: all.",
+    "trainer.limit_test_batches": "Number of test batches of each process (int), or fraction of the test split "
+    "(float). Default: all.",
+    "trainer.limit_predict_batches": "Number of batches for which each process computes predictions (int), or fraction "
+    "of the data (float). Default: all.",
     "trainer.callbacks": "Callbacks to add, such as `--trainer.callbacks+=EarlyStopping "
     "--trainer.callbacks.monitor=val/loss`.",
     "best.dirpath": "Cannot be changed: checkpoints are written to `checkpoints/` of the run folder.",
     "last.dirpath": "Cannot be changed: checkpoints are written to `checkpoints/` of the run folder.",
-    "trainer.val_check_interval": "How often to validate: a float is a fraction of the epoch, an int a number of "
-    "optimizer steps (Lightning: of micro-batches), counted from the start of each epoch, or, with "
-    "--trainer.check_val_every_n_epoch null, over all epochs. The last step is always validated.",
-    "trainer.limit_train_batches": "Micro-batches of an epoch, or a fraction of the data (a float). The next epoch "
-    "continues with the next samples.",
-    "trainer.overfit_batches": "Trains on the same first micro-batches (an int, or a float: a fraction) in each epoch, "
-    "in the same order, and validates on as many batches of the validation split.",
+    "trainer.val_check_interval": "Interval between validations: a number of optimizer steps (int; Lightning counts "
+    "micro-batches), or a fraction of the epoch (float). It is counted from the start of each epoch or, with "
+    "--trainer.check_val_every_n_epoch null, over all epochs. There is always a validation at the last step.",
+    "trainer.limit_train_batches": "Number of micro-batches per epoch (int), or fraction of the data (float). The next "
+    "epoch continues with the next samples.",
+    "trainer.overfit_batches": "Number of micro-batches (int), or fraction of the data (float), on which every epoch "
+    "trains, in the same order. Validation uses the same number of batches of the validation split.",
 }
 
 
@@ -90,7 +91,7 @@ def add_options(parser: LightningArgumentParser) -> None:
         "--export",
         type=Weights,
         default="best",
-        help="Weights to save in model/ at the end of training: those of the best checkpoint (see best.monitor) or "
+        help="Weights to save in model/ at the end of training: those of the best checkpoint (see --best.monitor) or "
         "those of the last step.",
     )
     parser.add_lightning_class_args(Checkpoints, "best")
@@ -103,7 +104,7 @@ def add_options(parser: LightningArgumentParser) -> None:
 
 
 def as_yaml(argument: str) -> str:
-    """A flag with its value as YAML, where jsonargparse has converted it to Python syntax, such as `--path=None`."""
+    """Converts a flag's value back to YAML if jsonargparse has converted it to Python syntax, such as `--path=None`."""
     name, _, value = argument.partition("=")
     if value == "None" or value[:1] in ("[", "{"):
         with contextlib.suppress(ValueError, SyntaxError, RecursionError):

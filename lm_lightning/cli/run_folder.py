@@ -18,19 +18,19 @@ class RunFolder(SaveConfigCallback):
     """Writes config, environment, tokenizer and a description of the data into the run folder."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Lightning would write the config here, before the checkpoint is loaded, which may still be refused."""
+        """Does nothing: Lightning would write the config here, although the checkpoint may still be refused."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # all checks are done
         if not trainer.is_global_zero:
             return
         run = Path(trainer.default_root_dir)
         config = run / "config.yaml"
-        if config.exists():  # resumed: the earlier config is kept under another name
+        if config.exists():  # resumed: the previous config is kept under another name
             free = next(p for n in range(1, 10**6) if not os.path.lexists(p := run / f"config.{n}.yaml"))
             files.write_text(free, config.read_text(encoding="utf-8"))
         saving.write(self.parser, self.config, config)
         for logger in trainer.loggers:
-            if logger.log_dir is None:  # it has no files in the run folder, beside config.yaml
+            if logger.log_dir is None:  # it writes no files to the run folder
                 logger.log_hyperparams(yaml_text.load(config.read_text(encoding="utf-8")))
         files.write_text(run / "environment.json", json.dumps(environment(), indent=2))
         if (info := contract.optional(trainer.datamodule, "info")) is not None:

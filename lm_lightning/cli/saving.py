@@ -1,4 +1,4 @@
-"""Saving of a config: makes sure that what is written as YAML is the same configuration when it is read."""
+"""Saves configs, and checks that the YAML gives the same configuration when it is read again."""
 
 import warnings
 from collections.abc import Iterator
@@ -16,17 +16,17 @@ from lm_lightning.security.redaction import redact
 
 
 def checked(parser: LightningArgumentParser, config: Any) -> Any:
-    """A config that is the same when it is saved and parsed again.
+    """Returns a config that is the same after it is saved and parsed again.
 
-    Values that YAML cannot hold, such as functions, objects and open files, are omitted where they are the defaults of
-    a class, which come back by themselves.
+    Values that YAML cannot represent, such as functions, objects and open files, are omitted if they are defaults of a
+    class, as they are then set again when the config is parsed.
 
     Args:
-        parser: Of the config.
-        config: Is not changed.
+        parser: The parser of the config.
+        config: The config; not changed.
 
     Raises:
-        UserError: If there are others; names the option.
+        UserError: If there are other such values; names the option.
     """
     saved = config.clone()
     lost = [name for name, value in leaves(yaml_text.load(dumped(parser, saved))) if str(value).startswith(UNSAVEABLE)]
@@ -41,7 +41,7 @@ def checked(parser: LightningArgumentParser, config: Any) -> Any:
     except Exception as error:  # of any class that checks its own options
         raise refusal(lost, f"cannot be read again: {' '.join(str(error).split())[:200]}") from error
     if changed := different(config, again):
-        raise refusal(changed, "would be another value when it is read again")
+        raise refusal(changed, "would have another value when it is read again")
     return saved
 
 
@@ -57,17 +57,17 @@ def write(parser: LightningArgumentParser, config: Any, file: Path) -> None:
 
 
 def refusal(names: list[tuple], reason: str) -> UserError:
-    """Why a config cannot be saved."""
+    """The error for options that cannot be saved."""
     options = ", ".join(".".join(map(str, name)) for name in names) or "an option"
     return UserError(
-        f"{options} cannot be saved in config.yaml, so that the run could not be repeated ({reason}): use a number, "
-        "text, list or dict, a class by `class_path`, or a function by its import path"
+        f"{options} cannot be saved in config.yaml, so the run could not be repeated ({reason}): use a number, text, "
+        "list or dict, a class by `class_path`, or a function by its import path"
     )
 
 
 def dumped(parser: LightningArgumentParser, config: Any) -> str:
     """The config as YAML, as it is saved; it was validated when it was parsed."""
-    with warnings.catch_warnings():  # of what is checked here
+    with warnings.catch_warnings():  # about values that are checked here
         warnings.simplefilter("ignore")
         return parser.dump(config, skip_unset=False, skip_validation=True)
 
@@ -86,7 +86,7 @@ def leaves(value: Any, name: tuple = ()) -> Iterator[tuple[tuple, Any]]:
 
 
 def as_dict(value: Any) -> dict:
-    """The options of a namespace or dict, without changing those within them."""
+    """The options of a namespace or dict; nested options are not converted."""
     return value if isinstance(value, dict) else vars(value)
 
 
@@ -97,7 +97,7 @@ def different(config: Any, again: Any) -> list[tuple]:
 
 
 def same(one: Any, other: Any) -> bool:
-    """Whether two values are equal, both are not a number, or they are copies of an object."""
+    """Whether two values are equal, both NaN, or copies of the same object."""
     try:
         if type(one) is type(other) and not callable(one) and hasattr(one, "__dict__") and vars(one) == vars(other):
             return True
@@ -107,7 +107,7 @@ def same(one: Any, other: Any) -> bool:
 
 
 def remove(config: Any, name: tuple) -> None:
-    """Removes the option of a class that a value belongs to, if it is one of a class."""
+    """Removes the class option that contains a value, if there is one."""
     holder = config
     for position, part in enumerate(name):
         here: Any = holder if isinstance(holder, list) else as_dict(holder)

@@ -1,4 +1,4 @@
-"""Config files: YAML in, one tree of options out, in which later files change earlier ones key by key."""
+"""Reads config files and merges them key by key, so that later files override earlier ones."""
 
 import argparse
 import difflib
@@ -17,7 +17,7 @@ from lm_lightning.security.redaction import remember
 from lm_lightning.yaml_text import LARGEST, dump, explain_error, load
 
 SECTIONS = ("model", "data", "trainer", "best", "last")
-KINDS = ("class_path", "model_type")  # what else a mapping has belongs to the value of these
+KINDS = ("class_path", "model_type")  # keys whose value decides which other keys a mapping may have
 SPEC = {"class_path", "init_args", "dict_kwargs"}
 
 set_loader("yaml", load, (yaml.YAMLError,))  # for the values of flags, too
@@ -26,7 +26,7 @@ set_dumper("yaml", dump)
 
 
 class Parser(ArgumentParser):
-    """Parser of a command: options are not abbreviated, and a refusal knows which there are."""
+    """Parser of a command: options cannot be abbreviated, and its errors have the names of the existing options."""
 
     def __init__(self, *args: Any, allow_abbrev: bool = False, exit_on_error: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, allow_abbrev=allow_abbrev, exit_on_error=exit_on_error, **kwargs)
@@ -40,10 +40,10 @@ class Parser(ArgumentParser):
 
 
 def read(file: str) -> dict[str, Any]:
-    """The options in a config file; a section may be the name of a file of its own, relative to it.
+    """Reads the options of a config file. The value of a section may be the name of another file, relative to this one.
 
     Raises:
-        UserError: Names the file, and the line if there is one.
+        UserError: If the file cannot be read; names the file, and the line if possible.
     """
     path = Path(file).expanduser()
     if not path.is_file():
@@ -56,15 +56,15 @@ def read(file: str) -> dict[str, Any]:
         close = difflib.get_close_matches(path.name, [other.name for other in near], n=1)
         raise UserError(
             f"there is no config file {file}"
-            + (f": did you mean {path.parent / close[0]}?" if close else f"; there are {names(near)}" if near else "")
+            + (f": did you mean {path.parent / close[0]}?" if close else f"; available: {names(near)}" if near else "")
         )
     try:
         if path.stat().st_size > LARGEST:
-            raise UserError(f"the config {file} has more than {LARGEST:,} bytes: is it a config?")
+            raise UserError(f"the config {file} has more than {LARGEST:,} bytes: is it a config file?")
         content = load(path.read_text(encoding="utf-8-sig"))
         remember(content)
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"the config {file} cannot be read: it is not text in UTF-8 ({error})") from error
+        raise UserError(f"the config {file} cannot be read as UTF-8 text ({error})") from error
     except yaml.YAMLError as error:
         raise UserError(f"{file}{explain_error(error)}") from error
     if content is None:
@@ -86,21 +86,21 @@ def read(file: str) -> dict[str, Any]:
 
 
 def names(files: list[Path]) -> str:
-    """Names of files for a message, not too many."""
+    """The names of the first few files, for a message."""
     return ", ".join(map(str, files[:8])) + (", ..." if len(files) > 8 else "")
 
 
 def merge(options: dict[str, Any], later: dict[str, Any], file: str, where: str = "") -> None:
-    """Changes options by those of a later file, key by key.
+    """Overrides options by those of a later file, key by key.
 
-    A mapping of another class or model type takes the place of the earlier one, whose settings are not its own. What
-    ends with `+` is appended to a list.
+    A mapping with another class or model type replaces the earlier mapping completely, whose settings belong to the
+    earlier class. The value of a key that ends with `+` is appended to a list.
 
     Args:
-        options: Are changed.
-        later: The later ones.
-        file: Where they are from, for messages.
-        where: Where they stand, such as `model`.
+        options: The earlier options; changed in place.
+        later: The later options.
+        file: The file that contains `later`, for messages.
+        where: The section that contains the options, such as `model`.
     """
     for key, value in later.items():
         name = f"{where}.{key}" if where else key
@@ -130,12 +130,12 @@ def merge(options: dict[str, Any], later: dict[str, Any], file: str, where: str 
 
 
 def other(before: Any, later: Any) -> bool:
-    """Whether two names are of different classes, as far as they say it."""
+    """Whether two values name different classes; False if one of them names none."""
     return None not in (before, later) and str(before).rpartition(".")[2] != str(later).rpartition(".")[2]
 
 
 def report(name: str, change: str, before: dict[str, Any], later: Any) -> None:
-    """Tells of settings that a change has dropped."""
+    """Prints which settings a change has dropped."""
     own, new = settings_of(before), settings_of(later)
     dropped = [key for key in own if key not in new and key not in KINDS]
     if dropped and first_process():
@@ -153,12 +153,12 @@ def settings_of(value: Any) -> dict[str, Any]:
 
 
 def report_replaced(options: Any, config: Any, name: str = "") -> None:
-    """Tells of settings in config files that flags have dropped, with the class that they belong to or as a whole.
+    """Prints which settings of config files were dropped because a flag replaced their class or their mapping.
 
     Args:
-        options: Those in the config files.
-        config: What they and the flags have become.
-        name: Where they stand.
+        options: The options in the config files.
+        config: The final options, of config files and flags.
+        name: The section that contains them.
     """
     for key, value in options.items():
         final, own = config.get(key, value), f"{name}.{key}".lstrip(".")
@@ -168,15 +168,15 @@ def report_replaced(options: Any, config: Any, name: str = "") -> None:
             report(own, f"a flag has chosen {final['class_path']} instead of {value['class_path']}", value, {})
         else:
             if isinstance(final, dict) and not value.keys() <= final.keys():
-                report(own, "a flag has replaced the whole", value, final)
+                report(own, "a flag has replaced all of it", value, final)
             report_replaced(value, final, own)
 
 
 def layered(arguments: list[str]) -> tuple[dict[str, Any], list[str], list[str]]:
-    """Reads the config files of a command line; flags win, wherever they stand.
+    """Reads the config files of a command line. Flags override them, whether they come before or after.
 
     Args:
-        arguments: Of a command.
+        arguments: The arguments of a command.
 
     Returns:
         The options of all files, the names of the files, and the other arguments.
@@ -191,7 +191,7 @@ def layered(arguments: list[str]) -> tuple[dict[str, Any], list[str], list[str]]
 
 
 def as_argument(options: dict[str, Any]) -> list[str]:
-    """Options as an argument of a command, with types that no parser can take for others."""
+    """Converts options to an argument of a command, quoted so that every parser reads the same types."""
     return (
         ["--config", yaml.safe_dump(options, default_style='"', allow_unicode=True, sort_keys=False)] if options else []
     )

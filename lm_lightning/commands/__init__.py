@@ -1,1 +1,1 @@
-"""Commands that do not train: typed functions, one file a command."""
+"""Commands that do not train. Each is a typed function in a file of its own."""

@@ -1,4 +1,4 @@
-"""`export`: a checkpoint in, a folder that plain `transformers` loads out, checked."""
+"""`export`: converts a checkpoint to a folder that plain `transformers` can load, and checks it."""
 
 from pathlib import Path
 from typing import Any, Optional
@@ -15,17 +15,17 @@ def export(
 ) -> None:
     """Converts a checkpoint to a `from_pretrained` folder and checks that the folder gives the same logits.
 
-    An adapter is merged into its base model, which is loaded from its original place. Without `output`, the adapter
-    alone is also written to `adapter/` in the run folder.
+    An adapter is merged into its base model, which is loaded from its original location. Without `output`, the adapter
+    is also written by itself to `adapter/` in the run folder.
 
     Args:
         run: Run folder.
         checkpoint: `last`, `best` or another name in the run's `checkpoints/`, or the path of a checkpoint file.
-            Default: the one that training exports at its end: the best one if a metric is monitored and the run did
-            not have `--export last`, otherwise the last one.
+            Default: the one that training exports at its end, which is the best one if a metric is monitored and
+            `--export last` was not given, otherwise the last one.
         output: Folder to write, which must not exist. Default: `model/` in the run folder, which is replaced.
-        max_shard_size: Maximum size of a file of weights, such as `5GB`; larger weights are split into several files.
-            Default: that of `transformers`.
+        max_shard_size: Maximum size of a weights file, such as `5GB`; larger weights are split into several files.
+            Default: the one of `transformers`.
     """
     from lm_lightning.checkpoints.loading import CheckpointFolder, find_checkpoint, load_checkpoint
 
@@ -33,14 +33,14 @@ def export(
     if output is None:
         untrusted.refuse_links(folder_of_run)
     elif Path(output).exists():
-        raise UserError(f"the output folder {output} exists already: remove it or name another one")
+        raise UserError(f"the output folder {output} exists already: remove it, or give another --output")
     checkpoints = folder_of_run / "checkpoints"
     file, _ = find_checkpoint(checkpoint, checkpoints) if checkpoint else CheckpointFolder(checkpoints).exported()
-    saved = load_checkpoint(file, verified=True)  # with the tensors of a sharded one
+    saved = load_checkpoint(file, verified=True)  # including the tensors of a sharded checkpoint
     about = {"checkpoint": file.stem, "step": saved["global_step"]} | score(saved, file)
     folder = Path(output or folder_of_run / "model")
     if reason := files.unwritable(folder):
-        raise UserError(f"the folder {folder} cannot be made ({reason}): name another --output")
+        raise UserError(f"cannot create the folder {folder} ({reason}): give another --output")
     adapter = None if output else folder_of_run / "adapter"
     write(saved, folder_of_run / "tokenizer", folder, about, adapter, max_shard_size)
     print(f"checkpoint: {file}, {runs.describe_weights(about)}")
@@ -48,7 +48,7 @@ def export(
 
 
 def score(saved: dict[str, Any], file: Path) -> dict[str, Any]:
-    """Metric and score of a checkpoint that was the best when it was saved."""
+    """Metric and score of a checkpoint that was the best one when it was saved; empty for others."""
     for state in saved.get("callbacks", {}).values():
         if not isinstance(state, dict) or state.get("best_model_score") is None:
             continue
@@ -70,14 +70,14 @@ def write(
 
     Args:
         saved: The checkpoint.
-        tokenizer: Folder of the tokenizer of its run.
-        folder: To write.
+        tokenizer: Folder of its run's tokenizer.
+        folder: Folder to write.
         about: Name, step and score of the checkpoint.
-        adapter: Folder for the files of its adapter, if it has one.
+        adapter: Folder for its adapter; None to not write one.
         max_shard_size: See `export`.
 
     Raises:
-        UserError: If the checkpoint is damaged or forged, or the tokenizer is another one.
+        UserError: If the checkpoint is damaged or forged, or was trained with a different tokenizer.
     """
     from lm_lightning.models.export import changes_of, model_of
 
@@ -87,11 +87,11 @@ def write(
         model.write(folder, about, changes_of(saved), adapter, max_shard_size, check=True)
     except UserError:
         raise
-    except Exception as error:  # classes of transformers raise anything for settings that make no sense
+    except Exception as error:  # classes of transformers raise any type of error for invalid settings
         reason = " ".join(str(error).split())[:300]
         raise UserError(
-            "the checkpoint cannot be exported, as its description and weights do not fit together "
-            f"({type(error).__name__}: {reason}): it is damaged, or was changed"
+            "the checkpoint cannot be exported, as its description does not match its weights "
+            f"({type(error).__name__}: {reason}): the file is damaged or was changed"
         ) from error
 
 
@@ -99,7 +99,7 @@ def own_tokenizer(saved: dict[str, Any], folder: Path) -> Any:
     """The tokenizer of a checkpoint, None if its data has none.
 
     Raises:
-        UserError: If the folder has another one.
+        UserError: If the folder contains a different tokenizer.
     """
     from lm_lightning.data import tokenizer as tokenizers
 
@@ -107,7 +107,10 @@ def own_tokenizer(saved: dict[str, Any], folder: Path) -> Any:
         return None
     own = tokenizers.load(str(folder))
     if saved.get("tokenizer", tokenizers.fingerprint(own)) != tokenizers.fingerprint(own):
-        raise UserError(f"the checkpoint was made with another tokenizer than {folder}: nothing is exported")
+        raise UserError(
+            f"the checkpoint was not trained with the tokenizer in {folder}, so it cannot be exported: restore the "
+            "tokenizer of its run"
+        )
     return own
 
 

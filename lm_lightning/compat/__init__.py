@@ -1,5 +1,5 @@
-"""What this project uses of other libraries beside their public API, a module for each library.
+"""Everything that this project uses of other libraries outside of their public APIs, one module per library.
 
-Each function or constant here gives the reason and the public alternative that was considered, and has a test in
-tests/compat that fails when the library changes. Optional features have a `compat.py` in their own folder.
+The docstring of each function or constant has the reason and the public alternative that was considered; a test in
+tests/compat fails when the library changes. Optional features have a `compat.py` in their own folder.
 """

@@ -1,4 +1,4 @@
-"""jsonargparse: parsers of classes, and how it imports them."""
+"""jsonargparse: parsers for the options of classes, and the import of classes."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -6,9 +6,9 @@ from typing import Any
 from jsonargparse import ArgumentParser, _actions, _typehints
 
 UNSAVEABLE = "Unable to serialize instance"
-"""The beginning of the text that `dump` writes for a value that YAML cannot hold.
+"""The beginning of the text that `dump` writes for a value that YAML cannot represent.
 
-Alternative: none, such values raise no error.
+Alternative: none, such values do not raise an error.
 """
 
 
@@ -21,27 +21,27 @@ def option_names(parser: ArgumentParser) -> list[str]:
 
 
 def set_help(parser: ArgumentParser, help_of: Mapping[str, str]) -> None:
-    """Replaces the help of options that a class has brought, by their names.
+    """Replaces the help of options that were added for a class, by their names.
 
-    Alternative: to add each option by hand, without its class.
+    Alternative: adding each option individually, without its class.
     """
     for action in parser._actions:
         action.help = help_of.get(action.dest, action.help)
 
 
 def parses_class_options(parser: ArgumentParser) -> bool:
-    """Whether a parser is one that jsonargparse makes for the options of a class.
+    """Whether jsonargparse created a parser for the options of a class.
 
-    Alternative: none, both are made by the same class.
+    Alternative: none, all parsers are instances of the same class.
     """
     return getattr(parser, "_inner_parser", False)
 
 
 def keep_own_settings(parser_or_action: Any, before: Any, value: Any) -> None:
-    """Removes the settings of a class when another one is chosen, which has its own defaults.
+    """Removes the settings of a class when another class, with its own defaults, is chosen.
 
-    jsonargparse would keep those that the new class accepts, even if they are defaults of the old one. Alternative:
-    none, there is no setting for it.
+    jsonargparse would keep those that the new class accepts, even if they are defaults of the old class. Alternative:
+    none, there is no setting for this.
     """
     before = _typehints.subclass_spec_as_namespace(before)
     if before and before.get("init_args") and before["class_path"] != value["class_path"]:
@@ -54,10 +54,10 @@ def install_class_settings() -> None:
 
 
 def guard_imports(guarded: Callable[[Callable], Callable]) -> None:
-    """Puts a function around the one that imports the class that a value names.
+    """Wraps the function that imports the class that a value names.
 
-    Alternative: `import_path_allowlist` of `set_parsing_settings` (4.53), which knows names but not the classes behind
-    them, and is the same list for configs that may import anything and those that may not.
+    Alternative: `import_path_allowlist` of `set_parsing_settings` (4.53), which checks names but not the classes to
+    which they refer, and which is the same list for trusted and untrusted configs.
     """
     for module in (_actions, _typehints):
         module.import_object = guarded(module.import_object)  # type: ignore[attr-defined]

@@ -1,14 +1,14 @@
-"""jsonargparse: the texts of its errors, from which ours are made.
+"""jsonargparse: patterns for the texts of its errors, from which this project makes its own messages.
 
-Alternative: none. Its errors are all `argparse.ArgumentError` with one text, and have no attributes for the option, the
-value or the type that it is about.
+Alternative: none. All its errors are `argparse.ArgumentError` with a text, without attributes for the option, the value
+or the type.
 """
 
 import re
 
-# The option that a text is about, and others within it
+# An option that a text mentions; the first one is the one that caused the error
 KEY = re.compile(r'Parser key "([^"]+)"')
-# An option that there is not
+# An option that does not exist
 UNKNOWN = re.compile(r"Option '([^']+)' is not accepted|does not accept option '([^']+)'|unrecognized arguments: (.+)")
 # A class that cannot be found or used
 CLASS = re.compile(
@@ -18,9 +18,9 @@ CLASS = re.compile(
     r"|Import path (?P<other>\S*) ?does not correspond to a subclass|Expected '(?P<kind>\S+)' to be a (?:sub)?class"
     r"|expects a function or a callable class: (?:Expected an import path|Dict must)"
 )
-# Options that must be given
+# Required options that are missing
 REQUIRED = re.compile(r"the following arguments are required: (.+)")
-# A value of another type
+# A value of the wrong type
 EXPECTED = re.compile(
     r"Expected a (?!path but|dot import)(?P<type>.*?)(?:\. Got value: (?P<value>.*?))?(?:\. Got value: .*)?$", re.M
 )
@@ -28,18 +28,18 @@ EXPECTED = re.compile(
 SUBTYPES = re.compile(r"<class '(?:[\w.]*\.)?(\w+)'>|typing\.Literal\[([^\]]*)\]|\b(\w+)\[|tuple with (\d+)")
 TYPES = re.compile(r"Subtypes: (.*)")
 GIVEN = re.compile(r"Given value: (.*)")
-NESTED = re.compile(r"^NestedArg\(key=.*?, val='?(.*?)'?\)$")  # as which it may show a value
+NESTED = re.compile(r"^NestedArg\(key=.*?, val='?(.*?)'?\)$")  # representation of some values
 WITH_CLASS = re.compile(r"\. Got value: Namespace\(class_path='([^']+)'")
 CONFIG = re.compile(r"Unable to load config '(.*)'")
 ARGUMENT = re.compile(r"argument (?:-\w/)?(--[\w.]+)")
 GROUP = re.compile(r"Group '([^']+)'")
-CHOSEN = re.compile(r"class_path '([^']+)'")  # a class whose options are read
+CHOSEN = re.compile(r"class_path '([^']+)'")  # a class whose options are parsed
 
 
 def tried_types(text: str) -> list[str]:
-    """The reasons against the types of an option that accepts several, without those that a value of another type has.
+    """The errors of classes in a text that lists, for each type that an option accepts, why the value does not fit.
 
-    What is left are the errors of the classes themselves.
+    Reasons that only state that the value has another type are omitted.
     """
     if not text.startswith("Does not validate against any of the Union"):
         return []

@@ -16,7 +16,7 @@ from lightning.pytorch.loops.fit_loop import _FitLoop
 
 
 class Override(NamedTuple):
-    """A private method of Lightning's that a class of ours replaces."""
+    """A private method of Lightning that one of our classes overrides."""
 
     base: str
     method: str
@@ -29,58 +29,58 @@ OVERRIDES = (
         "lightning.pytorch.callbacks.ModelCheckpoint",
         "_should_save_on_train_epoch_end",
         "lm_lightning.checkpoints.callback.Checkpoints",
-        "Lightning would save at the end of an epoch before its validation. save_on_train_epoch_end=False is no "
-        "alternative: nothing would be saved then in runs without validation.",
+        "Lightning would save at the end of an epoch before its validation. save_on_train_epoch_end=False is not an "
+        "alternative, as runs without validation would then save nothing.",
     ),
     Override(
         "lightning.pytorch.callbacks.ModelCheckpoint",
         "_monitor_candidates",
         "lm_lightning.checkpoints.callback.Checkpoints",
-        "Lightning keeps the metrics of a validation, and would give a later step the score of an earlier one. "
+        "Lightning keeps the metrics of a validation, and would assign them to later steps without a validation. "
         "trainer.callback_metrics cannot be cleared between steps, as loggers and EarlyStopping read it.",
     ),
     Override(
         "lightning.pytorch.callbacks.ModelCheckpoint",
         "_save_topk_checkpoint",
         "lm_lightning.checkpoints.callback.Checkpoints",
-        "Lightning fails if an epoch or the run ends at a step without a validation. There is no public hook there.",
+        "Lightning fails if an epoch or the run ends at a step without a validation. There is no public hook for this.",
     ),
     Override(
         "lightning.pytorch.loggers.csv_logs.ExperimentWriter",
         "_check_log_dir_exists",
         "lm_lightning.callbacks.metrics_file.Rows",
         "Lightning removes metrics.csv before the checkpoint of a resumed run is checked. A logger without "
-        "ExperimentWriter would be a copy of it.",
+        "ExperimentWriter would have to duplicate it.",
     ),
     Override(
         "lightning.pytorch.loggers.csv_logs.ExperimentWriter",
         "_rewrite_with_new_header",
         "lm_lightning.callbacks.metrics_file.Rows",
-        "Lightning writes over the file, so that a killed process would lose it.",
+        "Lightning overwrites the file in place, so it would be lost if the process is killed.",
     ),
     Override(
         "lightning.pytorch.cli.LightningCLI",
         "_parse_ckpt_path",
         "lm_lightning.cli.app.CLI",
-        "Lightning replaces settings of the command line by hyperparameters of the checkpoint, and fails at those that "
-        "no class has. save_hyperparameters is not used, but a checkpoint of somebody else may have some.",
+        "Lightning replaces settings of the command line by hyperparameters of the checkpoint, and fails if no class "
+        "has them. This project does not call save_hyperparameters, but a foreign checkpoint may contain some.",
     ),
 )
 
-# Beginnings (regular expressions) of warnings that a run would print although nothing is wrong. Lightning has no
-# categories or switches for single warnings.
+# Regular expressions for the start of warnings that a run would print although nothing is wrong, and the reasons.
+# Lightning has no categories or switches for single warnings.
 EXPECTED_WARNINGS = {
     "Experiment logs directory": "MetricsFile continues the file",
-    "Checkpoint directory .* exists and is not empty": "so it is when a run is resumed",
-    "You're resuming from a checkpoint that ended before the epoch ended": "the sampler continues by itself",
-    "The '.*' does not have many workers": "blocks come from a memory map",
+    "Checkpoint directory .* exists and is not empty": "expected when a run is resumed",
+    "You're resuming from a checkpoint that ended before the epoch ended": "the sampler restores its position",
+    "The '.*' does not have many workers": "blocks are read from a memory map",
     "The dirpath has changed": "a run that starts from an earlier checkpoint has its own folder",
     "It is recommended to use `self.log": "the logged values are equal on all ranks",
     "LightningCLI's args parameter is intended": "`compress` uses it",
     "The number of training batches .* is smaller than the logging interval": "steps are logged across epochs",
     "You are using a custom batch sampler": "SequentialBatches omits no sample",
 }
-# As above, of torch and torchmetrics, for what Lightning and our metrics do with them.
+# The same for warnings of torch and torchmetrics that Lightning and our metrics cause
 EXPECTED_WARNINGS_OF_OTHERS = {
     "`isinstance\\(treespec, LeafSpec\\)` is deprecated": "Lightning uses it",
     "Metric `SpearmanCorrcoef` will save all": "the correlation needs all values",
@@ -88,9 +88,9 @@ EXPECTED_WARNINGS_OF_OTHERS = {
 
 
 def hide_expected_warnings() -> None:
-    """Hides warnings that mean nothing in our runs, and what Lightning reports about its choices.
+    """Hides warnings that are irrelevant to our runs, and Lightning's messages about its choices.
 
-    Alternative: none. `Trainer(enable_model_summary=False)` hides one of the reports.
+    Alternative: none. `Trainer(enable_model_summary=False)` hides only one of the messages.
     """
     for library in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(library).setLevel(logging.WARNING)
@@ -107,15 +107,15 @@ The base class is private since Lightning 2.0. Alternative: none. Callbacks cann
 
 
 def subcommand_parser(cli: LightningCLI, name: str) -> LightningArgumentParser:
-    """The parser of a subcommand, which dumps and defaults need.
+    """The parser of a subcommand, which is needed to dump its config and to get its defaults.
 
-    Alternative: `cli.parser` is the parser of all subcommands, whose own are not public in jsonargparse, either.
+    Alternative: `cli.parser` is the parser of all subcommands; jsonargparse does not publish those of each, either.
     """
     return cli._parser(name)
 
 
 def cluster_environment(trainer: Trainer) -> ClusterEnvironment:
-    """The environment that the processes were started in, such as SLURM.
+    """The environment in which the processes were started, such as SLURM.
 
     Alternative: `trainer.strategy.cluster_environment`, which strategies for a single device do not have.
     """
@@ -123,9 +123,10 @@ def cluster_environment(trainer: Trainer) -> ClusterEnvironment:
 
 
 def disable_signal_broadcast(trainer: Trainer) -> None:
-    """Stops Lightning from asking all processes at each batch whether one got SIGTERM.
+    """Stops Lightning from checking at each batch whether a process received SIGTERM.
 
-    It makes all of them wait for their devices. Alternative: none, there is no switch. Preemption asks on the host.
+    The check makes all processes wait for their devices. Alternative: none, there is no switch. The Preemption callback
+    checks on the CPU instead.
     """
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
 
@@ -133,7 +134,7 @@ def disable_signal_broadcast(trainer: Trainer) -> None:
 def validation_is_due(trainer: Trainer) -> bool:
     """Whether Lightning validates after the latest batch.
 
-    Alternative: to compute it from `val_check_interval` and others again, which would be a copy of 30 lines.
+    Alternative: computing it from `val_check_interval` and other options, which would duplicate 30 lines.
     """
     fetcher = trainer.fit_loop._data_fetcher
     assert fetcher is not None  # there is one when training has started
@@ -141,7 +142,7 @@ def validation_is_due(trainer: Trainer) -> bool:
 
 
 def repeat_validation(trainer: Trainer) -> None:
-    """Makes a resumed run begin with the validation that its checkpoint did not finish.
+    """Makes a resumed run start with the validation that was not finished when its checkpoint was saved.
 
     Lightning would assume that it was finished. Alternative: none, the loop's state is not public.
     """
@@ -169,8 +170,8 @@ def set_logged_steps(trainer: Trainer, steps: int) -> None:
 def check_after_validation(callback: EarlyStopping) -> None:
     """Makes an EarlyStopping check its metric after validations, unless the user has chosen the end of epochs.
 
-    By default Lightning checks at the end of an epoch, where the metric may be missing or old. Alternative: to pass
-    `check_on_train_epoch_end`, but whether the user has passed it is in this attribute only.
+    By default, Lightning checks at the end of an epoch, where the metric may be missing or outdated. Alternative: to
+    pass `check_on_train_epoch_end`, but only this attribute shows whether the user has passed it.
     """
     if callback._check_on_train_epoch_end is None:
         callback._check_on_train_epoch_end = False
@@ -185,9 +186,9 @@ def saves_by_default(callback: Any) -> bool:
 
 
 def writer_of(logger: CSVLogger, make: Callable[[], ExperimentWriter]) -> ExperimentWriter:
-    """The writer of a CSVLogger, which is made when it is first needed.
+    """The writer of a CSVLogger, which is created when it is first needed.
 
-    The logger closes it by its private attribute. Alternative: none, the logger always makes one of its own class.
+    The logger closes the writer in its private attribute. Alternative: none, the logger always creates its own class.
     """
     if logger._experiment is None:
         logger._experiment = make()

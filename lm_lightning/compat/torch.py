@@ -1,4 +1,4 @@
-"""PyTorch: kernels and messages. (It is imported in the functions, since each start reads this file.)"""
+"""PyTorch: kernels and messages. (Functions import it, as every command imports this file.)"""
 
 import logging
 import os
@@ -16,9 +16,9 @@ LOST_PEER = re.compile(r"(closed|reset) by peer|remote (process|worker)|Broken p
 
 
 def multiply(tensors: Sequence["Tensor"], factor: "Tensor") -> None:
-    """Multiplies tensors in place by a number, () float, in one kernel where devices have one.
+    """Multiplies tensors in place by a scalar tensor, () float, in a single kernel if the device supports it.
 
-    Alternative: a loop, which starts a kernel for each of hundreds of gradients.
+    Alternative: a loop, which launches a kernel for each of hundreds of gradients.
     """
     import torch
 
@@ -26,23 +26,23 @@ def multiply(tensors: Sequence["Tensor"], factor: "Tensor") -> None:
 
 
 def skip_step_if(optimizer: "Optimizer", skipped: "Tensor") -> None:
-    """Has a fused optimizer skip its next step in its kernels, without a wait for the device.
+    """Makes a fused optimizer skip its next step within its kernels, without waiting for the device.
 
-    `torch.amp.GradScaler` passes it in the same way. Alternative: GradScaler itself, which scales losses, too.
+    `torch.amp.GradScaler` does it in the same way. Alternative: GradScaler itself, which also scales losses.
 
     Args:
-        optimizer: With `fused=True`.
-        skipped: Whether to skip it, () bool.
+        optimizer: An optimizer with `fused=True`.
+        skipped: Whether to skip the step, () bool.
     """
     optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
 
 
 def hide_messages() -> None:
-    """Hides warnings of PyTorch and libraries on it: of kernels for GPUs that are not there, of casts in each layer.
+    """Hides warnings of PyTorch and its libraries, as about kernels for missing GPUs or about casts in each layer.
 
-    Must come before torch is imported. Alternative: none, they are logged at import.
+    Must be called before torch is imported. Alternative: none, they are logged at import.
     """
-    # the profiler reports each of its steps, and PyTorch's C++ code warns of things that nobody can change
+    # The profiler logs each of its steps, and PyTorch's C++ code warns about things that a user cannot change.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     for library in ("torchao", "torch.utils._pytree", "bitsandbytes"):

@@ -1,4 +1,4 @@
-"""transformers: messages that it has no switch for. (It is imported in the functions, since it takes seconds.)"""
+"""transformers: messages that cannot be switched off. (Functions import it, as the import takes seconds.)"""
 
 import logging
 import re
@@ -7,8 +7,8 @@ import re
 def hide_load_report() -> None:
     """Hides the table of tensors that `from_pretrained` and `save_pretrained` print, and their progress bars.
 
-    What that table says (which tensors are new) is reported in one line where it matters. Alternative: a higher
-    verbosity of `transformers.logging`, which would hide all other warnings, too.
+    The content of the table (which tensors are new) is printed in one line where it matters. Alternative: a higher
+    verbosity of `transformers.logging`, which would also hide all other warnings.
     """
     from transformers.utils.logging import disable_progress_bar, get_logger
 
@@ -19,12 +19,12 @@ def hide_load_report() -> None:
 
 
 def no_load_report(record: logging.LogRecord) -> bool:
-    """A filter of log records."""
+    """Filter for log records."""
     return "LOAD REPORT" not in record.getMessage()
 
 
 def refused_settings(error: ValueError) -> list[str]:
-    """The settings that `GenerationConfig.validate(strict=True)` has refused, from its message.
+    """The settings that `GenerationConfig.validate(strict=True)` refuses, read from its message.
 
     Alternative: none, the error has no attributes.
     """
@@ -33,8 +33,8 @@ def refused_settings(error: ValueError) -> list[str]:
 
 
 def needs_remote_code(error: Exception) -> bool:
-    """Whether `from_pretrained` has failed as the folder has Python code that it was not allowed to run.
+    """Whether `from_pretrained` failed because the folder has Python code that it was not allowed to run.
 
-    Alternative: none, it is a ValueError as others are.
+    Alternative: none, it is a ValueError like other errors.
     """
     return "trust_remote_code" in str(error)

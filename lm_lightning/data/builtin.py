@@ -1,7 +1,7 @@
-"""The built-in corpus: the English prose that every Python installation brings along.
+"""The built-in corpus: the English prose that is part of every Python installation.
 
-It is made of the language reference in `pydoc_data.topics` and of the docstrings of the standard library, so that a
-first training needs no download. The text depends on the Python version; `fingerprint` tells two of them apart.
+It consists of the language reference in `pydoc_data.topics` and of the docstrings of the standard library, so that a
+first training needs no download. The text depends on the Python version, and so does its `fingerprint`.
 """
 
 import ast
@@ -19,7 +19,7 @@ from pathlib import Path
 from lm_lightning.errors import UserError
 from lm_lightning.files import write_text
 
-_RULES = 1  # part of the cache's name: raise it when a change of this file changes the text
+_RULES = 1  # part of the cache's name: increase it when a change of this file changes the text
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
@@ -36,11 +36,11 @@ def documents(cache_dir: Path) -> list[tuple[str, str]]:
     """Return the built-in corpus as `(name, text)` pairs, in the same order on every call.
 
     A document is one topic of the language reference or one module. Its paragraphs are single lines with a blank
-    line between them, and no paragraph occurs twice in the corpus. Extraction takes seconds, so the result is kept
-    as a file in `cache_dir`.
+    line between them, and no paragraph occurs twice in the corpus. Extraction needs several seconds, so the result is
+    cached as a file in `cache_dir`.
 
     Raises:
-        UserError: this Python comes without its sources, as a frozen one does.
+        UserError: This Python installation has no sources, as is the case for frozen ones.
     """
     modules = _modules()
     key = json.dumps([_RULES, sys.version, [(name, path.stat().st_size) for name, path in modules]])
@@ -48,7 +48,7 @@ def documents(cache_dir: Path) -> list[tuple[str, str]]:
     if cache.exists():
         return [tuple(json.loads(line)) for line in cache.read_text(encoding="utf-8").splitlines()]
     result = list(_extract(modules))
-    with contextlib.suppress(PermissionError):  # a cache of another user, perhaps: it can be read all the same
+    with contextlib.suppress(PermissionError):  # perhaps a cache of another user, which can still be read
         cache_dir.mkdir(parents=True, exist_ok=True)
         write_text(cache, "".join(json.dumps(document) + "\n" for document in result))
     return result
@@ -69,8 +69,8 @@ def _modules() -> list[tuple[str, Path]]:
         found += [(f"stdlib/{path.relative_to(root).as_posix()}", path) for path in paths]
     if not found:
         raise UserError(
-            f"The built-in corpus needs the sources of the standard library, and there are none in {root}; "
-            "give your own text with --data.corpus.paths."
+            f"The built-in corpus needs the sources of the standard library, but there are none in {root}: give your "
+            "own text with --data.corpus.paths."
         )
     return sorted(found)
 
@@ -80,8 +80,8 @@ def _extract(modules: list[tuple[str, Path]]) -> Iterator[tuple[str, str]]:
         from pydoc_data.topics import topics
     except ImportError:
         raise UserError(
-            "The built-in corpus needs the module pydoc_data, which this Python lacks; "
-            "give your own text with --data.corpus.paths."
+            "The built-in corpus needs the module pydoc_data, which this Python installation does not have: give your "
+            "own text with --data.corpus.paths."
         ) from None
     sources = [(f"topics/{name}", [text]) for name, text in sorted(topics.items())]
     sources += [(name, _docstrings(path)) for name, path in modules]
@@ -100,7 +100,7 @@ def _docstrings(path: Path) -> list[str]:
     """Return the docstrings of a module in source order, none if it does not parse."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # old modules hold escapes such as "\d"
+            warnings.simplefilter("ignore")  # old modules contain escapes such as "\d"
             tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):  # ValueError: null bytes, or not in the declared encoding
         return []
@@ -132,14 +132,14 @@ def _indentation(line: str) -> int:
 
 
 def _items(lines: list[str]) -> Iterator[list[str]]:
-    """Split a block where a list item, a heading or another indentation begins; leave out markup and doctests."""
+    """Split a block where a list item, a heading or another indentation begins; omit markup and doctests."""
     item: list[str] = []
     for line in lines:
         stripped = line.strip()
         if _DOCTEST.match(stripped):
             break  # the rest of the block is the doctest and its output
         if _UNDERLINE.fullmatch(stripped):
-            item = []  # what stood above it is a heading
+            item = []  # the lines above it are a heading
             continue
         hanging = len(item) == 1 and _BULLET.match(item[0].strip()) and _indentation(line) > _indentation(item[0])
         moved = bool(item) and _indentation(line) != _indentation(item[-1]) and not hanging

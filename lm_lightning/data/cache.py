@@ -1,4 +1,4 @@
-"""The cache: folders that are made once, by one of the processes, users and hosts that share it."""
+"""The cache: folders that are created once, by one of the processes, users and hosts that share it."""
 
 import contextlib
 import sys
@@ -10,17 +10,17 @@ from lm_lightning.errors import UserError
 
 
 def make_once(folder: Path, cache: Path, work: str, make: Callable[[Path], None]) -> None:
-    """Makes a folder of the cache, unless it is there already.
+    """Creates a folder of the cache, unless it exists.
 
-    Several processes, users and hosts may share a cache: one works, the others wait and print why. What is there is
-    used without a lock, so that the cache may be read-only. Where files cannot be locked, as on some network file
-    systems, each process works, and the first result stays.
+    Several processes, users and hosts may share a cache: one creates the folder while the others wait and print why.
+    An existing folder is used without a lock, so that the cache may be read-only. If files cannot be locked, as on some
+    network file systems, each process creates the folder, and the first result is kept.
 
     Args:
-        folder: To be made.
-        cache: Folder of the cache, whose `locks` has a lock for each folder.
-        work: What is done, such as `tokenizing the corpus`, for messages.
-        make: Writes into a folder that it is given.
+        folder: Folder to create.
+        cache: Folder of the cache; its folder `locks` has a lock for each folder of the cache.
+        work: What is being done, such as `tokenizing the corpus`, for messages.
+        make: A function that is called with the path of a new folder and writes its files.
 
     Raises:
         UserError: If the cache cannot be written.
@@ -38,7 +38,7 @@ def make_once(folder: Path, cache: Path, work: str, make: Callable[[Path], None]
 
 @contextlib.contextmanager
 def lock(cache: Path, name: str, work: str) -> Iterator[bool]:
-    """Waits for the lock of a name and holds it; False where the file system has no locks."""
+    """Waits for the lock with a name and holds it; yields False if the file system does not support locks."""
     from filelock import FileLock, Timeout
 
     (cache / "locks").mkdir(exist_ok=True)

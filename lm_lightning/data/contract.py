@@ -1,32 +1,33 @@
 """The contract of data modules: what models, callbacks and commands read from `trainer.datamodule` and its batches.
 
-Any `LightningDataModule` can be used, `--data my_package.MyData`, without a base class of this project. Its batches are
-dicts of tensors. A `CausalLM` needs two of them:
+Any `LightningDataModule` can be used, as in `--data my_package.MyData`; a base class of this project is not needed. Its
+batches are dicts. A `CausalLM` needs two keys:
 
-input_ids       (B, T) int64: tokens that the network reads.
-targets         (B, T) int64: the token that follows at each position, -100 where none is to be predicted. (They are
-                already shifted, unlike the `labels` of transformers.)
+input_ids       (B, T) int64: input tokens.
+targets         (B, T) int64: the next token at each position, -100 where none is to be predicted. (They are already
+                shifted, unlike the `labels` of transformers.)
 
-and uses, if they are there:
+and uses the following ones if they exist:
 
 attention_mask  (B, T) int64: 1 for tokens, 0 for padding.
-position_ids    (B, T) int64: positions; those of packed documents start again at 0.
-id              list of B ints, not a tensor: which sample of the split each row is, -1 (`order.PADDING`) for a row that
-                only fills up the last batch. Without ids, messages about spikes and non-finite losses name no samples,
-                and predictions are numbered in the order of the batches.
+position_ids    (B, T) int64: positions; they restart at 0 for each packed document.
+id              list of B ints, not a tensor: the index in the split of each row's sample, -1 (`order.PADDING`) for a
+                row that only pads the last batch. Without ids, messages about spikes and non-finite losses do not
+                name samples, and predictions are numbered in the order of the batches.
 
-Batches of other models are described at their `loss`. Callbacks read only `input_ids`, `targets` and `id`.
+The docstring of each other model's `loss` describes its batches. Callbacks read only `input_ids`, `targets` and `id`.
 
-All attributes of the data module that are read are listed in `DataModule`. Each of them is optional and has a default
-in `DEFAULTS`, which `optional` returns for a data module that does not have it.
+`DataModule` lists all attributes that are read. Each is optional and has a default in `DEFAULTS`, which `optional`
+returns for a data module without the attribute.
 
-A checkpoint has the data module's `state_dict()`, and Lightning also restores dataloaders that have one (such as
-torchdata's `StatefulDataLoader`). A run resumed amid an epoch reads the samples that it would have read only if one of
-them restores the position; a plain `DataLoader` starts again from its first batch. `StreamData` restores it exactly.
+A checkpoint contains the data module's `state_dict()`, and Lightning also restores dataloaders that have one (such as
+torchdata's `StatefulDataLoader`). A run that is resumed in the middle of an epoch continues with the next samples only
+if one of them restores the position; a plain `DataLoader` starts again from its first batch. `StreamData` restores the
+position exactly.
 
-With several processes, each must read other samples: a plain `DataLoader` does so with
-`--trainer.use_distributed_sampler true` and is refused without it; an `IterableDataset` or a batch sampler must do so
-itself, see `place`.
+If there are several processes, each must read different samples. A plain `DataLoader` does so with
+`--trainer.use_distributed_sampler true`, and is refused without it; an `IterableDataset` or a batch sampler must
+distribute the samples itself, see `place`.
 """
 
 from collections.abc import Mapping
@@ -40,11 +41,11 @@ if TYPE_CHECKING:
 
 
 class SplitSize(Protocol):
-    """How much text a split has.
+    """The size of a split.
 
     Attributes:
-        tokens: All tokens of the split, a sized collection; every one but the first is a target.
-        bytes: UTF-8 bytes of its text.
+        tokens: All tokens of the split, a sized collection; all except the first are targets.
+        bytes: Number of UTF-8 bytes of its text.
     """
 
     tokens: Any
@@ -52,28 +53,27 @@ class SplitSize(Protocol):
 
 
 class DataModule(Protocol):
-    """What is read from a data module, beside Lightning's own methods. Everything is optional.
+    """The attributes that are read from a data module, in addition to Lightning's own. All are optional.
 
     Attributes:
-        tokenizer: Is saved in the run folder, in checkpoints (as a fingerprint) and with exports, and gives a new
-            network its vocabulary size and special tokens. Without it, `model.network` must have `vocab_size`, exports
-            are networks without a tokenizer, and what writes text (`Samples`, `predict`) writes none.
-        block_size: Tokens of the longest sample. Without it, a sample that is longer than the network's positions is an
-            error of the network.
+        tokenizer: Tokenizer that is saved in the run folder, in checkpoints (as a fingerprint) and with exports, and
+            that determines the vocabulary size and special tokens of a new network. Without it, `model.network` must
+            have `vocab_size`, exports have no tokenizer, and `Samples` and `predict` write no text.
+        block_size: Number of tokens of the longest sample. Without it, a sample that is too long for the network is
+            reported by the network itself.
         length_option: The option that sets `block_size`, for messages.
-        batch_size: Samples of a micro-batch of one process. Without it, a run resumed amid an epoch with another batch
-            size does not convert its position in the epoch.
+        batch_size: Number of samples per micro-batch and process. Without it, a run that is resumed in the middle of an
+            epoch with another batch size does not convert its position in the epoch.
         tokens_per_batch: Number of targets of a typical micro-batch. Each micro-batch's loss is divided by it so that
-            numbers stay near 1 (float16 needs that); it has no effect on the result. Without it: 1.
-        consumed: Samples that finished optimizer steps have used, over all processes. The model increases it after each
-            step; `state_dict` can save it.
-        splits: Size of the text of each split, by `train`, `validation` and `test`. Without it, there is no
-            `bits_per_byte`.
+            values stay near 1, which float16 needs; it does not affect the result. Default: 1.
+        consumed: Number of samples that finished optimizer steps have used, over all processes. The model increases it
+            after each step; `state_dict` may save it.
+        splits: Size of each split, by `train`, `validation` and `test`. Without it, there is no `bits_per_byte`.
         mask_documents: Whether `position_ids` separate packed documents; the network is then checked for support.
         labels: Names of the labels in the order of their numbers, for models that predict labels.
-        info: Where the samples come from and how many there are, JSON-able, for `data.json` in the run folder and
-            `evaluation.json`. Without it, these have none.
-        predict_table: Whether the rows to predict come from a table, so that predictions are written as one, too.
+        info: Origin and number of the samples, JSON-serializable, for `data.json` in the run folder and
+            `evaluation.json`. Without it, these files do not describe the data.
+        predict_table: Whether the rows to predict come from a table, so that predictions are also written as a table.
         inputs: The rows of that table: mappings of column names to values.
     """
 
@@ -118,10 +118,10 @@ def optional(data: Any, name: str) -> Any:
 
 
 def tokenizer_of(data: Any) -> "Optional[PreTrainedTokenizerFast]":
-    """The tokenizer of a data module, None if it has none.
+    """The tokenizer of a data module; None if it has none.
 
     Raises:
-        UserError: If its attribute `tokenizer` is something else.
+        UserError: If its attribute `tokenizer` is not a fast tokenizer.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -135,7 +135,7 @@ def tokenizer_of(data: Any) -> "Optional[PreTrainedTokenizerFast]":
 
 
 def place(trainer: "Trainer") -> dict[str, int]:
-    """Which of the different micro-batches of a step is this process's: `num_replicas` and `rank`.
+    """The number of different micro-batches of a step, `num_replicas`, and the index of this process's, `rank`.
 
     With tensor parallelism, several processes work on the same micro-batch.
     """
@@ -143,25 +143,25 @@ def place(trainer: "Trainer") -> dict[str, int]:
 
 
 def sample_ids(batch: Mapping[str, Any]) -> list[int]:
-    """The ids of the samples of a batch, empty if it has none."""
+    """The ids of the samples of a batch; empty if it has none."""
     return list(batch.get("id", []))
 
 
 def rows(batch: Mapping[str, Any]) -> int:
-    """How many samples a batch has."""
+    """The number of samples of a batch."""
     return len(batch["input_ids"])
 
 
 def check_batch(batch: Any, data: Any, vocab_size: int) -> None:
-    """Refuses a batch that is no dict of `input_ids` and `targets`, or has tokens that the network does not have.
+    """Refuses a batch that is not a dict with `input_ids` and `targets`, or has tokens outside of the vocabulary.
 
     Args:
         batch: The batch.
         data: The data module.
-        vocab_size: Tokens of the network.
+        vocab_size: Size of the network's vocabulary.
 
     Raises:
-        UserError: Says what is wrong.
+        UserError: States what is wrong.
     """
     name = type(data).__name__
     found = f"with {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else f"of type {type(batch).__name__}"
@@ -171,11 +171,13 @@ def check_batch(batch: Any, data: Any, vocab_size: int) -> None:
             "lm_lightning/data/contract.py"
         )
     if optional(data, "tokenizer") is None and (largest := int(batch["input_ids"].max())) >= vocab_size:
-        raise UserError(f"{name} yields the token {largest}, but the network has {vocab_size}: raise its vocab_size")
+        raise UserError(
+            f"{name} yields the token {largest}, but the vocab_size of the network is {vocab_size}: increase vocab_size"
+        )
 
 
 def check_loader(trainer: "Trainer") -> None:
-    """Refuses a dataloader of training that would read the same samples in each process.
+    """Refuses a training dataloader that would read the same samples in each process.
 
     Raises:
         UserError: Names the option that distributes them.

@@ -1,7 +1,7 @@
-"""Corpora: where the documents come from, how they are read and which split each belongs to.
+"""Corpora: the origin of the documents, how they are read, and to which split each belongs.
 
-Everything here streams. A document comes as one or more consecutive `Piece`s, so neither a huge corpus nor a huge
-document lies in memory whole (rows of JSON, CSV and Parquet files do, one at a time).
+All reading is streamed. A document is read as one or more consecutive `Piece`s, so that neither a huge corpus nor a
+huge document has to fit into memory (a row of a JSON, CSV or Parquet file does).
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from lm_lightning.errors import UserError
 from lm_lightning.files import write_text
 
 # Where a text may be cut, best first. No pre-tokenization joins a letter or digit to the space after it. A text without
-# such spaces is cut at a line break or after CJK punctuation, else at the limit, where a token boundary may be moved.
+# such spaces is cut at a line break or after CJK punctuation, otherwise at the limit, which may change its tokens.
 _CUTS = (
     re.compile(r"(?<=[^\W_]) (?=[^\W\d_])"),
     re.compile(r"(?<=\n)(?=\S)"),
@@ -34,44 +34,45 @@ _CUTS = (
 )
 
 
-PREFIX = "--data.corpus"  # of the options, for messages
+PREFIX = "--data.corpus"  # prefix of the options, for messages
 
 
 @dataclass
 class Corpus:
     """The documents to train on, and how they are split into training, validation and test documents.
 
-    The format of a file is that of its suffix: .jsonl and .ndjson, .csv, .tsv, .parquet, and plain UTF-8 text for all
-    others, unless `format` names one; each may be compressed as .gz or .zst. Documents fall into a split by a hash of
-    their name (whole files, rows with a name, the built-in corpus) or else of their text, so the same text is never in
+    The suffix of a file determines its format, unless `format` does: .jsonl and .ndjson, .csv, .tsv, .parquet; all
+    others are plain text. Each may be compressed as .gz or .zst. Documents are assigned to splits by a hash of their
+    name (of whole files, rows with a name, and the built-in corpus) or of their text, so that the same text is never in
     two splits.
 
     Args:
-        paths: Files, folders (read recursively, without hidden files) and patterns such as `books/**/*.txt`. Without
-            any, and without `hub`, the corpus is the built-in one: the documentation that comes with Python.
+        paths: Files, folders (read recursively, without hidden files) and patterns such as `books/**/*.txt`. If neither
+            `paths` nor `hub` is given, the built-in corpus is used: the documentation that is part of Python.
         validation_paths: Files, folders and patterns for the validation split only. If given, no document of `paths`
-            or `hub` goes into that split.
+            or `hub` is assigned to that split.
         test_paths: The same for the test split.
-        document: What one document of a plain text file is: the file, a paragraph (paragraphs are separated by blank
+        document: What a document of a plain text file is: the file, a paragraph (paragraphs are separated by blank
             lines) or a line.
-        format: Format of all files, where their names do not tell: `jsonl`, `csv`, `tsv`, `parquet`, or the class path
-            of your own subclass of `lm_lightning.data.formats.Format`, which gives rows with the columns below.
-        text_column: The column with the text, in every format but plain text.
-        name_column: The column of strings that names the document. All rows of one name fall into the same split.
-        hub: Name of a data set of the Hugging Face Hub.
-        hub_config: Its configuration.
-        hub_split: Its split to read, whose documents are then split again like all others.
-        hub_revision: Its branch, tag or commit; a commit makes the corpus reproducible.
-        streaming: Read the data set over the network instead of downloading it first.
-        validation_fraction: Share of the documents that go into the validation split.
-        test_fraction: Share of the documents that go into the test split.
-        max_line: Longest line of plain text in characters, as longer ones are mostly not prose. 0 allows any length.
+        format: Format of all files, if their suffixes do not show it: `jsonl`, `csv`, `tsv`, `parquet`, or the class
+            path of your own subclass of `lm_lightning.data.formats.Format`, which reads rows with the columns below.
+        text_column: The column with the text, in all formats except plain text.
+        name_column: The column with the name of the document. All rows with the same name are in the same split.
+        hub: Name of a data set on the Hugging Face Hub.
+        hub_config: Configuration of that data set.
+        hub_split: Split of that data set to read; its documents are then split like all others.
+        hub_revision: Branch, tag or commit of that data set; a commit makes the corpus reproducible.
+        streaming: Whether to read that data set over the network instead of downloading it first.
+        validation_fraction: Fraction of the documents for the validation split.
+        test_fraction: Fraction of the documents for the test split.
+        max_line: Maximum length of a line of plain text in characters, since longer ones are usually not prose. 0
+            allows any length.
         encoding: Encoding of the files, such as `utf-8`, `utf-16`, `cp1252` or `gb18030`.
-        encoding_errors: What to do with bytes that the encoding does not allow: stop (`strict`), or `replace` each by
-            U+FFFD and report their number.
-        delimiter: Character between the columns of CSV and TSV files. Default: a tab in TSV files, a comma in CSV files
-            or, if their first line has no comma, the semicolon, tab or bar in it.
-        quoting: Whether double quotes enclose cells of CSV and TSV files. Default: in CSV files only.
+        encoding_errors: What to do with bytes that are invalid in the encoding: `strict` stops, `replace` replaces each
+            by U+FFFD and reports their number.
+        delimiter: Character between the columns of CSV and TSV files. Default: a tab in TSV files; in CSV files, a
+            comma or, if the first line has no comma, the semicolon, tab or bar in it.
+        quoting: Whether cells of CSV and TSV files may be enclosed in double quotes. Default: only those of CSV files.
     """
 
     paths: list[str] | str = field(default_factory=list)
@@ -101,7 +102,7 @@ class Corpus:
 
 
 def read_options(corpus: Corpus) -> ReadOptions:
-    """Return how the files of a corpus are read."""
+    """Return the options for reading the files of a corpus."""
     return ReadOptions(
         PREFIX,
         corpus.encoding,
@@ -119,9 +120,9 @@ class Piece(NamedTuple):
     Attributes:
         split: "train", "validation" or "test"; the same for all pieces of a document.
         name: The document's name, for messages. Not unique.
-        text: The characters. Where possible a cut is before a space between two words, so that tokenizing the pieces
-            one by one gives the document's tokens.
-        last: Whether the document ends here.
+        text: The text. If possible, documents are cut before a space between two words, so that tokenizing the pieces
+            individually gives the document's tokens.
+        last: Whether this is the last piece of the document.
     """
 
     split: str
@@ -132,14 +133,14 @@ class Piece(NamedTuple):
 
 class _File(NamedTuple):
     path: Path
-    name: str  # relative to what the user gave, so that moving a folder changes no split
+    name: str  # relative to the path that the user gave, so that moving a folder does not change the splits
     split: str | None  # None: the hash decides
 
 
 class _Document(NamedTuple):
     split: str | None  # None: the hash decides
     name: str
-    named: bool  # the hash is that of the name, not of the text
+    named: bool  # whether the hash is of the name, not of the text
     parts: Iterable[str]
 
 
@@ -149,7 +150,7 @@ def read(corpus: Corpus, cache_dir: Path) -> Iterator[Piece]:
     At the end the numbers of replaced bytes and of skipped rows, if there are any, are printed to stderr.
 
     Raises:
-        UserError: The corpus has no document, or part of it is missing, damaged or not in the expected form.
+        UserError: The corpus has no documents, or a part of it is missing, damaged or not in the expected format.
     """
     _check(corpus)
     report = ReadReport()
@@ -157,24 +158,24 @@ def read(corpus: Corpus, cache_dir: Path) -> Iterator[Piece]:
     for document in _documents(corpus, cache_dir, report):
         split = document.split
         for text, last in _cut(document.parts):
-            # The first piece stands for the text: the whole of a huge document is not known yet.
+            # The hash uses only the first piece, as the rest of a huge document has not been read yet.
             split = split or _hash_split(corpus, document.name if document.named else text)
             empty = False
             yield Piece(split, document.name, text, last)
     if empty:
-        raise UserError("The corpus holds no text at all; check --data.corpus.paths.")
+        raise UserError("The corpus contains no text: check --data.corpus.paths.")
     for note in report.notes:
         print(printable(note), file=sys.stderr)
     if report.replaced_bytes:
-        print(f"corpus: {report.replaced_bytes} bytes that could not be read were replaced by U+FFFD", file=sys.stderr)
+        print(f"corpus: {report.replaced_bytes} invalid bytes were replaced by U+FFFD", file=sys.stderr)
     if report.empty_rows:
         print(f"corpus: {report.empty_rows} rows without text were skipped", file=sys.stderr)
 
 
 def inputs(corpus: Corpus, cache_dir: Path) -> dict[str, Any]:
-    """Return all that decides what `read` yields, as data for `json.dumps`: the key of what is computed from it.
+    """Return everything that determines what `read` yields, JSON-serializable, as a key for caching results.
 
-    Files count by their names and contents, data sets of the Hub by their names and their revision, if it is given.
+    It contains the names and contents of files, and the names and given revisions of data sets of the Hub.
     """
     _check(corpus)
     result = asdict(corpus)
@@ -182,7 +183,7 @@ def inputs(corpus: Corpus, cache_dir: Path) -> dict[str, Any]:
     if corpus.format is not None:
         result["format"] = formats.identity(corpus.format)
     for option in ("paths", "validation_paths", "test_paths"):
-        result[option] = bool(result[option])  # the folders' places do not matter, only whether a split has files
+        result[option] = bool(result[option])  # the paths do not matter, only whether the split has its own files
     result["files"] = [[file.split, file.name, _content(file.path, cache_dir)] for file in _files(corpus)]
     if _is_builtin(corpus):
         result["builtin"] = [platform.python_version(), builtin.fingerprint(builtin.documents(cache_dir))]
@@ -190,7 +191,7 @@ def inputs(corpus: Corpus, cache_dir: Path) -> dict[str, Any]:
 
 
 def _content(path: Path, cache_dir: Path) -> str:
-    """Return a hash of a file's content, which is not computed anew while size and modification time stay."""
+    """Return a hash of a file's content, which is cached until its size or modification time changes."""
     stat = path.stat()
     known = cache_dir / "hashes" / hashlib.blake2b(os.path.realpath(path).encode(), digest_size=16).hexdigest()
     state = f"{stat.st_size} {stat.st_mtime_ns} "
@@ -207,7 +208,7 @@ def _content(path: Path, cache_dir: Path) -> str:
 
 
 def total_bytes(corpus: Corpus, cache_dir: Path) -> int | None:
-    """Return about how many bytes of UTF-8 `read` yields (markup such as JSON's counts too), None if unknown."""
+    """Return the approximate number of UTF-8 bytes that `read` yields, including markup of JSON; None if unknown."""
     files = _files(corpus)
     if corpus.hub or any(suffixes(file.path)[1] or getattr(_format(corpus, file), "compact", False) for file in files):
         return None
@@ -239,7 +240,7 @@ def _hash_split(corpus: Corpus, key: str) -> str:
 def _cut(parts: Iterable[str]) -> Iterator[tuple[str, bool]]:
     """Yield the joined `parts` as pieces of at most `PIECE` characters, and whether a piece is the last.
 
-    Where the cuts are depends on the text only, not on how it is divided into `parts`.
+    The cuts depend only on the text, not on how it is divided into `parts`.
     """
     pending: list[str] = []
     size = 0
@@ -260,11 +261,11 @@ def _cut(parts: Iterable[str]) -> Iterator[tuple[str, bool]]:
         yield "".join(pending), True
 
 
-# Which files
+# Selection of files
 
 
 def _files(corpus: Corpus) -> list[_File]:
-    """Return the files in the order of reading; one reached twice only once."""
+    """Return the files in the order of reading, without duplicates."""
     found: dict[str, _File] = {}
     options = (("validation", corpus.validation_paths), ("test", corpus.test_paths), (None, corpus.paths))
     for split, patterns in options:
@@ -291,7 +292,7 @@ def expand(pattern: str) -> list[tuple[str, Path]]:
     names = sorted(set(glob.glob(pattern_below, root_dir=root, recursive=True)))
     files = [(Path(name).as_posix(), root / name) for name in names if os.path.isfile(root / name)]
     if not files:
-        raise UserError(f"{pattern} holds no file (hidden files do not count).")
+        raise UserError(f"{pattern} contains no files (hidden files are not read).")
     return files
 
 
@@ -357,7 +358,7 @@ def _string(row: Mapping[str, Any], column: str, option: str, where: str) -> str
     value = row.get(column)
     if not isinstance(value, str):
         raise UserError(
-            f"{where}: the row has no string in column {column!r} but {value!r:.40}; its columns are "
+            f"{where}: column {column!r} of the row is {value!r:.40}, not a string; the columns are "
             f"{', '.join(map(str, row))}: choose one with --data.corpus.{option}{formats.delimiter_hint(row, PREFIX)}."
         )
     return value

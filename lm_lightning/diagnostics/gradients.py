@@ -1,4 +1,4 @@
-"""Gradients: histograms of them."""
+"""Histograms of gradients."""
 
 from typing import Any
 
@@ -9,13 +9,13 @@ from torch.distributed.tensor import DTensor
 
 
 class Gradients(Callback):
-    """Logs a histogram of the gradient of each parameter, as the optimizer has seen it: of all micro-batches and
-    processes, and clipped. It goes to TensorBoard, and to loggers that have `log_histograms(histograms, step)`, such as
-    `WandbRun`, which get by name what `torch.histogram` returns.
+    """Logs a histogram of the gradient of each parameter, as the optimizer uses it: over all micro-batches and
+    processes, and after clipping. It is logged to TensorBoard, and to loggers that have a method
+    `log_histograms(histograms, step)`, such as `WandbRun`; `histograms` maps names to results of `torch.histogram`.
 
     Args:
-        every_n_steps: Optimizer steps between two histograms.
-        bins: Bins of a histogram.
+        every_n_steps: Number of optimizer steps between two histograms.
+        bins: Number of bins of a histogram.
     """
 
     def __init__(self, every_n_steps: int = 100, bins: int = 64) -> None:
@@ -30,7 +30,7 @@ class Gradients(Callback):
         for name, parameter in pl_module.network.named_parameters():
             gradient = parameter.grad
             if isinstance(gradient, DTensor):
-                gradient = gradient.full_tensor()  # by all processes
+                gradient = gradient.full_tensor()  # all processes must call it
             if gradient is not None and trainer.is_global_zero:
                 histograms[f"gradients/{name}"] = gradient.float().cpu()
         for logger in trainer.loggers if histograms else ():

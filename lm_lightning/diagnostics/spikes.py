@@ -1,4 +1,4 @@
-"""Spikes: samples behind loss spikes."""
+"""Spikes: finds the training samples that cause loss spikes."""
 
 import json
 import statistics
@@ -14,14 +14,14 @@ from lm_lightning.models.nonfinite import Step, listed
 
 
 class Spikes(Callback):
-    """Reports steps whose loss is far above those before, in a line and in `spikes.jsonl` of the run folder.
+    """Reports steps whose loss is far above the losses before, in the console and in `spikes.jsonl` of the run folder.
 
     `python -m lm_lightning prepare --config ... --show ID` prints the samples.
 
     Args:
-        deviations: Smallest distance from the mean of the steps before, in standard deviations (at least 1 % of the
-            mean).
-        steps: Number of steps before. The first 20 of a run are not checked.
+        deviations: Minimum distance from the mean loss of the previous steps, in standard deviations (a standard
+            deviation counts as at least 1 % of the mean).
+        steps: Number of previous steps. The first 20 steps of a run are not checked.
     """
 
     def __init__(self, deviations: float = 6.0, steps: int = 100) -> None:
@@ -36,7 +36,7 @@ class Spikes(Callback):
         file = self.file(trainer)
         if trainer.is_global_zero and file.exists():  # remove steps that the resumed run repeats
             rows = file.read_text(encoding="utf-8").splitlines(keepends=True)
-            complete = [row for row in rows if row.endswith("\n")]  # a killed run may have cut the last
+            complete = [row for row in rows if row.endswith("\n")]  # a killed run may have left an incomplete last row
             try:
                 kept = [row for row in complete if json.loads(row)["step"] <= trainer.global_step]
             except (ValueError, TypeError, KeyError, RecursionError) as error:
@@ -59,8 +59,8 @@ class Spikes(Callback):
         if trainer.is_global_zero:
             append(self.file(trainer), json.dumps(row) + "\n")
         pl_module.print(
-            f"spike: the loss is {step.loss:.4g} at step {step.number}, and was {before:.4g} before, on the training "
-            f"samples {listed(samples)}"
+            f"spike: the loss is {step.loss:.4g} at step {step.number} (before: {before:.4g}), on the training samples "
+            f"{listed(samples)}"
         )
 
     def state_dict(self) -> dict:

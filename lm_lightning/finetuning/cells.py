@@ -1,4 +1,4 @@
-"""Cells of tables as labels, lists and numbers, in the forms in which spreadsheets, pandas and JSON write them."""
+"""Converts cells of tables to labels, lists and numbers, as spreadsheets, pandas and JSON write them."""
 
 import ast
 import json
@@ -6,20 +6,20 @@ import math
 import re
 from typing import Any, Optional
 
-LONGEST = 1_000_000  # characters of a cell that is parsed
+LONGEST = 1_000_000  # maximum number of characters of a cell that is parsed
 LIST = re.compile(r"\s*\[.*\]\s*", re.DOTALL)
-QUOTED = re.compile(r"""\s*\[\s*['"].*['"]\s*\]\s*""", re.DOTALL)  # a list of strings, whatever is wrong with it
-ADJACENT = re.compile(r"""(['"])\s+['"]""")  # as numpy writes arrays, which Python joins to one string
+QUOTED = re.compile(r"""\s*\[\s*['"].*['"]\s*\]\s*""", re.DOTALL)  # a list of strings, even if it is malformed
+ADJACENT = re.compile(r"""(['"])\s+['"]""")  # numpy's format of arrays, which Python would read as a single string
 INTEGER = re.compile(r"([+-]?\d+)\.0+")
 NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", re.ASCII)
-GREATEST = 3.4e38  # of float32
+GREATEST = 3.4e38  # the largest float32
 
 
 def parsed(cell: str) -> Any:
-    """The value that a cell spells, as JSON or as Python writes lists and dicts.
+    """Parses a cell that has a JSON value, or a list or dict in Python syntax.
 
     Raises:
-        ValueError: If it is neither of the two, or too long.
+        ValueError: If it is neither, or too long.
     """
     if len(cell) > LONGEST:
         raise ValueError(f"it has more than {LONGEST:,} characters")
@@ -28,22 +28,22 @@ def parsed(cell: str) -> Any:
     except (ValueError, RecursionError):
         pass
     if ADJACENT.search(cell):
-        raise ValueError("there is no comma between two strings")
+        raise ValueError("a comma is missing between two strings")
     try:
         return ast.literal_eval(cell.strip())
     except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
-        raise ValueError("it is neither JSON nor a list of Python") from None
+        raise ValueError("it is neither JSON nor a Python list") from None
 
 
 def as_list(value: Any, strict: bool = False) -> Optional[list]:
-    """The list that a value is or, as a string, spells; None if it is neither.
+    """Converts a list, or a string that represents one, to a list; None if the value is neither.
 
     Args:
         value: A cell.
-        strict: Whether a string in brackets that cannot be read is an error also if it has no quotes inside.
+        strict: Whether a string in brackets that cannot be parsed is an error even if it contains no quotes.
 
     Raises:
-        ValueError: If a string looks like a list of strings, but cannot be read.
+        ValueError: If a string looks like a list of strings, but cannot be parsed.
     """
     if isinstance(value, (list, tuple)):
         return list(value)
@@ -59,19 +59,19 @@ def as_list(value: Any, strict: bool = False) -> Optional[list]:
 
 
 def label(value: Any) -> str:
-    """The name of a label as it stands in a cell, without space around it; empty if there is none."""
+    """The name of the label in a cell, without surrounding white space; empty if there is none."""
     if value is None or isinstance(value, float) and math.isnan(value):
         return ""
     return str(value).strip()
 
 
 def has_outer_space(value: Any) -> bool:
-    """Whether a label has space around it."""
+    """Whether a label has surrounding white space."""
     return isinstance(value, str) and value != value.strip()
 
 
 def canonical(name: str) -> str:
-    """One spelling of labels that mean the same: 1 and 1.0, True and true."""
+    """The canonical spelling of a label, so that 1 and 1.0, or True and true, are the same label."""
     if name.lower() in ("true", "false"):
         return name.capitalize()
     number = INTEGER.fullmatch(name)
@@ -79,7 +79,7 @@ def canonical(name: str) -> str:
 
 
 def merged(names: set[str]) -> dict[str, str]:
-    """The one name of each label that is spelled in several ways, by its spellings."""
+    """Maps the different spellings of a label to one of them; labels with a single spelling are omitted."""
     spellings: dict[str, set[str]] = {}
     for name in names:
         spellings.setdefault(canonical(name), set()).add(name)
@@ -87,14 +87,15 @@ def merged(names: set[str]) -> dict[str, str]:
 
 
 def number(value: Any) -> float:
-    """A number.
+    """Converts a cell to a number.
 
     Raises:
-        ValueError: If a value is none, not finite, or too large for float32; says why, if that is not plain to see.
+        ValueError: If it is not a number, not finite, or too large for float32; has a message if the reason is not
+            obvious.
     """
     if isinstance(value, str):
         if re.fullmatch(r"\s*[+-]?\d+,\d+\s*", value):
-            raise ValueError("write a point instead of the comma")
+            raise ValueError("use a decimal point instead of the comma")
         if not NUMBER.fullmatch(value):
             raise ValueError("")
     elif isinstance(value, bool) or not isinstance(value, (int, float)):

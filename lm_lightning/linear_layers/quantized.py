@@ -1,4 +1,4 @@
-"""Quantized linear layers, as `from_pretrained` makes them: configs and checks that adapters and compression share."""
+"""Linear layers that `from_pretrained` quantizes: configs and checks that adapters and compression share."""
 
 from collections.abc import Collection
 from typing import Any, Literal
@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from lm_lightning.errors import UserError, package
 
 Kind = Literal["int8", "nf4", "fp4"]
-PACKED = 32  # outputs that bitsandbytes multiplies together on CPUs with bf16
+PACKED = 32  # number of outputs that bitsandbytes packs together on CPUs with bf16 instructions
 
 
 def bitsandbytes_config(
@@ -20,15 +20,15 @@ def bitsandbytes_config(
     """The config with which `from_pretrained` quantizes some linear layers of a network, and no others.
 
     Args:
-        kind: `int8`, or with 4 bits `nf4` or `fp4`, whose scales are quantized as well.
-        network: One of the same class and sizes, whose weights are not needed.
+        kind: `int8`, or a 4-bit type, `nf4` or `fp4`, whose scales are quantized as well.
+        network: A network of the same class and sizes; its weights are not used.
         layers: The names of the layers to quantize.
-        what: That needs bitsandbytes, for a message.
-        extra: Of this project, which installs it.
-        settings: Others of the config.
+        what: The option or feature that needs bitsandbytes, for a message.
+        extra: The extra of this project that installs bitsandbytes.
+        settings: Other settings of the config.
 
     Raises:
-        UserError: If bitsandbytes, or accelerate, with which transformers loads, is missing.
+        UserError: If bitsandbytes is missing, or accelerate, which transformers needs to load it.
     """
     package("accelerate", what, extra)
     package("bitsandbytes", what, extra)
@@ -39,7 +39,7 @@ def bitsandbytes_config(
 
 
 def bitsandbytes_layers() -> tuple[type[nn.Module], ...]:
-    """The classes of layers that bitsandbytes has quantized."""
+    """The classes of the layers that bitsandbytes quantizes."""
     from bitsandbytes import nn as quantized
 
     return (quantized.Linear4bit, quantized.Linear8bitLt)
@@ -52,16 +52,16 @@ def other_layers(network: nn.Module, layers: Collection[str]) -> list[str]:
 
 
 def refuse_other_classes(network: nn.Module, layers: Collection[str], classes: Any, what: str, remedy: str) -> None:
-    """Refuses a network in which some layers are not of the classes that they should have become.
+    """Refuses a network in which some layers were not replaced by layers of the expected classes.
 
-    A library that replaces layers skips those that it does not know, without a word.
+    A library that replaces layers silently skips those that it does not support.
 
     Args:
         network: After the replacement.
         layers: The names of the layers.
-        classes: A class or a tuple of classes.
-        what: That has replaced them, for the message.
-        remedy: For the message.
+        classes: The expected class, or a tuple of classes.
+        what: What replaces the layers, for the message.
+        remedy: What the user can do, for the message.
 
     Raises:
         UserError: Names the first of them.
@@ -81,9 +81,9 @@ def refuse_skipped(network: nn.Module, layers: Collection[str], skipped: list[st
 
 
 def refuse_unpackable(network: nn.Module, layers: dict[str, nn.Linear], what: str, remedy: str) -> None:
-    """Refuses layers whose 4 bits bitsandbytes could not multiply on this machine.
+    """Refuses layers that bitsandbytes could not compute with 4 bits on this machine.
 
-    On CPUs with bf16, it packs the weights of so many outputs together in the first evaluation.
+    On CPUs with bf16 instructions, it packs the weights of `PACKED` outputs together at the first evaluation.
 
     Raises:
         UserError: Names the first of them.
@@ -95,6 +95,7 @@ def refuse_unpackable(network: nn.Module, layers: dict[str, nn.Linear], what: st
         outputs = layer.nf if isinstance(layer, Conv1D) else layer.out_features
         if outputs % PACKED:
             raise UserError(
-                f"{what} needs linear layers whose outputs are a multiple of {PACKED} on this CPU, since bitsandbytes "
-                f"packs {PACKED} of them together, but {name} of {type(network).__name__} has {outputs}: {remedy}"
+                f"{what} needs linear layers whose number of outputs is a multiple of {PACKED} on this CPU, as "
+                f"bitsandbytes packs {PACKED} of them together, but {name} of {type(network).__name__} has {outputs}: "
+                f"{remedy}"
             )

@@ -109,7 +109,7 @@ def read_steps(run: Run) -> int:
     try:
         return max(steps, step_of(load_checkpoint(checkpoint, weights=False, verified=True)["global_step"]))
     except (UserError, ValueError, TypeError, KeyError, OverflowError):
-        run.notes.append("checkpoints/last.ckpt is cut or damaged")
+        run.notes.append("checkpoints/last.ckpt is incomplete or damaged")
         return steps
 
 
@@ -118,7 +118,7 @@ def read_table(file: Path, notes: list[str]) -> list[list[str]]:
     rows = list(csv_rows(text_of(file, notes).splitlines()))
     complete = [[cut(cell, CELL) for cell in row] for row in rows if row is not None and len(row) == len(rows[0] or [])]
     if len(complete) < len(rows):
-        notes.append(f"{file.name}: cut or damaged rows are omitted ({len(rows) - len(complete)})")
+        notes.append(f"{file.name}: incomplete or damaged rows are omitted ({len(rows) - len(complete)})")
     return complete
 
 
@@ -148,7 +148,7 @@ def read_options(file: Path, notes: list[str]) -> dict[str, str]:
         options = list(itertools.islice(flat(redact(content)), OPTIONS + 1))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = yaml_text.explain_error(error) if isinstance(error, yaml.MarkedYAMLError) else ""
-        notes.append(f"{file.name} is cut or damaged{reason}")
+        notes.append(f"{file.name} is incomplete or damaged{reason}")
         return {}
     if len(options) > OPTIONS:
         notes.append(f"{file.name}: only its first {OPTIONS:,} options are shown")
@@ -186,5 +186,5 @@ def read_lines(file: Path, fields: dict[str, Callable[[Any], Any]], notes: list[
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             bad += 1
     if bad:
-        notes.append(f"{file.name}: cut or damaged lines are omitted ({bad})")
+        notes.append(f"{file.name}: incomplete or damaged lines are omitted ({bad})")
     return rows

@@ -1,1 +1,1 @@
-"""Foreign files and secrets."""
+"""Protection against untrusted files, and of secrets."""

@@ -1,7 +1,7 @@
-"""Which classes a config may import: all in a config that is given with `--config`, known ones in that of a run.
+"""Decides which classes a config may import: any for a config of `--config`, only known ones for a run's own config.
 
-`validate RUN` and the like use the run's config.yaml, which somebody else may have written and nobody has read. Only
-harmless classes of known packages are imported for it, see SECURITY.md.
+`validate RUN`, `test RUN` and `predict RUN` use the run's config.yaml, which may be from somebody else and may not have
+been checked. For such a config, only harmless classes of known packages are imported, see SECURITY.md.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ class State:
     """The restrictions of imports.
 
     Args:
-        config: The run's config; None while everything may be imported.
+        config: The run's config; None if everything may be imported.
         named: Import paths that the user has given, in flags or in a config of `--config`.
         refused: The first import path that was refused.
     """
@@ -50,7 +50,7 @@ state = State()
 
 @contextlib.contextmanager
 def scope() -> Iterator[None]:
-    """Ends the restrictions of a command with it."""
+    """Removes the restrictions when a command ends."""
     global state
     before, state = state, State()
     try:
@@ -60,11 +60,11 @@ def scope() -> Iterator[None]:
 
 
 def restrict(config: Path, arguments: Iterable[str] = ()) -> None:
-    """Allows, from now on, only imports of harmless classes and of names that the user has given.
+    """From now on, allows only imports of harmless classes and of names that the user has given.
 
     Args:
         config: The run's config, for messages.
-        arguments: Flags and other configs of the user's, which may name others.
+        arguments: The user's flags and configs, which may name other classes.
     """
     state.config = config
     for argument in arguments:
@@ -72,7 +72,7 @@ def restrict(config: Path, arguments: Iterable[str] = ()) -> None:
 
 
 def check() -> None:
-    """Refuses the config if it asked for an import that is not allowed, which jsonargparse may have passed over.
+    """Refuses the config if it requested an import that is not allowed; jsonargparse may have ignored that error.
 
     Raises:
         UserError: Names the import and the option that allows it.
@@ -80,21 +80,21 @@ def check() -> None:
     if state.refused is not None:
         name = state.refused
         raise UserError(
-            f"{state.config} asks to import {printable(name)[:200]}, which may run any code (it is not a model, data, "
-            f"callback, optimizer or the like of {', '.join(PACKAGES)}): read it, and if you trust it, add "
-            f"--trust_package {printable(name.partition('.')[0])[:100]} to the command"
+            f"{state.config} names {printable(name)[:200]}, whose import may run any code (it is not a model, data "
+            f"module, callback, optimizer or similar class of {', '.join(PACKAGES)}): read it, and if you trust it, "
+            f"add --trust_package {printable(name.partition('.')[0])[:100]} to the command"
         )
 
 
 def check_folders(options: Any, arguments: Iterable[str]) -> None:
-    """Refuses a run's own config that makes a profiler, callback or the like write outside of the run folder.
+    """Refuses a run's own config if it makes a profiler, callback or similar class write outside of the run folder.
 
     Args:
-        options: Of the trainer, or within those.
-        arguments: Flags of the user's, which may name such options.
+        options: Options of the trainer, or a part of them.
+        arguments: The user's flags, which may set such options.
 
     Raises:
-        UserError: Names the option.
+        UserError: Names the folder.
     """
     if state.config is None:
         return
@@ -118,13 +118,13 @@ def trusted(name: str) -> bool:
 
 
 def known(name: str) -> bool:
-    """Whether an import path belongs to a known package, so that it may be imported to see what it is."""
+    """Whether an import path belongs to a known package, so that it may be imported in order to check it."""
     first, *rest = name.split(".")
     return first in PACKAGES and not any(part.startswith("__") for part in rest)
 
 
 def harmless(found: Any) -> bool:
-    """Whether something imported is a class that runs no code chosen by its options when an instance is made."""
+    """Whether an imported object is a class that can be instantiated without running code that its options choose."""
     import torch
     from lightning.fabric.accelerators import Accelerator
     from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment, Precision
@@ -156,18 +156,18 @@ def harmless(found: Any) -> bool:
 
 
 def refuse(name: str) -> ImportError:
-    """The error for an import path; jsonargparse may catch it, so `check` raises another."""
+    """The error for an import path that is not allowed; jsonargparse may catch it, so `check` raises another one."""
     state.refused = state.refused or name
     return ImportError(f"{name} is not trusted")
 
 
 def guarded(import_object: Callable) -> Callable:
-    """jsonargparse's function that imports the class that a value names, with our restrictions."""
+    """Adds the restrictions to jsonargparse's function that imports the class that a value names."""
 
     @functools.wraps(import_object)
     def wrapped(name: Any, *args: Any, **kwargs: Any) -> Any:
         is_path = isinstance(name, str) and PATH.fullmatch(name)
-        if not is_path or name == "jsonargparse.ArgumentParser":  # (which its own code asks for)
+        if not is_path or name == "jsonargparse.ArgumentParser":  # (which jsonargparse itself imports)
             return import_object(name, *args, **kwargs)
         if state.config is None:
             state.named.add(name)
@@ -185,10 +185,10 @@ def guarded(import_object: Callable) -> Callable:
 
 
 def locate(name: str) -> Any:
-    """The class or function of an import path, None if there is none.
+    """The class or function with an import path; None if it does not exist.
 
     Raises:
-        UserError: If it may not be imported.
+        UserError: If its import is not allowed.
     """
     if state.config is not None and PATH.fullmatch(name) and not trusted(name):
         found = pydoc.locate(name) if known(name) else None
@@ -200,15 +200,15 @@ def locate(name: str) -> Any:
 
 
 def recorded_class(path: Any, base: type[T], what: str) -> type[T]:
-    """The class that a checkpoint has recorded: of this project, or of a package that the user trusts.
+    """The class that a checkpoint names; it must belong to this project or to a package that the user trusts.
 
     Args:
         path: Its import path, of any type.
-        base: A class that it must be derived from.
-        what: Name of such a class, for messages.
+        base: The class from which it must be derived.
+        what: What such a class is called in messages.
 
     Raises:
-        UserError: If it is something else; names the option that trusts its package.
+        UserError: If it is not such a class; names the option that trusts its package.
     """
     name = path if isinstance(path, str) and PATH.fullmatch(path) and "__" not in path else ""
     if not (f"{name}.".startswith("lm_lightning.") or (name and trusted(name))):
@@ -222,7 +222,7 @@ def recorded_class(path: Any, base: type[T], what: str) -> type[T]:
         raise UserError(f"the checkpoint's {what} {name} cannot be imported: {error}") from error
     if not (isinstance(found, type) and issubclass(found, base)):
         raise UserError(
-            f"the checkpoint's {what} {name} does not exist (any more): it is damaged, or of another version"
+            f"the checkpoint's {what} {name} does not exist: the checkpoint is damaged, or from another version"
         )
     return found
 

@@ -1,7 +1,7 @@
-"""Redaction: files and messages of a run have no secrets, although command lines and configs may have.
+"""Redaction: removes the secrets of command lines and configs from the files and messages of a run.
 
-An option is secret if a word of its name is `key`, `token`, `password`, `secret` or similar and its value is text; so
-are the user info of a URL (`https://user:password@host`) and such parameters of its query.
+The value of an option is secret if it is text and a word of the option's name is `key`, `token`, `password`, `secret`
+or similar. The user info of a URL (`https://user:password@host`) and such parameters of its query are secret, too.
 """
 
 import contextlib
@@ -18,8 +18,8 @@ REDACTED = "<redacted>"
 
 WORDS = {"key", "keys", "apikey", "token", "tokens", "password", "passwd", "passphrase", "secret", "secrets"}
 WORDS |= {"credential", "credentials", "authorization", "bearer", "pwd"}
-NUMERIC = WORDS - {"key", "keys", "token", "tokens"}  # numbers are secrets here, too
-# With one of these words, an option is about tokens of a vocabulary, not a secret
+NUMERIC = WORDS - {"key", "keys", "token", "tokens"}  # with these words, numbers are secrets, too
+# With one of these words, an option is about tokens of a vocabulary, not about a secret
 VOCABULARY = {
     "bos",
     "eos",
@@ -34,7 +34,7 @@ VOCABULARY = {
     "special",
     "additional",
     "new",
-    # or about a number of them
+    # or about a number of tokens
     "num",
     "max",
     "min",
@@ -44,7 +44,7 @@ VOCABULARY = {
     "size",
 }
 
-SHORTEST = 4  # characters of a secret that `scrub` looks for in messages
+SHORTEST = 4  # minimum number of characters of the secrets that `scrub` removes from messages
 _secrets: set[str] = set()  # the secrets that this process knows
 
 _USER_INFO = re.compile(r"(?<=://)[^/\s@'\"]+(?=@)")
@@ -52,7 +52,7 @@ _QUERY = re.compile(r"([?&]([\w.-]+)=)([^&#\s'\"]+)")
 
 
 def is_secret(name: str, words: set[str] = WORDS) -> bool:
-    """Whether an option of a name, such as `trainer.logger.init_args.api_key`, holds a secret."""
+    """Whether the value of an option with this name, such as `trainer.logger.init_args.api_key`, is a secret."""
     last = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name.rpartition(".")[2])
     parts = set(re.split(r"[^a-z0-9]+", last.lower()))
     joined = any(part.endswith(("password", "secret", "apikey", "authtoken", "accesstoken")) for part in parts)
@@ -60,11 +60,11 @@ def is_secret(name: str, words: set[str] = WORDS) -> bool:
 
 
 def redact(value: Any, name: str = "") -> Any:
-    """A copy of JSON-able data, such as a config, without its secrets.
+    """A copy of JSON-serializable data, such as a config, without its secrets.
 
     Args:
         value: The data.
-        name: The name that it has within its parent.
+        name: The key of the data in its parent.
     """
     if isinstance(value, dict):
         return {key: redact(item, str(key)) for key, item in value.items()}
@@ -78,7 +78,7 @@ def redact(value: Any, name: str = "") -> Any:
 
 
 def secrets_of(value: Any, name: str = "") -> Iterator[str]:
-    """The secrets in JSON-able data, which `redact` would replace."""
+    """The secrets in JSON-serializable data, which `redact` would replace."""
     if isinstance(value, dict):
         for key, item in value.items():
             yield from secrets_of(item, str(key))
@@ -95,7 +95,7 @@ def secrets_of(value: Any, name: str = "") -> Iterator[str]:
 
 
 def remember(value: Any, name: str = "") -> None:
-    """Makes `scrub` find the secrets in these options."""
+    """Makes `scrub` remove the secrets in these options."""
     _secrets.update(secret for secret in secrets_of(value, name) if len(secret) >= SHORTEST and secret != REDACTED)
 
 
@@ -130,12 +130,12 @@ def redact_text(text: str, name: str) -> str:
 
 
 def parsed(text: str) -> Any:
-    """The dict or list that a JSON or YAML text stands for; any other text as it is."""
+    """The dict or list that a JSON or YAML text represents; other text is returned unchanged."""
     if not re.match(r"\s*[{\[]", text):
         return text
     with contextlib.suppress(ValueError, RecursionError):
         return json.loads(text)
-    import yaml  # (only here, as this module is imported by each start)
+    import yaml  # (imported here, as every command imports this module)
 
     from lm_lightning.yaml_text import load
 
@@ -145,16 +145,16 @@ def parsed(text: str) -> Any:
 
 
 def dumped(value: Any) -> str:
-    """A text as it is, and other data as JSON."""
+    """Returns text unchanged, and converts other data to JSON."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def scrub(text: str, arguments: Sequence[str] = ()) -> str:
-    """A message without the secrets of a command line and configs, which parsers may quote.
+    """Removes from a message the secrets of the command line and of configs, which parsers may quote.
 
     Args:
         text: The message.
-        arguments: The command line, in addition to what `remember` was given.
+        arguments: The command line, in addition to the secrets that `remember` was given.
     """
     found = set(_secrets)
     for argument, redacted in zip(arguments, redact_arguments(arguments)):
@@ -175,7 +175,7 @@ def install() -> None:
 
     def record(*args: Any, **kwargs: Any) -> logging.LogRecord:
         made = make_record(*args, **kwargs)
-        with contextlib.suppress(Exception):  # arguments that do not fit the message; logging reports these
+        with contextlib.suppress(Exception):  # the arguments do not match the message; logging reports this
             message = made.getMessage()
             if (scrubbed := scrub(message)) != message:
                 made.msg, made.args = scrubbed, ()

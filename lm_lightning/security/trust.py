@@ -1,6 +1,6 @@
-"""Trust: `--trust_remote_code` and `--trust_package`, with which a user allows foreign code to run.
+"""Trust: the options `--trust_remote_code` and `--trust_package`, which allow foreign code to run.
 
-They are options of all commands and cannot be set in a config. Environment variables pass them to all processes.
+All commands have these options; they cannot be set in a config. Environment variables pass them to all processes.
 """
 
 import argparse
@@ -24,7 +24,7 @@ def trust_remote_code() -> bool:
 
 
 def trusted_packages() -> list[str]:
-    """The packages whose classes a run's own config may name, beside those of this project and its libraries."""
+    """Packages whose classes a run's own config may name, in addition to this project and its libraries."""
     return os.environ.get(PACKAGES, "").split(",")
 
 
@@ -32,7 +32,7 @@ def read_options() -> None:
     """Moves `--trust_remote_code true` and `--trust_package NAME` from `sys.argv` to the environment.
 
     Raises:
-        UserError: If one has no value or a wrong one.
+        UserError: If an option has no value or a wrong one.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--trust_remote_code", choices=["true", "false"])

@@ -1,7 +1,7 @@
-"""Untrusted input: checks of names, paths and classes in files that other people have made.
+"""Untrusted input: checks names, paths and classes in files that other people have made.
 
-A checkpoint, model folder, index or run folder is data: opening one must not run code, nor read or write outside of its
-folder. SECURITY.md has the whole trust model.
+A checkpoint, model folder, index or run folder is data: opening it must neither run code nor read or write files
+outside of its folder. SECURITY.md describes the full trust model.
 """
 
 import json
@@ -30,7 +30,7 @@ def plain_name(name: Any, what: str) -> str:
         what: Where it comes from, such as `--name`, for the message.
 
     Raises:
-        UserError: If it is empty, a path, `.` or `..`, or has characters that a file name must not have.
+        UserError: If it is empty, a path, `.` or `..`, or has characters that are not allowed in file names.
     """
     bad = (
         not isinstance(name, str)
@@ -49,12 +49,12 @@ def plain_name(name: Any, what: str) -> str:
 
 
 def inside(folder: Path, name: Any, what: str) -> Path:
-    """Returns the path of a relative name in `folder`, which must not leave it.
+    """Returns the path of a relative name in `folder`, and checks that it does not lead out of the folder.
 
     Args:
         folder: An existing folder.
         name: Relative path with `/` between its parts, of any type.
-        what: The file that gives the name, for the message.
+        what: The file that contains the name, for the message.
 
     Raises:
         UserError: If the name is absolute, has `..`, or passes through a symbolic link that leads elsewhere.
@@ -64,17 +64,17 @@ def inside(folder: Path, name: Any, what: str) -> Path:
         plain_name(part, f"a name in {what}")
     path = folder.joinpath(*parts)
     if not path.resolve().is_relative_to(folder.resolve()):
-        raise UserError(f"{what} names {printable(name)}, which is a link that leads out of {folder}: remove it")
+        raise UserError(f"{what} names {printable(name)}, a link that leads out of {folder}: remove it")
     return path
 
 
 def refuse_links(run: Path) -> None:
-    """Refuses to write into a run folder with symbolic links to elsewhere: a write would follow them.
+    """Refuses a run folder with symbolic links that lead out of it, as writing to such a link changes its target.
 
-    A link that W&B makes of its own log is accepted, since neither W&B nor we ever open it to write.
+    A link that W&B creates to its own log is accepted, since neither W&B nor this project writes to it.
 
     Raises:
-        UserError: Names the first such link and where it leads.
+        UserError: Names the first such link and its target.
     """
     root = run.resolve()
     for folder, folders, files in os.walk(root):
@@ -85,12 +85,12 @@ def refuse_links(run: Path) -> None:
             if path.is_symlink() and not path.resolve().is_relative_to(root):
                 raise UserError(
                     f"{printable(str(path))} is a link to {printable(os.readlink(path))}, outside of the run folder, "
-                    "and would be written through: remove the link, or copy what it leads to"
+                    "which would be changed: remove the link, or replace it by a copy of its target"
                 )
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Reads the object in a JSON file.
 
     Raises:
         UserError: If it cannot be read, or is not a JSON object.
@@ -109,7 +109,7 @@ def network_class(name: Any) -> "type[PreTrainedModel]":
     """The class of `transformers` that a file names.
 
     Args:
-        name: Such as `GPT2LMHeadModel`, of any type.
+        name: The name, such as `GPT2LMHeadModel`, of any type.
 
     Raises:
         UserError: If `transformers` has no network of that name.
@@ -122,13 +122,13 @@ def network_class(name: Any) -> "type[PreTrainedModel]":
     if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
         raise UserError(
             f"transformers {transformers.__version__} has no network class {printable(str(name))[:100]}, which this "
-            "checkpoint or model folder names: it is damaged, of another version, or not one of lm_lightning"
+            "checkpoint or model folder names: it is damaged, from another version, or not from lm_lightning"
         )
     return found
 
 
 def refuse_expanding_zip(file: zipfile.ZipFile, what: Path) -> None:
-    """Refuses an archive with compressed members: `torch.save` compresses nothing."""
+    """Refuses an archive with compressed members, as `torch.save` never compresses."""
     for info in file.infolist():
         if info.compress_type != zipfile.ZIP_STORED or info.file_size > info.compress_size:
-            raise UserError(f"{what} has compressed parts, which torch.save never writes: it is not a checkpoint")
+            raise UserError(f"{what} is not a checkpoint: it has compressed parts, which torch.save never writes")

@@ -1,7 +1,7 @@
-"""Sharded checkpoints: a folder that all processes write, each its share of the tensors.
+"""Sharded checkpoints: folders into which each process writes its shard of the tensors.
 
-`torch.distributed.checkpoint` keeps the tensors; any number of processes reads the parts that it needs. Everything else
-is in `meta.pt`. Reading these files runs no code.
+The tensors are saved by `torch.distributed.checkpoint`, so that a different number of processes can read the parts that
+they need. Everything else is in `meta.pt`. Reading these files runs no code.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from lm_lightning.files import PARTIAL, checksum, put, remove, sync
 from lm_lightning.security.untrusted import plain_name, refuse_expanding_zip
 from lm_lightning.sharding import compat
 
-META = "meta.pt"  # Lightning's name, by which it knows such a folder
+META = "meta.pt"  # Lightning's name, by which it recognizes such a folder
 TABLE = ".metadata"  # PyTorch's name of the table of contents
 METADATA = "torch.distributed.checkpoint.metadata"
 Names = list[list[str]]  # of the parameters of each group of an optimizer
@@ -41,11 +41,11 @@ def save(checkpoint: dict[str, Any], path: Path) -> None:
     """Writes a checkpoint of a sharded network; all processes call it together.
 
     Args:
-        checkpoint: Lightning's, where the state of the optimizer goes by the names of the parameters.
-        path: Folder to write. An older checkpoint of that name is replaced when the new one is complete.
+        checkpoint: Lightning's checkpoint; the keys of the optimizer's state are names of parameters.
+        path: Folder to write. An existing checkpoint of that name is replaced when the new one is complete.
 
     Raises:
-        UserError: If there is no room for it, or it holds something that could not be loaded again.
+        UserError: If the disk is full, or the checkpoint contains something that could not be loaded again.
     """
     weights, states = checkpoint.pop("state_dict"), checkpoint.pop("optimizer_states", [])
     state = states[0] if states else None
@@ -72,7 +72,7 @@ def save(checkpoint: dict[str, Any], path: Path) -> None:
             sync(partial)
             put(partial, path, path.with_name(path.name + OLD))
     except (dcp.CheckpointException, OSError) as error:
-        # (All processes get an error of the first kind, whichever of them has failed.)
+        # (All processes get the same type of error, whichever of them has failed.)
         failures = error.failures.values() if isinstance(error, dcp.CheckpointException) else [(error, None)]
         reason = next((failure for failure, _ in failures if isinstance(failure, OSError)), None)
         if reason is None:
@@ -88,10 +88,10 @@ def save(checkpoint: dict[str, Any], path: Path) -> None:
 
 
 def damaged(path: Path) -> Optional[str]:
-    """The name of a file of a checkpoint that is not as it was written, None if all are."""
+    """The name of a file that has changed since the checkpoint was written; None if none has."""
     with zipfile.ZipFile(path / META) as file:
         refuse_expanding_zip(file, path / META)
-        if file.testzip():  # torch.load does not compare the sums
+        if file.testzip():  # torch.load does not verify checksums
             return META
     for name, value in meta(path)["sums"].items():
         file_path = path / plain_name(name, f"a file name in {path / META}")
@@ -101,21 +101,22 @@ def damaged(path: Path) -> Optional[str]:
 
 
 def meta(path: Path) -> dict[str, Any]:
-    """All but the tensors of a checkpoint."""
+    """The content of a checkpoint without its tensors."""
     return torch.load(path / META, map_location="cpu", weights_only=True)
 
 
 def load(path: Path, weights: dict[str, Any], state: Optional[dict[str, Any]]) -> None:
-    """Reads into the tensors of a sharded network, and of its optimizer if given; all processes call it together.
+    """Loads a checkpoint in place into a sharded network and its optimizer; all processes call it together.
 
     Args:
         path: Folder of the checkpoint.
         weights: State dict of the network, which may be sharded in any way.
-        state: State of the optimizer by the names of the parameters; its groups get the checkpoint's settings.
+        state: State of the optimizer by names of parameters; its groups get the settings in the checkpoint. None to
+            load only the network.
     """
     with readable(path):
         reader = Reader(path)
-        reader.read_metadata()  # refuses here what `dcp.load` would wrap
+        reader.read_metadata()  # raises its own error, which `dcp.load` would wrap
         dcp.load(flat(weights, state), storage_reader=reader)
     if state is not None:
         saved = {name: group for group in meta(path)["optimizer_groups"] for name in group["params"]}
@@ -124,7 +125,7 @@ def load(path: Path, weights: dict[str, Any], state: Optional[dict[str, Any]]) -
 
 
 def gather(path: Path) -> dict[str, Any]:
-    """A checkpoint as one process would have saved it, with full tensors in its memory."""
+    """Assembles a checkpoint with full tensors in memory, as a single process would have saved it."""
     with readable(path):
         reader = Reader(path)
         tensors = {
@@ -149,9 +150,9 @@ def gather(path: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Makes a UserError that names the checkpoint of any error in the block.
+    """Converts any error in the block to a UserError that names the checkpoint.
 
-    (`dcp.CheckpointException` is no `Exception`.)
+    (`dcp.CheckpointException` is not a subclass of `Exception`.)
     """
     try:
         yield
@@ -164,7 +165,7 @@ def readable(path: Path) -> Iterator[None]:
 
 
 def flat(weights: dict[str, Any], state: Optional[dict[str, Any]]) -> dict[str, Tensor]:
-    """The tensors of a network and its optimizer by one key each."""
+    """The tensors of a network and its optimizer as a flat dict."""
     tensors = {f"weights/{name}": tensor for name, tensor in weights.items()}
     for name, values in (state or {"state": {}})["state"].items():
         tensors |= {f"optimizer/{name}/{key}": value for key, value in values.items()}
@@ -172,7 +173,7 @@ def flat(weights: dict[str, Any], state: Optional[dict[str, Any]]) -> dict[str, 
 
 
 def numbered(state: dict[str, Any]) -> dict[str, Any]:
-    """The state of an optimizer with the numbers of the parameters, as in PyTorch, not their names."""
+    """Converts the state of an optimizer from names of parameters to PyTorch's numbers."""
     names = [name for group in state["param_groups"] for name in group["params"]]
     numbers = {name: number for number, name in enumerate(names)}
     return {
@@ -182,7 +183,7 @@ def numbered(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def named(state: dict[str, Any], names: Names) -> dict[str, Any]:
-    """The state of an optimizer with the names of the parameters, not their numbers as in PyTorch."""
+    """Converts the state of an optimizer from PyTorch's numbers of parameters to their names."""
     name_of = {
         number: name for group, own in zip(state["param_groups"], names) for number, name in zip(group["params"], own)
     }
@@ -193,7 +194,7 @@ def named(state: dict[str, Any], names: Names) -> dict[str, Any]:
 
 
 class Reader(dcp.FileSystemReader):
-    """Reads the table of contents, which is a pickle, without letting it run anything but the table's own classes."""
+    """Reads the table of contents, which is a pickle, but allows only the classes that a table consists of."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         path = Path(self.path)
@@ -205,26 +206,28 @@ class Reader(dcp.FileSystemReader):
 
 
 def check_table(metadata: Any, path: Path) -> None:
-    """Refuses a table of contents that lists anything but tensors in files of its own folder.
+    """Refuses a table of contents with anything other than tensors in files of its own folder.
 
-    `torch.distributed.checkpoint` unpickles whatever a table calls bytes, without restrictions, and joins file names
-    unchecked.
+    `torch.distributed.checkpoint` unpickles all entries of type bytes without restrictions, and does not check file
+    names.
 
     Raises:
         UserError: Names the entry.
     """
     if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
         raise UserError(f"{path / TABLE} is not the table of contents of a checkpoint")
-    room: dict[str, int] = {}  # bytes of the file of each tensor's parts
+    room: dict[str, int] = {}  # total size in bytes of the files with each tensor's parts
     for index, info in metadata.storage_data.items():
         if not isinstance(index, MetadataIndex) or not isinstance(info, compat.storage_info()):
             raise UserError(f"{path / TABLE} has an entry that is not a part of a tensor: it is damaged or was changed")
         file = path / plain_name(info.relative_path, f"a file name in {path / TABLE}")
         size = file.stat().st_size if file.is_file() and not file.is_symlink() else -1
         if min(info.offset, info.length) < 0 or info.offset + info.length > size:
-            raise UserError(f"{path / TABLE} names bytes of {file.name} that do not exist: the checkpoint is damaged")
+            raise UserError(f"{path / TABLE} refers to bytes beyond the end of {file.name}: the checkpoint is damaged")
         if info.transform_descriptors:
-            raise UserError(f"{path / TABLE} has a part that is transformed, which lm_lightning never writes")
+            raise UserError(
+                f"{path / TABLE} has a transformed part, which lm_lightning never writes: use another checkpoint"
+            )
         room[index.fqn] = room.get(index.fqn, 0) + info.length
     for name, tensor in metadata.state_dict_metadata.items():
         if not isinstance(tensor, TensorStorageMetadata) or not isinstance(tensor.properties.dtype, torch.dtype):
@@ -240,7 +243,7 @@ class TableUnpickler(pickle.Unpickler):
     """Loads only the classes that a table of contents consists of."""
 
     def find_class(self, module: str, name: str) -> Any:
-        # a module is not even imported unless a table needs it: an import runs code
+        # Other modules are not even imported, as an import runs code.
         modules = (METADATA, "torch", compat.LAYOUT[0], compat.STORAGE_INFO[0])
         known = module in (*modules, "pathlib", "collections") and "." not in name
         found = super().find_class(module, name) if known else None

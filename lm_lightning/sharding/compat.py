@@ -1,6 +1,6 @@
 """Private APIs of PyTorch and Lightning that sharding needs.
 
-Splits of matrices by tensor parallelism are subclasses of the public `ParallelStyle`, whose only method is `_apply`.
+The ways to split a matrix for tensor parallelism are subclasses of `ParallelStyle`, whose only method is `_apply`.
 Alternative: `ColwiseParallel` and `RowwiseParallel`, which refuse GPT-2's `Conv1D`.
 """
 
@@ -22,7 +22,7 @@ def storage_info() -> Any:
 
 
 def set_parallel_sizes(strategy: ModelParallelStrategy, tensor_parallel: int, data_parallel: int) -> None:
-    """Sets how many processes share a block and how many groups of them there are.
+    """Sets the size of the tensor-parallel groups of processes, and the number of these groups.
 
     Alternative: the arguments of ModelParallelStrategy, which it needs before the number of processes is known.
     """

@@ -241,7 +241,7 @@ def link(source: str | Path, target: str | Path) -> None:
 def redacted_command_line() -> Iterator[None]:
     """Hides the secrets of the command line from libraries that record `sys.argv`.
 
-    A library such as W&B may also replace the hook that prints tracebacks; it is restored.
+    A library such as W&B may also replace the hook that prints tracebacks; the hook is restored.
     """
     arguments, hook = sys.argv, sys.excepthook
     sys.argv = redact_arguments(arguments)

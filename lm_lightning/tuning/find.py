@@ -12,8 +12,8 @@ from lm_lightning import files, yaml_text
 from lm_lightning.errors import UserError
 from lm_lightning.tuning.fit_process import fit, logged, newest_run, read_settings, shorten
 
-# What a process has printed whose memory was not enough. Alternative: `torch.OutOfMemoryError`, which is for GPUs only,
-# and which another process cannot catch.
+# Output of a process that ran out of memory. Alternative: `torch.OutOfMemoryError`, which is for GPUs only, and which
+# another process cannot catch.
 OUT_OF_MEMORY = re.compile(r"out of memory|OutOfMemory|can't allocate memory|MemoryError|DefaultCPUAllocator", re.I)
 
 

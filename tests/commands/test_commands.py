@@ -49,7 +49,7 @@ def test_prepare_counts_and_shows_samples(cli, recipe: Path):
     with pytest.raises(UserError, match="no sample 1000000"):
         cli("prepare", "--config", recipe, "--show", 1000000)
     recipe.write_text(recipe.read_text().replace("PretrainingData", "OtherData"))
-    with pytest.raises(UserError, match="data from .*OtherData, which prepare cannot tokenize"):
+    with pytest.raises(UserError, match="uses .*OtherData, whose data `prepare` does not tokenize"):
         cli("prepare", "--config", recipe)
 
 

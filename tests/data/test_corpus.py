@@ -184,7 +184,7 @@ def test_a_bad_byte_is_an_error_with_its_place(tmp_path):
 def test_bad_bytes_can_be_replaced_and_are_counted(tmp_path, capsys):
     path = write(tmp_path / "a.txt", b"a\xff\xfeb\n\nc \xef\xbf\xbd\n")
     assert documents(path, encoding_errors="replace") == ["a\ufffd\ufffdb", "c \ufffd"]
-    assert "2 bytes" in capsys.readouterr().err
+    assert "2 invalid bytes" in capsys.readouterr().err
     assert documents(write(path, "fine"), encoding_errors="replace") == ["fine"]
     assert capsys.readouterr().err == ""
 
@@ -352,8 +352,8 @@ def test_a_name_with_the_signs_of_a_pattern_is_a_name(tmp_path):
 def test_paths_that_hold_nothing_are_errors(tmp_path):
     assert "nowhere.txt does not exist" in error_of(tmp_path / "nowhere.txt")
     assert "does not exist" in error_of("")
-    assert "*.txt holds no file" in error_of(tmp_path / "*.txt")
-    assert "holds no file" in error_of(tmp_path)
+    assert "*.txt contains no files" in error_of(tmp_path / "*.txt")
+    assert "contains no files" in error_of(tmp_path)
     assert "no text" in error_of(write(tmp_path / "empty.txt", "\n \n"))
 
 

@@ -286,7 +286,7 @@ def test_a_folder_without_a_usable_tokenizer_is_refused(tmp_path):
 
 
 def test_hub_names_offline():
-    with pytest.raises(UserError, match="neither a folder here nor in the local Hub cache, and HF_HUB_OFFLINE is set"):
+    with pytest.raises(UserError, match="neither a local folder nor in the local Hub cache, and HF_HUB_OFFLINE is set"):
         load("no-such-owner/no-such-tokenizer")
 
 
@@ -304,7 +304,7 @@ def test_an_unreachable_hub_is_given_up_soon_and_once(monkeypatch):
     monkeypatch.setattr(hub, "TIMEOUT", 0.2)
     for _ in range(2):
         with pytest.raises(
-            UserError, match="'gpt2' is neither a folder here .* https?://.* cannot be reached"
+            UserError, match="'gpt2' is neither a local folder .* https?://.* cannot be reached"
         ) as error:
             load("gpt2")
         assert "\n" not in str(error.value)

@@ -243,7 +243,7 @@ def test_a_format_of_ones_own_is_a_class_path_of_a_corpus(
     run = fit("--data.corpus.paths", even, "--data.corpus.format", given, "--data.corpus.validation_fraction", 0.3)
     documents = json.loads((run / "data.json").read_text())["splits"]
     assert sum(split["documents"] for split in documents.values()) == 100
-    with pytest.raises(UserError, match="asks to import my_formats.LabelledLines"):
+    with pytest.raises(UserError, match="names my_formats.LabelledLines"):
         cli("validate", run)
     monkeypatch.setenv(PACKAGES, "my_formats")
     assert "val/loss" in cli("validate", run)

@@ -95,7 +95,7 @@ def test_the_only_checkpoint_is_damaged(tmp_path: Path):
     with pytest.raises(UserError, match=r"last.ckpt \(7 bytes\) .* has no other one, so start a new run"):
         load_checkpoint(file)
     (tmp_path / "best.ckpt").write_bytes(b"damaged, too")
-    with pytest.raises(UserError, match=r"last.ckpt \(7 bytes\) .* use another one of"):
+    with pytest.raises(UserError, match=r"last.ckpt \(7 bytes\) .* use another one in"):
         load_checkpoint(file)
 
 
@@ -106,6 +106,6 @@ def test_all_checkpoints_are_damaged(fit, cli, recipe: Path):
         file.write_bytes(b"damaged")
     assert len(files) > 1
     with pytest.raises(
-        UserError, match=f"none of the {len(files)} checkpoints of .*checkpoints can be used, so start a new"
+        UserError, match=f"none of the {len(files)} checkpoints in .*checkpoints can be used .*: start a new run"
     ):
         cli("fit", "--config", recipe, "--ckpt_path", "last")

@@ -59,7 +59,7 @@ def test_numbers_that_are_not_finite_break_no_page(run: Path):
     lines = [f'{{"step": {step}, "loss": {loss}, "samples": [1]}}' for step in (1, "Infinity") for loss in ("NaN", 1)]
     (run / "spikes.jsonl").write_text("\n".join([*lines, '{"step": 1e999, "loss": 1, "samples": []}']) + "\n")
     text, data = page(run)
-    assert "metrics.csv: cut or damaged rows are omitted (8)" in text and "spikes.jsonl: cut" in text
+    assert "metrics.csv: incomplete or damaged rows are omitted (8)" in text and "spikes.jsonl: incomplete" in text
     assert {chart["name"] for chart in data["charts"]} >= {"loss", "memory"}
     for last in ("nan", "inf"):
         (run / "metrics.csv").write_text(f"step,train/seconds,train/loss\n1,1,1\n2,{last},{last}\n")
@@ -114,7 +114,7 @@ def test_yaml_that_expands_has_no_end_or_is_none_is_refused(
     assert len(str(refused.value)) < 1000 and "\n" not in str(refused.value)
     (run / "config.1.yaml").write_text(content)
     text, _ = page(run)
-    assert "config.yaml is cut or damaged" in text and "config.1.yaml is cut or damaged" in text
+    assert "config.yaml is incomplete or damaged" in text and "config.1.yaml is incomplete or damaged" in text
     assert not (tmp_path / "harmed").exists()
 
 
@@ -171,7 +171,12 @@ def test_a_page_of_hostile_tables_stays_small_and_is_escaped(run: Path):
     text, data = page(run)
     assert script not in text and len(text) < 15_000_000
     assert data["charts"][0]["lines"][0]["value"] == [2.5]
-    for note in ("metrics.csv: cut", "results.csv: cut", "180 of 200 earlier configs", "data.json: only its first"):
+    for note in (
+        "metrics.csv: incomplete",
+        "results.csv: incomplete",
+        "180 of 200 earlier configs",
+        "data.json: only its first",
+    ):
         assert note in text
     (run / "metrics.csv").write_text(f"step,{wide}\n1{',1' * 5000}\n")
     assert len(page(run)[1]["charts"]) <= 200 and "4801 of 5001 columns" in page(run)[0]
@@ -183,7 +188,7 @@ def test_what_is_no_file_is_not_read(run: Path):
     (run / "results.csv").mkdir()
     text, _ = page(run)
     for name in ("metrics.csv", "samples.jsonl", "results.csv"):
-        assert f"{name} cannot be read (it is not a file)" in text
+        assert f"{name} cannot be read (it is not a regular file)" in text
 
 
 def test_a_link_to_a_file_of_mine_is_not_shown(run: Path, cli, tmp_path: Path):

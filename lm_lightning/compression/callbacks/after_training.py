@@ -9,7 +9,7 @@ from pathlib import Path
 from lm_lightning.errors import UserError
 from lm_lightning.processes import RUN_FOLDER
 
-# Beginnings of the environment variables that make a process one of the processes of a training run.
+# Prefixes of the environment variables that make a process one of the processes of a training run.
 OF_A_RUN = ("RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "NODE_RANK", "MASTER_", "TORCHELASTIC_", "SLURM_")
 
 
@@ -32,13 +32,13 @@ def compress_alone(model: Path, *flags: str) -> None:
 
 
 def run_alone(arguments: Sequence[str]) -> int:
-    """Runs a command of this project in a process of its own, also within a training run, of which it knows nothing.
+    """Runs a command of this project in a process of its own, which does not become part of a surrounding training run.
 
     Args:
         arguments: The command and its arguments.
 
     Returns:
-        Its exit status; what it prints is printed.
+        Its exit status. Its output goes to the console.
     """
     environment = {n: value for n, value in os.environ.items() if not n.startswith((*OF_A_RUN, RUN_FOLDER))}
     return subprocess.run([sys.executable, "-m", "lm_lightning", *arguments], env=environment, check=False).returncode

@@ -137,7 +137,7 @@ def test_a_missing_label_is_refused(tmp_path: Path, tokenizer: Tokenizer, value:
 @pytest.mark.parametrize(
     ("value", "reason"),
     [
-        ("1,5", r" \(write a point instead of the comma\)"),
+        ("1,5", r" \(use a decimal point instead of the comma\)"),
         ("nan", ""),
         ("inf", ""),
         (float("nan"), r" \(it must be finite\)"),

@@ -550,5 +550,5 @@ def test_a_score_that_is_no_number_is_refused_with_its_row(tmp_path: Path, token
     module = SimpleNamespace(own_labels=lambda: [])
     fit = SimpleNamespace(fn="fit")
     data.trainer = SimpleNamespace(state=fit, is_global_zero=True, lightning_module=module)  # type: ignore[assignment]
-    with pytest.raises(UserError, match="a.jsonl:2: column 'score' has no number, but .*write a point instead"):
+    with pytest.raises(UserError, match="a.jsonl:2: column 'score' has no number, but .*use a decimal point instead"):
         data.setup("fit")
