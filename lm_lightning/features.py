@@ -45,8 +45,8 @@ class Feature:
         classes: Modules that are imported before options are parsed. Their classes (of models, data modules, callbacks,
             loggers, ...) can be chosen by their short names as `class_path`; they may also register names, for example
             with `lm_lightning.strategies.register`.
-        callbacks: Classes of callbacks that are added to every run, created without arguments, unless the options already
-            have one of that class.
+        callbacks: Classes of callbacks that are added to every run, created without arguments, unless its options have
+            one of that class.
         trainer_settings: Functions that are called with the trainer's settings (a namespace, which they may change)
             before the trainer is made. They raise `UserError` to refuse settings.
         checkpoint_folders: Modules that read checkpoints which are folders, not files: see `CheckpointFormat` in
@@ -97,7 +97,7 @@ def import_classes() -> None:
 
 
 def callbacks(given: Iterable[Any] = ()) -> list[Any]:
-    """New instances of the callbacks that the features add to every run, except for classes that `given` already has."""
+    """New instances of the callbacks that the features add to every run, unless `given` has one of their class."""
     classes = [resolve(path) for feature in features().values() for path in feature.callbacks]
     return [own() for own in classes if not any(isinstance(callback, own) for callback in given)]
 
