@@ -122,7 +122,7 @@ def main() -> None:
     try:
         arguments = parser.parse_args()
         if arguments.list:
-            print("\n".join(f"{name:16}{FEATURES[name].summary}" for name in CHOICES))
+            print(listing())
             return
         if arguments.folder is None:
             raise Refusal("the folder of the new project is missing: python scripts/fork.py ../my_lm --name my_lm")
@@ -135,6 +135,22 @@ def main() -> None:
     except Refusal as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def listing() -> str:
+    """The table of features; lines of code are those of the package, without its tests."""
+    lines = {name: count(f"{PACKAGE}/{feature.package.replace('.', '/')}") for name, feature in FEATURES.items()}
+    rows = [("feature", "lines", "extras", "")]
+    rows += [(name, f"{lines[name]:,}", ", ".join(FEATURES[name].extras), FEATURES[name].summary) for name in CHOICES]
+    for name in (name for name in FEATURES if name not in CHOICES):
+        rows.append((f"({name})", f"{lines[name]:,}", "", f"kept with {', '.join(FEATURES[name].needed_by)}"))
+    rows.append(("(core)", f"{count(PACKAGE) - sum(lines.values()):,}", "", "always kept"))
+    return "\n".join(f"{name:16}{number:>6}  {extras:9}{summary}".rstrip() for name, number, extras, summary in rows)
+
+
+def count(folder: str) -> int:
+    """The number of lines in the Python files of a folder."""
+    return sum(len(file.read_bytes().splitlines()) for file in (ROOT / folder).rglob("*.py"))
 
 
 def create(folder: Path, name: str, keep: str | None) -> None:
@@ -307,12 +323,13 @@ def edited(path: str, content: bytes, name: str, kept: list[str], removed: list[
         text = without_tests(text, {feature.package for feature in removed})
     if Path(path).name in LISTS:
         packages = "|".join(re.escape(feature.package) for feature in removed) or "(?!)"
-        listed = re.compile(rf"(\b{PACKAGE}\.|[\"'])({packages})\b(?!/)")
+        text = re.sub(rf"\((?:{packages})\) : | : \((?:{packages})\)", "", text)  # import layers, several in a line
+        listed = re.compile(rf"(\b{PACKAGE}\.|[\"']\(?)({packages})\b(?!/)")
         text = "".join(line for line in text.splitlines(keepends=True) if not listed.search(line))
     if path == "pyproject.toml":
         text = without_extras(text, [extra for feature in removed for extra in feature.extras])
     if path.endswith(".md"):
-        text = re.sub(r"\n{3,}", "\n\n", text)
+        text = without_empty(text)
     return renamed(text, name).encode("utf-8")
 
 
@@ -373,6 +390,14 @@ def without_extras(text: str, extras: list[str]) -> str:
         return f'"{PACKAGE}[{",".join(left)}]",' + found[0].partition(']",')[2] if left else ""
 
     return re.sub(rf'"{PACKAGE}\[([\w,]+)\]", ?', others, text)
+
+
+def without_empty(text: str) -> str:
+    """A Markdown text without tables that have no rows, headings that have nothing below, and extra blank lines."""
+    text = re.sub(r"^\|.*\n\|[-:| ]+\n(?!\|)", "", text, flags=re.M)
+    text = re.sub(r"\n{3,}", "\n\n", text).rstrip("\n") + "\n"
+    shorter = re.sub(r"^(##+) .*\n\s*(?=\Z|##)(?!\1#)", "", text, flags=re.M)
+    return text if shorter == text else without_empty(shorter)
 
 
 def tidy(folder: Path) -> None:
