@@ -88,40 +88,6 @@ def samples_at(positions: np.ndarray, size: int, seed: int) -> np.ndarray:
     return result
 
 
-def by_length(
-    order: np.ndarray, lengths: np.ndarray, seed: int, begin: int = 0, chunk: int = 4096, run: int = 64
-) -> np.ndarray:
-    """Rearranges an epoch so that neighbours have similar lengths and batches need little padding.
-
-    The epoch is cut into chunks, each sorted by length and cut into runs, and the runs are shuffled: samples of one run
-    come together, all else stays random. It depends on nothing but the arguments, not on how batches are cut.
-
-    Runs begin at multiples of their size in the stream of all epochs, where batches begin, too. So an epoch may begin
-    and end within one: there it has its shortest samples, which fit to those of its neighbour.
-
-    Args:
-        order: Samples of the epoch in random order, (N,) int64.
-        lengths: Length of each sample by its number.
-        seed: Of the shuffled runs; another for each epoch.
-        begin: Position of the epoch in the stream.
-        chunk: Samples that are sorted together.
-        run: Samples that stay together.
-
-    Returns:
-        The same samples, (N,) int64.
-    """
-    parts: list[np.ndarray] = []
-    for start in range(0, len(order), chunk):
-        part = order[start : start + chunk]
-        part = part[np.argsort(lengths[part], kind="stable")]
-        head = min(-(begin + start) % run, len(part))
-        tail = (len(part) - head) % run
-        runs = part[head + tail :].reshape(-1, run)
-        places = np.argsort(shuffle(np.arange(len(runs)), len(runs), seed + start))
-        parts += [part[:head], runs[places].ravel(), part[head : head + tail]]
-    return np.concatenate(parts)
-
-
 class StreamSampler(Sampler[list[int]]):
     """Batch sampler of training: yields this rank's positions of the stream, one list a micro-batch.
 
