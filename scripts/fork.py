@@ -116,7 +116,7 @@ def main() -> None:
     parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("folder", nargs="?", type=Path, help="the new project, or with --update an existing one")
     parser.add_argument("--name", help="the name of its package")
-    parser.add_argument("--keep", help="features to keep, separated by commas; default: all")
+    parser.add_argument("--keep", help="features to keep, separated by commas; default: all, with --update as before")
     parser.add_argument("--list", action="store_true", help="print the features and exit")
     parser.add_argument("--update", action="store_true", help="commit the present template to its branch `template`")
     try:
@@ -127,9 +127,9 @@ def main() -> None:
         if arguments.folder is None:
             raise Refusal("the folder of the new project is missing: python scripts/fork.py ../my_lm --name my_lm")
         if arguments.update:
-            if arguments.name or arguments.keep:
-                raise Refusal("--update keeps the name and the features of the project: omit --name and --keep")
-            update(arguments.folder)
+            if arguments.name:
+                raise Refusal("--update keeps the name of the project: omit --name")
+            update(arguments.folder, arguments.keep)
         else:
             create(arguments.folder, check_name(arguments.name or arguments.folder.name), arguments.keep)
     except Refusal as error:
@@ -138,19 +138,18 @@ def main() -> None:
 
 
 def listing() -> str:
-    """The table of features; lines of code are those of the package, without its tests."""
-    lines = {name: count(f"{PACKAGE}/{feature.package.replace('.', '/')}") for name, feature in FEATURES.items()}
+    """The table of features, with the lines of their packages, tests not included."""
+
+    def count(package: str) -> int:
+        return sum(len(file.read_bytes().splitlines()) for file in (ROOT / PACKAGE / package).rglob("*.py"))
+
+    lines = {name: count(feature.package.replace(".", "/")) for name, feature in FEATURES.items()}
     rows = [("feature", "lines", "extras", "")]
     rows += [(name, f"{lines[name]:,}", ", ".join(FEATURES[name].extras), FEATURES[name].summary) for name in CHOICES]
     for name in (name for name in FEATURES if name not in CHOICES):
         rows.append((f"({name})", f"{lines[name]:,}", "", f"kept with {', '.join(FEATURES[name].needed_by)}"))
-    rows.append(("(core)", f"{count(PACKAGE) - sum(lines.values()):,}", "", "always kept"))
-    return "\n".join(f"{name:16}{number:>6}  {extras:9}{summary}".rstrip() for name, number, extras, summary in rows)
-
-
-def count(folder: str) -> int:
-    """The number of lines in the Python files of a folder."""
-    return sum(len(file.read_bytes().splitlines()) for file in (ROOT / folder).rglob("*.py"))
+    rows.append(("(core)", f"{count('') - sum(lines.values()):,}", "", "always kept"))
+    return "\n".join(f"{name:16}{number:>6}  {extras:10}{summary}".rstrip() for name, number, extras, summary in rows)
 
 
 def create(folder: Path, name: str, keep: str | None) -> None:
@@ -175,11 +174,11 @@ def create(folder: Path, name: str, keep: str | None) -> None:
         made.rename(folder)
     removed = [feature for feature in FEATURES if feature not in kept]
     print(f"{folder}: the package {name}" + (f", without {', '.join(removed)}" if removed else ""))
-    print(f"next: cd {folder} && pip install -e '.[test]' && pytest -n 2")
+    print(f"next: cd {shlex.quote(str(folder))} && pip install -e '.[test]' && pytest -n 2")
 
 
-def update(folder: Path) -> None:
-    """Commits what the present template makes of the options of an existing project to its branch `template`.
+def update(folder: Path, keep: str | None) -> None:
+    """Commits what the present template makes of an existing project, with the same or other features, to `template`.
 
     Raises:
         Refusal: The folder is no project that this script has made, or this is no clean checkout of the template.
@@ -191,16 +190,18 @@ def update(folder: Path) -> None:
         body = git("log", "-1", "--format=%B", parent, at=folder) if parent else ""
     except (subprocess.CalledProcessError, FileNotFoundError, NotADirectoryError):
         raise Refusal(f"{folder} is not a git repository") from None
-    found = re.search(r"^Template-Options: (.+)$", body, re.M)
-    if not found:
+    if not (found := re.search(r"^Template-Options: (.+)$", body, re.M)):
         raise Refusal(f"{folder} has no commit with a line Template-Options, which scripts/fork.py writes")
     options = Parser(allow_abbrev=False)
     options.add_argument("--name", required=True)
     options.add_argument("--keep")
     given = options.parse_args(shlex.split(found[1]))
+    keep = given.keep if keep is None else keep
+    if git("rev-parse", "--abbrev-ref", "HEAD", at=folder) == "template":
+        raise Refusal(f"{folder} is on the branch template, which is to be updated: git switch main")
     with tempfile.TemporaryDirectory() as scratch:
         made = Path(scratch) / "project"
-        write(made, given.name, features(given.keep))
+        write(made, given.name, features(keep))
         where = {"GIT_DIR": git("rev-parse", "--absolute-git-dir", at=folder), "GIT_WORK_TREE": str(made)}
         where["GIT_INDEX_FILE"] = str(Path(scratch) / "index")
         git("add", "--all", at=made, **where)
@@ -208,10 +209,10 @@ def update(folder: Path) -> None:
         if tree == git("rev-parse", f"{parent}^{{tree}}", at=folder):
             print(f"{folder} has all of the template already")
             return
-        text = message(given.name, given.keep, commit)
+        text = message(given.name, keep, commit)
         new = git("commit-tree", tree, "-p", parent, "-m", text, at=made, **where)
         git("update-ref", "refs/heads/template", new, at=folder)
-    print(f"next: cd {folder} && git merge template")
+    print(f"next: cd {shlex.quote(str(folder))} && git merge template")
 
 
 def message(name: str, keep: str | None, commit: str) -> str:
@@ -319,7 +320,7 @@ def edited(path: str, content: bytes, name: str, kept: list[str], removed: list[
     if path == "LICENSE":
         return content
     text = "".join(without_marked(text, kept, path))
-    if path.endswith(".py") and path.startswith("tests/"):
+    if path.endswith(".py") and path.startswith("tests/") and "@needs(" in text:
         text = without_tests(text, {feature.package for feature in removed})
     if Path(path).name in LISTS:
         packages = "|".join(re.escape(feature.package) for feature in removed) or "(?!)"
@@ -403,10 +404,10 @@ def without_empty(text: str) -> str:
 def tidy(folder: Path) -> None:
     """Sorts imports, removes those that nothing uses any more, and wraps lines, if ruff is installed."""
     if shutil.which("ruff") is None:
-        print("install ruff, so that lines of the new project are wrapped as its checks want them", file=sys.stderr)
+        print("warning: without ruff, imports are not sorted and lines not wrapped: pip install ruff", file=sys.stderr)
         return
     for command in (["check", "--fix", "--quiet", "--exit-zero"], ["format", "--quiet"]):
-        subprocess.run(["ruff", *command, "--no-cache", "."], cwd=folder, check=False)
+        subprocess.run(["ruff", *command, "--no-cache", "."], cwd=folder, check=False, stdout=subprocess.DEVNULL)
 
 
 if __name__ == "__main__":
