@@ -69,10 +69,10 @@ REFUSED = {
     "model.layer_decay": (0.5, r"the checkpoint was made with model.layer_decay 1.0 \(here 0.5\)"),
     "model.freeze": ('["*wpe*"]', r"the checkpoint was made with model.freeze \[\] \(here \['\*wpe\*'\]\)"),
     "model.optimizer": ("lm_lightning.optim.MuonAdamW", "the checkpoint's optimizer is AdamW, this run's MuonAdamW"),
-    "data.block_size": (16, "the checkpoint was made with data.block_size 8, this run has 16"),
+    "data.block_size": (16, "the checkpoint was made with data.block_size 8, but this run has 16"),
     "data.tokenizer": ('{"vocab_size": 280}', "the checkpoint"),
     "data.corpus": ('{"paths": ["OTHER"]}', "the checkpoint"),
-    "seed_everything": (5, "the checkpoint was made with seed_everything 1, this run has 5"),
+    "seed_everything": (5, "the checkpoint was made with seed_everything 1, but this run has 5"),
     "trainer.max_steps": (4, "raise trainer.max_steps"),
 }
 # Options that are about something else than what is trained, by reason.

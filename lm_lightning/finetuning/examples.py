@@ -86,21 +86,22 @@ def network_inputs(batch: dict[str, Any]) -> dict[str, torch.Tensor]:
 def by_length(
     order: np.ndarray, lengths: np.ndarray, seed: int, begin: int = 0, chunk: int = 4096, run: int = 64
 ) -> np.ndarray:
-    """Rearranges an epoch so that neighbours have similar lengths and batches need little padding.
+    """Reorders an epoch so that neighboring samples have similar lengths and batches need little padding.
 
-    The epoch is cut into chunks, each sorted by length and cut into runs, and the runs are shuffled: samples of one run
-    come together, all else stays random. It depends on nothing but the arguments, not on how batches are cut.
+    The epoch is cut into chunks, each chunk is sorted by length and cut into runs, and the runs are shuffled. Samples
+    of a run stay together; apart from that, the order is random. It depends only on the arguments, not on the size of
+    batches.
 
-    Runs begin at multiples of their size in the stream of all epochs, where batches begin, too. So an epoch may begin
-    and end within one: there it has its shortest samples, which fit to those of its neighbour.
+    Runs begin at multiples of their size in the stream of all epochs, since batches also begin there. Thus, an epoch
+    may begin or end in the middle of a run: there it has its shortest samples, and so does the neighboring epoch.
 
     Args:
         order: Samples of the epoch in random order, (N,) int64.
         lengths: Length of each sample by its number.
-        seed: Of the shuffled runs; another for each epoch.
+        seed: Seed for shuffling the runs; different for each epoch.
         begin: Position of the epoch in the stream.
-        chunk: Samples that are sorted together.
-        run: Samples that stay together.
+        chunk: Number of samples that are sorted together.
+        run: Number of samples that stay together.
 
     Returns:
         The same samples, (N,) int64.
