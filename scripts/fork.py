@@ -79,6 +79,8 @@ FEATURES = {
     "compression": Feature(
         "compression", "quantization, pruning, distillation", ("docs/compression.md",), ("compress",)
     ),
+    "diagnostics": Feature("diagnostics", "samples behind spikes of the loss, histograms of gradients"),
+    "linear_layers": Feature("linear_layers", "which there are, and quantized ones", needed_by=("lora", "compression")),
     "tuning": Feature(
         "tuning",
         "search of hyperparameters, comparison of strategies",
@@ -87,6 +89,7 @@ FEATURES = {
     ),
     "reports": Feature("reports", "HTML pages of runs", ("docs/images/report.png",)),
     "tracking": Feature("tracking", "Weights & Biases", ("configs/tracking/",), ("wandb",)),
+    "sharding": Feature("sharding", "FSDP2 and tensor parallelism, sharded checkpoints", ("configs/strategy/",)),
     "xla": Feature("xla", "TPUs", ("scripts/test_xla.sh",), ("tpu",)),
     "profiling": Feature("profiling", "profiles of training steps"),
 }

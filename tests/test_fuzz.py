@@ -65,7 +65,7 @@ def test_any_option_may_be_anything(cli: Callable[..., str], config: dict[str, A
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
-        (("--data.tokenizer.vocab_size", 10**12), "the most that can be trained"),
+        (("--data.tokenizer.vocab_size", 10**12), "must be 10,000,000 or less"),
         (("--model.network.n_positions", "many"), "n_positions"),
         (("--name", "a\0b"), "cannot be the name of a file"),
     ],

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import command, refusal
+from conftest import command, needs, refusal
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig
 
 from lm_lightning.errors import UserError
@@ -320,6 +320,7 @@ def test_8_bit_optimizers_are_resumed_to_the_bit(fit, name: str):
     assert all(torch.equal(a["state1"], b["state1"]) for a, b in zip(*moments))
 
 
+@needs("sharding")
 def test_8_bit_optimizers_are_refused_with_sharded_weights(recipe: Path):
     pytest.importorskip("bitsandbytes")
     flags = (*WIDE, *optimizer(BITS), "--trainer.strategy", "fsdp2", "--trainer.devices", 2)

@@ -1,6 +1,6 @@
-"""Formats: a file in, its rows out, one at a time.
+"""Formats: read the rows of a file, one at a time.
 
-`Format` is the base class; one of your own needs nothing but a class path to be used:
+`Format` is the base class. Your own subclass is chosen by its class path:
 
     --data.tables.format my_package.Ini
     --data.corpus.format my_package.Ini
@@ -31,12 +31,12 @@ from lm_lightning.data.reading import (
 )
 from lm_lightning.errors import UserError
 
-Rows = Iterator[tuple[int, Mapping[str, Any]]]  # with the number of their line or row, from 1
+Rows = Iterator[tuple[int, Mapping[str, Any]]]  # (number of the line or row, from 1; the row)
 DELIMITERS = ",;\t|"
 
 
 class Format:
-    """How rows are read from files of one format; a subclass defines `rows`.
+    """Base class of formats, which read rows from files; a subclass defines `rows`.
 
     For example, files with `label: text` in each line:
 
@@ -51,10 +51,10 @@ class Format:
     Arguments of its `__init__` are options: `--data.tables.format '{class_path: my_package.Xml, init_args: {tag: p}}'`.
 
     Attributes:
-        name: Short name for `--data.tables.format`, of formats that a data module knows; see `find`.
-        suffixes: Ends of the names of such files, without `.gz` and `.zst`, in lower case.
-        options: Which of the options `header`, `delimiter` and `quoting` it follows; tables refuse the others.
-        compact: Whether a file is smaller than its text, so that its size does not tell how much text it has.
+        name: Short name for `--data.tables.format`, if the data module knows the format; see `find`.
+        suffixes: Suffixes of such files in lower case, without `.gz` and `.zst`.
+        options: Which of the options `header`, `delimiter` and `quoting` it supports; tables refuse the others.
+        compact: Whether a file is smaller than its text, so that its size does not show how much text it contains.
     """
 
     name = ""
@@ -63,31 +63,31 @@ class Format:
     compact = False
 
     def rows(self, path: Path, options: ReadOptions, report: ReadReport) -> Rows:
-        """Yield the rows of a file with their numbers, those of lines where a row has lines of its own.
+        """Yield the rows of a file with their numbers: line numbers if each row has its own lines, else row numbers.
 
         Args:
-            path: The file, which may be compressed: `reading.row_lines` and `reading.opened` see to that.
-            options: How it is read.
-            report: Gets what is to be told at the end.
+            path: The file; `reading.row_lines` and `reading.opened` decompress it if necessary.
+            options: Options for reading it.
+            report: Collects counts and notes, which are printed at the end.
 
         Raises:
-            UserError: Names the file and line of what cannot be read, and the remedy.
+            UserError: If it cannot be read; names the file, the line and the remedy.
         """
         raise NotImplementedError
 
     def identity(self) -> dict[str, Any]:
-        """Return what decides the rows, JSON-able: the class and its attributes. A cache of the rows depends on it."""
+        """Return the class and its attributes, JSON-serializable, as a part of the key for caching the rows."""
         return {"class_path": f"{type(self).__module__}.{type(self).__qualname__}", **vars(self)}
 
 
 def find(path: Path, given: Format | str | None, known: Sequence[Format], prefix: str) -> Optional[Format]:
-    """Return the format of a file, None if its name has the suffix of none.
+    """Return the format of a file; None if no format has its suffix.
 
     Args:
         path: The file.
         given: The format of all files or its short name. None: the suffix decides.
         known: Formats that have short names.
-        prefix: Of the options, such as `--data.tables`, for messages.
+        prefix: Prefix of the options, such as `--data.tables`, for messages.
     """
     if isinstance(given, Format):
         return given
@@ -98,12 +98,12 @@ def find(path: Path, given: Format | str | None, known: Sequence[Format], prefix
             return known_format
     raise UserError(
         f"{prefix}.format is {given!r:.200}, but must be {', '.join(known_format.name for known_format in known)}, or "
-        "the class path of a subclass of lm_lightning.data.formats.Format with options that it has"
+        "the class path of a subclass of lm_lightning.data.formats.Format with valid options"
     )
 
 
 def identity(given: Format | str | None) -> Any:
-    """Return an option `format` as JSON-able data."""
+    """Return the value of an option `format` as JSON-serializable data."""
     return given.identity() if isinstance(given, Format) else given
 
 
@@ -120,24 +120,26 @@ class Jsonl(Format):
             try:
                 row = json.loads(line.text)
             except (ValueError, RecursionError) as error:
-                raise UserError(f"{path}:{line.number}: not valid JSON ({error}); fix or remove the line.") from None
+                raise UserError(f"{path}:{line.number}: not valid JSON ({error}): fix or remove the line.") from None
             if not isinstance(row, dict):
                 example = (options.columns or ["text"])[0]
-                raise UserError(f'{path}:{line.number}: not a JSON object such as {{"{example}": "..."}}.')
+                raise UserError(
+                    f'{path}:{line.number}: not a JSON object such as {{"{example}": "..."}}: fix or remove the line.'
+                )
             yield line.number, row
 
 
 class Csv(Format):
-    """Cells between commas or other delimiters, which quotes may enclose.
+    """Cells separated by commas or other delimiters; cells may be enclosed in quotes.
 
-    Without the option `header`, the first line that is not blank names the columns. Other blank lines, and empty cells
-    beyond the last named column, are skipped. The number of a row is that of the line on which it begins.
+    Without the option `header`, the first line that is not blank contains the names of the columns. Other blank lines,
+    and empty cells beyond the last named column, are skipped. The number of a row is the number of its first line.
     """
 
     name = "csv"
     suffixes = (".csv",)
     options = ("header", "delimiter", "quoting")
-    delimiter = ","  # the default; only commas have quoted cells by default
+    delimiter = ","  # the default; by default, only cells separated by commas may be quoted
 
     def rows(self, path: Path, options: ReadOptions, report: ReadReport) -> Rows:
         source = lines(path, options, report)
@@ -151,9 +153,9 @@ class Csv(Format):
                 f"{path}: the columns are separated by {delimiter!r} ({options.prefix}.delimiter changes that)"
             )
         if not quoting and "\r" in first.text:
-            raise lone_cr(path, first)  # else a file whose lines all end with CR were a header without rows
+            raise lone_cr(path, first)  # otherwise, a file whose lines all end with CR would be a header without rows
         header = options.header
-        spanning, enclosed = [], []  # lines on which such rows begin
+        spanning, enclosed = [], []  # first lines of rows with such cells
         for start, end, cells in _cells(path, itertools.chain([first], source), delimiter, quoting, options):
             if end - start > 1:
                 spanning.append(start)
@@ -166,7 +168,8 @@ class Csv(Format):
             if len(cells) < len(header) or any(cell.strip() for cell in extra):
                 raise UserError(
                     f"{path}:{start}: {len(cells)} cells (separated by {delimiter!r}), but the header has "
-                    f"{len(header)} columns; fix the row, or choose another {options.prefix}.delimiter or .quoting"
+                    f"{len(header)} columns: fix the row, or choose another {options.prefix}.delimiter or "
+                    f"{options.prefix}.quoting"
                 )
             if not quoting and any(len(cell) > 1 and cell[0] == cell[-1] == '"' for cell in cells):
                 enclosed.append(start)
@@ -174,16 +177,16 @@ class Csv(Format):
         if enclosed and options.quoting is None:
             report.notes.append(
                 f"{path}: {len(enclosed):,} rows have a cell that begins and ends with a quote, the first on line "
-                f"{enclosed[0]}; if quotes enclose cells, give {options.prefix}.quoting true"
+                f"{enclosed[0]}; if these quotes are not text, give {options.prefix}.quoting true"
             )
         if spanning and options.quoting is None:
             report.notes.append(
-                f"{path}: {len(spanning):,} rows have quotes that span lines, the first on line {spanning[0]}; if "
-                f"quotes do not enclose cells, give {options.prefix}.quoting false"
+                f"{path}: {len(spanning):,} rows have a quoted cell of several lines, the first on line "
+                f"{spanning[0]}; if these quotes are text, give {options.prefix}.quoting false"
             )
 
     def detected(self, line: str, header: Optional[list[str]]) -> str:
-        """Return the delimiter that the first line of a CSV file shows: the only one in it, if it has no comma."""
+        """Return the delimiter in the first line of a CSV file: the only one that it contains, or a comma."""
         others = [delimiter for delimiter in DELIMITERS if delimiter in re.sub(r'"[^"]*"', "", line)]
         if self.delimiter != "," or len(others) != 1:
             return self.delimiter
@@ -193,7 +196,7 @@ class Csv(Format):
 
 
 class Tsv(Csv):
-    """Cells between tabs, in which quotes are text."""
+    """Cells separated by tabs; quotes are text."""
 
     name = "tsv"
     suffixes = (".tsv",)
@@ -207,7 +210,7 @@ def _cells(
     csv.field_size_limit(reading.LONGEST_ROW)
     first = next(source)
     texts = (line.text + "\n" for line in itertools.chain([first], source))
-    reader = csv.reader(  # strict: else an open quote would swallow the rest
+    reader = csv.reader(  # strict, as otherwise the cell of an open quote would contain the rest of the file
         texts, delimiter=delimiter, quoting=csv.QUOTE_MINIMAL if quoting else csv.QUOTE_NONE, strict=True
     )
     number = first.number
@@ -218,17 +221,17 @@ def _cells(
     except csv.Error as error:
         if "new-line character" in str(error):
             raise UserError(
-                f"{path}:{number}: a carriage return (CR) that does not end the line; if it should, convert the file's "
-                "line ends from CR to LF, or else remove it or quote the cell"
+                f"{path}:{number}: the line contains a carriage return (CR): convert the line ends of the file from CR "
+                "to LF, or remove the CR or quote its cell"
             ) from None
         raise UserError(
-            f"{path}:{number}: not valid CSV ({error}) in the row that begins here; fix it, or, if quotes do not "
-            f"enclose cells, give {options.prefix}.quoting false"
+            f"{path}:{number}: the row that begins here is not valid CSV ({error}): fix it or, if its quotes are text, "
+            f"give {options.prefix}.quoting false"
         ) from None
 
 
 def _header(cells: list[str], where: str) -> list[str]:
-    """Return the names of the columns, without space around them and without empty ones at the end."""
+    """Return the names of the columns, without surrounding white space and without empty ones at the end."""
     names = [cell.strip(" \t\ufeff") for cell in cells]
     while len(names) > 1 and not names[-1]:
         names.pop()
@@ -238,13 +241,13 @@ def _header(cells: list[str], where: str) -> list[str]:
 
 
 def delimiter_hint(columns: Mapping[str, Any], prefix: str) -> str:
-    """Return a remedy where the names of columns look like a header that was not split, else an empty text."""
+    """Return a remedy if the names of columns look like a header that was not split, otherwise an empty string."""
     found = next((delimiter for delimiter in DELIMITERS if any(delimiter in str(name) for name in columns)), None)
     return f"; if {found!r} separates the columns, give {prefix}.delimiter {found!r}" if found else ""
 
 
 class Parquet(Format):
-    """Rows of a Parquet file, of which only the columns that are needed are read."""
+    """Rows of a Parquet file; only the required columns are read."""
 
     name = "parquet"
     suffixes = (".parquet",)
@@ -254,7 +257,7 @@ class Parquet(Format):
         pyarrow, parquet = package("pyarrow"), package("pyarrow.parquet")
         columns = set(options.columns or [])
         with opened(path) as stream, contextlib.ExitStack() as stack:
-            if suffixes(path)[1]:  # Parquet needs random access, which a compressed file does not give
+            if suffixes(path)[1]:  # Parquet needs random access, which a compressed file does not support
                 plain = stack.enter_context(tempfile.TemporaryFile())
                 shutil.copyfileobj(stream, plain)
                 stream = plain

@@ -1,4 +1,4 @@
-"""Inspection: what is in a tokenized corpus, printed for people."""
+"""Prints samples and statistics of a tokenized corpus."""
 
 from collections.abc import Collection, Sequence
 
@@ -12,28 +12,28 @@ def print_samples(prepared: Prepared, size: int, samples: Sequence[int]) -> None
 
     Args:
         prepared: The corpus.
-        size: Tokens of a sample.
-        samples: Their numbers, from 0.
+        size: Number of tokens of a sample.
+        samples: Numbers of the samples, from 0.
 
     Raises:
-        UserError: If there is no such sample.
+        UserError: If a sample does not exist.
     """
     tokens = prepared.split("train").tokens
     for sample in samples:
         text = tokens[sample * size : (sample + 1) * size]
         if len(text) == 0 or sample < 0:
-            raise UserError(f"there is no sample {sample}: the training split has {len(tokens) // size}")
+            raise UserError(f"there is no sample {sample}: the training split has {len(tokens) // size} samples")
         print(f"--- sample {sample}\n{printable(prepared.tokenizer.decode(text))}")
 
 
 def print_counts(prepared: Prepared, size: int, omitted: int, full: Collection[str] = ("train",)) -> None:
-    """Prints what is in the splits.
+    """Prints the sizes of the splits.
 
     Args:
         prepared: The corpus.
-        size: Tokens of a sample.
-        omitted: Tokens at the beginning that are no targets.
-        full: Splits whose last sample is omitted if it is not full.
+        size: Number of tokens of a sample.
+        omitted: Number of tokens at the beginning that are not targets.
+        full: Splits whose last sample is omitted if it is incomplete.
     """
     print(
         f"{prepared.folder}\n{'split':12}{'documents':>12}{'tokens':>14}{'bytes':>14}{'bytes/token':>13}{'blocks':>10}"
@@ -41,7 +41,7 @@ def print_counts(prepared: Prepared, size: int, omitted: int, full: Collection[s
     for name in SPLITS:
         counts = prepared.info["splits"][name]
         targets = max(0, counts["tokens"] - omitted)
-        blocks = targets // size if name in full else -(-targets // size)  # as many as `fit` has
+        blocks = targets // size if name in full else -(-targets // size)  # the same number as in `fit`
         unknown = prepared.about_unknown(name)
         print(
             f"{name:12}{counts['documents']:12,}{counts['tokens']:14,}{counts['bytes']:14,}"

@@ -1,8 +1,8 @@
-"""Order: which sample comes at which step.
+"""Order: decides which sample is used at which step.
 
-The samples of a split form an endless stream: epoch 0 shuffled, then epoch 1 shuffled anew, and so on. The sample at
-a position of the stream is a pure function of (seed, epoch, index), so a run that has consumed `n` samples resumes at
-position `n`, whatever the number of workers, ranks or micro-batches, and nothing but `n` has to be saved.
+The samples of a split form an endless stream: the shuffled epoch 0, then epoch 1 in a different order, and so on. The
+sample at a position of the stream is a pure function of (seed, epoch, index), so a run that has consumed `n` samples
+resumes at position `n` with any number of workers, ranks or micro-batches, and only `n` has to be saved.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -10,20 +10,20 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from torch.utils.data import Sampler
 
-PADDING = -1  # position of a sample without targets: it fills the last batches, so that all ranks have equally many
+PADDING = -1  # position of a sample without targets, which pads the last batches so that all ranks have the same number
 
 
 def shuffle(indices: np.ndarray, size: int, key: int) -> np.ndarray:
-    """Permutes [0, size) pseudo-randomly and returns where `indices` go; no permutation is kept in memory.
+    """Maps `indices` by a pseudo-random permutation of [0, size), without storing the permutation.
 
-    A Feistel network permutes the next power of four; whatever lands outside [0, size) is sent through it again
-    ("cycle walking"), which keeps it a permutation. Source: Black and Rogaway, Ciphers with Arbitrary Finite Domains,
-    2002.
+    A Feistel network permutes the next power of four; results outside of [0, size) are mapped again until they are
+    inside ("cycle walking"), so that the mapping is still a permutation. Source: Black and Rogaway, Ciphers with
+    Arbitrary Finite Domains, 2002.
 
     Args:
         indices: Integers in [0, size), any shape.
-        size: Number of things to permute.
-        key: Another key gives another permutation.
+        size: Number of elements of the permutation.
+        key: Different keys give different permutations.
 
     Returns:
         int64, the shape of `indices`.
@@ -51,7 +51,7 @@ def mix(x: np.ndarray) -> np.ndarray:
 
 
 def seed_of(*numbers: int) -> int:
-    """A seed for a random generator that depends on all of some integers and on their order: in [0, 2**63)."""
+    """A seed in [0, 2**63) for a random generator, which depends on all given integers and on their order."""
     seed = np.zeros(1, dtype=np.uint64)
     for number in numbers:
         seed = mix(seed ^ np.array([number % 2**64], dtype=np.uint64))
@@ -59,9 +59,9 @@ def seed_of(*numbers: int) -> int:
 
 
 def sequence_key(numbers: Sequence[int]) -> int:
-    """A hash of a sequence of non-negative integers, such as the tokens of a text, everywhere the same: in [0, 2**63).
+    """A hash in [0, 2**63) of non-negative integers, such as the tokens of a text; the same on all machines.
 
-    Unlike `seed_of`, it takes about the same time for thousands of numbers as for one.
+    Unlike `seed_of`, it needs about the same time for thousands of numbers as for one.
     """
     values = np.array(numbers, dtype=np.uint64)
     hashes = mix(values ^ mix(np.arange(len(values), dtype=np.uint64)))
@@ -69,7 +69,7 @@ def sequence_key(numbers: Sequence[int]) -> int:
 
 
 def samples_at(positions: np.ndarray, size: int, seed: int) -> np.ndarray:
-    """The samples at some positions of the endless stream.
+    """The samples at the given positions of the endless stream.
 
     Args:
         positions: Positions of the stream, non-negative integers.
@@ -88,54 +88,21 @@ def samples_at(positions: np.ndarray, size: int, seed: int) -> np.ndarray:
     return result
 
 
-def by_length(
-    order: np.ndarray, lengths: np.ndarray, seed: int, begin: int = 0, chunk: int = 4096, run: int = 64
-) -> np.ndarray:
-    """Rearranges an epoch so that neighbours have similar lengths and batches need little padding.
-
-    The epoch is cut into chunks, each sorted by length and cut into runs, and the runs are shuffled: samples of one run
-    come together, all else stays random. It depends on nothing but the arguments, not on how batches are cut.
-
-    Runs begin at multiples of their size in the stream of all epochs, where batches begin, too. So an epoch may begin
-    and end within one: there it has its shortest samples, which fit to those of its neighbour.
-
-    Args:
-        order: Samples of the epoch in random order, (N,) int64.
-        lengths: Length of each sample by its number.
-        seed: Of the shuffled runs; another for each epoch.
-        begin: Position of the epoch in the stream.
-        chunk: Samples that are sorted together.
-        run: Samples that stay together.
-
-    Returns:
-        The same samples, (N,) int64.
-    """
-    parts: list[np.ndarray] = []
-    for start in range(0, len(order), chunk):
-        part = order[start : start + chunk]
-        part = part[np.argsort(lengths[part], kind="stable")]
-        head = min(-(begin + start) % run, len(part))
-        tail = (len(part) - head) % run
-        runs = part[head + tail :].reshape(-1, run)
-        places = np.argsort(shuffle(np.arange(len(runs)), len(runs), seed + start))
-        parts += [part[:head], runs[places].ravel(), part[head : head + tail]]
-    return np.concatenate(parts)
-
-
 class StreamSampler(Sampler[list[int]]):
-    """Batch sampler of training: yields this rank's positions of the stream, one list a micro-batch.
+    """Batch sampler for training: yields this rank's positions of the stream, a list for each micro-batch.
 
-    An optimizer step uses the next `world_size * accumulate * batch_size` positions, however they are split; a
-    micro-batch is a contiguous piece of them. One pass over the sampler is about one epoch of the data, rounded up to
-    full optimizer steps: no step is cut short, none is padded. The next pass begins where these steps have ended.
+    An optimizer step uses the next `world_size * accumulate * batch_size` positions, however they are split; each
+    micro-batch is a contiguous part of them. A pass over the sampler is about one epoch of the data, rounded up to full
+    optimizer steps, so that no step is incomplete or padded. The next pass begins where the previous one has ended.
 
     Args:
         size: Number of samples in an epoch.
-        batch_size: Samples in a micro-batch of one rank.
-        accumulate: Micro-batches in an optimizer step.
-        rank: This process.
+        batch_size: Number of samples per micro-batch and rank.
+        accumulate: Number of micro-batches per optimizer step.
+        rank: Rank of this process.
         world_size: Number of processes.
-        consumed: Called at the start of a pass: the samples that finished steps have consumed, over all ranks.
+        consumed: Returns the number of samples that finished steps have used, over all ranks; called at the start of a
+            pass.
     """
 
     def __init__(
@@ -156,15 +123,16 @@ class StreamSampler(Sampler[list[int]]):
 
 
 class SequentialBatches(Sampler[list[int]]):
-    """Batch sampler of evaluation: every sample once, over all ranks together.
+    """Batch sampler for evaluation: all ranks together yield every sample exactly once.
 
-    The ranks take turns, and the last batches are padded with `PADDING`, so that all ranks compute the same number of
-    batches of one shape (collectives need the first, compiled networks the second) without counting any sample twice.
+    Samples are assigned to the ranks in turn, and the last batches are padded with `PADDING`, so that all ranks have
+    the same number of batches (which collectives need), all batches have the same shape (which compiled networks need),
+    and no sample counts twice.
 
     Args:
         size: Number of samples.
-        batch_size: Samples in a batch of one rank.
-        rank: This process.
+        batch_size: Number of samples per batch and rank.
+        rank: Rank of this process.
         world_size: Number of processes.
     """
 

@@ -1,8 +1,8 @@
-"""Data of pretraining: tokens of the shards in, full blocks out.
+"""Data of pretraining: cuts the tokens of the shards into full blocks.
 
-The tokens of a split are one long row, its documents one after the other, each ended by the end-of-text token. Block
-`i` reads tokens [i·T, i·T + T], so that inputs and targets, which are the inputs shifted by one, both have T tokens
-and every token of the split is a target once. Nothing is padded.
+The documents of a split are concatenated to one sequence of tokens, each followed by the end-of-text token. Block `i`
+consists of tokens [i·T, i·T + T], so that the inputs, and the targets, which are the inputs shifted by one, have T
+tokens each, and every token of the split is a target once. There is no padding.
 """
 
 import os
@@ -26,18 +26,18 @@ class Blocks(Dataset):
 
     Args:
         split: Tokens and document bounds.
-        block_size: T, tokens of a block.
-        mask_documents: Adds `position_ids` that start again at each document, which is how `transformers`' networks
-            are told of packed sequences: no document attends to another.
-        seed: Seed of the order, or None for the split's own order.
+        block_size: T, the number of tokens of a block.
+        mask_documents: Whether to add `position_ids` that restart at each document. From these, networks of
+            `transformers` detect packed sequences, in which no document attends to another.
+        seed: Seed of the order, or None for the order of the split.
 
-    Items are dicts of `input_ids` (T,) int64, `targets` (T,) int64 with -100 where there is none, `id` int and, with
-    `mask_documents`, `position_ids` (T,) int64.
+    Items are dicts of `input_ids` (T,) int64, `targets` (T,) int64 with -100 at positions without a target, `id` int
+    and, with `mask_documents`, `position_ids` (T,) int64.
     """
 
     def __init__(self, split: shards.Split, block_size: int, mask_documents: bool, seed: Optional[int]) -> None:
         self.split, self.block_size, self.mask_documents, self.seed = split, block_size, mask_documents, seed
-        # A training block is full. For evaluation the last one is moved back to be full, too; see `__getitem__`.
+        # Training uses only full blocks. In evaluation, the last block begins earlier to be full, see `__getitem__`.
         targets = len(split.tokens) - 1
         self.size = targets // block_size if seed is not None else -(-targets // block_size)
 
@@ -53,13 +53,13 @@ class Blocks(Dataset):
         start = min(sample * self.block_size, len(self.split.tokens) - 1 - self.block_size)
         row = torch.from_numpy(self.split.tokens[start : start + self.block_size + 1].astype(np.int64))
         item = {"input_ids": row[:-1], "targets": row[1:].clone(), "id": sample}
-        item["targets"][: sample * self.block_size - start] = -100  # the block before has counted these
+        item["targets"][: sample * self.block_size - start] = -100  # these belong to the block before
         if self.mask_documents:
             item["position_ids"] = torch.from_numpy(self.positions(start))
         return item
 
     def positions(self, start: int) -> np.ndarray:
-        """Positions within the document of each input of the block at token `start`: (T,) int64."""
+        """Position of each input in its document, for the block that begins at token `start`, (T,) int64."""
         index = np.arange(start, start + self.block_size)
         documents = self.split.documents
         first = np.searchsorted(documents, index, side="right") - 1
@@ -67,23 +67,23 @@ class Blocks(Dataset):
 
 
 def collate(items: list[dict]) -> dict:
-    """Stacks items to a batch: tensors (B, T), and `id` as a list, which stays on the host."""
+    """Stacks items to a batch: tensors (B, T), and `id` as a list, which stays on the CPU."""
     batch = {key: torch.stack([item[key] for item in items]) for key in items[0] if key != "id"}
     return batch | {"id": [item["id"] for item in items]}
 
 
 class PretrainingData(StreamData):
-    """Packed blocks of a corpus for causal language modelling.
+    """Packed blocks of a corpus for causal language modeling.
 
     Args:
-        corpus: Where the documents come from; by default the built-in corpus.
-        tokenizer: Which tokenizer turns them into tokens; by default one trained on the corpus.
-        block_size: Tokens of a block, which is the length of the context that the network sees in training.
-        batch_size: Blocks in a micro-batch of one process.
-        mask_documents: Whether attention stops at the bounds of documents within a block.
-        num_workers: Processes that load batches ahead. Blocks are read from a memory map, which is fast enough
-            for none, except beside a fast GPU.
-        cache_dir: Folder that keeps trained tokenizers and tokenized corpora for the next run.
+        corpus: The documents. Default: the built-in corpus.
+        tokenizer: The tokenizer. Default: one that is trained on the corpus.
+        block_size: Number of tokens of a block, which is the context length in training.
+        batch_size: Number of blocks per micro-batch and process.
+        mask_documents: Whether to prevent attention between different documents of a block.
+        num_workers: Number of processes that load batches in advance. 0 is fast enough unless the GPU is very fast, as
+            blocks are read from a memory map.
+        cache_dir: Folder in which trained tokenizers and tokenized corpora are cached.
     """
 
     def __init__(
@@ -105,15 +105,15 @@ class PretrainingData(StreamData):
 
     @property
     def tokens_per_batch(self) -> int:
-        """Input tokens of a micro-batch of one process."""
+        """Number of input tokens per micro-batch and process."""
         return self.batch_size * self.block_size
 
     def layout(self) -> shards.Layout:
-        """How documents become tokens."""
+        """How documents are converted to tokens."""
         return shards.Layout("gpt")
 
     def check(self) -> None:
-        """Refuses sizes that mean nothing."""
+        """Refuses invalid sizes."""
         for name, least in (("block_size", 1), ("batch_size", 1), ("num_workers", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"data.{name} is {getattr(self, name)}, but must be {least} or more")
@@ -123,9 +123,9 @@ class PretrainingData(StreamData):
         shards.prepare(self.corpus, self.tokenizer_options, self.layout(), self.cache_dir)
 
     def prepare_corpus(self, show: Sequence[int] = ()) -> None:
-        """Tokenizes the corpus, and prints what is in it or, if there are any to `show`, training samples by number.
+        """Tokenizes the corpus, and prints its statistics or, if `show` has numbers of training samples, these samples.
 
-        The command `prepare` calls it, without a trainer.
+        The command `prepare` calls this method without a trainer.
         """
         self.check()
         prepared = shards.prepare(self.corpus, self.tokenizer_options, self.layout(), self.cache_dir)
@@ -135,7 +135,7 @@ class PretrainingData(StreamData):
             inspection.print_counts(prepared, self.block_size, omitted=1)
 
     def setup(self, stage: str) -> None:
-        """Opens the shards; every process does."""
+        """Opens the shards, in each process."""
         self.check()
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         self.prepared = shards.prepare(self.corpus, self.tokenizer_options, self.layout(), self.cache_dir)
@@ -151,20 +151,20 @@ class PretrainingData(StreamData):
             elif getattr(self.corpus, f"{name}_paths"):
                 remedy += f"name other files with --data.corpus.{name}_paths"
             else:
-                remedy += f"raise --data.corpus.{name}_fraction (or name files with --data.corpus.{name}_paths)"
+                remedy += f"increase --data.corpus.{name}_fraction (or give files with --data.corpus.{name}_paths)"
             shards.require_full_block(self.splits[name], name, self.block_size, remedy)
             if self.trainer.is_global_zero:
                 self.report(name)
 
     def report(self, name: str) -> None:
-        """Prints what a split has, and what of it is left out."""
+        """Prints the size of a split, and how much of it is not used."""
         split, blocks = self.splits[name], self.samples(name)
-        left = len(split.tokens) - 1 - len(blocks) * self.block_size  # one token less, as the first is no target
+        left = len(split.tokens) - 1 - len(blocks) * self.block_size  # one token less, as the first is not a target
         print(
             f"{name}: {len(split.documents):,} documents, {split.bytes:,} bytes, {len(split.tokens):,} tokens of "
             f"{len(self.tokenizer):,} kinds, unigram perplexity {split.unigram_perplexity:.1f}, {len(blocks):,} blocks "
             f"of {self.block_size}"
-            + (f", {left} tokens at the end that fill no block" if left > 0 else "")
+            + (f", {left} tokens at the end are not used, as they do not fill a block" if left > 0 else "")
             + self.prepared.about_unknown(name)
         )
 
@@ -177,7 +177,7 @@ class PretrainingData(StreamData):
         return self.prepared.info
 
     def identity(self) -> dict:
-        """What decides the stream of samples: a checkpoint's position in it has a meaning only if these are equal."""
+        """Settings that determine the stream of samples; a position in it can be resumed only if they are equal."""
         return {
             "corpus and tokenizer": self.prepared.folder.name,
             "data.block_size": self.block_size,

@@ -1,4 +1,4 @@
-"""Reading: a file in, which may be compressed and in any encoding, its lines out, one at a time."""
+"""Reads the lines of files, which may be compressed and in any encoding, one at a time."""
 
 import codecs
 import contextlib
@@ -16,11 +16,11 @@ from lm_lightning import errors
 from lm_lightning.errors import UserError
 
 PIECE = 65536  # characters; longer texts are cut
-LONGEST_ROW = 1 << 27  # characters of a row, which is in memory as one
-EXPANSION = 200  # times its size, to which a compressed file may expand ...
-ALWAYS_ALLOWED = 1 << 28  # ... or to so many bytes
+LONGEST_ROW = 1 << 27  # maximum number of characters of a row, as a row has to fit into memory
+EXPANSION = 200  # a compressed file may expand to this many times its size ...
+ALWAYS_ALLOWED = 1 << 28  # ... or to this many bytes
 package = partial(errors.package, what="this corpus", extra="data")
-_SURROGATE = re.compile("[\ud800-\udfff]")  # "surrogateescape" turns a bad byte into one
+_SURROGATE = re.compile("[\ud800-\udfff]")  # "surrogateescape" replaces each invalid byte by one
 
 
 class Line(NamedTuple):
@@ -28,7 +28,7 @@ class Line(NamedTuple):
 
     number: int
     text: str
-    blank: bool  # the whole line is white space
+    blank: bool  # whether the full line consists of white space
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,15 @@ class ReadOptions:
     """How files are read.
 
     Args:
-        prefix: Of the options that decide this, such as `--data.corpus`, for messages.
-        encoding: Encoding of the files, a name that Python knows.
-        encoding_errors: Refuse bytes that the encoding does not allow (`strict`), or `replace` each by U+FFFD.
-        delimiter: Character between the columns of CSV and TSV files. None: a comma or a tab, as the suffix says.
-        quoting: Whether double quotes enclose cells of CSV and TSV files. None: in CSV files only.
-        header: Names of the columns of files that have no line with them.
-        columns: The only columns that are needed, of formats that can skip others. None: all.
-        max_line: Longest line of plain text in characters; 0 allows any length.
+        prefix: Prefix of the options that set this, such as `--data.corpus`, for messages.
+        encoding: Python's name of the files' encoding.
+        encoding_errors: Whether to refuse bytes that are invalid in the encoding (`strict`), or to `replace` each by
+            U+FFFD.
+        delimiter: Character between the columns of CSV and TSV files. None: a comma or a tab, depending on the suffix.
+        quoting: Whether cells of CSV and TSV files may be enclosed in double quotes. None: only those of CSV files.
+        header: Names of the columns, for files without a header line.
+        columns: Required columns; some formats do not read the others. None: all.
+        max_line: Maximum length of a line of plain text in characters; 0 allows any length.
     """
 
     prefix: str
@@ -60,21 +61,20 @@ class ReadOptions:
             "".encode(self.encoding)
         except LookupError:
             raise UserError(
-                f"{self.prefix}.encoding {self.encoding!r} is unknown; well-known ones are utf-8, utf-16, cp1252 and "
-                "gb18030"
+                f"{self.prefix}.encoding {self.encoding!r} is unknown: use one such as utf-8, utf-16, cp1252, gb18030"
             ) from None
         if self.delimiter is not None and (len(self.delimiter) != 1 or self.delimiter in '"\r\n'):
             raise UserError(f"{self.prefix}.delimiter is {self.delimiter!r}, but must be one character, such as ';'")
 
     @property
     def codec(self) -> str:
-        """The encoding, which for UTF-8 skips a byte order mark."""
+        """The encoding; the one for UTF-8 skips a byte order mark."""
         return "utf-8-sig" if codecs.lookup(self.encoding).name == "utf-8" else self.encoding
 
 
 @dataclass
 class ReadReport:
-    """What was replaced or skipped while reading, to be printed at the end, and notes about single files."""
+    """Counts of what was replaced or skipped, and notes about individual files, which are printed at the end."""
 
     replaced_bytes: int = 0
     empty_rows: int = 0
@@ -82,21 +82,21 @@ class ReadReport:
 
 
 def suffixes(path: Path) -> tuple[str, str]:
-    """Return the suffixes for format and compression: (".jsonl", ".gz") for a.jsonl.gz, ("", "") for a file "a"."""
+    """Return the suffixes of format and compression: (".jsonl", ".gz") for a.jsonl.gz, ("", "") for a file "a"."""
     *_, form, last = ["", ""] + [suffix.lower() for suffix in path.suffixes]
     return (form, last) if last in _OPENERS else (last, "")
 
 
 def encodable(text: str, where: str, options: ReadOptions, report: ReadReport, column: int = 0) -> str:
-    """Return `text` without what UTF-8 cannot express: the bytes that were not UTF-8, and JSON's lone surrogates."""
+    """Return `text` so that it can be encoded as UTF-8: checks invalid bytes and lone surrogates, as in JSON."""
     if not (bad := _SURROGATE.search(text)):
         return text
     if options.encoding_errors == "strict":
         code, name = ord(bad[0]), codecs.lookup(options.encoding).name.upper()
         what = f"byte 0x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"character U+{code:04X}"
         raise UserError(
-            f"{where}: {what} at column {column + bad.start() + 1} is not {name}; give the file's encoding, such as "
-            f"{options.prefix}.encoding cp1252 (or utf-16, gb18030), or replace what cannot be read with "
+            f"{where}: {what} at column {column + bad.start() + 1} is not {name}: give the encoding of the file, such "
+            f"as {options.prefix}.encoding cp1252 (or utf-16, gb18030), or replace invalid bytes with "
             f"{options.prefix}.encoding_errors replace."
         )
     text, replaced = _SURROGATE.subn("\ufffd", text)
@@ -105,7 +105,7 @@ def encodable(text: str, where: str, options: ReadOptions, report: ReadReport, c
 
 
 def _open_zst(path: Path) -> Any:
-    # Unlike the zstandard package, pyarrow reports truncated files and reads those of several frames to their end.
+    # Unlike the zstandard package, pyarrow reports truncated files, and reads all frames of a file.
     return package("pyarrow").input_stream(str(path), compression="zstd")
 
 
@@ -113,7 +113,7 @@ _OPENERS: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".zst": _open_zs
 
 
 class _Expanding(io.RawIOBase):
-    """The uncompressed bytes of a compressed file, which may be made to expand to any size."""
+    """The uncompressed bytes of a compressed file; limits the expansion, as a malicious file can expand to any size."""
 
     def __init__(self, stream: Any, path: Path) -> None:
         self.stream, self.path, self.size = stream, path, 0
@@ -127,8 +127,8 @@ class _Expanding(io.RawIOBase):
         self.size += len(data)
         if self.size > self.limit:
             raise UserError(
-                f"{self.path} expands to more than {EXPANSION} times its size, as no text does; if it is one after "
-                "all, decompress it first"
+                f"{self.path} expands to more than {EXPANSION} times its size, which is unusual for text: if it is "
+                "correct, decompress the file first"
             )
         buffer[: len(data)] = data
         return len(data)
@@ -136,19 +136,19 @@ class _Expanding(io.RawIOBase):
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for its uncompressed bytes; what goes wrong until it is closed is a UserError."""
+    """Open a file for its uncompressed bytes; errors while it is open are converted to UserErrors."""
     compression = suffixes(path)[1]
     try:
         with _OPENERS.get(compression, partial(open, mode="rb"))(path) as stream:
             yield io.BufferedReader(_Expanding(stream, path), 1 << 17) if compression else stream
     except (OSError, EOFError, zlib.error, UnicodeError) as error:
-        raise UserError(f"{path} cannot be read ({error}); is it damaged or incomplete?") from None
+        raise UserError(f"{path} cannot be read ({error}): is it damaged or incomplete?") from None
 
 
 def lines(path: Path, options: ReadOptions, report: ReadReport, plain: bool = False) -> Iterator[Line]:
-    """Yield the lines of a file; for `plain` text, long ones in parts or, over `max_line`, not at all."""
+    """Yield the lines of a file. In `plain` text, long lines are yielded in parts, or refused if over `max_line`."""
     with opened(path) as stream:
-        # newline="\n", as by default a lone carriage return, too, would end a line.
+        # newline="\n", as by default a lone carriage return would also end a line.
         text = io.TextIOWrapper(stream, encoding=options.codec, errors="surrogateescape", newline="\n")
         size = PIECE if plain else LONGEST_ROW
         number, length = 1, 0
@@ -158,16 +158,17 @@ def lines(path: Path, options: ReadOptions, report: ReadReport, plain: bool = Fa
             ended = part[-1] == "\n"
             if len(part) >= LONGEST_ROW and not ended:
                 raise UserError(
-                    f"{path}:{number}: a line of more than {LONGEST_ROW:,} characters, as no row is: split it"
+                    f"{path}:{number}: the line has more than {LONGEST_ROW:,} characters, the maximum of a row: split "
+                    "it"
                 )
             if ended:
                 part = part[: -2 if part.endswith("\r\n") else -1]
             if "\0" in part:
                 if options.encoding_errors == "strict":
                     raise UserError(
-                        f"{path}:{number}: a NUL byte at column {length + part.index(chr(0)) + 1}, which no text has; "
-                        f"if the file is UTF-16, give {options.prefix}.encoding utf-16; replace such bytes with "
-                        f"{options.prefix}.encoding_errors replace."
+                        f"{path}:{number}: a NUL byte at column {length + part.index(chr(0)) + 1}, which text does not "
+                        f"have: if the file is UTF-16, give {options.prefix}.encoding utf-16; otherwise replace such "
+                        f"bytes with {options.prefix}.encoding_errors replace."
                     )
                 report.replaced_bytes += part.count("\0")
                 part = part.replace("\0", "\ufffd")
@@ -182,7 +183,7 @@ def lines(path: Path, options: ReadOptions, report: ReadReport, plain: bool = Fa
                     length += len(part) - ended
                 raise UserError(
                     f"{path}:{number}: the line has {length} characters, more than {options.prefix}.max_line "
-                    f"({options.max_line}){hint or f'; if it is text after all, give {options.prefix}.max_line 0'}."
+                    f"({options.max_line}){hint or f'; if it is text, give {options.prefix}.max_line 0'}."
                 )
             yield Line(number, part, blank)
             if ended:
@@ -190,7 +191,7 @@ def lines(path: Path, options: ReadOptions, report: ReadReport, plain: bool = Fa
 
 
 def row_lines(path: Path, options: ReadOptions, report: ReadReport) -> Iterator[Line]:
-    """Yield the lines of a file of rows, none of which has a carriage return (CR) within it."""
+    """Yield the lines of a file of rows, and refuse lines that contain a carriage return (CR)."""
     for line in lines(path, options, report):
         if "\r" in line.text:
             raise lone_cr(path, line)
@@ -198,8 +199,8 @@ def row_lines(path: Path, options: ReadOptions, report: ReadReport) -> Iterator[
 
 
 def lone_cr(path: Path, line: Line) -> UserError:
-    """Return the error of a carriage return within a line."""
+    """Return the error for a carriage return within a line."""
     return UserError(
-        f"{path}:{line.number}: a carriage return (CR) at column {line.text.index(chr(13)) + 1} that does not end the "
-        "line; if it should, convert the file's line ends from CR to LF, or else remove it"
+        f"{path}:{line.number}: the line contains a carriage return (CR) at column {line.text.index(chr(13)) + 1}: "
+        "convert the line ends of the file from CR to LF, or remove the CR"
     )

@@ -1,14 +1,14 @@
 """Shards: a corpus, tokenized once into memory-mapped integers.
 
-Documents flow in, are cut into tokens and appended to one file a split; the files are keyed by a fingerprint of all
-that decides their content, so that the next run finds them and a change of anything makes new ones:
+Documents are tokenized and appended to a file for each split. The name of the folder is a fingerprint of everything
+that determines the content of the files, so that later runs find them, and any change creates new ones:
 
     <cache>/shards/<fingerprint>/info.json              counts, token type, unigram perplexity, sizes and checksums
-                                 frequencies.npy        of each token in the training split
-                                 <split>.tokens         token ids, uint16 where the vocabulary allows, else uint32
+                                 frequencies.npy        number of occurrences of each token in the training split
+                                 <split>.tokens         token ids, uint16 if the vocabulary is small enough, else uint32
                                  <split>.documents      int64, where each document starts in <split>.tokens
-                                 <split>.sentences      int64, where each sentence starts, if asked for
-                                 <split>.words          uint8, 1 for tokens that follow white space, if asked for
+                                 <split>.sentences      int64, where each sentence starts, if required
+                                 <split>.words          uint8, 1 for tokens that follow white space, if required
     <cache>/tokenizers/<fingerprint>/tokenizer.json     a tokenizer that was trained on the corpus
 """
 
@@ -34,20 +34,20 @@ if TYPE_CHECKING:
 
 KINDS = {"tokens": None, "documents": "int64", "sentences": "int64", "words": "uint8"}  # files and their types
 SPLITS = ("train", "validation", "test")
-FORMAT = 3  # part of every fingerprint: raise it when the meaning of the files changes
-BATCH_CHARACTERS = 1 << 22  # text tokenized at once: enough for all cores, little enough for flat memory
+FORMAT = 3  # part of every fingerprint: increase it when the meaning of the files changes
+BATCH_CHARACTERS = 1 << 22  # text tokenized at once: enough for all cores, but little enough to limit memory
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How the text of a document becomes tokens.
+    """How the text of a document is converted to tokens.
 
     Attributes:
-        special: `gpt` puts the end-of-text token after each document, `bert` what the tokenizer puts around a text;
-            a trained tokenizer gets these special tokens.
-        sentences: Language (such as `en`, `zh`) by whose rules documents are split into sentences, whose starts are
-            kept; the documents then get no special tokens. None: no sentences.
-        words: Whether to keep which tokens follow white space.
+        special: `gpt` adds the end-of-text token after each document, `bert` the tokens that the tokenizer adds around
+            a text; a trained tokenizer gets these special tokens.
+        sentences: Language (such as `en`, `zh`) whose rules split documents into sentences. The starts of the sentences
+            are saved, and the documents get no special tokens. None: no sentences.
+        words: Whether to save which tokens follow white space.
     """
 
     special: tokenizers.SpecialTokens = "gpt"
@@ -68,10 +68,10 @@ class Split(NamedTuple):
         tokens: All token ids, in the corpus's order, memory-mapped, (tokens,) uint16 or uint32.
         documents: Where each document starts in `tokens`, ascending, (documents,) int64.
         bytes: UTF-8 bytes of the text.
-        unigram_perplexity: Of this split's tokens, under their frequencies in the training split.
+        unigram_perplexity: Perplexity of this split's tokens under their frequencies in the training split.
         sentences: Where each sentence starts, ascending, (sentences,) int64; empty if the layout has none.
         words: 1 for tokens that follow white space or begin a document, (tokens,) uint8; empty if the layout has none.
-        path: Folder of the shards and name of the split, None for tokens that are in memory.
+        path: Folder of the shards and name of the split; None for tokens that are in memory.
     """
 
     tokens: np.ndarray
@@ -83,7 +83,7 @@ class Split(NamedTuple):
     path: Optional[tuple[Path, str]] = None
 
     def __reduce__(self) -> tuple:
-        # A process that gets a split of shards maps the files itself, instead of getting all their tokens.
+        # A process to which a split of shards is sent maps the files itself, instead of receiving all their tokens.
         return (Split, tuple(self)) if self.path is None else (open_split, self.path)
 
 
@@ -95,15 +95,15 @@ class Prepared(NamedTuple):
 
     @property
     def info(self) -> dict:
-        """What is known about the shards: `splits` with their counts, `inputs`, `dtype`."""
+        """The description of the shards: `splits` with their counts, `inputs`, `dtype`."""
         return json.loads((self.folder / "info.json").read_text(encoding="utf-8"))
 
     def frequencies(self) -> np.ndarray:
-        """How often each token is in the training split, (vocabulary,) int64."""
+        """Number of occurrences of each token in the training split, (vocabulary,) int64."""
         return np.load(self.folder / "frequencies.npy")
 
     def about_unknown(self, name: str) -> str:
-        """How many tokens of a split are unknown, as a part of a sentence; prints a warning if they are many."""
+        """The number of unknown tokens of a split, as part of a sentence; prints a warning if there are many."""
         counts = self.info["splits"][name]
         remedy = "use another --data.tokenizer.path, or none to train one on the corpus, or fix --data.corpus.encoding"
         numbers = counts["unknown"], counts["tokens"]
@@ -130,14 +130,14 @@ def open_split(folder: Path, name: str) -> Split:
 
 
 def check(folder: Path) -> None:
-    """Refuses shards that are not as they were written.
+    """Refuses shards that have changed since they were written.
 
-    Sizes are compared always, checksums of files whose size or modification time has changed since.
+    Sizes are always compared; checksums are, if the size or modification time of a file has changed.
 
     Raises:
         UserError: Names the file, and the folder to remove.
     """
-    remedy = f"remove the folder {folder}, and it is made again"
+    remedy = f"remove the folder {folder}, so that it is created again"
     try:
         info = json.loads((folder / "info.json").read_text(encoding="utf-8"))
         known = {f"{split}.{kind}" for split in SPLITS for kind in KINDS} | {"frequencies.npy"} == info["files"].keys()
@@ -158,7 +158,7 @@ def check(folder: Path) -> None:
             raise UserError(f"{folder / name} of the tokenized corpus cannot be read ({error}): {remedy}") from error
         if changed:
             raise UserError(
-                f"{folder / name} of the tokenized corpus is not as it was written ({stat.st_size:,} bytes of "
+                f"{folder / name} of the tokenized corpus has changed since it was written ({stat.st_size:,} bytes of "
                 f"{entry['size']:,}, or another checksum): {remedy}"
             )
 
@@ -166,23 +166,23 @@ def check(folder: Path) -> None:
 def prepare(corpus: corpora.Corpus, options: tokenizers.Tokenizer, layout: Layout, cache_dir: str) -> Prepared:
     """Loads or trains the tokenizer and tokenizes the corpus, unless the cache has both.
 
-    Safe when several processes do it at once: the first works, the others wait for it.
+    Several processes can call this at once: the first one does the work, and the others wait for it.
 
     Args:
-        corpus: What to read.
-        options: Which tokenizer.
-        layout: How documents become tokens.
+        corpus: The corpus.
+        options: Options of the tokenizer.
+        layout: How documents are converted to tokens.
         cache_dir: Folder of the cache; `~` is expanded.
 
     Raises:
-        UserError: A corpus or tokenizer that cannot be used, with the reason.
+        UserError: If the corpus or tokenizer cannot be used; states the reason.
     """
     cache = Path(cache_dir).expanduser()
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"the cache {cache} cannot be made ({error.strerror}): choose another data.cache_dir"
+            f"cannot create the cache {cache} ({error.strerror}): choose another --data.cache_dir"
         ) from error
     inputs = corpora.inputs(corpus, cache)
 
@@ -210,7 +210,7 @@ def prepare(corpus: corpora.Corpus, options: tokenizers.Tokenizer, layout: Layou
 
 
 def fingerprint(*parts: object) -> str:
-    """A name for whatever is made from JSON-able `parts`: 16 hexadecimal digits."""
+    """A fingerprint of JSON-serializable `parts`, used as a name: 16 hexadecimal digits."""
     return hashlib.sha256(json.dumps([FORMAT, *parts], sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -228,17 +228,17 @@ def tokenize(
     prefix, suffix = layout.around(tokenizer)
     segment = sentence_splitter(layout.sentences) if layout.sentences is not None else lambda text: [text]
     backend = tokenizer.backend_tokenizer
-    backend.no_truncation()  # whatever the tokenizer was saved with: documents are not truncated
+    backend.no_truncation()  # even if the tokenizer was saved with truncation
     backend.no_padding()
     vocabulary = tokenizers.vocabulary(tokenizer)
     dtype = np.dtype("uint16" if vocabulary <= 1 << 16 else "uint32")
     counts: dict[str, dict[str, Any]] = {split: {"documents": 0, "tokens": 0, "bytes": 0} for split in SPLITS}
     frequencies = {split: np.zeros(vocabulary, np.int64) for split in SPLITS}
     unknown = tokenizers.unknown_id(tokenizer)
-    examples = dict.fromkeys(SPLITS, "")  # of what is unknown
+    examples = dict.fromkeys(SPLITS, "")  # examples of unknown text
     inside: dict[str, bool] = dict.fromkeys(
         SPLITS, False
-    )  # whether a document has begun whose last piece has not come yet
+    )  # whether a document has begun whose last piece has not been read yet
     # Offsets, which show white space, cost time.
     encode = backend.encode_batch if layout.words else backend.encode_batch_fast
 
@@ -301,16 +301,16 @@ def tokenize(
 
 
 def sentence_splitter(language: str) -> Callable[[str], list[str]]:
-    """A function that cuts a text into its sentences, which joined give the text."""
+    """A function that splits a text into sentences; joining them gives the text."""
     try:
         from sentencex import segment
     except ImportError as error:
-        raise UserError("next sentences need a sentence splitter: pip install sentencex") from error
+        raise UserError("next-sentence prediction needs a sentence splitter: pip install sentencex") from error
     return lambda text: list(segment(language, text))
 
 
 def batches(pieces: Iterator[corpora.Piece]) -> Iterator[list[corpora.Piece]]:
-    """Groups pieces until they have about `BATCH_CHARACTERS`."""
+    """Groups pieces to batches of about `BATCH_CHARACTERS`."""
     batch: list[corpora.Piece] = []
     size = 0
     for piece in pieces:
@@ -324,10 +324,10 @@ def batches(pieces: Iterator[corpora.Piece]) -> Iterator[list[corpora.Piece]]:
 
 
 def unigram_perplexity(training: np.ndarray, counts: np.ndarray) -> float:
-    """Perplexity of tokens under a unigram model: what a network must beat to have learned any context.
+    """Perplexity of tokens under a unigram model, which a network must beat if it has learned to use the context.
 
     Args:
-        training: Frequency of each token id in the training split, (vocabulary,) integers; one is added to each.
+        training: Frequency of each token id in the training split, (vocabulary,) integers; 1 is added to each.
         counts: Frequency of each token id in the tokens to score, (vocabulary,) integers.
     """
     if counts.sum() == 0:
@@ -340,10 +340,10 @@ def require_full_block(split: Split, name: str, block_size: int, remedy: str) ->
     """Refuses a split that does not fill one block.
 
     Raises:
-        UserError: With the number of tokens there are.
+        UserError: If it does not; states the number of tokens.
     """
     if len(split.tokens) <= block_size:
         raise UserError(
             f"the {name} split has {len(split.documents)} documents with {len(split.tokens)} tokens, but one block "
-            f"takes {block_size + 1}: {remedy}"
+            f"needs {block_size + 1}: {remedy}"
         )

@@ -1,4 +1,4 @@
-"""Streams: the samples of splits in, batches for each process out, and the place to go on from."""
+"""Streams: batches of the samples of splits for each process, and the position from which a run resumes."""
 
 import signal
 from collections.abc import Callable
@@ -14,12 +14,12 @@ from lm_lightning.errors import UserError
 
 
 class StreamData(LightningDataModule):
-    """Base of all data: a subclass says what the samples of a split are (`samples`) and how they become a batch.
+    """Base class of all data modules. A subclass defines the samples of a split (`samples`) and how they are batched.
 
     A subclass sets `batch_size`, `num_workers` and, in `setup`, `seed`.
     """
 
-    length_option = "block_size"  # the name of the option that says how long a sample may be
+    length_option = "block_size"  # name of the option that sets the maximum length of a sample
     batch_size: int
     num_workers: int
     seed: int
@@ -30,34 +30,34 @@ class StreamData(LightningDataModule):
         self.consumed = 0  # samples of the stream that finished optimizer steps have used, over all replicas
 
     def samples(self, split: str) -> Any:
-        """The samples of a split, a map-style dataset with a length, of which `PADDING` gives one that does not count.
+        """The samples of a split, a map-style dataset with a length. Index `PADDING` gives a sample without targets.
 
-        Those of `train` are asked for by their positions in the endless stream of epochs.
+        Samples of `train` are indexed by their positions in the endless stream of epochs.
         """
         raise NotImplementedError
 
     @property
     def info(self) -> dict:
-        """Where the samples came from and how many there are, JSON-able, for `data.json` of the run folder."""
+        """Origin and number of the samples, JSON-serializable, for `data.json` of the run folder."""
         raise NotImplementedError
 
     def identity(self) -> dict:
-        """What decides the stream of samples: a checkpoint's position in it has a meaning only if these are equal."""
+        """Settings that determine the stream of samples; a position in it can be resumed only if they are equal."""
         raise NotImplementedError
 
     @property
     def replicas(self) -> int:
-        """How many different micro-batches are worked on at once; a strategy may give one to several processes."""
+        """Number of micro-batches processed at once; a strategy may assign the same one to several processes."""
         return self.place["num_replicas"]
 
     @property
     def replica(self) -> int:
-        """Which of them is this process's."""
+        """Index of this process's micro-batch."""
         return self.place["rank"]
 
     @property
     def place(self) -> dict[str, int]:
-        """Of this process among the replicas, as Lightning's strategies tell it to samplers."""
+        """`num_replicas` and `rank` of this process, in the form that Lightning's strategies pass to samplers."""
         return contract.place(self.trainer)
 
     def train_dataloader(self) -> DataLoader:
@@ -104,17 +104,17 @@ class StreamData(LightningDataModule):
 
     def load_state_dict(self, state: dict) -> None:
         if self.trainer.state.fn != "fit":
-            return  # a checkpoint's weights may be measured on any data
+            return  # the weights of a checkpoint may be evaluated on any data
         for name, value in self.identity().items():
             if state["identity"].get(name) != value:
                 raise UserError(
-                    f"the checkpoint was made with {name} {state['identity'].get(name)}, this run has {value}, so its "
-                    "position in the data has no meaning here: take the old value, or start a new run from the "
+                    f"the checkpoint was made with {name} {state['identity'].get(name)}, but this run has {value}, so "
+                    "its position in the data cannot be resumed: use the old value, or start a new run from the "
                     "weights with --model.pretrained RUN/model"
                 )
         self.consumed = state["consumed"]
 
 
 def ignore_interrupts(worker: int) -> None:
-    """Has Ctrl-C pass by a worker, which its parent still needs to finish the step."""
+    """Makes a worker ignore Ctrl-C, as its parent still needs it to finish the step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -35,7 +35,7 @@ def test_a_row_without_end_is_refused(form: Format, tmp_path: Path, monkeypatch)
     monkeypatch.setattr(reading, "LONGEST_ROW", 10_000)
     file = tmp_path / f"rows.{form.name}"
     file.write_text("text\n" + "a" * 20_000 + "\n" if form.name != "jsonl" else "a" * 20_000)
-    with pytest.raises(UserError, match=r"rows\.\w+:\d: a line of more than 10,000 characters"):
+    with pytest.raises(UserError, match=r"rows\.\w+:\d: the line has more than 10,000 characters"):
         list(form.rows(file, OPTIONS, ReadReport()))
 
 

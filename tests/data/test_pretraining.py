@@ -162,14 +162,14 @@ def test_positions_start_again_after_each_end_of_a_real_corpus(tmp_path):
 
 def test_a_split_must_have_a_block_and_one_more_token():
     shards.require_full_block(split(T + 1), "train", T, "")
-    with pytest.raises(UserError, match="train split has 2 documents with 8 tokens.* takes 9: do this"):
+    with pytest.raises(UserError, match="train split has 2 documents with 8 tokens.* needs 9: do this"):
         shards.require_full_block(split(T, documents=(0, 3)), "train", T, "do this")
 
 
 @pytest.mark.parametrize("stage, name", [("fit", "train"), ("validate", "validation"), ("test", "test")])
 def test_a_stage_whose_split_is_too_short_is_refused(tmp_path, stage, name):
     counts = "0 documents with 0 tokens" if name == "test" else "2 documents with 7 tokens"
-    with pytest.raises(UserError, match=f"the {name} split has {counts}, but one block takes 9: .*data.block_size"):
+    with pytest.raises(UserError, match=f"the {name} split has {counts}, but one block needs 9: .*data.block_size"):
         data(tmp_path, text="abc\nde\n").setup(stage)
 
 

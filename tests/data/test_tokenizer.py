@@ -233,7 +233,7 @@ def test_document_ids(trained):
         (Tokenizer(algorithm="unigram", vocab_size=257), texts(1), "at least 258"),
         (Tokenizer(algorithm="wordpiece", vocab_size=9), texts(1), "vocab_size 9 .* at least"),
         (Tokenizer(algorithm="characters", vocab_size=2), texts(1), "at least 3"),
-        (Tokenizer(lowercase=True), texts(1), "lowercase is for the algorithm wordpiece"),
+        (Tokenizer(lowercase=True), texts(1), "lowercase is only for the algorithm wordpiece"),
         (Tokenizer(), [], "no text"),
         (Tokenizer(algorithm="wordpiece"), ["", " \n"], "no text"),
     ],
@@ -274,7 +274,7 @@ def test_a_folder_without_a_usable_tokenizer_is_refused(tmp_path):
     with pytest.raises(UserError, match="cannot be loaded"):
         load(str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    with pytest.raises(UserError, match="has no tokenizer in it"):
+    with pytest.raises(UserError, match="contains no tokenizer"):
         load(str(tmp_path))
     (tmp_path / "tokenizer.json").write_text('{"damaged": true}')
     with pytest.raises(UserError, match="cannot be loaded"):

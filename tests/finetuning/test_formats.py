@@ -50,14 +50,12 @@ def test_quotes_of_a_tsv_file_are_text_and_lines_are_rows(tmp_path: Path, capsys
 def test_quotes_of_a_csv_file_that_span_lines_are_reported(tmp_path: Path, capsys):
     path = write(tmp_path / "a.csv", 'text,label\na,x\n"one\nrow",y\n\n"b, c",x\n"d\ne\nf",y\n')
     assert [number for number, _ in table(path)] == [2, 3, 6, 7]
-    told = "2 rows have quotes that span lines, the first on line 3"
-    assert (
-        f"{path}: {told}; if quotes do not enclose cells, give --data.tables.quoting false" in capsys.readouterr().out
-    )
+    told = "2 rows have a quoted cell of several lines, the first on line 3"
+    assert f"{path}: {told}; if these quotes are text, give --data.tables.quoting false" in capsys.readouterr().out
     assert texts(path) == ["a", "one\nrow", "b, c", "d\ne\nf"]
-    assert f"{told}; if quotes do not enclose cells, give --data.corpus.quoting false" in capsys.readouterr().err
+    assert f"{told}; if these quotes are text, give --data.corpus.quoting false" in capsys.readouterr().err
     path = write(tmp_path / "b.csv", 'text,label\na,x\n"open,y\nb,x\nc,y\n')
-    with pytest.raises(UserError, match="b.csv:3: not valid CSV .* --data.tables.quoting false"):
+    with pytest.raises(UserError, match="b.csv:3: .* is not valid CSV .* --data.tables.quoting false"):
         table(path)
     assert table(path, quoting=False)[1] == (3, {"text": '"open', "label": "y"})
 
@@ -132,10 +130,10 @@ def test_two_columns_of_one_name_are_refused(tmp_path: Path):
 )
 def test_a_carriage_return_alone_is_refused_with_its_line(tmp_path: Path, name: str, content: str, line: int):
     path = write(tmp_path / name, content)
-    with pytest.raises(UserError, match=f"{name}:{line}: a carriage return .CR."):
+    with pytest.raises(UserError, match=f"{name}:{line}: the line contains a carriage return .CR."):
         table(path)
     if not name.endswith("conll"):
-        with pytest.raises(UserError, match=f"{name}:{line}: a carriage return .CR."):
+        with pytest.raises(UserError, match=f"{name}:{line}: the line contains a carriage return .CR."):
             texts(path)
 
 

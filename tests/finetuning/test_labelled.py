@@ -62,7 +62,7 @@ def test_a_corpus_without_text_for_validation(tmp_path: Path):
     (tmp_path / "held.txt").write_text("\n")
     for held, remedy in (
         ("held.txt", "name other files with"),
-        (None, "raise --data.corpus.validation_fraction .or name"),
+        (None, "increase --data.corpus.validation_fraction .or give"),
     ):
         paths = [str(tmp_path / held)] if held else []
         corpus = Corpus(str(tmp_path / "train.txt"), paths, validation_fraction=0)
@@ -70,7 +70,7 @@ def test_a_corpus_without_text_for_validation(tmp_path: Path):
         data = PretrainingData(corpus, tokenizer, block_size=16, cache_dir=str(tmp_path / "cache"))
         data.trainer = SimpleNamespace(is_global_zero=False, limit_val_batches=1)  # type: ignore[assignment]
         message = (
-            "the validation split has 0 documents with 0 tokens, but one block takes 17: lower --data.block_size, "
+            "the validation split has 0 documents with 0 tokens, but one block needs 17: lower --data.block_size, "
         )
         with pytest.raises(UserError, match=f"{message}give more text or {remedy}.* --data.corpus.validation_paths"):
             data.setup("fit")

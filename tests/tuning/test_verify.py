@@ -84,9 +84,9 @@ def test_mistakes_are_refused_in_one_sentence(recipe: Path, cli, flags: tuple, r
     [
         ("ddp", {"device": "cpu", "gpus": []}, ""),
         ("ddp", {"device": "cuda:0", "gpus": ["H100"]}, "needs 2 GPUs"),
-        ("tp_fsdp2", {"device": "cuda:0", "gpus": ["H100"] * 4}, ""),
-        ("hsdp", {"device": "cuda:0", "gpus": ["H100"] * 4}, "needs 2 nodes"),
-        ("tp", {"device": "mps:0", "gpus": []}, "needs 2 GPUs"),
+        ("tp_fsdp2", {"device": "cuda:0", "gpus": ["H100"] * 4}, ""),  # fork: sharding
+        ("hsdp", {"device": "cuda:0", "gpus": ["H100"] * 4}, "needs 2 nodes"),  # fork: sharding
+        ("tp", {"device": "mps:0", "gpus": []}, "needs 2 GPUs"),  # fork: sharding
         ("ddp_accumulate", {"device": "cpu", "gpus": []}, "batch_size 6 is not divisible by 4"),
         pytest.param(
             *("documents_eager", {}, "MaskedData has no mask_documents"),

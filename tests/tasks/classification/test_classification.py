@@ -17,10 +17,10 @@ from forks import python
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from lm_lightning.data.order import by_length, samples_at
+from lm_lightning.data.order import samples_at
 from lm_lightning.data.tokenizer import Tokenizer, train
 from lm_lightning.errors import UserError
-from lm_lightning.finetuning.examples import Examples
+from lm_lightning.finetuning.examples import Examples, by_length
 from lm_lightning.finetuning.tables import Tables
 from lm_lightning.optim import parameter_groups
 from lm_lightning.tasks.classification.data import ClassificationData
@@ -324,6 +324,7 @@ def test_resumed_run_and_other_micro_batches_are_the_same(fit, recipe: Path):
     assert all(torch.allclose(states[0][key], states[1][key], atol=1e-4) for key in states[0])
 
 
+@needs("sharding")
 @pytest.mark.slow
 def test_two_processes_do_and_score_what_one_does(fit, recipe: Path):
     """50 rows of validation and 8 a batch: the last batches are unequal, and padding does not count."""
