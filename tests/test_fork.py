@@ -7,16 +7,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
-spec = spec_from_file_location("fork", ROOT / "scripts" / "fork.py")
-assert spec and spec.loader
-fork = sys.modules["fork"] = module_from_spec(spec)
-spec.loader.exec_module(fork)
+sys.path.insert(0, str(ROOT / "scripts"))
+import fork  # noqa: E402
 
 CLASS = re.compile(r"^class ([A-Z]\w+)", re.M)
 # A process that has imported what projects use, but nothing of this one, and forks for each line: FOLDER, NAME, RECIPE
