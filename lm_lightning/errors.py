@@ -9,13 +9,13 @@ class UserError(Exception):
     """A user-correctable error, explained in one sentence; `main()` prints it without a traceback and exits with 2."""
 
 
-def package(name: str, what: str, extra: str) -> Any:
+def package(name: str, what: str, extra: str = "") -> Any:
     """Imports an optional package.
 
     Args:
         name: Name of the package or of one of its modules.
         what: The option or feature that needs it, for the message.
-        extra: The extra of this project that installs the package.
+        extra: The extra of this project that installs the package, if there is one.
 
     Raises:
         UserError: If the package is missing; the message has the command that installs it.
@@ -24,7 +24,8 @@ def package(name: str, what: str, extra: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         package = name.partition(".")[0]
-        raise UserError(f'{what} needs the package {package}: pip install -e ".[{extra}]"') from error
+        remedy = f'-e ".[{extra}]"' if extra else package
+        raise UserError(f"{what} needs the package {package}: pip install {remedy}") from error
 
 
 def first_process() -> bool:

@@ -8,7 +8,7 @@ and its line here. To add one, add a folder and a line.
 import functools
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,9 +25,11 @@ FEATURES = (
     "tasks.embedding",
     "lora",
     "compression",
+    "diagnostics",
     "tuning",
     "reports",
     "tracking",
+    "sharding",
     "xla",
     "profiling",
 )
@@ -43,15 +45,19 @@ class Feature:
         classes: Modules that are imported before options are parsed. Their classes (of models, data modules, callbacks,
             loggers, ...) can be chosen by their short names as `class_path`; they may also register names, for example
             with `lm_lightning.strategies.register`.
-        callbacks: Classes of callbacks that are added to every run, created without arguments.
+        callbacks: Classes of callbacks that are added to every run, created without arguments, unless its options have
+            one of that class.
         trainer_settings: Functions that are called with the trainer's settings (a namespace, which they may change)
             before the trainer is made. They raise `UserError` to refuse settings.
+        checkpoint_folders: Modules that read checkpoints which are folders, not files: see `CheckpointFormat` in
+            `checkpoints/loading.py`.
     """
 
     commands: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     classes: tuple[str, ...] = ()
     callbacks: tuple[str, ...] = ()
     trainer_settings: tuple[str, ...] = ()
+    checkpoint_folders: tuple[str, ...] = ()
 
 
 @functools.cache
@@ -90,15 +96,21 @@ def import_classes() -> None:
             importlib.import_module(module)
 
 
-def callbacks() -> list[Any]:
-    """New instances of the callbacks that the features add to every run."""
-    return [resolve(path)() for feature in features().values() for path in feature.callbacks]
+def callbacks(given: Iterable[Any] = ()) -> list[Any]:
+    """New instances of the callbacks that the features add to every run, unless `given` has one of their class."""
+    classes = [resolve(path) for feature in features().values() for path in feature.callbacks]
+    return [own() for own in classes if not any(isinstance(callback, own) for callback in given)]
 
 
 def trainer_settings() -> Iterator[Callable[[Any], None]]:
     """The functions that check and complete the trainer's settings."""
     for feature in features().values():
         yield from map(resolve, feature.trainer_settings)
+
+
+def checkpoint_folders() -> list[Any]:
+    """The modules that read checkpoints which are folders."""
+    return [importlib.import_module(path) for feature in features().values() for path in feature.checkpoint_folders]
 
 
 def resolve(path: str) -> Any:

@@ -1,6 +1,6 @@
 """Losses that need more care than a call of `torch.nn.functional`."""
 
-from typing import NamedTuple, Optional
+from typing import Optional, Protocol
 
 import torch
 import torch.distributed
@@ -12,39 +12,23 @@ CHUNK_LOGITS = 1 << 26  # held at once: enough for large matrix products, little
 SLICE_LOGITS = 1 << 20  # processed at a time on a CPU, so that they stay in its cache between the passes
 
 
-class Teacher(NamedTuple):
-    """The linear head of a teacher network with its inputs, and the weight of the distillation loss.
+class SecondLoss(Protocol):
+    """Another loss of the same logits, which `linear_losses` mixes with the cross entropy.
 
     Attributes:
-        hidden: The teacher's last hidden states of the same tokens, (N, H') float, without gradients.
-        weight: Its head, (V', H') float, whose first rows are those of the same tokens as in the student's head.
-        bias: Bias of that head, (V',) float, or None.
-        share: Weight of `kd_loss` in the loss; that of the cross entropy is 1 - share.
-        temperature: Divides the logits of both.
+        share: Its weight in the loss; that of the cross entropy is 1 - share.
     """
 
-    hidden: Tensor
-    weight: Tensor
-    bias: Optional[Tensor]
     share: float
-    temperature: float
 
+    def prepared(self, dtype: torch.dtype, vocab_size: int) -> "SecondLoss":
+        """The same with its tensors in the type of the logits, and for tokens below `vocab_size` only."""
 
-def kd_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """The distillation loss of a student's logits against a teacher's (Hinton et al., 2015, arXiv:1503.02531).
+    def inputs(self, start: int, stop: int) -> Tensor:
+        """What it compares the logits of some rows with: (rows, ...)."""
 
-    Args:
-        student: Logits, (..., V) float.
-        teacher: Logits of the same shape.
-        temperature: Divides both.
-
-    Returns:
-        T^2 * KL(teacher || student), (...) float32. The factor T^2 keeps the size of the gradients independent of the
-        temperature.
-    """
-    lowest = torch.finfo(torch.float32).min  # masked logits stay finite when divided by a temperature below 1
-    log_p, log_q = ((logits.float() / temperature).clamp(min=lowest).log_softmax(-1) for logits in (student, teacher))
-    return temperature**2 * F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
+    def losses(self, logits: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of each row of (N, V) logits, (N, 1), and its gradient, of the first V' logits: (N, V')."""
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -73,36 +57,23 @@ def linear_cross_entropy(
     Returns:
         Sum of -log p(target) over rows that have a target, in nats, () float32.
     """
-    return _linear_loss(hidden, weight, bias, targets, vocab_size, None)[0]
+    return linear_losses(hidden, weight, bias, targets, vocab_size)[0]
 
 
-def linear_distillation(
+def linear_losses(
     hidden: Tensor,
     weight: Tensor,
     bias: Optional[Tensor],
     targets: Tensor,
-    teacher: Teacher,
     vocab_size: Optional[int] = None,
+    second: Optional[SecondLoss] = None,
 ) -> tuple[Tensor, Tensor]:
-    """`linear_cross_entropy` mixed with the distillation loss, without holding all logits in memory at once.
-
-    Both losses are computed from the same logits. Neither head may be sharded.
+    """`linear_cross_entropy` mixed with a second loss of the same logits, for which no head may be sharded.
 
     Returns:
-        The loss, (1 - share) * cross entropy + share * `kd_loss`, and the latter by itself, without gradients; both
-        summed over the rows that have a target, () float32.
+        The mixed loss, and the second loss by itself, without gradients; both summed over the rows that have a target,
+        () float32.
     """
-    return _linear_loss(hidden, weight, bias, targets, vocab_size, teacher)
-
-
-def _linear_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Optional[Tensor],
-    targets: Tensor,
-    vocab_size: Optional[int],
-    teacher: Optional[Teacher],
-) -> tuple[Tensor, Tensor]:
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     vocab_size, first, group = vocab_size or len(weight), 0, None
@@ -112,23 +83,18 @@ def _linear_loss(
         first, group = mesh.get_local_rank() * len(weight), mesh.get_group()
     if not torch.is_grad_enabled():  # which an autograd function cannot know
         hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
-    if teacher is not None:
-        rows = min(vocab_size, len(teacher.weight))  # of tokens that both have
-        teacher = teacher._replace(
-            hidden=teacher.hidden.to(dtype),
-            weight=teacher.weight[:rows].to(dtype),
-            bias=None if teacher.bias is None else teacher.bias[:rows],
-        )
+    if second is not None:
+        second = second.prepared(dtype, vocab_size)
     with torch.autocast(device, enabled=False):  # the casts are made once, not for each chunk
-        return _LinearLoss.apply(hidden, weight, bias, targets, vocab_size, dtype, first, group, teacher)
+        return _LinearLoss.apply(hidden, weight, bias, targets, vocab_size, dtype, first, group, second)
 
 
 class _LinearLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, vocab_size, dtype, first, group, teacher):
+    def forward(ctx, hidden, weight, bias, targets, vocab_size, dtype, first, group, second):
         train = any(ctx.needs_input_grad)
         total = hidden.new_zeros((), dtype=torch.float32)
-        distance = total.clone()
+        second_total = total.clone()
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if ctx.needs_input_grad[2] else None
@@ -140,11 +106,9 @@ class _LinearLoss(torch.autograd.Function):
             chunk = hidden[start : start + rows]
             logits = torch.mm(chunk, weight.T, out=buffer[: len(chunk)])
             logits[:, max(0, vocab_size - first) :] = -torch.inf
-            teacher_logits = (
-                logits[:, :0] if teacher is None else teacher.hidden[start : start + rows] @ teacher.weight.T
-            )
-            parts = (logits, targets[start : start + rows], teacher_logits)
-            for part, target, teacher_part in zip(*(tensor.split(slice_rows) for tensor in parts)):
+            inputs = logits[:, :0] if second is None else second.inputs(start, start + rows)
+            parts = (logits, targets[start : start + rows], inputs)
+            for part, target, second_part in zip(*(tensor.split(slice_rows) for tensor in parts)):
                 scores = part if bias is None else part + bias
                 log_p = log_softmax(scores, group)
                 index = (target - first).unsqueeze(1)
@@ -152,15 +116,15 @@ class _LinearLoss(torch.autograd.Function):
                 index = index.clamp_(0, len(weight) - 1)
                 total -= log_p.gather(1, index).masked_fill_(elsewhere, 0).sum()
                 missing = (target == -100).unsqueeze(1)
-                if teacher is not None:
-                    apart, pull = _kd_loss(scores, teacher_part, teacher)
-                    distance += apart.masked_fill_(missing, 0).sum()
+                if second is not None:
+                    values, slope = second.losses(scores, second_part)
+                    second_total += values.masked_fill_(missing, 0).sum()
                 if train:  # the gradient of the logits, softmax - one-hot, takes their place
                     one = log_p.new_full(index.shape, -1).masked_fill_(elsewhere, 0)
                     gradient = log_p.exp_().scatter_add_(1, index, one)
-                    if teacher is not None:
-                        gradient *= 1 - teacher.share
-                        gradient[:, : pull.shape[1]].add_(pull, alpha=teacher.share)
+                    if second is not None:
+                        gradient *= 1 - second.share
+                        gradient[:, : slope.shape[1]].add_(slope, alpha=second.share)
                     part.copy_(gradient.masked_fill_(missing, 0))
             if grad_hidden is not None:
                 grad_hidden[start : start + rows] = logits @ weight
@@ -172,11 +136,11 @@ class _LinearLoss(torch.autograd.Function):
             torch.distributed.all_reduce(total, group=group)
             if grad_hidden is not None:
                 torch.distributed.all_reduce(grad_hidden, group=group)
-        if teacher is not None:
-            total = (1 - teacher.share) * total + teacher.share * distance
+        if second is not None:
+            total = (1 - second.share) * total + second.share * second_total
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
-        ctx.mark_non_differentiable(distance)
-        return total, distance
+        ctx.mark_non_differentiable(second_total)
+        return total, second_total
 
     @staticmethod
     def backward(ctx, grad_output, _):
@@ -184,16 +148,6 @@ class _LinearLoss(torch.autograd.Function):
             None if gradient is None else gradient * grad_output for gradient in ctx.saved_tensors
         )
         return grad_hidden, grad_weight, grad_bias, None, None, None, None, None, None
-
-
-def _kd_loss(logits: Tensor, teacher_logits: Tensor, teacher: Teacher) -> tuple[Tensor, Tensor]:
-    """`kd_loss` of (N, V) logits over the teacher's first V' tokens, (N, 1), and its gradient, (N, V')."""
-    teacher_logits = teacher_logits if teacher.bias is None else teacher_logits + teacher.bias
-    both = (logits[:, : teacher_logits.shape[1]], teacher_logits)
-    log_p, log_q = (torch.log_softmax(each.float() / teacher.temperature, dim=1) for each in both)
-    q = log_q.exp()
-    apart = teacher.temperature**2 * (q * (log_q - log_p)).sum(1, keepdim=True)
-    return apart, log_p.exp_().sub_(q).mul_(teacher.temperature)
 
 
 def log_softmax(logits: Tensor, group: Optional[torch.distributed.ProcessGroup]) -> Tensor:

@@ -1,7 +1,6 @@
 """Functions for networks of `transformers`, beside their forward pass."""
 
-import fnmatch
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Optional
 
@@ -10,7 +9,6 @@ import transformers
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.pytorch_utils import Conv1D
 
 from lm_lightning.errors import UserError
 
@@ -61,48 +59,6 @@ def blocks(network: transformers.PreTrainedModel) -> list[nn.Module]:
             "model.activation_checkpointing, and use --trainer.strategy ddp"
         )
     return found
-
-
-def linear_layers(network: Any, patterns: Sequence[str] = ()) -> dict[str, nn.Linear]:
-    """The linear layers of a network's blocks, GPT-2's `Conv1D` among them, by their names.
-
-    Args:
-        network: Of `transformers`.
-        patterns: Only those whose names match one, such as `*mlp*`; none for all.
-
-    Raises:
-        UserError: If there are none.
-    """
-    inside = {id(module) for block in blocks(network) for module in block.modules()}
-    found = {
-        name: module
-        for name, module in network.named_modules()
-        if id(module) in inside and isinstance(module, (nn.Linear, Conv1D))
-    }
-    chosen = {
-        name: m for name, m in found.items() if not patterns or any(fnmatch.fnmatchcase(name, p) for p in patterns)
-    }
-    if not chosen:
-        raise UserError(f"{', '.join(patterns)} matches no linear layer, such as {', '.join(list(found)[:3])}")
-    return chosen
-
-
-def by_rows(module: nn.Linear, weight: Tensor) -> Tensor:
-    """A view of a weight, or of a tensor of its shape, as (outputs, inputs)."""
-    return weight.T if isinstance(module, Conv1D) else weight
-
-
-def smallest(scores: Tensor, share: float) -> Tensor:
-    """A mask, bool, of exactly the given share of elements, those with the smallest scores in the last dimension."""
-    chosen = torch.zeros_like(scores, dtype=torch.bool)
-    number = round(share * scores.shape[-1])
-    return chosen.scatter_(-1, scores.topk(number, dim=-1, largest=False, sorted=False).indices, True)
-
-
-def zeros_of(layers: dict[str, nn.Linear]) -> tuple[int, int]:
-    """How many weights of some layers are zero, and how many there are."""
-    weights = [layer.weight for layer in layers.values()]
-    return sum(int((weight == 0).sum()) for weight in weights), sum(weight.numel() for weight in weights)
 
 
 def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:

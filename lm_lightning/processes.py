@@ -3,13 +3,9 @@
 import ctypes
 import os
 import signal
-import subprocess
 import sys
-from collections.abc import Sequence
 
 RUN_FOLDER = "LM_LIGHTNING_RUN"  # environment variable: the run folder, created by the first process of a run
-# Prefixes of the environment variables that make a process one of the processes of a training run.
-OF_A_RUN = ("RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "NODE_RANK", "MASTER_", "TORCHELASTIC_", "SLURM_")
 PARENT = "LM_LIGHTNING_PARENT"  # environment variable: the ID of the process whose children should end with it
 
 
@@ -44,16 +40,3 @@ def kill_with_parent() -> None:
     """Makes Linux kill this process as soon as its parent has ended."""
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-
-
-def run_alone(arguments: Sequence[str]) -> int:
-    """Runs a command of this project in a process of its own, which does not become part of a surrounding training run.
-
-    Args:
-        arguments: The command and its arguments.
-
-    Returns:
-        Its exit status. Its output goes to the console.
-    """
-    environment = {n: value for n, value in os.environ.items() if not n.startswith((*OF_A_RUN, RUN_FOLDER))}
-    return subprocess.run([sys.executable, "-m", "lm_lightning", *arguments], env=environment, check=False).returncode

@@ -4,7 +4,7 @@ The new folder gets the files of the last commit with the package renamed, witho
 git history of its own, whose first commit names the template's commit. `--update` brings later changes of the template
 into such a project, on its branch `template`, to be merged there. See docs/forking.md.
 
-A file belongs to a feature by the table `FEATURES`, a line of any text file by a comment at its end, such as
+A file belongs to a feature by the table in `fork_features.py`, a line of any text file by a comment at its end, such as
 `# fork: lora` or `<!-- fork: lora -->`, several lines by such a comment before them and `fork: end` after them, and a
 test by its decorator, such as `@needs("tasks.tagging")`. `fork: tagging, parsing` needs one of both, `fork: template`
 is never kept.
@@ -24,74 +24,12 @@ import sys
 import tarfile
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from fork_features import CHOICES, FEATURES, PACKAGE, TEMPLATE_ONLY, Feature
+
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGE = "lm_lightning"
-
-
-@dataclass(frozen=True)
-class Feature:
-    """What can be removed.
-
-    Attributes:
-        package: Its name below `lm_lightning`; `tests/` has a folder of the same place.
-        summary: What it does, for `--list`.
-        files: Patterns of other files that are of no use without it.
-        extras: Optional dependencies in `pyproject.toml` that nothing else needs.
-        needed_by: Other features; without one of them it goes as well, and it cannot be chosen itself.
-    """
-
-    package: str
-    summary: str
-    files: tuple[str, ...] = ()
-    extras: tuple[str, ...] = ()
-    needed_by: tuple[str, ...] = ()
-
-
-TASKS = ("classification", "tagging", "parsing", "questions", "embedding")
-FEATURES = {
-    "gpt": Feature("tasks.generation", "text generation and chat (GPTs are trained without it, too)"),
-    "bert": Feature("tasks.masked_lm", "pretraining of BERTs", ("configs/bert*", "configs/modernbert*"), ("bert",)),
-    "classification": Feature(
-        "tasks.classification",
-        "labels or numbers of texts and pairs",
-        ("configs/sentiment*", "configs/entailment*", "configs/similarity*"),
-    ),
-    "tagging": Feature("tasks.tagging", "names, parts of speech, roles", ("configs/tagging*", "configs/roles*")),
-    "parsing": Feature("tasks.parsing", "dependency trees", ("configs/parsing*",)),
-    "questions": Feature("tasks.questions", "answers in texts", ("configs/questions*",)),
-    "embedding": Feature(
-        "tasks.embedding",
-        "embeddings and semantic search",
-        ("configs/embedding*", "configs/search.yaml", "docs/search.md"),
-        ("search",),
-    ),
-    "finetuning": Feature(
-        "finetuning",
-        "tables of labelled rows",
-        ("docs/finetuning.md", "examples/rating*", "tests/tables.py", "tests/clauses.py"),
-        needed_by=TASKS,
-    ),
-    "lora": Feature("lora", "LoRA and QLoRA", ("docs/lora.md",), ("lora",)),
-    "compression": Feature(
-        "compression", "quantization, pruning, distillation", ("docs/compression.md",), ("compress",)
-    ),
-    "tuning": Feature(
-        "tuning",
-        "search of hyperparameters, comparison of strategies",
-        ("configs/tuning/", "docs/tuning.md"),
-        ("tune",),
-    ),
-    "reports": Feature("reports", "HTML pages of runs", ("docs/images/report.png",)),
-    "tracking": Feature("tracking", "Weights & Biases", ("configs/tracking/",), ("wandb",)),
-    "xla": Feature("xla", "TPUs", ("scripts/test_xla.sh",), ("tpu",)),
-    "profiling": Feature("profiling", "profiles of training steps"),
-}
-CHOICES = [name for name, feature in FEATURES.items() if not feature.needed_by]
-TEMPLATE_ONLY = ("scripts/fork.py", "tests/test_fork.py", "docs/forking.md", "CHANGELOG.md")
 # Files that list packages, one a line: the lines of removed ones go
 LISTS = ("features.py", "pyproject.toml", ".importlinter", "package-data")
 MARKER = re.compile(r"[ \t]*(?:#|<!--) fork: ([a-z, ]+?)(?: -->)?$")
@@ -113,25 +51,40 @@ def main() -> None:
     parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("folder", nargs="?", type=Path, help="the new project, or with --update an existing one")
     parser.add_argument("--name", help="the name of its package")
-    parser.add_argument("--keep", help="features to keep, separated by commas; default: all")
+    parser.add_argument("--keep", help="features to keep, separated by commas; default: all, with --update as before")
     parser.add_argument("--list", action="store_true", help="print the features and exit")
     parser.add_argument("--update", action="store_true", help="commit the present template to its branch `template`")
     try:
         arguments = parser.parse_args()
         if arguments.list:
-            print("\n".join(f"{name:16}{FEATURES[name].summary}" for name in CHOICES))
+            print(listing())
             return
         if arguments.folder is None:
             raise Refusal("the folder of the new project is missing: python scripts/fork.py ../my_lm --name my_lm")
         if arguments.update:
-            if arguments.name or arguments.keep:
-                raise Refusal("--update keeps the name and the features of the project: omit --name and --keep")
-            update(arguments.folder)
+            if arguments.name:
+                raise Refusal("--update keeps the name of the project: omit --name")
+            update(arguments.folder, arguments.keep)
         else:
             create(arguments.folder, check_name(arguments.name or arguments.folder.name), arguments.keep)
     except Refusal as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def listing() -> str:
+    """The table of features, with the lines of their packages, tests not included."""
+
+    def count(package: str) -> int:
+        return sum(len(file.read_bytes().splitlines()) for file in (ROOT / PACKAGE / package).rglob("*.py"))
+
+    lines = {name: count(feature.package.replace(".", "/")) for name, feature in FEATURES.items()}
+    rows = [("feature", "lines", "extras", "")]
+    rows += [(name, f"{lines[name]:,}", ", ".join(FEATURES[name].extras), FEATURES[name].summary) for name in CHOICES]
+    for name in (name for name in FEATURES if name not in CHOICES):
+        rows.append((f"({name})", f"{lines[name]:,}", "", f"kept with {', '.join(FEATURES[name].needed_by)}"))
+    rows.append(("(core)", f"{count('') - sum(lines.values()):,}", "", "always kept"))
+    return "\n".join(f"{name:16}{number:>6}  {extras:10}{summary}".rstrip() for name, number, extras, summary in rows)
 
 
 def create(folder: Path, name: str, keep: str | None) -> None:
@@ -156,11 +109,11 @@ def create(folder: Path, name: str, keep: str | None) -> None:
         made.rename(folder)
     removed = [feature for feature in FEATURES if feature not in kept]
     print(f"{folder}: the package {name}" + (f", without {', '.join(removed)}" if removed else ""))
-    print(f"next: cd {folder} && pip install -e '.[test]' && pytest -n 2")
+    print(f"next: cd {shlex.quote(str(folder))} && pip install -e '.[test]' && pytest -n 2")
 
 
-def update(folder: Path) -> None:
-    """Commits what the present template makes of the options of an existing project to its branch `template`.
+def update(folder: Path, keep: str | None) -> None:
+    """Commits what the present template makes of an existing project, with the same or other features, to `template`.
 
     Raises:
         Refusal: The folder is no project that this script has made, or this is no clean checkout of the template.
@@ -172,16 +125,18 @@ def update(folder: Path) -> None:
         body = git("log", "-1", "--format=%B", parent, at=folder) if parent else ""
     except (subprocess.CalledProcessError, FileNotFoundError, NotADirectoryError):
         raise Refusal(f"{folder} is not a git repository") from None
-    found = re.search(r"^Template-Options: (.+)$", body, re.M)
-    if not found:
+    if not (found := re.search(r"^Template-Options: (.+)$", body, re.M)):
         raise Refusal(f"{folder} has no commit with a line Template-Options, which scripts/fork.py writes")
     options = Parser(allow_abbrev=False)
     options.add_argument("--name", required=True)
     options.add_argument("--keep")
     given = options.parse_args(shlex.split(found[1]))
+    keep = given.keep if keep is None else keep
+    if git("rev-parse", "--abbrev-ref", "HEAD", at=folder) == "template":
+        raise Refusal(f"{folder} is on the branch template, which is to be updated: git switch main")
     with tempfile.TemporaryDirectory() as scratch:
         made = Path(scratch) / "project"
-        write(made, given.name, features(given.keep))
+        write(made, given.name, features(keep))
         where = {"GIT_DIR": git("rev-parse", "--absolute-git-dir", at=folder), "GIT_WORK_TREE": str(made)}
         where["GIT_INDEX_FILE"] = str(Path(scratch) / "index")
         git("add", "--all", at=made, **where)
@@ -189,10 +144,10 @@ def update(folder: Path) -> None:
         if tree == git("rev-parse", f"{parent}^{{tree}}", at=folder):
             print(f"{folder} has all of the template already")
             return
-        text = message(given.name, given.keep, commit)
+        text = message(given.name, keep, commit)
         new = git("commit-tree", tree, "-p", parent, "-m", text, at=made, **where)
         git("update-ref", "refs/heads/template", new, at=folder)
-    print(f"next: cd {folder} && git merge template")
+    print(f"next: cd {shlex.quote(str(folder))} && git merge template")
 
 
 def message(name: str, keep: str | None, commit: str) -> str:
@@ -300,16 +255,17 @@ def edited(path: str, content: bytes, name: str, kept: list[str], removed: list[
     if path == "LICENSE":
         return content
     text = "".join(without_marked(text, kept, path))
-    if path.endswith(".py") and path.startswith("tests/"):
+    if path.endswith(".py") and path.startswith("tests/") and "@needs(" in text:
         text = without_tests(text, {feature.package for feature in removed})
     if Path(path).name in LISTS:
         packages = "|".join(re.escape(feature.package) for feature in removed) or "(?!)"
-        listed = re.compile(rf"(\b{PACKAGE}\.|[\"'])({packages})\b(?!/)")
+        text = re.sub(rf"\((?:{packages})\) : | : \((?:{packages})\)", "", text)  # import layers, several in a line
+        listed = re.compile(rf"(\b{PACKAGE}\.|[\"']\(?)({packages})\b(?!/)")
         text = "".join(line for line in text.splitlines(keepends=True) if not listed.search(line))
     if path == "pyproject.toml":
         text = without_extras(text, [extra for feature in removed for extra in feature.extras])
     if path.endswith(".md"):
-        text = re.sub(r"\n{3,}", "\n\n", text)
+        text = without_empty(text)
     return renamed(text, name).encode("utf-8")
 
 
@@ -372,13 +328,21 @@ def without_extras(text: str, extras: list[str]) -> str:
     return re.sub(rf'"{PACKAGE}\[([\w,]+)\]", ?', others, text)
 
 
+def without_empty(text: str) -> str:
+    """A Markdown text without tables that have no rows, headings that have nothing below, and extra blank lines."""
+    text = re.sub(r"^\|.*\n\|[-:| ]+\n(?!\|)", "", text, flags=re.M)
+    text = re.sub(r"\n{3,}", "\n\n", text).rstrip("\n") + "\n"
+    shorter = re.sub(r"^(##+) .*\n\s*(?=\Z|##)(?!\1#)", "", text, flags=re.M)
+    return text if shorter == text else without_empty(shorter)
+
+
 def tidy(folder: Path) -> None:
     """Sorts imports, removes those that nothing uses any more, and wraps lines, if ruff is installed."""
     if shutil.which("ruff") is None:
-        print("install ruff, so that lines of the new project are wrapped as its checks want them", file=sys.stderr)
+        print("warning: without ruff, imports are not sorted and lines not wrapped: pip install ruff", file=sys.stderr)
         return
     for command in (["check", "--fix", "--quiet", "--exit-zero"], ["format", "--quiet"]):
-        subprocess.run(["ruff", *command, "--no-cache", "."], cwd=folder, check=False)
+        subprocess.run(["ruff", *command, "--no-cache", "."], cwd=folder, check=False, stdout=subprocess.DEVNULL)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,16 @@ HOSTILE: list[Any] = [None, True, -1, 0, 2**31 - 1, 2**63, 1e308, float("inf"), 
 HOSTILE += ["../../harmed", "/tmp/harmed", "a\0b", "\x1b[2J", "os.system", "{}", [], {}, [[[[[[]]]]]], {"a": {"b": []}}]
 
 
+class Payload:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (str(self.file),)
+
+
 def mutated_bytes(content: bytes, draw: random.Random) -> bytes:
     """Bytes with one kind of damage: flipped, cut, doubled, overwritten or replaced."""
     data, at = bytearray(content), draw.randrange(len(content) or 1)

@@ -11,7 +11,14 @@ import torch
 import transformers
 from conftest import command
 from lightning.pytorch import Callback, LightningModule, Trainer
-from test_survival import CONSTANT, DDP, SHARDED, logged, names, only
+from test_survival import (
+    CONSTANT,
+    DDP,
+    SHARDED,  # fork: sharding
+    logged,
+    names,
+    only,
+)
 
 from lm_lightning.checkpoints.loading import CheckpointFolder, load_checkpoint
 from lm_lightning.errors import UserError
@@ -133,7 +140,13 @@ def test_the_last_step_is_validated_unless_validation_is_off(fit):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", [DDP, SHARDED], ids=["ddp", "sharded"])
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        pytest.param(DDP, id="ddp"),
+        pytest.param(SHARDED, id="sharded"),  # fork: sharding
+    ],
+)
 def test_several_processes_export_the_best(recipe: Path, strategy: tuple):
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     flags = (*SPOILED, "--best.save_top_k", 2, *strategy)

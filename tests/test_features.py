@@ -5,6 +5,7 @@ import pkgutil
 import re
 
 import pytest
+from conftest import needs, optional
 
 import lm_lightning
 from lm_lightning import features
@@ -59,3 +60,12 @@ def test_a_package_that_a_feature_lacks_is_no_deleted_folder(registered, tmp_pat
     registered("broken")
     with pytest.raises(ModuleNotFoundError, match="surely_not_installed"):
         features.commands()
+
+
+@needs("diagnostics")
+def test_a_callback_that_the_options_have_is_not_added_again():
+    spikes = optional("diagnostics.spikes.Spikes")
+    kinds = [type(callback) for callback in features.callbacks()]
+    assert spikes in kinds
+    kinds.remove(spikes)
+    assert [type(callback) for callback in features.callbacks([spikes(deviations=3.0)])] == kinds

@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.callbacks import EarlyStopping
 from test_resuming import TINY
 
-from lm_lightning import callbacks, features
+from lm_lightning import features
 from lm_lightning.checkpoints.callback import Checkpoints
 from lm_lightning.checkpoints.loading import load_checkpoint
 from lm_lightning.cli import explain
@@ -103,8 +103,8 @@ ELSEWHERE = {
 
 # Options of our callbacks: those that the state in a checkpoint fits alone are refused, others are read anew.
 CALLBACKS = {
-    "Gradients": {"anew": "every_n_steps bins"},
-    "Spikes": {"anew": "deviations steps"},
+    "Gradients": {"anew": "every_n_steps bins"},  # fork: diagnostics
+    "Spikes": {"anew": "deviations steps"},  # fork: diagnostics
     "Export": {"anew": "weights"},
     "Predictions": {"anew": "escape_formulas"},
 }
@@ -138,11 +138,15 @@ def test_every_option_is_in_a_class_of_those_that_are_checked():
 
 
 def test_every_option_of_our_callbacks_is_in_a_class():
+    packages = ["lm_lightning.callbacks"]
+    packages += ["lm_lightning.diagnostics"]  # fork: diagnostics
     modules = [
-        importlib.import_module(f"lm_lightning.callbacks.{m.name}") for m in pkgutil.iter_modules(callbacks.__path__)
+        importlib.import_module(f"{package}.{m.name}")
+        for package in packages
+        for m in pkgutil.iter_modules(importlib.import_module(package).__path__)
     ]
     classes = [c for m in modules for c in vars(m).values() if inspect.isclass(c) and issubclass(c, Callback)]
-    ours = [c for c in classes if c.__module__.startswith("lm_lightning.callbacks")]
+    ours = [c for c in classes if c.__module__.startswith(tuple(packages))]
     found = {c.__name__: set(inspect.signature(c).parameters) for c in ours if inspect.signature(c).parameters}
     assert found == {name: set(" ".join(kinds.values()).split()) for name, kinds in CALLBACKS.items()}
 

@@ -13,7 +13,7 @@ from typing import Any, Optional
 
 import pytest
 import torch
-from conftest import ROOT, command
+from conftest import ROOT, command, needs
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from test_fit import metrics, same, weights
@@ -26,11 +26,14 @@ from lm_lightning.models.gpt import CausalLM
 
 CONSTANT = ("--model.schedule.shape", "constant")  # so that a run of more steps begins like one of fewer
 DDP = ("--trainer.strategy", "ddp", "--trainer.devices", 2, "--data.batch_size", 2)
+# fork: sharding
+FSDP2 = "lm_lightning.sharding.strategy.FSDP2"
 SHARDED = (
-    *("--trainer.strategy", "lm_lightning.strategies.FSDP2", "--trainer.strategy.sharded_checkpoints", "true"),
+    *("--trainer.strategy", FSDP2, "--trainer.strategy.sharded_checkpoints", "true"),
     *("--trainer.devices", 2, "--data.batch_size", 2),
 )
 TENSOR_PARALLEL = ("--trainer.strategy", "tp", "--trainer.devices", 2)
+# fork: end
 
 
 def callbacks(*chosen: tuple[type, dict]) -> list[str]:
@@ -156,8 +159,10 @@ def poison(**options: object) -> list[object]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kills", "own"),
-    [(8, ("--trainer.accumulate_grad_batches", 2)), (3, ("--processes", 2, *SHARDED))],
-    ids=["one", "sharded"],
+    [
+        pytest.param(8, ("--trainer.accumulate_grad_batches", 2), id="one"),
+        pytest.param(3, ("--processes", 2, *SHARDED), id="sharded"),  # fork: sharding
+    ],
 )
 def test_killed_at_any_moment_a_run_goes_on_as_if_it_had_not_been(recipe: Path, kills: int, own: tuple):
     script = ROOT / "scripts" / "kill.py"
@@ -474,7 +479,7 @@ OFF = [f"--model.network.{name}_pdrop=0" for name in ("resid", "embd", "attn")]
 def check_resumed_alone(fit, reference, cut: Path, strategy: tuple) -> None:
     """One process resumes what two have left, and does what it would have done from the start."""
     last = cut / "checkpoints" / "last.ckpt"
-    assert last.is_dir() == (strategy is SHARDED)
+    assert last.is_dir() == ("--trainer.strategy.sharded_checkpoints" in strategy)
     more = (*OFF, *CONSTANT, "--trainer.max_steps", load_checkpoint(last)["global_step"] + 3)
     fit("--name", "cut", *more, "--ckpt_path", "last")
     assert logged(cut, "train/loss") == pytest.approx(logged(reference(*more), "train/loss"), abs=1e-4)
@@ -484,12 +489,11 @@ def check_resumed_alone(fit, reference, cut: Path, strategy: tuple) -> None:
 @pytest.mark.parametrize(
     ("rank", "number", "strategy"),
     [
-        (0, signal.SIGTERM, DDP),
-        (1, signal.SIGUSR1, DDP),
-        (1, signal.SIGTERM, SHARDED),
-        (1, signal.SIGTERM, TENSOR_PARALLEL),
+        pytest.param(0, signal.SIGTERM, DDP, id="first"),
+        pytest.param(1, signal.SIGUSR1, DDP, id="second"),
+        pytest.param(1, signal.SIGTERM, SHARDED, id="sharded"),  # fork: sharding
+        pytest.param(1, signal.SIGTERM, TENSOR_PARALLEL, id="tp"),  # fork: sharding
     ],
-    ids=["first", "second", "sharded", "tp"],
 )
 def test_a_signal_to_one_of_two_processes_ends_both_and_one_process_goes_on(
     fit, reference, recipe: Path, rank: int, number: int, strategy: tuple
@@ -627,6 +631,7 @@ def test_a_process_that_is_not_finite_makes_all_leave_the_step_out(recipe: Path)
     assert logged(only(recipe.parent / "runs" / "tiny"), "train/skipped_steps")[10] == 1
 
 
+@needs("diagnostics")
 def test_a_spike_names_its_samples_once_however_often_it_was_done(fit, cli, recipe: Path, capsys):
     flags = ("--name", "spiky", *poison(steps=[28], factor=30.0), "--trainer.max_steps", 40, *CONSTANT)
     with pytest.raises(RuntimeError, match="power failure"):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -9,11 +10,12 @@ from typing import IO, Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lm_lightning.data import contract
-from lm_lightning.data.cells import without_formula
 from lm_lightning.data.order import PADDING
 from lm_lightning.files import remove, replacing
 
 TABLE_ROWS = 10_000  # maximum number of rows of a table in W&B
+FORMULA = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")  # characters with which formulas of spreadsheet programs begin
+NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", re.ASCII)
 
 
 class Predictions(Callback):
@@ -134,3 +136,10 @@ def rows_writer(stream: IO[str], escape: bool) -> Callable[[Iterable[Any]], Any]
 def escapes_formulas(trainer: Trainer) -> bool:
     """Whether formulas are escaped in the tables of a run, see `Predictions`."""
     return any(callback.escape_formulas for callback in trainer.callbacks if isinstance(callback, Predictions))
+
+
+def without_formula(value: Any) -> Any:
+    """Escapes a cell that spreadsheet programs would run as a formula: text gets a `'`, numbers stay unchanged."""
+    if isinstance(value, str) and value.startswith(FORMULA) and not NUMBER.fullmatch(value):
+        return f"'{value}"
+    return value

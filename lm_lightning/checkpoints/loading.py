@@ -6,11 +6,11 @@ import os
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple, Optional, Protocol
 
 import torch
 
-from lm_lightning.checkpoints import sharded
+from lm_lightning import features
 from lm_lightning.checkpoints.files import OLD
 from lm_lightning.errors import UserError
 from lm_lightning.run import experiment_folder
@@ -22,15 +22,38 @@ KINDS = ("*.ckpt", f"*.ckpt{OLD}")
 class Checkpoint(NamedTuple):
     """A checkpoint whose checksums were verified.
 
-    `content` is its content, without tensors if it is sharded. The tensors of a file stay on disk until they are used.
+    `content` is its content, without tensors if it is a folder. The tensors of a file stay on disk until they are used.
     """
 
     path: Path
     content: dict[str, Any]
 
 
+class CheckpointFormat(Protocol):
+    """What a module of `Feature.checkpoint_folders` defines: how checkpoints that are folders are read."""
+
+    def is_checkpoint(self, path: Path) -> bool:
+        """Whether a folder is one of these checkpoints."""
+
+    def gather(self, path: Path) -> dict[str, Any]:
+        """A checkpoint as it would be in a file, with full tensors."""
+
+    def meta(self, path: Path) -> dict[str, Any]:
+        """All but the tensors of a checkpoint."""
+
+    def damaged(self, path: Path) -> Optional[str]:
+        """The name of a file of a checkpoint that is not as it was written, None if all are."""
+
+
+def folder_format(path: Path) -> Optional[CheckpointFormat]:
+    """How a checkpoint that is a folder is read, None if it is none."""
+    if not path.is_dir():
+        return None
+    return next((found for found in features.checkpoint_folders() if found.is_checkpoint(path)), None)
+
+
 def load_checkpoint(path: Path, weights: bool = True, verified: bool = False) -> dict[str, Any]:
-    """Loads a checkpoint: a file, whose tensors stay on disk until they are used, or a sharded folder.
+    """Loads a checkpoint: a file, whose tensors stay on disk until they are used, or a folder.
 
     Args:
         path: The file or folder.
@@ -45,8 +68,8 @@ def load_checkpoint(path: Path, weights: bool = True, verified: bool = False) ->
     if not verified:
         verify(path)
     with readable(path):
-        if sharded.is_checkpoint(path):
-            return sharded.gather(path) if weights else sharded.meta(path)
+        if folder := folder_format(path):
+            return folder.gather(path) if weights else folder.meta(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     complete = isinstance(checkpoint, dict) and {"network", "state_dict", "global_step"} <= checkpoint.keys()
     if not complete or type(checkpoint["global_step"]) is not int:
@@ -55,8 +78,8 @@ def load_checkpoint(path: Path, weights: bool = True, verified: bool = False) ->
 
 
 def exists(path: Path) -> bool:
-    """Whether a path is a checkpoint: a file or a sharded folder."""
-    return path.is_file() or sharded.is_checkpoint(path)
+    """Whether a path is a checkpoint: a file or a folder."""
+    return path.is_file() or folder_format(path) is not None
 
 
 def verify(path: Path) -> None:
@@ -66,8 +89,8 @@ def verify(path: Path) -> None:
         UserError: If a part of it has changed since it was written.
     """
     with readable(path):
-        if sharded.is_checkpoint(path):
-            damaged = sharded.damaged(path)
+        if folder := folder_format(path):
+            damaged = folder.damaged(path)
         else:
             with zipfile.ZipFile(path) as file:
                 untrusted.refuse_expanding_zip(file, path)
@@ -108,7 +131,7 @@ class CheckpointFolder:
 
     @functools.cached_property
     def contents(self) -> dict[Path, dict[str, Any]]:
-        """The contents of all readable checkpoints, by path; not verified, and without the tensors of sharded ones."""
+        """The contents of all readable checkpoints, by path; not verified, and without the tensors of folders."""
         found = {}
         for path in self.paths:
             with contextlib.suppress(UserError):

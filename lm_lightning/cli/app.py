@@ -21,12 +21,10 @@ from lm_lightning import run as runs
 from lm_lightning.callbacks.ending import Ending, check_after_validation
 from lm_lightning.callbacks.export import Export
 from lm_lightning.callbacks.fit_loop import FitLoop
-from lm_lightning.callbacks.gradients import Gradients  # noqa: F401
 from lm_lightning.callbacks.monitors import Monitors
 from lm_lightning.callbacks.preemption import Preemption
 from lm_lightning.callbacks.progress import RunProgress
 from lm_lightning.callbacks.resuming import Resuming
-from lm_lightning.callbacks.spikes import Spikes
 from lm_lightning.callbacks.throughput import Throughput
 from lm_lightning.checkpoints.callback import Checkpoints
 from lm_lightning.checkpoints.loading import find_checkpoint, folder_of, run_of
@@ -269,13 +267,11 @@ class CLI(LightningCLI):
             given: The callbacks of the options.
             progress_bar: False for no progress bar. Otherwise a default one is added, unless `given` contains one.
         """
-        own = [Monitors(), Resuming(), Ending(), Preemption(), Throughput(), *features.callbacks()]
+        own = [Monitors(), Resuming(), Ending(), Preemption(), Throughput(), *features.callbacks(given)]
         if self.subcommand != "fit":
             own.append(self.record)
         if progress_bar is not False and not any(isinstance(callback, ProgressBar) for callback in given):
             own.append(RunProgress())
-        if not any(isinstance(callback, Spikes) for callback in given):
-            own.append(Spikes())
         return own
 
 

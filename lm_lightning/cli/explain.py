@@ -15,9 +15,8 @@ from lm_lightning.compat import jsonargparse_messages as messages
 from lm_lightning.errors import UserError
 from lm_lightning.yaml_text import Loader
 
-# A package that a class named by an option may need, and the extra that installs it
+# A package that a class named by an option may need
 MISSING = re.compile(r"(?:No module named '|import of )(bitsandbytes)\b")
-EXTRAS = {"bitsandbytes": "lora"}
 
 BASES = {  # base classes of the classes that an option may name
     "model": "lm_lightning.models.module.LanguageModule",
@@ -63,9 +62,7 @@ def of_command_line(error: Exception, arguments: list[str], names: Iterable[str]
     """
     text, names = str(error), list(names) or list(getattr(error, "names", ()))
     if missing := MISSING.search(text):
-        return UserError(
-            f'an option names a class of {missing[1]}, which is missing: pip install -e ".[{EXTRAS[missing[1]]}]"'
-        )
+        return UserError(f"an option names a class of {missing[1]}, which is missing: pip install {missing[1]}")
     if match := messages.UNKNOWN.search(text):
         return UserError(unknown_option(text, match, arguments, names))
     values = [match for match in messages.EXPECTED.finditer(text) if "NoneType" not in match["type"]]

@@ -13,7 +13,6 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loops.evaluation_loop import RestartStage
 from lightning.pytorch.loops.fit_loop import _FitLoop
-from lightning.pytorch.strategies import ModelParallelStrategy
 
 
 class Override(NamedTuple):
@@ -176,14 +175,6 @@ def check_after_validation(callback: EarlyStopping) -> None:
     """
     if callback._check_on_train_epoch_end is None:
         callback._check_on_train_epoch_end = False
-
-
-def set_parallel_sizes(strategy: ModelParallelStrategy, tensor_parallel: int, data_parallel: int) -> None:
-    """Sets the size of the tensor-parallel groups of processes, and the number of these groups.
-
-    Alternative: the arguments of ModelParallelStrategy, which it needs before the number of processes is known.
-    """
-    strategy._tensor_parallel_size, strategy._data_parallel_size = tensor_parallel, data_parallel
 
 
 def saves_by_default(callback: Any) -> bool:

@@ -1,10 +1,10 @@
-"""PyTorch: kernels, checkpoints and messages. (Functions import it, as every command imports this file.)"""
+"""PyTorch: kernels and messages. (Functions import it, as every command imports this file.)"""
 
 import logging
 import os
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -13,23 +13,6 @@ if TYPE_CHECKING:
 # Messages of torch.distributed when another process of the run has died. Alternative: none; they are RuntimeErrors
 # (`torch.distributed.DistNetworkError` is raised by stores only).
 LOST_PEER = re.compile(r"(closed|reset) by peer|remote (process|worker)|Broken pipe")
-# Output of a process that ran out of memory. Alternative: `torch.OutOfMemoryError`, which is for GPUs only, and which
-# another process cannot catch.
-OUT_OF_MEMORY = re.compile(r"out of memory|OutOfMemory|can't allocate memory|MemoryError|DefaultCPUAllocator", re.I)
-# The ways to split a matrix for tensor parallelism are subclasses of `ParallelStyle`, whose only method is `_apply`.
-# Alternative: `ColwiseParallel` and `RowwiseParallel`, which refuse GPT-2's `Conv1D`.
-# Module and name of the class of the entries in a sharded checkpoint's table of contents. Alternative: none, the public
-# `Metadata.storage_data` holds its instances.
-STORAGE_INFO = ("torch.distributed.checkpoint.filesystem", "_StorageInfo")
-# The function that unpickles a `torch.layout`, which such a table has for each tensor.
-LAYOUT = ("torch.serialization", "_get_layout")
-
-
-def storage_info() -> Any:
-    """The class of `STORAGE_INFO`."""
-    from torch.distributed.checkpoint import filesystem
-
-    return filesystem._StorageInfo
 
 
 def multiply(tensors: Sequence["Tensor"], factor: "Tensor") -> None:

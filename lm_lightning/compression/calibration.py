@@ -10,7 +10,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lm_lightning.compression.importance import observe_blocks, observe_inputs
-from lm_lightning.networks import blocks, linear_layers
+from lm_lightning.linear_layers.blocks import linear_layers
+from lm_lightning.networks import blocks
 
 
 class Statistics(NamedTuple):

@@ -19,7 +19,7 @@ from lm_lightning.compression.folder import load, package
 from lm_lightning.compression.quantization import Rounding
 from lm_lightning.data import tokenizer as tokenizers
 from lm_lightning.errors import UserError
-from lm_lightning.networks import linear_layers
+from lm_lightning.linear_layers.blocks import linear_layers
 
 ONNX, PROGRAM = "model.onnx", "model.pt2"
 Runner = Callable[..., dict[str, Tensor]]  # inputs by name -> outputs by name

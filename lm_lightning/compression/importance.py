@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lm_lightning.errors import UserError
-from lm_lightning.networks import by_rows, smallest
+from lm_lightning.linear_layers.blocks import by_rows
 
 Pattern = Literal["free", "2:4"]
 Add = Callable[[str, Tensor, int], None]  # name, sum over the tokens of a batch, their number
@@ -105,3 +105,10 @@ def check_pattern(pattern: Pattern, layers: Mapping[str, nn.Linear]) -> None:
             raise UserError(
                 f"{name} has {inputs} inputs, but the pattern 2:4 needs a multiple of 4: choose others with modules"
             )
+
+
+def smallest(scores: Tensor, share: float) -> Tensor:
+    """A mask, bool, of exactly the given share of elements, those with the smallest scores in the last dimension."""
+    chosen = torch.zeros_like(scores, dtype=torch.bool)
+    number = round(share * scores.shape[-1])
+    return chosen.scatter_(-1, scores.topk(number, dim=-1, largest=False, sorted=False).indices, True)

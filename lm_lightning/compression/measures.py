@@ -16,8 +16,9 @@ from torch import Tensor
 from lm_lightning import hub
 from lm_lightning.compression import formats
 from lm_lightning.compression.folder import PROGRAMS, load
-from lm_lightning.compression.sparsity import semi_structured
-from lm_lightning.networks import linear_layers, positions, zeros_of
+from lm_lightning.compression.sparsity import semi_structured, zeros_of
+from lm_lightning.linear_layers.blocks import linear_layers
+from lm_lightning.networks import positions
 
 NEW_TOKENS = 32  # that a GPT generates for a measurement
 

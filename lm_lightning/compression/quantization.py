@@ -12,8 +12,8 @@ from transformers.pytorch_utils import Conv1D
 from lm_lightning.compression.calibration import Calibration
 from lm_lightning.compression.folder import load, package
 from lm_lightning.errors import UserError
-from lm_lightning.networks import linear_layers
-from lm_lightning.quantized import (
+from lm_lightning.linear_layers.blocks import linear_layers
+from lm_lightning.linear_layers.quantized import (
     Kind,
     bitsandbytes_config,
     bitsandbytes_layers,

@@ -11,7 +11,7 @@ from lm_lightning.compression.calibration import Calibration
 from lm_lightning.compression.folder import load
 from lm_lightning.compression.importance import Pattern, check_pattern, least_important, weight_scores
 from lm_lightning.errors import UserError
-from lm_lightning.networks import by_rows, linear_layers
+from lm_lightning.linear_layers.blocks import by_rows, linear_layers
 
 
 class Sparsity:
@@ -60,3 +60,9 @@ def semi_structured(network: nn.Module) -> None:
             continue
         if ((rows.unflatten(1, (-1, 4)) == 0).sum(2) >= 2).all():
             layer.weight = nn.Parameter(torch.sparse.to_sparse_semi_structured(weight.detach()), requires_grad=False)
+
+
+def zeros_of(layers: dict[str, nn.Linear]) -> tuple[int, int]:
+    """How many weights of some layers are zero, and how many there are."""
+    weights = [layer.weight for layer in layers.values()]
+    return sum(int((weight == 0).sum()) for weight in weights), sum(weight.numel() for weight in weights)

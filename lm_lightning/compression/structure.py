@@ -13,7 +13,8 @@ from lm_lightning.compression.calibration import Calibration
 from lm_lightning.compression.folder import copy_beside, load, save_as
 from lm_lightning.errors import UserError
 from lm_lightning.files import put
-from lm_lightning.networks import blocks, by_rows, linear_layers
+from lm_lightning.linear_layers.blocks import by_rows, linear_layers
+from lm_lightning.networks import blocks
 
 Kind = Literal["width", "heads", "layers"]
 

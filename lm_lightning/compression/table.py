@@ -5,9 +5,9 @@ import io
 import math
 from pathlib import Path
 
+from lm_lightning.callbacks.predictions import without_formula
 from lm_lightning.compression.measures import Measures, pareto
 from lm_lightning.compression.results import Row
-from lm_lightning.data.cells import without_formula
 from lm_lightning.files import write_picture, write_text
 
 HEAD = [

@@ -88,41 +88,6 @@ def samples_at(positions: np.ndarray, size: int, seed: int) -> np.ndarray:
     return result
 
 
-def by_length(
-    order: np.ndarray, lengths: np.ndarray, seed: int, begin: int = 0, chunk: int = 4096, run: int = 64
-) -> np.ndarray:
-    """Reorders an epoch so that neighboring samples have similar lengths and batches need little padding.
-
-    The epoch is cut into chunks, each chunk is sorted by length and cut into runs, and the runs are shuffled. Samples
-    of a run stay together; apart from that, the order is random. It depends only on the arguments, not on the size of
-    batches.
-
-    Runs begin at multiples of their size in the stream of all epochs, since batches also begin there. Thus, an epoch
-    may begin or end in the middle of a run: there it has its shortest samples, and so does the neighboring epoch.
-
-    Args:
-        order: Samples of the epoch in random order, (N,) int64.
-        lengths: Length of each sample by its number.
-        seed: Seed for shuffling the runs; different for each epoch.
-        begin: Position of the epoch in the stream.
-        chunk: Number of samples that are sorted together.
-        run: Number of samples that stay together.
-
-    Returns:
-        The same samples, (N,) int64.
-    """
-    parts: list[np.ndarray] = []
-    for start in range(0, len(order), chunk):
-        part = order[start : start + chunk]
-        part = part[np.argsort(lengths[part], kind="stable")]
-        head = min(-(begin + start) % run, len(part))
-        tail = (len(part) - head) % run
-        runs = part[head + tail :].reshape(-1, run)
-        places = np.argsort(shuffle(np.arange(len(runs)), len(runs), seed + start))
-        parts += [part[:head], runs[places].ravel(), part[head : head + tail]]
-    return np.concatenate(parts)
-
-
 class StreamSampler(Sampler[list[int]]):
     """Batch sampler for training: yields this rank's positions of the stream, a list for each micro-batch.
 

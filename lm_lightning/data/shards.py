@@ -305,7 +305,7 @@ def sentence_splitter(language: str) -> Callable[[str], list[str]]:
     try:
         from sentencex import segment
     except ImportError as error:
-        raise UserError('next-sentence prediction needs a sentence splitter: pip install -e ".[bert]"') from error
+        raise UserError("next-sentence prediction needs a sentence splitter: pip install sentencex") from error
     return lambda text: list(segment(language, text))
 
 

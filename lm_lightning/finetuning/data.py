@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from lm_lightning.data import cells
 from lm_lightning.data.corpus import expand
 from lm_lightning.data.formats import Csv, Format, find
 from lm_lightning.data.stream import StreamData
@@ -30,6 +29,7 @@ from lm_lightning.data.tokenizer import (
     warn_of_unknown,
 )
 from lm_lightning.errors import UserError
+from lm_lightning.finetuning import cells
 from lm_lightning.finetuning.examples import Examples, collate
 from lm_lightning.finetuning.tables import FORMATS, PREFIX, Row, Tables, read_split, sources
 from lm_lightning.finetuning.words import encode_words

@@ -9,7 +9,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from lm_lightning.data.order import PADDING, by_length, samples_at
+from lm_lightning.data.order import PADDING, samples_at, shuffle
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -81,3 +81,38 @@ def collate(tokenizer: "PreTrainedTokenizerFast", items: list[dict]) -> dict:
 def network_inputs(batch: dict[str, Any]) -> dict[str, torch.Tensor]:
     """The inputs of the network in a batch, (B, T) int64 each, without targets and other keys of the task."""
     return {name: batch[name] for name in INPUTS if name in batch}
+
+
+def by_length(
+    order: np.ndarray, lengths: np.ndarray, seed: int, begin: int = 0, chunk: int = 4096, run: int = 64
+) -> np.ndarray:
+    """Reorders an epoch so that neighboring samples have similar lengths and batches need little padding.
+
+    The epoch is cut into chunks, each chunk is sorted by length and cut into runs, and the runs are shuffled. Samples
+    of a run stay together; apart from that, the order is random. It depends only on the arguments, not on the size of
+    batches.
+
+    Runs begin at multiples of their size in the stream of all epochs, since batches also begin there. Thus, an epoch
+    may begin or end in the middle of a run: there it has its shortest samples, and so does the neighboring epoch.
+
+    Args:
+        order: Samples of the epoch in random order, (N,) int64.
+        lengths: Length of each sample by its number.
+        seed: Seed for shuffling the runs; different for each epoch.
+        begin: Position of the epoch in the stream.
+        chunk: Number of samples that are sorted together.
+        run: Number of samples that stay together.
+
+    Returns:
+        The same samples, (N,) int64.
+    """
+    parts: list[np.ndarray] = []
+    for start in range(0, len(order), chunk):
+        part = order[start : start + chunk]
+        part = part[np.argsort(lengths[part], kind="stable")]
+        head = min(-(begin + start) % run, len(part))
+        tail = (len(part) - head) % run
+        runs = part[head + tail :].reshape(-1, run)
+        places = np.argsort(shuffle(np.arange(len(runs)), len(runs), seed + start))
+        parts += [part[:head], runs[places].ravel(), part[head : head + tail]]
+    return np.concatenate(parts)

@@ -9,12 +9,13 @@ from typing import Any, Literal, Optional
 
 from lightning.pytorch.utilities import rank_zero_only
 
-from lm_lightning.data import cells, formats
+from lm_lightning.data import formats
 from lm_lightning.data.corpus import expand
 from lm_lightning.data.formats import Format, delimiter_hint
 from lm_lightning.data.hub_rows import hub_rows
 from lm_lightning.data.reading import ReadOptions, ReadReport, encodable
 from lm_lightning.errors import UserError
+from lm_lightning.finetuning import cells
 from lm_lightning.finetuning.conll import Conll, Conllu
 
 PREFIX = "--data.tables"  # prefix of the options, for messages

@@ -19,11 +19,11 @@ from transformers.pytorch_utils import Conv1D
 
 from lm_lightning import errors
 from lm_lightning.errors import UserError
+from lm_lightning.linear_layers.blocks import linear_layers
+from lm_lightning.linear_layers.quantized import bitsandbytes_config, bitsandbytes_layers, refuse_other_classes
 from lm_lightning.lora import compat
 from lm_lightning.models.adapter import Adapter
 from lm_lightning.models.export import HEAD_FILE
-from lm_lightning.networks import linear_layers
-from lm_lightning.quantized import bitsandbytes_config, bitsandbytes_layers, refuse_other_classes
 from lm_lightning.security import untrusted
 from lm_lightning.strategies.capabilities import capabilities
 

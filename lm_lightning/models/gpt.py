@@ -11,7 +11,6 @@ from lm_lightning.data import contract
 from lm_lightning.data.order import PADDING
 from lm_lightning.errors import UserError
 from lm_lightning.losses import cross_entropy, linear_cross_entropy
-from lm_lightning.models.distillation import token_losses
 from lm_lightning.models.metrics import Mode
 from lm_lightning.models.module import LanguageModule
 from lm_lightning.networks import headless
@@ -97,14 +96,12 @@ class CausalLM(LanguageModule):
             loss = cross_entropy(output[:, : self.vocab_size], targets)
         return loss, (targets != -100).sum()
 
-    def distillation_loss(
-        self, batch: dict, teacher: Any, weight: float, temperature: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def distillation_loss(self, batch: dict, teacher: Any, distiller: Any) -> tuple[Tensor, Tensor, Tensor]:
         targets = batch["targets"].flatten()
         with torch.no_grad():
             other = teacher.outputs(batch).flatten(0, 1)
         output = self.outputs(batch).flatten(0, 1)
-        loss, distillation = token_losses(self, output, teacher, other, targets, weight, temperature)
+        loss, distillation = distiller.token_losses(self, output, teacher, other, targets)
         return loss, (targets != -100).sum(), distillation
 
     def metric_modes(self) -> dict[str, Optional[Mode]]:

@@ -171,16 +171,14 @@ class LanguageModule(LightningModule):
         return rows
 
     @hook
-    def distillation_loss(
-        self, batch: dict, teacher: Any, weight: float, temperature: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def distillation_loss(self, batch: dict, teacher: Any, distiller: Any) -> tuple[Tensor, Tensor, Tensor]:
         """The loss of a batch in training with a teacher.
 
         Args:
             batch: As for `loss`.
             teacher: A model of the same class, without gradients and in evaluation mode.
-            weight: Share of the distillation loss in the loss; that of the own loss is 1 - weight.
-            temperature: Divides the logits of both, see `losses.kd_loss`.
+            distiller: Computes the losses: `divergence(logits, the teacher's)` of each row, `mix(own, distillation)`
+                of the two losses, and all of it with `token_losses` for a model that predicts tokens.
 
         Returns:
             The loss, summed over targets, () float32; the number of targets, () int64; the distillation loss by itself,

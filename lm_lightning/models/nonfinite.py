@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Optional
 
 from torch import Tensor
 
@@ -35,7 +35,8 @@ class NonFiniteGuard:
 
     Attributes:
         pending: Steps that have not been checked yet, oldest first; append new ones here.
-        checked: Finite steps that have been checked, for callbacks that watch the loss; these remove them.
+        checked: Finite steps that have been checked, for a callback that watches the loss, which makes this list and
+            removes them; None without one.
         skipped: Skipped steps of the full run.
     """
 
@@ -49,7 +50,7 @@ class NonFiniteGuard:
         self.on_nonfinite, self.limit = on_nonfinite, limit
         self.gather, self.print = gather, print
         self.pending: list[Step] = []
-        self.checked: list[Step] = []
+        self.checked: Optional[list[Step]] = None
         self.skipped = self.skipped_in_a_row = 0
 
     def check(self, keep: int = 0) -> bool:
@@ -67,8 +68,9 @@ class NonFiniteGuard:
         for step in due:
             loss = float(step.loss)
             if math.isfinite(loss):
-                self.checked.append(step._replace(loss=loss))
                 self.skipped_in_a_row = 0
+                if self.checked is not None:
+                    self.checked.append(step._replace(loss=loss))
             else:
                 finite = False
                 self.stop_or_count(step)

@@ -209,17 +209,3 @@ def find_redacted(config: Any, name: str = "") -> Iterator[str]:
             yield from find_redacted(item, name)
     elif isinstance(config, str) and REDACTED in config:
         yield name
-
-
-@contextlib.contextmanager
-def redacted_command_line() -> Iterator[None]:
-    """Hides the secrets of the command line from libraries that record `sys.argv`.
-
-    A library such as W&B may also replace the hook that prints tracebacks; the hook is restored.
-    """
-    arguments, hook = sys.argv, sys.excepthook
-    sys.argv = redact_arguments(arguments)
-    try:
-        yield
-    finally:
-        sys.argv, sys.excepthook = arguments, hook

@@ -4,36 +4,38 @@ A strategy decides where weights, data and computation are. The models do not de
 losses with each. Lightning's own `auto`, `ddp` and `ddp_spawn` are used as they are.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch.strategies import Strategy, StrategyRegistry
 
 from lm_lightning.errors import UserError
 from lm_lightning.strategies.capabilities import capabilities
-from lm_lightning.strategies.sharded import FSDP2, TensorParallel
 
-REPLACED = {
-    "fsdp": "PyTorch's first FSDP is superseded by its second: use --trainer.strategy fsdp2",
-    "deepspeed": (
-        "DeepSpeed does not expose its gradients, so a step could not be exact over unequal batches: use "
-        "--trainer.strategy fsdp2, which shards as much as DeepSpeed's stage 3"
-    ),
+REFUSED = {
+    "fsdp": "PyTorch's first FSDP is superseded by its second",
+    "deepspeed": "DeepSpeed does not expose its gradients, so a step could not be exact over unequal batches",
 }
 names = ["auto", "ddp", "ddp_spawn"]  # that are known to work
+replacements: dict[str, str] = {}  # for the names in REFUSED
 
 
-def register(name: str, strategy: type[Strategy], description: str, **settings: Any) -> None:
+def register(
+    name: str, strategy: type[Strategy], description: str, replaces: Sequence[str] = (), **settings: Any
+) -> None:
     """Makes a strategy available as `--trainer.strategy NAME`.
 
     Args:
         name: Of the strategy with these settings.
         strategy: Its class, which states its capabilities.
         description: What it does, in a few words.
+        replaces: Names in `REFUSED` instead of which it is recommended.
         settings: Arguments of the class.
     """
     StrategyRegistry.register(name, strategy, description=description, override=True, **settings)
     if name not in names:
         names.append(name)
+    replacements.update(dict.fromkeys(replaces, name))
 
 
 def check_name(name: object) -> None:
@@ -44,9 +46,9 @@ def check_name(name: object) -> None:
     """
     if not isinstance(name, str):
         return
-    sentence = REPLACED.get(name.split("_")[0])  # as in deepspeed_stage_2
-    if sentence is not None:
-        raise UserError(sentence)
+    family = name.split("_")[0]  # as in deepspeed_stage_2
+    if family in REFUSED:
+        raise UserError(f"{REFUSED[family]}: use --trainer.strategy {replacements.get(family, 'ddp')}")
     if "." in name:  # without options of the class, jsonargparse leaves it a string, which Lightning does not know
         raise UserError(f"--trainer.strategy {name} is no name: give a class as '{{class_path: {name}}}'")
     if name != "auto" and name not in StrategyRegistry.available_strategies():
@@ -66,8 +68,3 @@ def check(strategy: Strategy) -> None:
             f"{type(strategy).__name__} is not supported (--trainer.strategy): use one of {', '.join(names)}, or a "
             "class that states averages_gradients (see lm_lightning/strategies/capabilities.py)"
         )
-
-
-register("fsdp2", FSDP2, "weights, gradients and optimizer state sharded over all processes")
-register("hsdp", FSDP2, "sharded over the processes of a node, replicated across nodes", within_node=True)
-register("tp", TensorParallel, "each matrix split over the processes of a node, which share their batches")

@@ -3,12 +3,14 @@
 `Samples` and `Predictions` log their tables here, `RunFolder` its config. W&B itself watches the machine.
 """
 
+import contextlib
 import os
 import secrets
 import shutil
+import sys
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Optional
 
@@ -21,7 +23,7 @@ from lm_lightning.checkpoints.loading import load_checkpoint
 from lm_lightning.errors import UserError
 from lm_lightning.files import write_text
 from lm_lightning.run import PLACEHOLDER, TRAINING
-from lm_lightning.security.redaction import redacted_command_line
+from lm_lightning.security.redaction import redact_arguments
 from lm_lightning.security.untrusted import read_json
 from lm_lightning.tracking import compat
 
@@ -233,3 +235,17 @@ def link(source: str | Path, target: str | Path) -> None:
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)
+
+
+@contextlib.contextmanager
+def redacted_command_line() -> Iterator[None]:
+    """Hides the secrets of the command line from libraries that record `sys.argv`.
+
+    A library such as W&B may also replace the hook that prints tracebacks; the hook is restored.
+    """
+    arguments, hook = sys.argv, sys.excepthook
+    sys.argv = redact_arguments(arguments)
+    try:
+        yield
+    finally:
+        sys.argv, sys.excepthook = arguments, hook

@@ -1,6 +1,7 @@
 """`tune --find`: short runs that find a learning rate, or the largest micro-batch that fits into the memory."""
 
 import math
+import re
 import shlex
 import tempfile
 from collections.abc import Callable
@@ -8,9 +9,12 @@ from pathlib import Path
 from typing import Any, Optional
 
 from lm_lightning import files, yaml_text
-from lm_lightning.compat.torch import OUT_OF_MEMORY
 from lm_lightning.errors import UserError
 from lm_lightning.tuning.fit_process import fit, logged, newest_run, read_settings, shorten
+
+# Output of a process that ran out of memory. Alternative: `torch.OutOfMemoryError`, which is for GPUs only, and which
+# another process cannot catch.
+OUT_OF_MEMORY = re.compile(r"out of memory|OutOfMemory|can't allocate memory|MemoryError|DefaultCPUAllocator", re.I)
 
 
 def learning_rate(fit_flags: list[str], low: float = 1e-6, high: float = 1.0, steps: int = 100) -> float:

@@ -59,14 +59,16 @@ VARIANTS = {  # a base comes before what is compared with it
     "ddp": Variant(("--trainer.strategy=ddp",), processes=2, shares=2),
     "ddp_accumulate": Variant(("--trainer.strategy=ddp",), processes=2, shares=2, micro_batches=2),
     "ddp_spawn": Variant(("--trainer.strategy=ddp_spawn",), processes=2, shares=2),
+    # fork: sharding
     "fsdp2": Variant(("--trainer.strategy=fsdp2",), processes=2, shares=2),
     "hsdp": Variant(("--trainer.strategy=hsdp",), processes=2, nodes=2, shares=4),
     "tp": Variant(("--trainer.strategy=tp",), processes=2),
     "tp_fsdp2": Variant(
-        ("--trainer.strategy=lm_lightning.strategies.sharded.TensorParallel", "--trainer.strategy.size=2"),
+        ("--trainer.strategy=lm_lightning.sharding.strategy.TensorParallel", "--trainer.strategy.size=2"),
         processes=4,
         shares=2,
     ),
+    # fork: end
 }
 
 

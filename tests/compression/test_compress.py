@@ -12,7 +12,7 @@ import numpy
 import pytest
 import torch
 import yaml
-from conftest import paragraphs
+from conftest import needs, paragraphs
 from forks import python
 from lightning.pytorch import Callback
 from safetensors.torch import load_file, save_file
@@ -419,8 +419,8 @@ def test_what_lies_beside_the_weights_is_kept(folders, tmp_path: Path):
 @pytest.mark.parametrize(
     ("data", "model", "monitor"),
     [
-        ("ParsingData", "Parser", "val/las"),
-        ("TaggingData", "Tagging", "val/f1"),
+        pytest.param("ParsingData", "Parser", "val/las", marks=needs("tasks.parsing")),
+        pytest.param("TaggingData", "Tagging", "val/f1", marks=needs("tasks.tagging")),
     ],
 )
 @pytest.mark.slow

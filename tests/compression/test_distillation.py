@@ -296,6 +296,7 @@ def test_resumed_run_ends_in_the_same_bits(fit, recipe: Path):
     assert same(whole, fit(*flags, "--name", "part", "--ckpt_path", "last"))
 
 
+@needs("sharding")
 @pytest.mark.slow
 def test_micro_batches_and_processes_do_what_one_does(fit, recipe: Path, tmp_path: Path):
     short = (*OFF, "--trainer.max_steps", 4, "--trainer.limit_val_batches", 0)

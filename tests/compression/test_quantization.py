@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import paragraphs
+from conftest import needs, paragraphs
 from processes import Runs
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -17,7 +17,7 @@ from lm_lightning.compression.callbacks.quantization import rounded
 from lm_lightning.compression.folder import load
 from lm_lightning.data.tokenizer import Tokenizer, train
 from lm_lightning.errors import UserError
-from lm_lightning.networks import by_rows, linear_layers
+from lm_lightning.linear_layers.blocks import by_rows, linear_layers
 
 NETWORKS = {
     "gpt2": {"model_type": "gpt2", "n_layer": 2, "n_embd": 64, "n_head": 2, "n_positions": 64},
@@ -130,6 +130,7 @@ def test_only_the_named_layers_are_quantized(fit):
     assert all((w.dtype == torch.uint8) == (".mlp." in n) for n, w in weights.items() if n.endswith("c_proj.weight"))
 
 
+@needs("sharding")
 @pytest.mark.slow
 def test_strategies_round_alike(fit, recipe: Path, tmp_path: Path):
     """Two processes as one, also where each has a part of each weight."""

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from clauses import recipe as recipe_of
-from conftest import paragraphs
+from conftest import needs, paragraphs
 from forks import python
 from lightning.pytorch import Callback, LightningModule, Trainer
 from processes import Runs
@@ -30,7 +30,7 @@ from lm_lightning.data.tokenizer import Tokenizer, train
 from lm_lightning.errors import UserError
 from lm_lightning.lora.lora import LoRA
 from lm_lightning.security.trust import PACKAGES
-from lm_lightning.strategies import FSDP2, TensorParallel
+from lm_lightning.sharding.strategy import FSDP2, TensorParallel  # fork: sharding
 
 SIZES = {
     "gpt2": {"n_layer": 2, "n_embd": 64, "n_head": 2, "n_positions": 64},
@@ -237,7 +237,10 @@ def test_a_checkpoint_is_refused_where_it_does_not_belong(fit, cli, recipe: Path
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("data", "model", "monitor", "base"),
-    [("TaggingData", "Tagging", "val/f1", "full"), ("ParsingData", "Parser", "val/las", "nf4")],
+    [
+        pytest.param("TaggingData", "Tagging", "val/f1", "full", marks=needs("tasks.tagging")),
+        pytest.param("ParsingData", "Parser", "val/las", "nf4", marks=needs("tasks.parsing")),
+    ],
 )
 def test_new_heads_are_trained_saved_and_exported(
     cli, tmp_path: Path, monkeypatch, data: str, model: str, monitor: str, base: str
@@ -280,6 +283,7 @@ def test_new_heads_are_trained_saved_and_exported(
         assert torch.allclose(told, trained["logits"], atol=1e-5)
 
 
+@needs("tasks.classification")
 def test_a_new_head_over_texts_goes_into_both_exports(cli, bases, tmp_path: Path):
     """With a pooler, which a masked language model has not."""
     from peft import PeftModel
@@ -308,13 +312,14 @@ def test_a_new_head_over_texts_goes_into_both_exports(cli, bases, tmp_path: Path
             assert torch.allclose(network.eval()(TOKENS)[0], trained, atol=1e-5)
 
 
+@needs("sharding")
 @pytest.mark.slow
 def test_two_processes_do_what_one_does(fit, recipe: Path, bases, tmp_path: Path):
     """And a sharded checkpoint, which has not the base either, is gone on from."""
     runs, alone, commands = Runs(tmp_path / "two"), {}, {}
     runs.folder.mkdir()
     ddp = ("--trainer.strategy", "ddp")
-    folders = ("--trainer.strategy", "lm_lightning.strategies.FSDP2", "--trainer.strategy.sharded_checkpoints", "true")
+    folders = ("--trainer.strategy", "FSDP2", "--trainer.strategy.sharded_checkpoints", "true")
     for base in ("full", "nf4"):
         settings = (*flags(bases["llama"], base=base, dropout=0), "--model.schedule.shape", "constant")
         alone[base] = fit(*settings)
@@ -338,6 +343,7 @@ def test_two_processes_do_what_one_does(fit, recipe: Path, bases, tmp_path: Path
     assert all(".lora_" in name for name in weights) and len(weights) == 2 * 2 * 7
 
 
+@needs("sharding")
 def test_strategies_that_split_matrices_are_refused():
     with pytest.raises(UserError, match="tensor parallelism cannot split the matrices of LoRA"):
         LoRA().check(TensorParallel())

@@ -22,6 +22,7 @@ def add(steps: NonFiniteGuard, **losses: float) -> None:
 
 def test_first_step_that_is_not_finite_is_named_although_the_host_asks_late():
     steps = guard("stop", 10)
+    steps.checked = []
     add(steps, step1=1.0, step2=2.0, step3=3.0)
     assert steps.check()
     assert [(step.number, step.loss) for step in steps.checked] == [(1, 1.0), (2, 2.0), (3, 3.0)]

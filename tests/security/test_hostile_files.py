@@ -15,11 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from conftest import needs
 from hostile import Guard, attack, mutated_json, mutations
 
-from lm_lightning.checkpoints import sharded as sharded_checkpoint
 from lm_lightning.checkpoints.loading import load_checkpoint
 from lm_lightning.commands import export
 from lm_lightning.data import shards, tokenizer
@@ -100,19 +98,6 @@ def test_damaged_shards(guard: Guard, tmp_path: Path, seeds: range):
             shards.open_split(folder, name)
 
     attack(original, read, seeds, guard, tmp_path)
-
-
-@mutations(1000)
-def test_damaged_sharded_checkpoints(guard: Guard, tmp_path: Path, seeds: range):
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        weights = {"network.a": torch.arange(6.0).reshape(2, 3), "network.b": torch.ones(4)}
-        checkpoint = {"state_dict": weights, "global_step": 1, "network": {}}
-        sharded_checkpoint.save(checkpoint, tmp_path / "original" / "last.ckpt")
-    finally:
-        dist.destroy_process_group()
-    attack(tmp_path / "original" / "last.ckpt", load_checkpoint, seeds, guard, tmp_path)
-    attack(tmp_path / "original" / "last.ckpt", sharded_checkpoint.gather, seeds[: len(seeds) // 2], guard, tmp_path)
 
 
 @needs("tasks.embedding")

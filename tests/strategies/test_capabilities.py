@@ -7,7 +7,6 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
 
 from lm_lightning.errors import UserError
-from lm_lightning.strategies import FSDP2, TensorParallel
 from lm_lightning.strategies.capabilities import Capabilities, capabilities
 
 
@@ -39,12 +38,6 @@ def test_strategies_of_lightning_average_gradients_on_one_device_and_in_ddp():
     assert capabilities(SingleDeviceStrategy("cpu")) == Capabilities(averages_gradients=True)
     assert capabilities(DDPStrategy()) == Capabilities(averages_gradients=True)
     assert not capabilities(ModelParallelStrategy()).averages_gradients
-
-
-def test_sharded_strategies_state_what_a_process_holds():
-    fsdp, tp = capabilities(FSDP2()), capabilities(TensorParallel())
-    assert fsdp == Capabilities(averages_gradients=True, shards_parameters=True, quantized_weights=False)
-    assert tp.averages_gradients and tp.shards_parameters and tp.splits_matrices and not tp.quantized_weights
 
 
 def test_strategy_that_states_averages_gradients_trains_by_its_class_path(fit):

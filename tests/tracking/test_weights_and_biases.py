@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import wandb
 import yaml
-from conftest import ROOT, command, evaluation
+from conftest import ROOT, command, evaluation, needs
 from lightning.pytorch import Callback, Trainer
 from processes import Runs
 from wandb.proto import wandb_internal_pb2 as pb  # noqa: E402
@@ -155,9 +155,9 @@ def test_no_artifacts_if_they_are_not_wanted(fit):
     assert "artifact" not in parts(run)[0].of and not (run / "wandb" / "artifacts").exists()
 
 
+@needs("tasks.generation", "diagnostics")
 def test_samples_and_gradients_and_predictions(fit, cli, recipe: Path):
     callbacks = [{"class_path": "Samples", "init_args": {"prompts": ["", "The old"]}}, {"class_path": "Gradients"}]
-    callbacks[0]["class_path"] = "Samples"
     callbacks[1]["init_args"] = {"every_n_steps": 4}
     run = fit("--config", OVERLAY, "--trainer.callbacks", json.dumps(callbacks), "--model.network.n_layer", 1)
     (part,) = parts(run)
@@ -198,6 +198,7 @@ def test_a_killed_run_goes_on_as_the_same_and_steps_done_again_are_told_apart(fi
     assert axes["*"] == "trainer/global_step"
 
 
+@needs("sharding", "diagnostics")
 def test_two_processes_are_one_run_and_go_on_as_one(recipe: Path, tmp_path: Path):
     runs = Runs(tmp_path / "two")
     runs.folder.mkdir()

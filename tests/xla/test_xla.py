@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import command, refusal
+from conftest import command, needs, refusal
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 os.environ.setdefault("PJRT_DEVICE", "CPU")
@@ -74,7 +74,7 @@ class Shardings(Callback):
         (Path(trainer.default_root_dir) / f"{name}.json").write_text(json.dumps(rows))
 
 
-@pytest.fixture(params=["gpt2", "bert"])
+@pytest.fixture(params=["gpt2", pytest.param("bert", marks=needs("tasks.masked_lm"))])
 def model_type(request: pytest.FixtureRequest, recipe: Path) -> str:
     """The tiny recipe without dropout, which every device draws in its own way, as a GPT or a BERT."""
     change(recipe, request.param)

@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from lm_lightning.compression.distilling import Distiller
 from lm_lightning.errors import UserError
 from lm_lightning.models.module import LanguageModule
 from lm_lightning.strategies.capabilities import capabilities
@@ -34,11 +35,11 @@ class Distillation(Callback):
             raise UserError(f"the distillation's weight is {weight}, but must be between 0 and 1")
         if not 0 < temperature < float("inf"):
             raise UserError(f"the distillation's temperature is {temperature}, but must be a number above 0")
-        self.name, self.weight, self.temperature = teacher, weight, temperature
+        self.name, self.distiller = teacher, Distiller(weight, temperature)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if type(pl_module).distillation_loss is LanguageModule.distillation_loss:
-            pl_module.distillation_loss({}, None, self.weight, self.temperature)  # which refuses it
+            pl_module.distillation_loss({}, None, self.distiller)  # which refuses it
         if capabilities(trainer.strategy).splits_matrices:
             raise UserError("distillation needs the full head in each process: use --trainer.strategy fsdp2 or ddp")
         self.load(trainer, pl_module)
@@ -72,7 +73,7 @@ class Distillation(Callback):
 
     def loss(self, student: LanguageModule, batch: dict) -> tuple[Tensor, Tensor]:
         """The loss of a training batch, summed over targets, and the number of targets."""
-        loss, count, distillation = student.distillation_loss(batch, self.teacher, self.weight, self.temperature)
+        loss, count, distillation = student.distillation_loss(batch, self.teacher, self.distiller)
         self.distance = self.distance + distillation.detach()
         return loss, count
 

@@ -15,10 +15,12 @@ from lm_lightning.compression.importance import (
     check_pattern,
     least_important,
     observe_inputs,
+    smallest,
     weight_scores,
 )
+from lm_lightning.compression.sparsity import zeros_of
 from lm_lightning.errors import UserError
-from lm_lightning.networks import by_rows, linear_layers, smallest, zeros_of
+from lm_lightning.linear_layers.blocks import by_rows, linear_layers
 from lm_lightning.strategies.capabilities import capabilities
 
 

@@ -14,7 +14,7 @@ from lm_lightning.compression import recipes
 from lm_lightning.compression.callbacks.after_training import compress_alone
 from lm_lightning.compression.quantization import Rounding
 from lm_lightning.errors import UserError
-from lm_lightning.networks import by_rows, linear_layers
+from lm_lightning.linear_layers.blocks import by_rows, linear_layers
 from lm_lightning.strategies.capabilities import capabilities
 
 

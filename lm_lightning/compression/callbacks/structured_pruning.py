@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from lm_lightning.compression import structure
 from lm_lightning.compression.callbacks.pruning import Pruning
-from lm_lightning.compression.importance import observe_blocks
+from lm_lightning.compression.importance import observe_blocks, smallest
 from lm_lightning.errors import UserError
+from lm_lightning.linear_layers.blocks import by_rows, linear_layers
 from lm_lightning.models.export import ChangesExport
-from lm_lightning.networks import blocks, by_rows, linear_layers, smallest
+from lm_lightning.networks import blocks
 
 
 class StructuredPruning(ChangesExport, Pruning):

@@ -5,8 +5,8 @@ from typing import Any, Literal, Optional
 
 import torch
 
-from lm_lightning.data import cells
 from lm_lightning.errors import UserError
+from lm_lightning.finetuning import cells
 from lm_lightning.finetuning.data import LabelledData
 from lm_lightning.finetuning.tables import Row
 

@@ -22,10 +22,9 @@ from lm_lightning.data.order import PADDING
 from lm_lightning.errors import UserError
 from lm_lightning.finetuning import results
 from lm_lightning.finetuning.examples import network_inputs
+from lm_lightning.finetuning.metrics import Agreement, mode_of
 from lm_lightning.finetuning.mistakes import Mistakes, readable
-from lm_lightning.losses import kd_loss
-from lm_lightning.models.distillation import mix
-from lm_lightning.models.metrics import Agreement, Mode, mode_of
+from lm_lightning.models.metrics import Mode
 from lm_lightning.models.module import LanguageModule
 
 
@@ -155,9 +154,7 @@ class Classification(LanguageModule):
         """
         return self.losses(self.logits(batch), batch["targets"])
 
-    def distillation_loss(
-        self, batch: dict, teacher: Any, weight: float, temperature: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def distillation_loss(self, batch: dict, teacher: Any, distiller: Any) -> tuple[Tensor, Tensor, Tensor]:
         targets, kind, logits = batch["targets"], self.trainer.datamodule.kind, self.logits(batch)
         with torch.no_grad():
             other = teacher.logits(batch)
@@ -166,13 +163,13 @@ class Classification(LanguageModule):
             losses, missing = (logits - other).squeeze(-1).square(), targets.isnan()
         elif kind == "multilabel":  # for each label, its logit and 0 as the logit of its absence
             two, other_two = (F.pad(each.unsqueeze(-1), (1, 0)) for each in (logits, other))
-            losses, missing = kd_loss(two, other_two, temperature).mean(1), targets[:, 0].isnan()
+            losses, missing = distiller.divergence(two, other_two).mean(1), targets[:, 0].isnan()
         else:
-            losses, missing = kd_loss(logits, other, temperature), targets == -100
+            losses, missing = distiller.divergence(logits, other), targets == -100
             if self.weights is not None:
                 losses = losses * self.weights[targets.clamp(min=0)]
         distillation = losses.masked_fill(missing, 0).sum()
-        return mix(own, distillation, weight), count, distillation
+        return distiller.mix(own, distillation), count, distillation
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         logits, targets = self.logits(batch), batch["targets"]

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 import torch
 
 from lm_lightning.console import printable
-from lm_lightning.data import cells
 from lm_lightning.data.order import sequence_key
 from lm_lightning.errors import UserError
+from lm_lightning.finetuning import cells
 from lm_lightning.finetuning.data import LabelledData, counted
 from lm_lightning.finetuning.tables import Row, Tables, read_files
 

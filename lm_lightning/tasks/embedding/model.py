@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from lm_lightning import files
 from lm_lightning.data.order import PADDING
 from lm_lightning.errors import UserError
-from lm_lightning.models.metrics import Mode, correlations
+from lm_lightning.finetuning.metrics import correlations
+from lm_lightning.models.metrics import Mode
 from lm_lightning.models.module import LanguageModule
 from lm_lightning.tasks.embedding import modules as embedding
 from lm_lightning.tasks.embedding.data import Judged

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from lm_lightning.console import printable
 from lm_lightning.errors import UserError
-from lm_lightning.losses import cross_entropy, kd_loss, linear_cross_entropy
-from lm_lightning.models.distillation import mix, token_losses
+from lm_lightning.losses import cross_entropy, linear_cross_entropy
 from lm_lightning.models.metrics import Mode, Ratio
 from lm_lightning.models.module import LanguageModule
 from lm_lightning.networks import headless
@@ -131,19 +130,17 @@ class MaskedLM(LanguageModule):
         # A pair has the weight of the targets of a full block, so that the mean over targets is the sum of both means.
         return sums["masked"] + sums["next"] * batch["targets"].shape[1], sums["tokens"]
 
-    def distillation_loss(
-        self, batch: dict, teacher: Any, weight: float, temperature: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def distillation_loss(self, batch: dict, teacher: Any, distiller: Any) -> tuple[Tensor, Tensor, Tensor]:
         targets, output = batch["targets"].flatten(), self.outputs(batch)
         with torch.no_grad():
             other = teacher.outputs(batch)
         tokens, other_tokens = (prediction_logits(both).flatten(0, 1) for both in (output, other))
-        loss, distillation = token_losses(self, tokens, teacher, other_tokens, targets, weight, temperature)
+        loss, distillation = distiller.token_losses(self, tokens, teacher, other_tokens, targets)
         if "next_sentence" in batch:  # weighted as in `loss`
             labels, size = batch["next_sentence"], batch["targets"].shape[1]
             logits = output.seq_relationship_logits
-            pairs = kd_loss(logits, other.seq_relationship_logits, temperature).masked_fill(labels == -100, 0).sum()
-            loss = loss + mix(cross_entropy(logits, labels), pairs, weight) * size
+            pairs = distiller.divergence(logits, other.seq_relationship_logits).masked_fill(labels == -100, 0).sum()
+            loss = loss + distiller.mix(cross_entropy(logits, labels), pairs) * size
             distillation = distillation + pairs * size
         return loss, (targets != -100).sum(), distillation
 

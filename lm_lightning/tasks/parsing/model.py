@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from lm_lightning.errors import UserError
 from lm_lightning.finetuning import results
 from lm_lightning.finetuning.examples import network_inputs
+from lm_lightning.finetuning.metrics import Counts
 from lm_lightning.finetuning.mistakes import Mistakes, readable, words_of
 from lm_lightning.finetuning.words import TRUNCATED
 from lm_lightning.models.build import NetworkBuilder
 from lm_lightning.models.export import HEAD_FILE
-from lm_lightning.models.metrics import Counts, Mode, Ratio
+from lm_lightning.models.metrics import Mode, Ratio
 from lm_lightning.models.module import LanguageModule
 from lm_lightning.tasks.parsing.spanning_tree import spanning_tree
 

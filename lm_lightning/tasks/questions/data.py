@@ -9,9 +9,9 @@ from typing import Any, NamedTuple, Optional
 import numpy as np
 import torch
 
-from lm_lightning.data import cells
 from lm_lightning.data.tokenizer import about_unknown
 from lm_lightning.errors import UserError
+from lm_lightning.finetuning import cells
 from lm_lightning.finetuning.data import LabelledData, counted
 from lm_lightning.finetuning.tables import Row
 from lm_lightning.tasks.questions.squad import Squad

@@ -21,8 +21,6 @@ from lm_lightning.errors import UserError
 from lm_lightning.finetuning import results
 from lm_lightning.finetuning.examples import network_inputs
 from lm_lightning.finetuning.mistakes import Mistakes
-from lm_lightning.losses import kd_loss
-from lm_lightning.models.distillation import mix
 from lm_lightning.models.metrics import Mode
 from lm_lightning.models.module import LanguageModule
 from lm_lightning.tasks.questions.data import Question, Window
@@ -147,16 +145,14 @@ class QuestionAnswering(LanguageModule):
         """
         return self.losses(self.logits(batch), batch)
 
-    def distillation_loss(
-        self, batch: dict, teacher: Any, weight: float, temperature: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def distillation_loss(self, batch: dict, teacher: Any, distiller: Any) -> tuple[Tensor, Tensor, Tensor]:
         logits = self.logits(batch)
         with torch.no_grad():
             other = self.of_places(teacher.logits(batch), batch)
         own, count = self.losses(logits, batch)
-        losses = kd_loss(self.of_places(logits, batch), other, temperature).mean(0)  # of start and end
+        losses = distiller.divergence(self.of_places(logits, batch), other).mean(0)  # of start and end
         distillation = losses.masked_fill(batch["targets"][:, 0] == -100, 0).sum()
-        return mix(own, distillation, weight), count, distillation
+        return distiller.mix(own, distillation), count, distillation
 
     def found(self, logits: Tensor, batch: dict) -> tuple[Tensor, Tensor]:
         """The best span of each window: (B, 3) int64, its number, first and last token; (B, 2) float32, scores."""

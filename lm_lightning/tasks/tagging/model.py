@@ -11,11 +11,10 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 
 from lm_lightning.finetuning import results
 from lm_lightning.finetuning.examples import network_inputs
+from lm_lightning.finetuning.metrics import Counts
 from lm_lightning.finetuning.mistakes import Mistakes, readable, words_of
 from lm_lightning.finetuning.words import TRUNCATED
-from lm_lightning.losses import kd_loss
-from lm_lightning.models.distillation import mix
-from lm_lightning.models.metrics import Counts, Mode
+from lm_lightning.models.metrics import Mode
 from lm_lightning.models.module import LanguageModule
 from lm_lightning.tasks.tagging.data import OUTSIDE, Found, spans_of
 from lm_lightning.tasks.tagging.viterbi import decode, legal
@@ -66,16 +65,14 @@ class Tagging(LanguageModule):
         """
         return self.losses(self.logits(batch), batch)
 
-    def distillation_loss(
-        self, batch: dict, teacher: Any, weight: float, temperature: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def distillation_loss(self, batch: dict, teacher: Any, distiller: Any) -> tuple[Tensor, Tensor, Tensor]:
         logits = self.logits(batch)
         with torch.no_grad():
             other = teacher.logits(batch)
         own, count = self.losses(logits, batch)
         missing = (batch["targets"] == -100) | (batch["words"] < 0)
-        distillation = kd_loss(logits, other, temperature).masked_fill(missing, 0).sum()
-        return mix(own, distillation, weight), count, distillation
+        distillation = distiller.divergence(logits, other).masked_fill(missing, 0).sum()
+        return distiller.mix(own, distillation), count, distillation
 
     def decode_predictions(self, logits: Tensor, batch: dict) -> Tensor:
         """The label of each word, (B, W) int64: the best ones, if the labels mark spans, of all that are legal.

@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, command, evaluation
+from conftest import ROOT, command, evaluation, needs
 from forks import python
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from lm_lightning.data.order import by_length, samples_at
+from lm_lightning.data.order import samples_at
 from lm_lightning.data.tokenizer import Tokenizer, train
 from lm_lightning.errors import UserError
-from lm_lightning.finetuning.examples import Examples
+from lm_lightning.finetuning.examples import Examples, by_length
 from lm_lightning.finetuning.tables import Tables
 from lm_lightning.optim import parameter_groups
 from lm_lightning.tasks.classification.data import ClassificationData
@@ -324,6 +324,7 @@ def test_resumed_run_and_other_micro_batches_are_the_same(fit, recipe: Path):
     assert all(torch.allclose(states[0][key], states[1][key], atol=1e-4) for key in states[0])
 
 
+@needs("sharding")
 @pytest.mark.slow
 def test_two_processes_do_and_score_what_one_does(fit, recipe: Path):
     """50 rows of validation and 8 a batch: the last batches are unequal, and padding does not count."""
@@ -595,7 +596,9 @@ HEAD = ("classifier.weight", "classifier.bias")
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "lora", [(), ("--model.adapter", "LoRA", "--model.adapter.rank", 2)], ids=["all weights", "lora"]
+    "lora",
+    [(), pytest.param(("--model.adapter", "LoRA", "--model.adapter.rank", 2), marks=needs("lora"))],
+    ids=["all weights", "lora"],
 )
 def test_an_equally_large_head_of_other_labels_is_replaced_and_trained(fit, cli, recipe: Path, lora: tuple):
     names = {"good": "art", "bad": "news", "mixed": "sport"}

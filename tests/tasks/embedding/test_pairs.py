@@ -213,7 +213,13 @@ def test_micro_batches_of_scores_make_the_same_steps(fit):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        "ddp",
+        "fsdp2",  # fork: sharding
+    ],
+)
 def test_two_processes_that_gather_do_what_one_does(fit, recipe: Path, strategy: str):
     """A batch of 16 by one process, or of 8 by each of two, with chunks: equal gradients, losses and scores."""
     flags = (*NEGATIVES, "--model.mini_batch_size", 4, "--model.gather_across_devices", "true")

@@ -99,7 +99,9 @@ def test_two_processes_do_and_score_what_one_does(fit, recipe: Path):
     flags = (*off, "--model.dropout", 0, "--trainer.max_steps", 10, "--trainer.val_check_interval", 5)
     names = ("train/loss", "val/loss", "val/uas", "val/las")
     one = logged(fit("--name", "one", *flags), *names)
-    for strategy in ("ddp", "fsdp2"):
+    strategies = ["ddp"]
+    strategies += ["fsdp2"]  # fork: sharding
+    for strategy in strategies:
         done = command(
             *("fit", "--config", recipe, *flags, "--name", strategy, "--data.batch_size", 16),
             *("--trainer.strategy", strategy, "--trainer.devices", 2),

@@ -13,10 +13,10 @@ import yaml
 from conftest import ROOT, needs
 from processes import Runs
 
-from lm_lightning.checkpoints import sharded as sharded_checkpoint
 from lm_lightning.checkpoints.loading import load_checkpoint
 from lm_lightning.data.tokenizer import Tokenizer, train
 from lm_lightning.errors import UserError
+from lm_lightning.sharding import checkpoints
 
 FLAGS = {
     "one": (),
@@ -24,12 +24,17 @@ FLAGS = {
     "accumulated": ("--trainer.strategy", "ddp", "--data.batch_size", 1, "--trainer.accumulate_grad_batches", 2),
     "fsdp2": ("--trainer.strategy", "fsdp2", "--data.batch_size", 2),
     "folder": (
-        *("--trainer.strategy", "lm_lightning.strategies.FSDP2", "--trainer.strategy.sharded_checkpoints", "true"),
+        *(
+            "--trainer.strategy",
+            "FSDP2",
+            "--trainer.strategy.sharded_checkpoints",
+            "true",
+        ),
         *("--data.batch_size", 2),
     ),
     "tp": ("--trainer.strategy", "tp"),
     "split": (
-        *("--trainer.strategy", "lm_lightning.strategies.TensorParallel"),
+        *("--trainer.strategy", "lm_lightning.sharding.strategy.TensorParallel"),
         *("--trainer.strategy.sharded_checkpoints", "true"),
     ),
 }
@@ -334,7 +339,7 @@ def test_network_that_cannot_be_split_is_refused(runs, recipe):
 def test_tampered_table_of_contents_is_not_run(tmp_path: Path):
     """The table of a sharded checkpoint is a pickle; one that would run something is refused."""
     table = tmp_path / ".metadata"
-    allowed = sharded_checkpoint.METADATA
+    allowed = checkpoints.METADATA
     for module, name in (
         ("os", "system"),
         ("this", "s"),
@@ -345,7 +350,7 @@ def test_tampered_table_of_contents_is_not_run(tmp_path: Path):
         strings = [b"\x8c" + bytes([len(text)]) + text.encode() for text in (module, name)]
         table.write_bytes(b"\x80\x04" + b"".join(strings) + b"\x93.")  # a pickle of what has that name
         with pytest.raises(UserError, match=f"{name} does not belong"):
-            sharded_checkpoint.Reader(tmp_path).read_metadata()
+            checkpoints.Reader(tmp_path).read_metadata()
     assert "this" not in sys.modules, "an import runs code as well"
 
 

@@ -20,11 +20,11 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
 
 from lm_lightning.checkpoints.files import OLD, check_loads, remove_partial, write_error
-from lm_lightning.compat import torch as compat
 from lm_lightning.console import printable
 from lm_lightning.errors import UserError
 from lm_lightning.files import PARTIAL, checksum, put, remove, sync
 from lm_lightning.security.untrusted import plain_name, refuse_expanding_zip
+from lm_lightning.sharding import compat
 
 META = "meta.pt"  # Lightning's name, by which it recognizes such a folder
 TABLE = ".metadata"  # PyTorch's name of the table of contents

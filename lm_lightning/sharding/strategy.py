@@ -25,13 +25,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from lm_lightning.checkpoints import sharded as sharded_checkpoint
 from lm_lightning.checkpoints.loading import load_checkpoint
 from lm_lightning.checkpoints.plugins import BackgroundCheckpoints
-from lm_lightning.compat import lightning as compat
 from lm_lightning.errors import UserError
 from lm_lightning.networks import blocks
-from lm_lightning.strategies import tensor_parallel
+from lm_lightning.sharding import checkpoints, compat, tensor_parallel
+from lm_lightning.strategies import register
 
 
 class FSDP2(ModelParallelStrategy):
@@ -46,7 +45,7 @@ class FSDP2(ModelParallelStrategy):
         process_group_backend: Of torch.distributed. Default: nccl on GPUs, gloo on CPUs.
     """
 
-    # Capabilities, see `capabilities.py`
+    # Capabilities, see `lm_lightning/strategies/capabilities.py`
     averages_gradients = True
     shards_parameters = True
     quantized_weights = False
@@ -124,14 +123,14 @@ class FSDP2(ModelParallelStrategy):
         optimizer = getattr(optimizer, "optimizer", optimizer)  # Lightning's wrapper
         options = StateDictOptions(full_state_dict=not self.sharded_checkpoints, cpu_offload=True)
         state = get_optimizer_state_dict(self.model, optimizer, options=options)
-        return state if self.sharded_checkpoints or not state else sharded_checkpoint.numbered(state)
+        return state if self.sharded_checkpoints or not state else checkpoints.numbered(state)
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Optional[Any] = None
     ) -> None:
         path = Path(self.broadcast(filepath))
         if self.sharded_checkpoints:
-            sharded_checkpoint.save(checkpoint, path)
+            checkpoints.save(checkpoint, path)
         elif self.is_global_zero:
             self.checkpoint_io.save_checkpoint(checkpoint, path)
 
@@ -148,13 +147,13 @@ class FSDP2(ModelParallelStrategy):
                 own = self.lightning_module.own_tensors
                 weights = {name: tensor for name, tensor in weights.items() if name.removeprefix("network.") in own}
             state = None if optimizer is None else get_optimizer_state_dict(self.model, optimizer)
-            sharded_checkpoint.load(path, weights, state)
+            checkpoints.load(path, weights, state)
             options = StateDictOptions(strict=strict)
         else:
             weights, (state,) = checkpoint.pop("state_dict"), checkpoint.pop("optimizer_states", [None])
             if optimizer is not None:
                 names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-                state = sharded_checkpoint.named(
+                state = checkpoints.named(
                     state, [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
                 )
             options = StateDictOptions(full_state_dict=True, strict=strict)
@@ -202,3 +201,13 @@ class TensorParallel(FSDP2):
         tensor_parallel.split(network, self.device_mesh["tensor_parallel"])
         if self.device_mesh["data_parallel"].size() > 1:
             super().shard(network)
+
+
+register(
+    "fsdp2",
+    FSDP2,
+    "weights, gradients and optimizer state sharded over all processes",
+    replaces=("fsdp", "deepspeed"),
+)
+register("hsdp", FSDP2, "sharded over the processes of a node, replicated across nodes", within_node=True)
+register("tp", TensorParallel, "each matrix split over the processes of a node, which share their batches")

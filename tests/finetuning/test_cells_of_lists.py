@@ -2,7 +2,7 @@
 
 import pytest
 
-from lm_lightning.data import cells
+from lm_lightning.finetuning import cells
 
 
 def test_nothing_in_a_cell_is_run():

@@ -88,7 +88,7 @@ def refuse_unpackable(network: nn.Module, layers: dict[str, nn.Linear], what: st
     Raises:
         UserError: Names the first of them.
     """
-    functional = package("bitsandbytes.functional", what, "compress")
+    functional = package("bitsandbytes.functional", what)
     if torch.cuda.is_available() or not getattr(functional, "has_avx512bf16", lambda: False)():
         return
     for name, layer in layers.items():

@@ -13,7 +13,6 @@ ADJACENT = re.compile(r"""(['"])\s+['"]""")  # numpy's format of arrays, which P
 INTEGER = re.compile(r"([+-]?\d+)\.0+")
 NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", re.ASCII)
 GREATEST = 3.4e38  # the largest float32
-FORMULA = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")  # characters with which formulas of spreadsheet programs begin
 
 
 def parsed(cell: str) -> Any:
@@ -108,10 +107,3 @@ def number(value: Any) -> float:
     if not abs(result) <= GREATEST:
         raise ValueError("it must be finite")
     return result
-
-
-def without_formula(value: Any) -> Any:
-    """Escapes a cell that spreadsheet programs would run as a formula: text gets a `'`, numbers stay unchanged."""
-    if isinstance(value, str) and value.startswith(FORMULA) and not NUMBER.fullmatch(value):
-        return f"'{value}"
-    return value

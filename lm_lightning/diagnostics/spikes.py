@@ -32,6 +32,7 @@ class Spikes(Callback):
         return Path(trainer.default_root_dir) / "spikes.jsonl"
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        pl_module.optimizer_steps.nonfinite.checked = []
         file = self.file(trainer)
         if trainer.is_global_zero and file.exists():  # remove steps that the resumed run repeats
             rows = file.read_text(encoding="utf-8").splitlines(keepends=True)

@@ -1,0 +1,8 @@
+"""What helps to find out why a run does not train well: spikes of the loss, and histograms of gradients."""
+
+from lm_lightning.features import Feature
+
+FEATURE = Feature(
+    classes=("lm_lightning.diagnostics.gradients",),
+    callbacks=("lm_lightning.diagnostics.spikes.Spikes",),
+)

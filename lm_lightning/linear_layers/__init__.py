@@ -1,0 +1,1 @@
+"""The linear layers of networks, for the features that adapt or compress them."""

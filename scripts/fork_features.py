@@ -1,0 +1,70 @@
+"""What a project that `fork.py` makes can do without."""
+
+from dataclasses import dataclass
+
+PACKAGE = "lm_lightning"
+
+
+@dataclass(frozen=True)
+class Feature:
+    """What can be removed.
+
+    Attributes:
+        package: Its name below `lm_lightning`; `tests/` has a folder of the same place.
+        summary: What it does, for `--list`.
+        files: Patterns of other files that are of no use without it.
+        extras: Optional dependencies in `pyproject.toml` that nothing else needs.
+        needed_by: Other features; without one of them it goes as well, and it cannot be chosen itself.
+    """
+
+    package: str
+    summary: str
+    files: tuple[str, ...] = ()
+    extras: tuple[str, ...] = ()
+    needed_by: tuple[str, ...] = ()
+
+
+TASKS = ("classification", "tagging", "parsing", "questions", "embedding")
+FEATURES = {
+    "gpt": Feature("tasks.generation", "text generation and chat (GPTs are trained without it, too)"),
+    "bert": Feature("tasks.masked_lm", "pretraining of BERTs", ("configs/bert*", "configs/modernbert*"), ("bert",)),
+    "classification": Feature(
+        "tasks.classification",
+        "labels or numbers of texts and pairs",
+        ("configs/sentiment*", "configs/entailment*", "configs/similarity*"),
+    ),
+    "tagging": Feature("tasks.tagging", "names, parts of speech, roles", ("configs/tagging*", "configs/roles*")),
+    "parsing": Feature("tasks.parsing", "dependency trees", ("configs/parsing*",)),
+    "questions": Feature("tasks.questions", "answers in texts", ("configs/questions*",)),
+    "embedding": Feature(
+        "tasks.embedding",
+        "embeddings and semantic search",
+        ("configs/embedding*", "configs/search.yaml", "docs/search.md"),
+        ("search",),
+    ),
+    "finetuning": Feature(
+        "finetuning",
+        "tables of labelled rows",
+        ("docs/finetuning.md", "examples/rating*", "tests/tables.py", "tests/clauses.py"),
+        needed_by=TASKS,
+    ),
+    "lora": Feature("lora", "LoRA and QLoRA", ("docs/lora.md",), ("lora",)),
+    "compression": Feature(
+        "compression", "quantization, pruning, distillation", ("docs/compression.md",), ("compress",)
+    ),
+    "diagnostics": Feature("diagnostics", "samples behind spikes of the loss, histograms of gradients"),
+    "linear_layers": Feature("linear_layers", "which there are, and quantized ones", needed_by=("lora", "compression")),
+    "tuning": Feature(
+        "tuning",
+        "search of hyperparameters, comparison of strategies",
+        ("configs/tuning/", "docs/tuning.md"),
+        ("tune",),
+    ),
+    "reports": Feature("reports", "HTML pages of runs", ("docs/images/report.png",)),
+    "tracking": Feature("tracking", "Weights & Biases", ("configs/tracking/",), ("wandb",)),
+    "sharding": Feature("sharding", "FSDP2 and tensor parallelism, sharded checkpoints", ("configs/strategy/",)),
+    "xla": Feature("xla", "TPUs", ("scripts/test_xla.sh",), ("tpu",)),
+    "profiling": Feature("profiling", "profiles of training steps"),
+}
+CHOICES = [name for name, feature in FEATURES.items() if not feature.needed_by]
+TEMPLATE_ONLY = ("scripts/fork.py", "scripts/fork_features.py", "tests/test_fork.py", "docs/forking.md", "CHANGELOG.md")
