@@ -171,7 +171,7 @@ def test_weights_that_would_stay_random_are_refused(trained, cli, tmp_path: Path
     from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, BertModel
 
     recipe, run, flags = trained("bert")
-    with pytest.raises(UserError, match="is a BertForMaskedLM, which was not trained to continue texts"):
+    with pytest.raises(UserError, match="is a BertForMaskedLM, which cannot generate text"):
         cli("generate", run, "--prompt", "The")
     BertForSequenceClassification(BertConfig(vocab_size=30, **SIZES)).save_pretrained(tmp_path / "labels")
     with pytest.raises(UserError, match="no weights for .* tensors of BertLMHeadModel"):

@@ -1,1 +1,1 @@
-"""What the fine-tuning tasks share."""
+"""Code that the fine-tuning tasks share: tables, labelled data, results."""

@@ -1,4 +1,4 @@
-"""Formats of labelled words, CoNLL and CoNLL-U: a file in, its sentences out, each a list of cells for each column."""
+"""Formats of labelled words, CoNLL and CoNLL-U. A row is a sentence; its columns have lists with a cell per word."""
 
 import itertools
 from collections.abc import Callable
@@ -11,10 +11,10 @@ from lm_lightning.errors import UserError
 
 
 class Conll(Format):
-    """A word on each line with its labels, and an empty line after each sentence.
+    """Each line has a word with its labels; an empty line follows each sentence.
 
-    The columns are separated by tabs, or else by spaces, and are called `0`, `1`, ... without the option `header`.
-    Lines -DOCSTART- are no words.
+    Columns are separated by tabs or, in files without tabs, by spaces. Without the option `header`, they are named `0`,
+    `1`, ... Lines -DOCSTART- are skipped.
     """
 
     name = "conll"
@@ -26,7 +26,7 @@ class Conll(Format):
 
     @staticmethod
     def cells(line: str) -> Optional[list[str]]:
-        """Return the cells of a line, None if it is no word."""
+        """Return the cells of a line; None if it is not a word."""
         return None if line.startswith("-DOCSTART-") else line.strip().split("\t" if "\t" in line.strip() else None)
 
 
@@ -42,7 +42,7 @@ class Conllu(Format):
 
     @classmethod
     def cells(cls, line: str) -> Optional[list[str]]:
-        """Return the cells of a line, None if it is no word."""
+        """Return the cells of a line; None if it is not a word."""
         if line.startswith(("#", "-DOCSTART-")):
             return None
         cells = line.strip().split("\t")

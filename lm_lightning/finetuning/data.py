@@ -1,7 +1,7 @@
-"""Labelled data: what the data modules of all fine-tuning tasks share.
+"""Labelled data: the base class of the data modules of all fine-tuning tasks.
 
-A task defines three methods: `key`, `find_labels`, if it has labels, and `encode`; `tokenize` and `tokenize_words` do
-most of the latter.
+A task defines the methods `key`, `encode` and, if it has labels, `find_labels`; `tokenize` and `tokenize_words` do most
+of the work of `encode`.
 """
 
 import functools
@@ -38,22 +38,23 @@ NEEDED = {"fit": ("train", "validation"), "validate": ("validation",), "test": (
 
 
 class LabelledData(StreamData):
-    """Base of all labelled data; a subclass defines how rows become tokens and targets (`encode`), and what their
-    labels are (`find_labels`).
+    """Base class of all labelled data. A subclass defines how rows are converted to tokens and targets (`encode`), and
+    what their labels are (`find_labels`).
 
     Args:
         tables: Files of each split.
-        tokenizer: Only its `path` counts. Default: that of `model.pretrained`.
-        max_length: Tokens of a row with the special ones; longer ones are truncated, and counted.
-        batch_size: Rows in a micro-batch of one process.
-        num_workers: Processes that load batches ahead.
+        tokenizer: The tokenizer; only its `path` is used. Default: the tokenizer of `model.pretrained`.
+        max_length: Maximum number of tokens of a row, including special tokens; longer rows are truncated, and their
+            number is printed.
+        batch_size: Number of rows per micro-batch and process.
+        num_workers: Number of processes that load batches in advance.
 
     Attributes:
-        formats: File formats that are found by the names of files and have short names.
+        formats: File formats that have short names and are detected by the suffixes of files.
         columns: Options of the task with the names of the tables' columns, a dataclass; a subclass may set it.
         labels: Names of the labels, in the order of their ids; `find_labels` sets it.
-        examples: Of each split that is used.
-        inputs: Rows that `predict` predicts.
+        examples: Examples of each split that is used.
+        inputs: Rows for which `predict` computes predictions.
     """
 
     length_option = "max_length"
@@ -73,26 +74,26 @@ class LabelledData(StreamData):
         self.batch_size, self.num_workers = batch_size, num_workers
         self.block_size = max_length
         self.labels: list[str] = []
-        self.labels_known = False  # whether they are those of the network that is evaluated
+        self.labels_known = False  # whether `labels` are those of the evaluated network
         self.label_ids: dict[str, int] = {}
         self.examples: dict[str, Examples] = {}
         self.inputs: list[Row] = []
-        self.respelled = 0  # labels of a split that are spelled in another way than the one that they are counted as
-        self.stripped = 0  # labels of a split with space around them
+        self.respelled = 0  # number of a split's labels whose spelling was replaced by an equivalent one
+        self.stripped = 0  # number of a split's labels with surrounding white space
 
-    # What a task defines
+    # Methods that a task defines
 
     def key(self, row: Row) -> str:
-        """What of a row is never in both training and validation, where the latter is a share of `tables.train`."""
+        """The part of a row, such as its text, that must not be in both splits if rows of `train` are held out."""
         raise NotImplementedError
 
     def find_labels(self, train: list[Row]) -> None:
-        """Sets `labels`, if the task has any, from the training rows, which may be none unless it is `fit`."""
+        """Sets `labels`, if the task has any, from the training rows; except in `fit`, there may be no rows."""
 
     def encode(self, split: str, rows: list[Row]) -> list[dict]:
-        """The examples of a split: what the tokenizer returns of each row, and its targets, see `Examples`.
+        """The examples of a split: the tokenizer's output for each row, and its targets, see `Examples`.
 
-        Rows of `predict` need no labels; their targets are ignored ones. It prints what `report` prints.
+        Rows of `predict` need no labels; their targets are ignored. Prints a `report` of the split.
         """
         raise NotImplementedError
 
@@ -100,7 +101,7 @@ class LabelledData(StreamData):
 
     @property
     def tokens_per_batch(self) -> int:
-        """Targets of a micro-batch of one process: a constant by which its sum of losses is divided."""
+        """Number of targets per micro-batch and process, a constant by which the sum of losses is divided."""
         return self.batch_size
 
     def setup(self, stage: str) -> None:
@@ -108,10 +109,10 @@ class LabelledData(StreamData):
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         self.tokenizer = load(str(self.tokenizer_options.path))
         self.tokenizer.padding_side = "right"
-        if self.tokenizer.pad_token is None:  # as GPT's published ones
+        if self.tokenizer.pad_token is None:  # as in the published tokenizers of GPT
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.collate = functools.partial(collate, self.tokenizer)
-        # An evaluation needs the training rows only if the labels are not known otherwise.
+        # An evaluation needs the training rows only if the network does not have the labels.
         module = self.trainer.lightning_module
         named = stage != "fit" and (module.evaluated_network is not None or not module.keep_head)
         self.labels_known = named and bool(module.own_labels())
@@ -130,7 +131,7 @@ class LabelledData(StreamData):
                 self.report_labels(split)
 
     def check(self) -> None:
-        """Refuses options that mean nothing."""
+        """Refuses invalid options."""
         for name, value, least in (
             ("max_length", self.block_size, 3),
             ("batch_size", self.batch_size, 1),
@@ -139,7 +140,7 @@ class LabelledData(StreamData):
             if value < least:
                 raise UserError(f"data.{name} is {value}, but must be {least} or more")
         if self.tokenizer_options.path is None:
-            raise UserError("say which tokenizer to use: --data.tokenizer.path, or --model.pretrained with one")
+            raise UserError("there is no tokenizer: give --data.tokenizer.path, or a --model.pretrained that has one")
 
     def read(self, split: str) -> list[Row]:
         """The rows of a split."""
@@ -148,7 +149,7 @@ class LabelledData(StreamData):
     # Tokens
 
     def tokenize(self, split: str, texts: list[str], pairs: list[str] | None = None) -> list[dict]:
-        """What the tokenizer returns of each text, or pair of texts, truncated to `max_length`; prints the `report`."""
+        """Tokenizes texts, or pairs of texts, truncated to `max_length`, and prints a `report` of the split."""
         encoded = self.tokenizer(
             texts, pairs, return_attention_mask=False, truncation="longest_first", max_length=self.block_size
         )
@@ -158,7 +159,7 @@ class LabelledData(StreamData):
         return examples
 
     def tokenize_words(self, split: str, sentences: list[list[str]]) -> list[dict]:
-        """The same of sentences, with the place of each word's first token, see `encode_words`."""
+        """The same for sentences, with the position of each word's first token, see `encode_words`."""
         examples = encode_words(self.tokenizer, sentences, self.block_size)
         self.report_words(split, examples, sentences)
         return examples
@@ -169,13 +170,13 @@ class LabelledData(StreamData):
             print(text)
 
     def report(self, split: str, examples: list[dict], truncated: int, texts: Iterable[str]) -> None:
-        """Prints what a split has, and how many of its tokens are unknown.
+        """Prints the size of a split, and how many of its tokens are unknown.
 
         Args:
-            split: Its name.
-            examples: Its examples.
-            truncated: How many of them are truncated.
-            texts: Their texts.
+            split: Name of the split.
+            examples: Examples of the split.
+            truncated: Number of examples that are truncated.
+            texts: Texts of the examples.
         """
         tokens = sum(len(example["input_ids"]) for example in examples)
         unknown = self.unknown(examples)
@@ -187,7 +188,7 @@ class LabelledData(StreamData):
         self.warn_of_unknown(split, unknown, tokens, texts)
 
     def report_words(self, split: str, examples: list[dict], sentences: list[list[str]]) -> None:
-        """The same of examples with `words`, see `encode_words`, and how many of these are truncated."""
+        """The same for examples with `words`, see `encode_words`, and how many words are truncated."""
         truncated = [int((example["words"] < 0).sum()) for example in examples]
         self.report(split, examples, len(truncated) - truncated.count(0), map(" ".join, sentences))
         if any(truncated):
@@ -195,20 +196,20 @@ class LabelledData(StreamData):
             self.print(f"{split}: {sum(truncated):,} of {words:,} words are truncated, and count as false negatives")
 
     def unknown(self, examples: list[dict]) -> int:
-        """How many tokens are unknown."""
+        """Number of unknown tokens."""
         unknown = unknown_id(self.tokenizer)
         return 0 if unknown is None else sum(example["input_ids"].count(unknown) for example in examples)
 
     def warn_of_unknown(self, split: str, unknown: int, tokens: int, texts: Iterable[str]) -> None:
-        """Prints a warning if many tokens of some texts are unknown."""
+        """Prints a warning if many tokens of the texts are unknown."""
         if unknown > MANY * tokens and self.trainer.is_global_zero:
-            remedy = "use a --model.pretrained whose tokenizer knows such text, or fix --data.tables.encoding"
+            remedy = "use a --model.pretrained whose tokenizer covers such text, or fix --data.tables.encoding"
             warn_of_unknown(split, unknown, tokens, unknown_word(self.tokenizer, texts), remedy)
 
     # Labels
 
     def labels_of(self, row: Row, column: str) -> list[str]:
-        """The labels in a column of a row, like its words, but also numbers, and without space around them.
+        """The labels in a column of a row. Unlike words, they may be numbers; surrounding white space is removed.
 
         Raises:
             UserError: If there are none, or one is empty.
@@ -217,21 +218,22 @@ class LabelledData(StreamData):
         names = row.words(column) if values is None else [cells.label(value) for value in values]
         if not names or not all(names):
             raise UserError(
-                f"{row.where}: column {column!r} has no labels, but {row[column]!r:.40}: fix or remove the row"
+                f"{row.where}: column {column!r} is {row[column]!r:.40}, but must be a list of labels: fix or remove "
+                "the row"
             )
         self.stripped += sum(map(cells.has_outer_space, values or []))
         return names
 
     def label_names(self, train: list[Row], found: set[str]) -> list[str]:
-        """The labels in the order of their ids: that of the network, if it predicts the same ones already.
+        """The labels in the order of their ids, which is that of the network if it already predicts the same labels.
 
         Args:
             train: The training rows, if there are any.
-            found: The labels in them.
+            found: The labels in the training rows.
 
         Raises:
-            UserError: If neither the training split nor the network has labels, or they do not agree where the network
-                is only evaluated.
+            UserError: If neither the training split nor the network has labels, or they have different ones and the
+                network is only evaluated.
         """
         one = cells.merged(found)
         found = {one.get(name, name) for name in found}
@@ -240,18 +242,19 @@ class LabelledData(StreamData):
             raise UserError(f"the training split has {len(names)} label, but must have 2 or more")
         if not found or set(map(cells.canonical, found)) == set(map(cells.canonical, own)):
             if not own:
-                raise UserError("the labels are those of the training split: give --data.tables.train")
+                raise UserError("the labels are read from the training split: give --data.tables.train")
             return own
         if self.trainer.state.fn != "fit" and self.trainer.lightning_module.evaluated_network is None:
             if not own:
                 raise UserError(
-                    f"model.pretrained has no head for the labels {', '.join(names[:20])}: fit it first, or give a "
-                    "--ckpt_path"
+                    f"model.pretrained has no head for the labels {', '.join(names[:20])}: train it with `fit` first, "
+                    "or give a --ckpt_path"
                 )
             if not (self.trainer.lightning_module.keep_head and len(own) == len(names)):
                 raise UserError(
                     f"model.pretrained predicts the labels {', '.join(own[:20])}, but the training split has "
-                    f"{', '.join(names[:20])}: omit --data.tables.train to use the network's, or fit it first"
+                    f"{', '.join(names[:20])}: omit --data.tables.train to use the labels of the network, or train it "
+                    "with `fit` first"
                 )
         return names
 
@@ -259,17 +262,17 @@ class LabelledData(StreamData):
         """The id of a row's label.
 
         Raises:
-            UserError: If it is unknown; calls it `what`.
+            UserError: If it is unknown; `what` is what it is called in the message.
         """
         if label not in self.label_ids and (number := self.spellings.get(cells.canonical(label))) is not None:
             self.respelled += 1
             return number
         if label not in self.label_ids:
-            whose, advice = "the training split", "give training rows that have it"
+            whose, advice = "the training split", "add training rows with it"
             if self.labels_known or not self.tables.train:
                 whose, advice = "the evaluated network", "evaluate a network that was trained with it"
             raise UserError(
-                f"{row.where}: the {what} {label!r} is none of {whose} ({', '.join(self.labels[:20])}): "
+                f"{row.where}: the {what} {label!r} is not one of {whose} ({', '.join(self.labels[:20])}): "
                 f"fix the row, or {advice}"
             )
         return self.label_ids[label]
@@ -277,9 +280,9 @@ class LabelledData(StreamData):
     def report_labels(self, split: str) -> None:
         """Prints how many labels of a split were changed."""
         if self.stripped:
-            self.print(f"{split}: space around {self.stripped:,} labels was removed")
+            self.print(f"{split}: white space around {self.stripped:,} labels was removed")
         if self.respelled:
-            self.print(f"{split}: {self.respelled:,} labels are spelled in several ways (1 and 1.0), and count as one")
+            self.print(f"{split}: {self.respelled:,} labels have several spellings (as 1 and 1.0), which are merged")
 
     # Batches
 
@@ -287,7 +290,7 @@ class LabelledData(StreamData):
         examples = self.examples[split]
         if split != "train":
             limit = getattr(self.trainer, f"limit_{'val' if split == 'validation' else split}_batches")
-            # The first of the longest batches are not like the others; of a part, the first rows are evaluated.
+            # The longest batches are not representative, so an evaluation of a part of the split uses the first rows.
             part = isinstance(limit, int) or limit < 1
             examples.order = np.arange(len(examples)) if part else examples.longest_first
         return examples
@@ -297,7 +300,7 @@ class LabelledData(StreamData):
 
     @property
     def predict_table(self) -> bool:
-        """Whether the rows to predict come from CSV or TSV files, so that the predictions are wanted as such."""
+        """Whether the rows to predict come from CSV or TSV files, so that predictions are also written as a table."""
         if self.tables.hub:
             return False
         paths = [path for pattern in sources(self.tables, "predict") for _, path in expand(pattern)]
@@ -326,5 +329,5 @@ class LabelledData(StreamData):
 
 
 def counted(number: int, what: str) -> str:
-    """A part of a sentence, empty if there is nothing to count."""
+    """A number of things, as part of a sentence; empty if it is 0."""
     return f", {number:,} {what}" if number else ""

@@ -14,19 +14,19 @@ from lm_lightning.data.order import PADDING, samples_at, shuffle
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-INPUTS = ("input_ids", "token_type_ids", "attention_mask")  # what tokenizers return and networks accept
+INPUTS = ("input_ids", "token_type_ids", "attention_mask")  # keys that tokenizers return and networks accept
 
 
 class Examples(Dataset):
     """Tokenized examples with targets.
 
     Args:
-        rows: For each example `input_ids` and what else the tokenizer returns, lists of one length; and its targets,
-            tensors with any names, such as `targets`.
-        seed: Of the order and its epochs; None for evaluation: once through the rows, in `order`, the longest first.
+        rows: For each example, the tokenizer's output (`input_ids` and others, lists of the same length), and its
+            targets, tensors with any keys, such as `targets`.
+        seed: Seed of the order of training epochs. None for evaluation: each row once, in `order`, the longest first.
 
-    Items are those rows, with `id`, the number of the row. In rows that only fill up a batch, all targets are ignored:
-    -100, or NaN where targets are floating-point numbers.
+    Items are those rows with `id`, the number of the row. In rows that only pad a batch, all targets are ignored: -100,
+    or NaN if targets are floating-point numbers.
     """
 
     def __init__(self, rows: list[dict], seed: Optional[int]) -> None:
@@ -61,13 +61,13 @@ def ignored_like(target: torch.Tensor) -> torch.Tensor:
 
 
 def collate(tokenizer: "PreTrainedTokenizerFast", items: list[dict]) -> dict:
-    """A batch of examples, padded to the longest.
+    """Collates examples to a batch, padded to the longest one.
 
     Returns:
-        `input_ids` and what else the tokenizer returns, (B, T) int64; the targets, (B, ...), padded with ignored ones
-        where their lengths differ; `id`, a list of B numbers.
+        The tokenizer's output (`input_ids` and others), (B, T) int64; the targets, (B, ...), padded with ignored ones
+        if their lengths differ; `id`, a list of B numbers.
     """
-    multiple = 8 if torch.cuda.is_available() else None  # tensor cores work on whole eights; a CPU on what there is
+    multiple = 8 if torch.cuda.is_available() else None  # tensor cores need multiples of 8, CPUs do not
     targets = [key for key, value in items[0].items() if isinstance(value, torch.Tensor)]
     encodings = [{key: item[key] for key in item if key not in ("id", *targets)} for item in items]
     batch = dict(tokenizer.pad(encodings, pad_to_multiple_of=multiple, return_tensors="pt"))
@@ -79,7 +79,7 @@ def collate(tokenizer: "PreTrainedTokenizerFast", items: list[dict]) -> dict:
 
 
 def network_inputs(batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """What a batch has for the network, (B, T) int64 each: no targets and nothing else of the task."""
+    """The inputs of the network in a batch, (B, T) int64 each, without targets and other keys of the task."""
     return {name: batch[name] for name in INPUTS if name in batch}
 
 

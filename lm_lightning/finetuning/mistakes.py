@@ -1,4 +1,4 @@
-"""Mistakes: the wrong predictions of an evaluation that have the highest losses, written for people to read."""
+"""Mistakes: writes the wrong predictions of an evaluation with the highest losses in readable form."""
 
 import heapq
 import json
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FILE = "mistakes.jsonl"
-KEPT = 50  # of an evaluation
-LONGEST = 1000  # characters of a text
+KEPT = 50  # maximum number of mistakes of an evaluation
+LONGEST = 1000  # maximum number of characters of a text
 
 
 class Mistakes:
@@ -27,7 +27,7 @@ class Mistakes:
         self.kept: list[tuple[float, int, Any, Any]] = []  # a heap of (loss, -number of the row, right, predicted)
 
     def add(self, number: int, loss: float, right: Any, predicted: Any) -> None:
-        """Adds a row, with what `write` passes on to `describe`; a row that pads a batch is skipped."""
+        """Adds a row with the values that `write` passes to `describe`; rows that only pad a batch are skipped."""
         if number == PADDING or loss != loss:
             return
         (heapq.heappush if len(self.kept) < KEPT else heapq.heappushpop)(self.kept, (loss, -number, right, predicted))
@@ -35,13 +35,14 @@ class Mistakes:
     def write(self, trainer: Trainer, title: str, describe: Callable[[int, Any, Any], dict[str, str]]) -> None:
         """Writes `mistakes.jsonl` in the run folder and forgets the rows; all processes call it.
 
-        Its lines have `evaluation` (the title), `row` (its number in the split, from 0), `loss` (of trees the number of
-        wrong arcs, of answers 1 - F1), and what `describe` returns, the highest loss first.
+        Its lines have `evaluation` (the title), `row` (its number in the split, from 0), `loss` (for parse trees, the
+        number of wrong arcs; for answers, 1 - F1), and the dict that `describe` returns, the highest loss first.
 
         Args:
-            trainer: That of the evaluation.
+            trainer: The trainer of the evaluation.
             title: What was evaluated.
-            describe: Of the number of a row, the correct and the predicted value: `text`, `correct` and `predicted`.
+            describe: Converts the number of a row, the correct value and the predicted value to a dict with `text`,
+                `correct` and `predicted`.
         """
         rows: list[dict[str, Any]] = [
             {"evaluation": title, "row": -number, "loss": loss} | describe(-number, right, predicted)
@@ -54,14 +55,14 @@ class Mistakes:
             rows = [row for part in parts for row in part]
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
-        once = {row["row"]: row for row in rows}.values()  # processes of a replica have the same rows
+        once = {row["row"]: row for row in rows}.values()  # processes of the same replica have the same rows
         worst = sorted(once, key=lambda row: (-row["loss"], row["row"]))[:KEPT]
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in worst)
         write_text(Path(trainer.default_root_dir) / FILE, lines)
 
 
 def readable(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> str:
-    """A row of tokens as text, the texts of a pair with " | " between them, cut to a length that can be read."""
+    """Decodes a row of tokens, with " | " between the texts of a pair, and cuts it to a readable length."""
     parts: list[list[int]] = [[]]
     for token in ids:
         if token == tokenizer.sep_token_id:
@@ -75,7 +76,7 @@ def readable(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> str:
 
 
 def words_of(tokenizer: "PreTrainedTokenizerBase", example: dict[str, Any]) -> list[str]:
-    """The words of an example with `words`, see `encode_words`, "…" for those that are truncated."""
+    """The words of an example with `words`, see `encode_words`; "…" for truncated ones."""
     places = example["words"].tolist()
     bounds = [*sorted(place for place in places if place >= 0), len(example["input_ids"])]
     ends = dict(zip(bounds, bounds[1:]))

@@ -10,7 +10,7 @@ from torch import Tensor
 from lm_lightning import files
 from lm_lightning.callbacks.predictions import escapes_formulas, rows_writer
 
-DRAWN = 60  # labels; a picture of more could not be read
+DRAWN = 60  # maximum number of labels in the picture, so that it is readable
 
 
 class LabelScore(NamedTuple):
@@ -19,9 +19,9 @@ class LabelScore(NamedTuple):
     Attributes:
         label: Its name.
         precision: Share of the rows with this prediction that have the label.
-        recall: Share of the rows that have the label that have this prediction.
-        f1: Their harmonic mean.
-        rows: How many rows have the label.
+        recall: Share of the rows with this label for which it is predicted.
+        f1: Harmonic mean of precision and recall.
+        rows: Number of rows with this label.
     """
 
     label: str
@@ -35,10 +35,10 @@ def label_scores(labels: list[str], correct: Tensor, true: Tensor, predicted: Te
     """The scores of each label.
 
     Args:
-        labels: Their names.
-        correct: Rows that have each label and for which it is predicted (true positives), (labels,) int64.
-        true: Rows that have it, (labels,) int64.
-        predicted: Rows for which it is predicted, (labels,) int64.
+        labels: Names of the labels.
+        correct: Number of rows that have each label and for which it is predicted (true positives), (labels,) int64.
+        true: Number of rows that have it, (labels,) int64.
+        predicted: Number of rows for which it is predicted, (labels,) int64.
     """
     return [
         LabelScore(label, c / p if p else 0.0, c / t if t else 0.0, 2 * c / (t + p) if t + p else 0.0, t)
@@ -47,12 +47,12 @@ def label_scores(labels: list[str], correct: Tensor, true: Tensor, predicted: Te
 
 
 def write(results: Sequence[Any], title: str, trainer: Trainer) -> None:
-    """Writes `results.csv` and `results.md` in the run folder; only the first process does, after a real evaluation.
+    """Writes `results.csv` and `results.md` in the run folder, in the first process, unless it is a sanity check.
 
     Args:
-        results: Named tuples of one kind, such as `LabelScore`, that begin with a name and end with a number of rows.
+        results: Named tuples of one type, such as `LabelScore`, that begin with a name and end with a number of rows.
         title: What was evaluated, the heading of `results.md`.
-        trainer: That of the evaluation.
+        trainer: The trainer of the evaluation.
     """
     if not writes_results(trainer):
         return
@@ -70,7 +70,7 @@ def write(results: Sequence[Any], title: str, trainer: Trainer) -> None:
 
 
 def writes_results(trainer: Trainer) -> bool:
-    """Whether this process writes results now: the first one, and not while `fit` only tries an evaluation."""
+    """Whether this process writes results now: only the first process does, and not in the sanity check of `fit`."""
     return trainer.is_global_zero and not trainer.sanity_checking
 
 
@@ -78,10 +78,11 @@ def write_confusion(confusion: Tensor, labels: list[str], title: str, trainer: T
     """Writes `confusion.csv` in the run folder and draws `confusion.png` of up to 60 labels; see `write`.
 
     Args:
-        confusion: How often which label is predicted for which, (labels, labels) int64; true labels are the rows.
-        labels: Their names.
-        title: Over the picture, which is drawn where matplotlib is installed.
-        trainer: That of the evaluation.
+        confusion: Number of predictions for each true label (rows) and predicted label (columns), (labels, labels)
+            int64.
+        labels: Names of the labels.
+        title: Title of the picture, which is drawn if matplotlib is installed.
+        trainer: The trainer of the evaluation.
     """
     if not writes_results(trainer):
         return
@@ -103,7 +104,7 @@ def write_confusion(confusion: Tensor, labels: list[str], title: str, trainer: T
     shares = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
     image = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(image, label="share of the row", shrink=0.8)
-    names = [label.replace("$", "\\$") for label in labels]  # no formulas
+    names = [label.replace("$", "\\$") for label in labels]  # matplotlib would read $...$ as a formula
     names = [name if len(name) <= 24 else name[:23] + "…" for name in names]
     axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(len(names)), names)

@@ -18,36 +18,39 @@ from lm_lightning.errors import UserError
 from lm_lightning.finetuning import cells
 from lm_lightning.finetuning.conll import Conll, Conllu
 
-PREFIX = "--data.tables"  # of the options, for messages
-FORMATS: tuple[Format, ...] = (*formats.FORMATS, Conll(), Conllu())  # of all tables; a task may know more
+PREFIX = "--data.tables"  # prefix of the options, for messages
+FORMATS: tuple[Format, ...] = (*formats.FORMATS, Conll(), Conllu())  # formats of all tables; a task may add others
 
 
 @dataclass
 class Tables:
-    """Where the rows of each split come from.
+    """The files with the rows of each split.
 
     Args:
-        train: Files, folders or patterns of the training split: JSONL, CSV, TSV, Parquet; of words with labels also
-            CoNLL (a word on each line with its labels) and CoNLL-U; of questions also JSON in the form of SQuAD. Each
-            may be compressed as .gz or .zst.
-        validation: The same of the validation split. Without any, rows of `train` are held out by a hash of their
-            text, so that no text is in both.
-        test: The same of the test split.
-        predict: The same of the rows that `predict` predicts; they need no labels. Default: those of `test`.
-        validation_fraction: Share of `train` for validation, where no files are given for it.
-        format: Format of all files, where their names do not tell: `jsonl`, `csv`, `tsv`, `parquet`, `conll`, `conllu`
-            or, of questions, `squad`; or the class path of your own subclass of `lm_lightning.data.formats.Format`.
-        header: Names of the columns, for CSV and TSV files whose first line is a row already, and for CoNLL files,
-            whose columns are `0`, `1`, ... without it.
-        delimiter: Character between the columns of CSV and TSV files. Default: a tab in TSV files, a comma in CSV files
-            or, if their first line has no comma, the semicolon, tab or bar in it.
-        quoting: Whether double quotes enclose cells of CSV and TSV files. Default: in CSV files only.
+        train: Files, folders or patterns of the training split. Formats: JSONL, CSV, TSV, Parquet; for labelled words
+            also CoNLL (a word with its labels on each line) and CoNLL-U; for questions also JSON in the format of
+            SQuAD. Each may be compressed as .gz or .zst.
+        validation: The same for the validation split. Default: rows of `train` are held out by a hash of their text, so
+            that the same text is never in both splits.
+        test: The same for the test split.
+        predict: The same for the rows for which `predict` computes predictions; they need no labels. Default: those of
+            `test`.
+        validation_fraction: Fraction of the rows of `train` to hold out for validation, if `validation` is not given.
+        format: Format of all files, if their suffixes do not show it: `jsonl`, `csv`, `tsv`, `parquet`, `conll`,
+            `conllu` or, for questions, `squad`; or the class path of your own subclass of
+            `lm_lightning.data.formats.Format`.
+        header: Names of the columns, for CSV and TSV files without a header line, and for CoNLL files (default: `0`,
+            `1`, ...).
+        delimiter: Character between the columns of CSV and TSV files. Default: a tab in TSV files; in CSV files, a
+            comma or, if the first line has no comma, the semicolon, tab or bar in it.
+        quoting: Whether cells of CSV and TSV files may be enclosed in double quotes. Default: only those of CSV files.
         encoding: Encoding of the files, such as `utf-8`, `utf-16`, `cp1252` or `gb18030`.
-        encoding_errors: What to do with bytes that the encoding does not allow: stop (`strict`), or `replace` each by
-            U+FFFD and report their number.
-        hub: Name of a data set of the Hugging Face Hub; `train` and the others then name its splits, not files.
-        hub_config: Its configuration.
-        hub_revision: Its branch, tag or commit.
+        encoding_errors: What to do with bytes that are invalid in the encoding: `strict` stops, `replace` replaces each
+            by U+FFFD and reports their number.
+        hub: Name of a data set on the Hugging Face Hub; `train`, `validation`, `test` and `predict` then are names of
+            its splits, not files.
+        hub_config: Configuration of that data set.
+        hub_revision: Branch, tag or commit of that data set.
     """
 
     train: list[str] | str = field(default_factory=list)
@@ -71,17 +74,17 @@ class Tables:
             setattr(self, split, [value] if isinstance(value, str) else value)
 
     def described(self) -> dict[str, Any]:
-        """The options, JSON-able."""
+        """The options as JSON-serializable data."""
         return asdict(self) | {"format": formats.identity(self.format)}
 
 
 class Row(Mapping):
-    """A row of a table, which knows where it is from.
+    """A row of a table, with its origin.
 
     Args:
-        values: By the names of the columns.
-        where: File and number of the line, for messages.
-        header: Whether the option `header` decides what its columns are called, for messages.
+        values: Values by the names of the columns.
+        where: File and line number, for messages.
+        header: Whether the option `header` can set the names of its columns, for messages.
     """
 
     def __init__(self, values: Mapping[str, Any], where: str, header: bool = False) -> None:
@@ -104,17 +107,17 @@ class Row(Mapping):
         """
         if column not in self:
             raise UserError(
-                f"{self.where}: there is no column {column!r}; the columns are {', '.join(map(str, self))}: name the "
-                "right one with --data.columns"
-                + (", or all of them with --data.tables.header" if self.header else "")
+                f"{self.where}: there is no column {column!r}; the columns are {', '.join(map(str, self))}: choose one "
+                "with --data.columns"
+                + (", or name the columns with --data.tables.header" if self.header else "")
                 + (delimiter_hint(self, PREFIX) if self.header else "")
             )
         return self[column]
 
     def words(self, column: str) -> list[str]:
-        """A column's words, of which there is at least one.
+        """The words in a column, at least one.
 
-        They are a list, a string that spells a list as JSON or Python writes it, or a string with spaces between them.
+        The value may be a list, a string with a list in JSON or Python syntax, or a string with spaces between words.
 
         Raises:
             UserError: If it is none of these.
@@ -124,29 +127,31 @@ class Row(Mapping):
         if isinstance(value, str) and not all(isinstance(word, str) for word in words or [None]):
             words = value.split()
         if not words or not all(isinstance(w, str) and w.strip() for w in words):
-            raise UserError(f"{self.where}: column {column!r} has no words, but {value!r:.40}: fix or remove the row")
+            raise UserError(
+                f"{self.where}: column {column!r} is {value!r:.40}, but must be a list of words: fix or remove the row"
+            )
         return words
 
     def entries(self, column: str, strict: bool = False) -> Optional[list]:
-        """A column's list, also if a string spells it as JSON or Python writes it; None if there is none.
+        """The list in a column, which may be a string in JSON or Python syntax; None if the column has no list.
 
         Raises:
-            UserError: If a string looks like a list, but cannot be read, see `cells.as_list`.
+            UserError: If a string looks like a list, but cannot be parsed, see `cells.as_list`.
         """
         value = self.value(column)
         try:
             return cells.as_list(value, strict)
         except ValueError as error:
             raise UserError(
-                f"{self.where}: column {column!r} has {value!r:.40}, which looks like a list, but cannot be read "
+                f"{self.where}: column {column!r} is {value!r:.40}, which looks like a list, but cannot be parsed "
                 f'({error}): write it as JSON, such as ["a", "b"]'
             ) from None
 
     def number(self, column: str) -> float:
-        """A column's number, which is finite, also as float32.
+        """The number in a column, which must be finite as float32.
 
         Raises:
-            UserError: If it has none.
+            UserError: If it is not a finite number.
         """
         value = self.value(column)
         try:
@@ -154,18 +159,20 @@ class Row(Mapping):
         except ValueError as error:
             reason = f" ({error})" if str(error) else ""
             raise UserError(
-                f"{self.where}: column {column!r} has no number, but {value!r:.40}{reason}: fix or remove the row"
+                f"{self.where}: column {column!r} is {value!r:.40}, but must be a number{reason}: fix or remove the row"
             ) from None
 
     def text(self, column: str) -> str:
-        """A column's text, which may not be empty.
+        """The text in a column, which must not be empty.
 
         Raises:
-            UserError: If it is not there.
+            UserError: If it is empty or not a string.
         """
         value = self.value(column)
         if not isinstance(value, str) or not value.strip():
-            raise UserError(f"{self.where}: column {column!r} has no text, but {value!r:.40}: fix or remove the row")
+            raise UserError(
+                f"{self.where}: column {column!r} is {value!r:.40}, but must be text: fix or remove the row"
+            )
         return value
 
 
@@ -173,13 +180,13 @@ def read_split(tables: Tables, split: str, key: Callable[[Row], str], known: Seq
     """The rows of a split, in the order of the files.
 
     Args:
-        tables: Where they are.
-        split: Its name.
-        key: What of a row decides whether it is held out for validation: rows of one key stay together.
-        known: Formats that are found by the names of files, and have short names.
+        tables: The files.
+        split: Name of the split.
+        key: The part of a row that decides whether it is held out for validation; rows with the same key stay together.
+        known: Formats that have short names and are detected by the suffixes of files.
 
     Raises:
-        UserError: Names the file and line of what cannot be read.
+        UserError: If a row cannot be read; names the file and line.
     """
     if not 0 <= tables.validation_fraction < 1:
         raise UserError(f"--data.tables.validation_fraction is {tables.validation_fraction}, but must be from 0 to 1")
@@ -187,7 +194,7 @@ def read_split(tables: Tables, split: str, key: Callable[[Row], str], known: Seq
     read = read_hub if tables.hub else functools.partial(read_files, known=known)
     rows = [row for name in names for row in read(name, tables)]
     if not names:
-        raise UserError(f"the {split} split has no rows: name files with --data.tables.{split}")
+        raise UserError(f"the {split} split has no rows: give files with --data.tables.{split}")
     if not rows:
         raise UserError(f"the {split} split has no rows, as there are none in {', '.join(names)}: give other files")
     if split in ("train", "validation") and not tables.validation:
@@ -195,21 +202,22 @@ def read_split(tables: Tables, split: str, key: Callable[[Row], str], known: Seq
         rows = [row for row in rows if held_out(key(row), tables.validation_fraction) == (split == "validation")]
         if not rows:
             raise UserError(
-                f"the {split} split has no rows, as none of the {total:,} of --data.tables.train is "
-                f"{'held out' if split == 'validation' else 'left'} by --data.tables.validation_fraction "
-                f"{tables.validation_fraction:g}: change that, or name files with --data.tables.validation"
+                f"the {split} split has no rows, as with --data.tables.validation_fraction "
+                f"{tables.validation_fraction:g}, none of the {total:,} rows of --data.tables.train is "
+                f"{'held out' if split == 'validation' else 'left'}: change it, or give files with "
+                "--data.tables.validation"
             )
     return rows
 
 
 def sources(tables: Tables, split: str) -> list[str]:
-    """Where the rows of a split are: files, folders and patterns, or the names of splits on the Hub."""
+    """The files, folders and patterns of a split, or the names of splits on the Hub."""
     instead = {"validation": tables.train, "predict": tables.test}
     return list(getattr(tables, split) or instead.get(split, []))
 
 
 def read_hub(split: str, tables: Tables) -> Iterator[Row]:
-    """The rows of a split on the Hub, where labels that are numbers with names have their names."""
+    """The rows of a split on the Hub; numbers of labels are converted to the names of the labels."""
     name = str(tables.hub)
     rows = hub_rows(name, tables.hub_config, split, tables.hub_revision, False, "HF_HUB_OFFLINE=1")
     for number, values in rows:
@@ -217,7 +225,7 @@ def read_hub(split: str, tables: Tables) -> Iterator[Row]:
 
 
 def read_files(pattern: str, tables: Tables, known: Sequence[Format] = FORMATS) -> Iterator[Row]:
-    """The rows of a file, of the files in a folder, or of all that match a pattern."""
+    """The rows of a file, of the files in a folder, or of all files that match a pattern."""
     for _, path in expand(pattern):
         yield from read_file(path, tables, known)
 
@@ -227,12 +235,14 @@ def read_file(path: Path, tables: Tables, known: Sequence[Format] = FORMATS) -> 
     file_format = formats.find(path, tables.format, known, PREFIX)
     if file_format is None:
         raise UserError(
-            f"{path} is no table by its name: give its format with --data.tables.format csv (or tsv, jsonl)"
+            f"{path} does not have the suffix of a table: give its format with --data.tables.format csv (or tsv, jsonl)"
         )
     for option in ("header", "delimiter", "quoting"):
         if getattr(tables, option) is not None and option not in file_format.options:
             accepted = [suffix for other in known if option in other.options for suffix in other.suffixes]
-            raise UserError(f"{path}: --data.tables.{option} is for files of the formats {', '.join(accepted)}")
+            raise UserError(
+                f"{path}: --data.tables.{option} is only for the formats {', '.join(accepted)}: omit the option"
+            )
     options = ReadOptions(
         PREFIX, tables.encoding, tables.encoding_errors, tables.delimiter, tables.quoting, tables.header
     )
@@ -245,13 +255,13 @@ def read_file(path: Path, tables: Tables, known: Sequence[Format] = FORMATS) -> 
             raise UserError(f"{where}: the row is nested too deeply: fix or remove it") from None
         yield Row(values, where, "header" in file_format.options)
     if report.replaced_bytes:
-        report.notes.append(f"{path}: {report.replaced_bytes:,} bytes that could not be read were replaced by U+FFFD")
+        report.notes.append(f"{path}: {report.replaced_bytes:,} invalid bytes were replaced by U+FFFD")
     for note in report.notes:
         rank_zero_only(print)(note)
 
 
 def encodable_values(value: Any, where: str, options: ReadOptions, report: ReadReport) -> Any:
-    """A value without characters that UTF-8 cannot express and no tokenizer accepts: half surrogate pairs of JSON."""
+    """Checks or replaces lone surrogates of JSON, which cannot be encoded as UTF-8 and which no tokenizer accepts."""
     if isinstance(value, str):
         return value if value.isascii() else encodable(value, where, options, report)
     if isinstance(value, list):
@@ -262,6 +272,6 @@ def encodable_values(value: Any, where: str, options: ReadOptions, report: ReadR
 
 
 def held_out(key: str, fraction: float) -> bool:
-    """Whether a row is one of the held-out share, which only its own key decides."""
+    """Whether a row is held out for validation, which depends only on its key."""
     digest = hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big") < fraction * 2**64

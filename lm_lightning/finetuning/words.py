@@ -1,4 +1,4 @@
-"""Words: sentences that are split into words in; tokens out, and which token stands for each word."""
+"""Tokenizes sentences that are split into words, and finds the token that represents each word."""
 
 from itertools import accumulate
 from typing import TYPE_CHECKING
@@ -8,20 +8,20 @@ import torch
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-TRUNCATED = -1  # instead of the place of a word's token, if that is truncated
+TRUNCATED = -1  # position of the token of a word that is truncated
 
 
 def encode_words(tokenizer: "PreTrainedTokenizerFast", sentences: list[list[str]], max_length: int) -> list[dict]:
-    """Tokenizes sentences as texts with spaces between the words, which is what pipelines of `transformers` get, too.
+    """Tokenizes sentences as texts with spaces between the words, which is also the input of `transformers` pipelines.
 
     Args:
-        tokenizer: A fast one.
-        sentences: Their words.
-        max_length: Tokens of a sentence with the special ones; longer ones are truncated.
+        tokenizer: A fast tokenizer.
+        sentences: The words of each sentence.
+        max_length: Maximum number of tokens of a sentence, including special tokens; longer ones are truncated.
 
     Returns:
-        Of each sentence what the tokenizer returns, and `words`, (W,) int64: the place of each word's first token, or
-        `TRUNCATED`. A word that has no tokens, such as a control character, becomes the unknown token.
+        For each sentence, the tokenizer's output and `words`, (W,) int64: the position of each word's first token, or
+        `TRUNCATED`. A word without tokens, such as a control character, is replaced by the unknown token.
     """
     rows = tokenized(tokenizer, sentences, max_length)
     lost = [number for number, row in enumerate(rows) if any(word is None for word in row["words"])]
@@ -38,7 +38,7 @@ def encode_words(tokenizer: "PreTrainedTokenizerFast", sentences: list[list[str]
 
 
 def tokenized(tokenizer: "PreTrainedTokenizerFast", sentences: list[list[str]], max_length: int) -> list[dict]:
-    """Of each sentence what the tokenizer returns, and `words`: the place of its first token, `TRUNCATED`, or None."""
+    """The tokenizer's output for each sentence, and `words`: positions of first tokens, `TRUNCATED`, or None."""
     encoded = tokenizer(
         [" ".join(words) for words in sentences],
         return_attention_mask=False,
@@ -49,7 +49,7 @@ def tokenized(tokenizer: "PreTrainedTokenizerFast", sentences: list[list[str]], 
     offsets = encoded.pop("offset_mapping")
     rows = [dict(zip(encoded, values)) for values in zip(*encoded.values())]
     for row, places, words, encoding in zip(rows, offsets, sentences, encoded.encodings):
-        ends = list(accumulate(len(word) + 1 for word in words))  # of the words, with the space after them
+        ends = list(accumulate(len(word) + 1 for word in words))  # where the words end, including the space after them
         first: list[int | None] = [None] * len(words)
         word, seen = 0, 0
         for place, (start, end) in enumerate(places):

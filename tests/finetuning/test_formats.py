@@ -162,7 +162,7 @@ def test_an_encoding_is_named_or_refused_with_an_option_that_there_is(tmp_path: 
 def test_bytes_of_a_table_are_replaced_and_counted(tmp_path: Path, capsys):
     path = write(tmp_path / "a.csv", b"text,label\ncaf\xe9 \xe8,x\nb,y\n")
     assert table(path, encoding_errors="replace")[0][1]["text"] == "caf\ufffd \ufffd"
-    assert f"{path}: 2 bytes that could not be read were replaced" in capsys.readouterr().out
+    assert f"{path}: 2 invalid bytes were replaced" in capsys.readouterr().out
     path = write(tmp_path / "a.jsonl", '{"text": ["a", "b\\ud800"]}')  # no tokenizer takes half a pair
     with pytest.raises(UserError, match=r"a.jsonl:1: character U\+D800"):
         table(path)
@@ -183,7 +183,7 @@ def test_json_lines_without_names_are_refused_with_an_example(tmp_path: Path):
 def test_options_of_other_formats_are_refused(tmp_path: Path):
     path = write(tmp_path / "a.jsonl", '{"text": "a"}')
     for option, value in {"delimiter": ";", "quoting": True, "header": ["text"]}.items():
-        with pytest.raises(UserError, match=f"--data.tables.{option} is for files of the formats .csv, .tsv"):
+        with pytest.raises(UserError, match=f"--data.tables.{option} is only for the formats .csv, .tsv"):
             table(path, **{option: value})
 
 
@@ -191,7 +191,9 @@ def test_the_format_of_files_without_a_suffix_has_a_short_name(tmp_path: Path):
     path = write(tmp_path / "rows", "text\tlabel\na\tx\nb\ty\n")
     assert [row for _, row in table(path, format="tsv")] == ROWS
     assert texts(path, format="tsv") == ["a", "b"]
-    with pytest.raises(UserError, match="rows is no table by its name: give its format with --data.tables.format csv"):
+    with pytest.raises(
+        UserError, match="rows does not have the suffix of a table: give its format with --data.tables.format csv"
+    ):
         table(path)
     for read, option in ((table, "tables"), (texts, "corpus")):
         with pytest.raises(UserError, match=f"--data.{option}.format is 'tvs', but must be jsonl, csv, tsv, "):
@@ -254,7 +256,7 @@ def test_a_format_of_ones_own_is_a_class_path_of_tables(own_formats: str, tmp_pa
     assert [dict(row) for row in read_files(str(path), tables)] == ROWS
     described = {"class_path": own_formats, "separator": ":"}
     assert json.loads(json.dumps(tables.described()))["format"] == described
-    with pytest.raises(UserError, match="--data.tables.delimiter is for files of the formats .csv, .tsv"):
+    with pytest.raises(UserError, match="--data.tables.delimiter is only for the formats .csv, .tsv"):
         list(read_files(str(path), Tables(format=kind(), delimiter=";")))
 
 

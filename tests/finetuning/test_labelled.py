@@ -17,8 +17,8 @@ from lm_lightning.finetuning.tables import Tables, read_files, read_split
 @pytest.mark.parametrize(
     ("tables", "split", "message"),
     [
-        ({}, "train", "the train split has no rows: name files with --data.tables.train"),
-        ({"train": "rows.csv"}, "test", "the test split has no rows: name files with --data.tables.test"),
+        ({}, "train", "the train split has no rows: give files with --data.tables.train"),
+        ({"train": "rows.csv"}, "test", "the test split has no rows: give files with --data.tables.test"),
         (
             {"train": "rows.csv", "validation": "empty.csv"},
             "validation",
@@ -28,12 +28,12 @@ from lm_lightning.finetuning.tables import Tables, read_files, read_split
         (
             {"train": "rows.csv", "validation_fraction": 0.0},
             "validation",
-            "none of the 3 of --data.tables.train is held out by --data.tables.validation_fraction 0: change that",
+            "validation_fraction 0, none of the 3 rows of --data.tables.train is held out: change it",
         ),
         (
             {"train": "rows.csv", "validation_fraction": 0.999999},
             "train",
-            "none of the 3 of --data.tables.train is left by --data.tables.validation_fraction 0.999999: change that",
+            "validation_fraction 0.999999, none of the 3 rows of --data.tables.train is left: change it",
         ),
         ({"train": "rows.csv", "validation_fraction": 1.0}, "train", "validation_fraction is 1.0, but must be from 0"),
         ({"train": "rows.csv", "validation_fraction": -0.1}, "train", "validation_fraction is -0.1, but must be"),

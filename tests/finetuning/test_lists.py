@@ -46,5 +46,5 @@ def test_words_are_no_lists_by_accident():
     assert row.words("words") == ["[", "1", "]", "see", "the", "note"]
     assert Row({"words": "[ 1 ]"}, "").words("words") == ["[", "1", "]"]
     assert Row({"words": "[ see below ]"}, "").words("words") == ["[", "see", "below", "]"]
-    with pytest.raises(UserError, match="a.csv:2: column 'odd' has .* looks like a list"):
+    with pytest.raises(UserError, match="a.csv:2: column 'odd' is .* looks like a list"):
         row.words("odd")

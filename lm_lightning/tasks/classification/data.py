@@ -1,4 +1,4 @@
-"""Data of classification: rows with a text, or a pair of texts, and a label in; batches of tokens and targets out."""
+"""Data of classification: converts rows with a text, or a pair of texts, and a label to batches."""
 
 from dataclasses import dataclass
 from typing import Any, Literal, Optional
@@ -17,9 +17,9 @@ class TextColumns:
 
     Args:
         text: The text.
-        pair: The second text of a pair, if there are pairs.
-        label: The label, or the number; of `multilabel`, a list of labels, a string that spells such a list as JSON or
-            Python writes it, or a string in which `separator` stands between them.
+        pair: The second text, for pairs of texts.
+        label: The label, or the number. For `multilabel`: a list of labels, a string with such a list in JSON or Python
+            syntax, or a string with `separator` between the labels.
     """
 
     text: str = "text"
@@ -28,14 +28,14 @@ class TextColumns:
 
 
 class ClassificationData(LabelledData):
-    """Texts or pairs of texts with a label each, several labels, or a number.
+    """Texts or pairs of texts, each with a label, several labels, or a number.
 
     Args:
         columns: Names of the tables' columns.
         kind: What is predicted: one label (`multiclass`), any number of labels (`multilabel`), or a number
             (`regression`).
-        separator: Of several labels in one string.
-        options: Those of all labelled data, see `LabelledData`.
+        separator: Separator between several labels in a string.
+        options: Options of all labelled data, see `LabelledData`.
     """
 
     def __init__(
@@ -64,35 +64,37 @@ class ClassificationData(LabelledData):
         return examples
 
     def names(self, row: Row) -> list[str]:
-        """The labels of a row, without space around them.
+        """The labels of a row, without surrounding white space.
 
         Raises:
-            UserError: If there is none, but one is needed, or several where one is.
+            UserError: If a row has no label although it must have one, or several labels although it must have one.
         """
         column, multiclass = self.columns.label, self.kind == "multiclass"
         value, values = row.value(column), row.entries(column, strict=not multiclass)
         if multiclass:
             if values is not None or isinstance(value, dict):
                 raise UserError(
-                    f"{row.where}: column {column!r} has {value!r:.40}, which is no single label: give --data.kind "
+                    f"{row.where}: column {column!r} is {value!r:.40}, but must be a single label: give --data.kind "
                     "multilabel, or fix the row"
                 )
             values = [value]
         elif values is None:
             values = value.split(self.separator) if isinstance(value, str) else [value]
         names = [cells.label(item) for item in values]
-        if multiclass or not isinstance(value, str):  # beside separators, space is expected
+        if multiclass or not isinstance(value, str):  # white space next to separators is normal
             self.stripped += sum(map(cells.has_outer_space, values))
         if multiclass and not names[0]:
             raise UserError(f"{row.where}: the row has no label in column {column!r}: fix or remove it")
         if any(isinstance(item, (list, dict)) for item in values):
             raise UserError(
-                f"{row.where}: column {column!r} has {value!r:.40}, which is no list of labels: fix the row"
+                f"{row.where}: column {column!r} is {value!r:.40}, but must be a list of labels: fix the row"
             )
         return [name for name in names if name]
 
     def target(self, row: Row) -> torch.Tensor:
-        """The target of a row: () int64, the id of its label; (labels,) float32, 1 for its labels; or () float32."""
+        """The target of a row: () int64, the id of its label; (labels,) float32, 1 for its labels and 0 for others; or
+        () float32, its number.
+        """
         if self.kind == "regression":
             return torch.tensor(row.number(self.columns.label))
         ids = [self.label_id(row, name) for name in self.names(row)]

@@ -1,4 +1,4 @@
-"""Classification: texts, or pairs of texts, to a label each, to several labels at once, or to a number."""
+"""Classification: predicts a label, several labels, or a number for texts or pairs of texts."""
 
 from functools import partial
 from typing import Any, Literal, Optional
@@ -29,13 +29,13 @@ from lm_lightning.models.module import LanguageModule
 
 
 class Classification(LanguageModule):
-    """A network of `transformers` with a head over the whole text, whose labels keep their names in the export.
+    """A network of `transformers` with a head that classifies texts. Exported models have the names of the labels.
 
     Args:
-        class_weights: How much a training row counts, by its label; others count 1. `balanced` in the place of numbers
-            makes all labels count the same.
-        label_smoothing: Share of the target that is spread over all labels.
-        options: Those of all models, see `LanguageModule`.
+        class_weights: Weights of training rows by their labels; labels that are not given have weight 1. `balanced`
+            sets the weights so that all labels have the same total weight.
+        label_smoothing: Fraction of the target that is distributed over all labels.
+        options: Options of all models, see `LanguageModule`.
     """
 
     auto_class = transformers.AutoModelForSequenceClassification
@@ -70,20 +70,20 @@ class Classification(LanguageModule):
 
     def network_made(self) -> None:
         data = self.trainer.datamodule
-        self.network.config.pad_token_id = data.tokenizer.pad_token_id  # GPTs look for the last token before it
+        self.network.config.pad_token_id = data.tokenizer.pad_token_id  # GPTs classify at the last token before padding
         new = self.pretrained is not None and data.kind == "regression" and not self.head_fits()
         if self.trainer.state.fn == "fit" and new:
             self.start_at_the_mean()
         self.mistakes = Mistakes()
         self.val_metrics = MetricCollection(self.new_metrics(), compute_groups=False)
-        weigh = self.class_weights is not None and self.trainer.state.fn == "fit"  # only training is weighted
+        weigh = self.class_weights is not None and self.trainer.state.fn == "fit"  # weights apply only to training
         weights = self.weights_of_labels() if weigh else None
         self.register_buffer("weights", weights, persistent=False)
 
     def start_at_the_mean(self) -> None:
-        """Has the new head of pretrained weights predict the mean of the training numbers from the start.
+        """Makes a new head on pretrained weights predict the mean of the training numbers at the start.
 
-        New networks leave the plateau of predicting the mean more easily if they do not begin there.
+        New networks do not start there, as predicting the mean is a plateau that they would have to leave.
         """
         heads = [m for m in self.network.modules() if isinstance(m, nn.Linear) and m.out_features == 1]
         if heads and heads[-1].bias is not None:
@@ -91,10 +91,10 @@ class Classification(LanguageModule):
             heads[-1].bias.data.fill_(torch.stack(numbers).mean())
 
     def weights_of_labels(self) -> Tensor:
-        """How much each label counts, (labels,) float32."""
+        """The weight of each label, (labels,) float32."""
         data = self.trainer.datamodule
         if data.kind != "multiclass":
-            raise UserError("model.class_weights are for data.kind multiclass")
+            raise UserError("model.class_weights is only for data.kind multiclass: omit it")
         if self.class_weights == "balanced":
             numbers = torch.stack([row["targets"] for row in data.examples["train"].rows])
             counts = torch.bincount(numbers, minlength=len(data.labels))
@@ -105,7 +105,7 @@ class Classification(LanguageModule):
         return torch.tensor([float((self.class_weights or {}).get(label, 1.0)) for label in data.labels])  # type: ignore
 
     def new_metrics(self) -> dict[str, Metric]:
-        """The metrics of an evaluation, of rows without padding."""
+        """The metrics of an evaluation, for rows without padding."""
         data = self.trainer.datamodule
         if data.kind == "regression":
             return {"agreement": Agreement()}
@@ -131,7 +131,7 @@ class Classification(LanguageModule):
         return self.network(**network_inputs(batch)).logits.float()
 
     def losses(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Their sum over the rows that count, and how many these are or weigh: () float32 both."""
+        """The sum of the losses of rows with targets, and the number or total weight of these rows, () float32 each."""
         if self.trainer.datamodule.kind == "regression":
             counts = ~targets.isnan()
             return ((logits.squeeze(-1) - targets.nan_to_num()).square() * counts).sum(), counts.sum().float()
@@ -148,9 +148,9 @@ class Classification(LanguageModule):
     def loss(self, batch: dict) -> tuple[Tensor, Tensor]:
         """The loss of a batch, summed over targets, and their number.
 
-        Batches have `input_ids`, `attention_mask` (and `token_type_ids`), (B, T) int64; `id`, B ints. `targets` are
-        the labels' numbers, (B,) int64, -100 for none; several at once, (B, labels) float32 of 0 and 1, NaN for none;
-        or numbers, (B,) float32, NaN for none.
+        Batches have `input_ids`, `attention_mask` and, for some tokenizers, `token_type_ids`, (B, T) int64, and `id`, B
+        ints. `targets` are ids of labels, (B,) int64, -100 for rows without one; several labels, (B, labels) float32
+        with 0 and 1, NaN for rows without any; or numbers, (B,) float32, NaN for rows without one.
         """
         return self.losses(self.logits(batch), batch["targets"])
 
@@ -161,7 +161,7 @@ class Classification(LanguageModule):
         own, count = self.losses(logits, targets)
         if kind == "regression":
             losses, missing = (logits - other).squeeze(-1).square(), targets.isnan()
-        elif kind == "multilabel":  # of each label, its logit and 0 as that of its absence
+        elif kind == "multilabel":  # for each label, its logit and 0 as the logit of its absence
             two, other_two = (F.pad(each.unsqueeze(-1), (1, 0)) for each in (logits, other))
             losses, missing = distiller.divergence(two, other_two).mean(1), targets[:, 0].isnan()
         else:
@@ -174,11 +174,11 @@ class Classification(LanguageModule):
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         logits, targets = self.logits(batch), batch["targets"]
         self.val_loss.update(*self.losses(logits, targets))
-        # Padding is removed here: some metrics of torchmetrics count rows of nothing but `ignore_index`.
+        # Padding is removed here, as some metrics of torchmetrics count rows that only have `ignore_index`.
         rows = torch.tensor([number != PADDING for number in batch["id"]], device=self.device)
         logits, targets = logits[rows], targets[rows]
         kind = self.trainer.datamodule.kind
-        if not len(targets):  # the last batch of a process may be all padding
+        if not len(targets):  # the last batch of a process may contain only padding
             return
         if kind == "regression":
             predicted = logits.squeeze(-1)
@@ -199,7 +199,7 @@ class Classification(LanguageModule):
                 self.mistakes.add(*row[:-1])
 
     def described(self, split: str, row: int, right: Any, predicted: Any) -> dict[str, str]:
-        """A row for people to read: its text, the right answer and the prediction."""
+        """A row in readable form: its text, the correct label and the prediction."""
         data = self.trainer.datamodule
 
         def name(value: Any) -> str:
@@ -220,7 +220,7 @@ class Classification(LanguageModule):
         return {name: mode for name, mode in modes.items() if name not in ("confusion", "counts")}
 
     def metrics(self, loss: Tensor, split: str) -> dict[str, Tensor]:
-        """Adds the metrics of the task, and writes those of each label and the worst mistakes."""
+        """Adds the metrics of the task, and writes the scores of each label and the worst mistakes."""
         self.mistakes.write(self.trainer, self.title(split), partial(self.described, split))
         values = self.val_metrics.compute()
         self.val_metrics.reset()
@@ -236,7 +236,7 @@ class Classification(LanguageModule):
         return {"loss": loss} | values
 
     def predict_step(self, batch: dict, batch_idx: int) -> list[dict]:
-        """For each row its `id` (its number), `label` and the `scores` of all; several `labels`; or a `score`."""
+        """For each row: its number, `id`; and its `label` with the `scores` of all, its `labels`, or its `score`."""
         data = self.trainer.datamodule
         logits, rows = self.logits(batch), []
         scores = {"multiclass": lambda: logits.softmax(-1), "multilabel": logits.sigmoid, "regression": lambda: logits}[

@@ -1,7 +1,7 @@
-"""Data of sentence embeddings: texts that belong together, or are alike by a number, in; batches of tokens out.
+"""Data of sentence embeddings: pairs of texts that belong together, or that have a score for their similarity.
 
-Embeddings are measured by such rows, or by a search whose correct answers are known (`Retrieval`), and predicted of
-rows with one text each.
+Embeddings are evaluated with such rows, or with a search whose correct answers are known (`Retrieval`). `predict`
+computes the embeddings of rows with one text each.
 """
 
 import functools
@@ -27,10 +27,11 @@ class PairColumns:
     """Names of the columns.
 
     Args:
-        text: A text, such as a question; the only column of rows to predict.
-        pair: The text that belongs to it, such as its answer; where there are scores, any other text.
-        negatives: A text that does not belong to it although it may seem so, or a list of such; of training rows.
-        score: How alike the two texts are, a number. Without it, each text belongs to its pair.
+        text: A text, such as a question; the only column that `predict` reads.
+        pair: The text that belongs to it, such as its answer; if there are scores, any other text.
+        negatives: A similar text that does not belong to it (a hard negative), or a list of such texts; only for
+            training rows.
+        score: A number for the similarity of the two texts. Default: each text belongs to its pair.
     """
 
     text: str = "text"
@@ -45,12 +46,12 @@ class Retrieval:
 
     Args:
         queries: JSONL file with `_id` and `text`.
-        corpus: JSONL file with `_id`, `text` and, if there are titles, `title`, which comes before the text.
-        validation: TSV file with `query-id`, `corpus-id` and `score` (0 for wrong answers), to validate on instead of
-            rows of `tables`. Queries without a correct answer are omitted.
-        test: The same to test on.
-        ignore_identical_ids: As BEIR does, never count the document with the query's own `_id` as an answer. Switch it
-            off if queries and documents are numbered independently.
+        corpus: JSONL file with `_id`, `text` and, optionally, `title`, which is prepended to the text.
+        validation: TSV file with `query-id`, `corpus-id` and `score` (0 for wrong answers), used for validation instead
+            of rows of `tables`. Queries without a correct answer are omitted.
+        test: The same for the test split.
+        ignore_identical_ids: Whether to ignore the document that has the same `_id` as the query, as BEIR does. Set it
+            to false if queries and documents are numbered independently.
     """
 
     queries: Optional[str] = None
@@ -64,12 +65,12 @@ class Judged(NamedTuple):
     """Correct answers to the queries of a split.
 
     Attributes:
-        queries: Their rows.
-        documents: The rows that are searched.
-        relevant: For each query, the rows of its correct answers with their relevance. Negative rows stand for
+        queries: Numbers of the queries' rows.
+        documents: Numbers of the rows that are searched.
+        relevant: For each query, the row numbers of its correct answers with their relevance. Negative numbers are
             documents that do not exist, and count as not found.
-        excluded: For each query, the row of the document that is no answer because it is the query itself, or None.
-            Empty: none has one.
+        excluded: For each query, the row number of a document that is not an answer because it is the query itself, or
+            None. Empty if no query has such a document.
     """
 
     queries: list[int]
@@ -79,12 +80,13 @@ class Judged(NamedTuple):
 
 
 def batch_of_pairs(tokenizer: "PreTrainedTokenizerFast", items: list[dict]) -> dict:
-    """A batch of examples, each of the same number of texts, whose tokens are given one after the other.
+    """Collates examples, which have the concatenated tokens of the same number of texts each, to a batch.
 
     Returns:
-        Of the first texts `input_ids` and `attention_mask`, (B, T), and `keys`, (B,): texts of equal tokens have equal
-        ones. Of the others `candidate_ids` and `candidate_mask`, (C, S), and `candidate_keys`, (C,): all second texts,
-        then all third ones, and so on; missing if there are none. All are int64. `targets`, (B,); `id`, B numbers.
+        For the first texts, `input_ids` and `attention_mask`, (B, T), and `keys`, (B,), which are equal for texts with
+        the same tokens. For the other texts, if there are any, `candidate_ids` and `candidate_mask`, (C, S), and
+        `candidate_keys`, (C,): all second texts, then all third texts, and so on. All are int64. Also `targets`, (B,),
+        and `id`, B numbers.
     """
     texts = [split(item) for item in items]
     batch: dict[str, Any] = {"targets": torch.stack([item["targets"] for item in items])}
@@ -109,12 +111,12 @@ class PairData(LabelledData):
 
     Args:
         columns: Names of the tables' columns.
-        retrieval: A search to measure by. `predict` embeds its corpus, unless there are rows to predict.
-        hard_negatives: How many of a row's `columns.negatives` are used, the first ones; a row that has fewer has
-            them repeated, which counts once.
+        retrieval: A search for evaluation. `predict` embeds its corpus, unless `tables` has rows to predict.
+        hard_negatives: Number of texts in `columns.negatives` that are used, the first ones. If a row has fewer, they
+            are repeated, which does not change the loss.
         min_score: The score of texts that have nothing in common.
-        max_score: The score of texts that say the same.
-        options: Those of all labelled data, see `LabelledData`.
+        max_score: The score of texts with the same meaning.
+        options: Options of all labelled data, see `LabelledData`.
     """
 
     def __init__(
@@ -130,11 +132,11 @@ class PairData(LabelledData):
         if hard_negatives < 1:
             raise UserError(f"data.hard_negatives is {hard_negatives}, but must be 1 or more")
         if not min_score < max_score:
-            raise UserError(f"data.min_score is {min_score}, but must be less than max_score {max_score}")
+            raise UserError(f"data.min_score is {min_score}, but must be less than data.max_score, {max_score}")
         self.columns, self.retrieval, self.hard_negatives = columns, retrieval, hard_negatives
         self.min_score, self.max_score = min_score, max_score
         self.judged: dict[str, Judged] = {}
-        self.answered: list[dict] = []  # of each row to predict, `id` and `text`
+        self.answered: list[dict] = []  # `id` and `text` of each row to predict
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
@@ -156,28 +158,28 @@ class PairData(LabelledData):
         """The queries or the corpus of `retrieval`, with `_id` and the column of texts; texts may be empty.
 
         Raises:
-            UserError: If a row has no `_id` or text, or the `_id` of another one.
+            UserError: If a row has no `_id` or text, or has the same `_id` as another row.
         """
         path = getattr(self.retrieval, name)
         if not path:
-            raise UserError(f"data.retrieval.{name} is missing: name its JSONL file")
+            raise UserError(f"data.retrieval.{name} is missing: give its JSONL file")
         empty = 0
-        places: dict[str, str] = {}  # of each _id
+        places: dict[str, str] = {}  # file and line of each _id
         for row in read_files(path, Tables(encoding=self.tables.encoding, encoding_errors=self.tables.encoding_errors)):
             if row.get("_id") is None or "text" not in row:
                 raise UserError(f"{row.where}: a row of data.retrieval.{name} needs _id and text")
             if row.where != (first := places.setdefault(str(row["_id"]), row.where)):
-                raise UserError(f"{row.where}: the _id {row['_id']!r} is that of {first}, too: remove one of the rows")
+                raise UserError(f"{row.where}: {first} has the same _id, {row['_id']!r}: remove one of the rows")
             text = " ".join(str(row.get(column) or "") for column in ("title", "text")).strip()
             empty += not text
             yield Row({"_id": str(row["_id"]), self.columns.text: text}, row.where)
         if not places:
-            raise UserError(f"{path} has no rows: name another file with --data.retrieval.{name}")
+            raise UserError(f"{path} has no rows: give another file with --data.retrieval.{name}")
         if empty and self.trainer.is_global_zero:
-            print(f"{path}: {empty:,} rows have no text, and are embedded as such")
+            print(f"{path}: {empty:,} rows have no text, and are embedded as empty texts")
 
     def judge(self, split: str, queries: list[Row], documents: list[Row]) -> tuple[Judged, list[Row]]:
-        """The correct answers in `retrieval` for a split, and the rows that these are about."""
+        """The correct answers in `retrieval` for a split, and the rows to which they refer."""
         path, retrieval = getattr(self.retrieval, split), self.retrieval
         places = {row["_id"]: number for number, row in enumerate(documents)}
         scores: dict[str, dict[str, float]] = {row["_id"]: {} for row in queries}
@@ -192,7 +194,7 @@ class PairData(LabelledData):
                 ) from None
             if row.where != (first := seen.setdefault((query, document), row.where)):
                 raise UserError(
-                    f"{row.where}: query {query} and document {document} have a score at {first} already: remove one"
+                    f"{row.where}: query {query} and document {document} already have a score at {first}: remove one"
                 )
             if query not in scores:
                 unknown.append(row.where)
@@ -203,7 +205,10 @@ class PairData(LabelledData):
         numbers = places | {document: -1 - number for number, document in enumerate(dict.fromkeys(missing))}
         relevant = [{numbers[document]: score for document, score in scores[row["_id"]].items()} for row in asked]
         if all(number < 0 for answers in relevant for number in answers):
-            raise UserError(f"{path} has no right answer whose query and document are in data.retrieval's files")
+            raise UserError(
+                f"{path} has no correct answer whose query and document are in data.retrieval.queries and "
+                "data.retrieval.corpus: give files that belong together"
+            )
         excluded = [places.get(row["_id"]) if retrieval.ignore_identical_ids else None for row in asked]
         if self.trainer.is_global_zero:
             itself = sum(own is not None for own in excluded)
@@ -211,23 +216,23 @@ class PairData(LabelledData):
             first = ", ".join(unknown[:1])
             print(
                 f"{split}: {len(asked):,} queries to {len(documents):,} documents"
-                + counted(len(queries) - len(asked), "queries without a right answer")
+                + counted(len(queries) - len(asked), "queries without a correct answer are omitted")
                 + counted(
                     len(unknown),
-                    f"answers to unknown queries, which are ignored (first: {printable(first)})",
+                    f"answers to unknown queries are ignored (first: {printable(first)})",
                 )
                 + counted(
                     len(missing),
-                    f"right answers that are no documents, so never found (first: {', '.join(missing[:1])})",
+                    f"correct answers are not in the corpus, so cannot be found (first: {', '.join(missing[:1])})",
                 )
-                + counted(itself, "documents with the _id of a query, which as in BEIR are no answers to it")
-                + counted(lost, "of them although judged right (data.retrieval.ignore_identical_ids)")
+                + counted(itself, "documents have the _id of a query, and do not count as answers to it (as in BEIR)")
+                + counted(lost, "of them are correct answers, which data.retrieval.ignore_identical_ids ignores")
             )
         rows = list(range(len(documents), len(documents) + len(asked)))
         return Judged(rows, list(range(len(documents))), relevant, excluded), [*documents, *asked]
 
     def encode(self, split: str, rows: list[Row]) -> list[dict]:
-        """The rows of a split as tokens of all their texts; those of a search and of `predict` have one each."""
+        """Tokenizes all texts of the rows of a split; rows of a search and of `predict` have one text each."""
         searched = split in self.judged or (rows and "_id" in rows[0] and split == "predict")
         alone = searched or split == "predict"
         column = self.columns.text
@@ -250,7 +255,7 @@ class PairData(LabelledData):
         examples, truncated = [], 0
         for row, of_row in zip(rows, texts):
             ids_of_row = [next(tokens) for _ in of_row]
-            truncated += sum(next(overflowing) for _ in of_row) > 0  # (of all texts)
+            truncated += sum(next(overflowing) for _ in of_row) > 0  # (in any text)
             example = {"input_ids": sum(ids_of_row, []), "lengths": [len(ids) for ids in ids_of_row]}
             examples.append(example | {"targets": torch.tensor(0) if alone else self.target(row)})
         self.report(split, examples, truncated, (text for of_row in texts for text in of_row))
@@ -259,31 +264,31 @@ class PairData(LabelledData):
         return examples
 
     def negatives(self, row: Row) -> list[str]:
-        """The hard negatives of a row, as many as of any other."""
+        """The hard negatives of a row; all rows get the same number."""
         column = str(self.columns.negatives)
         texts = row.entries(column) or [row.text(column)]
         if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
-            raise UserError(f"{row.where}: column {column!r} has no text, or an empty one: fix or remove the row")
+            raise UserError(f"{row.where}: column {column!r} has no texts, or an empty one: fix or remove the row")
         return [texts[i % len(texts)] for i in range(self.hard_negatives)]
 
     def target(self, row: Row) -> torch.Tensor:
-        """How alike the two texts of a row are, from 0 to 1, () float32; () int64 0 if there are no scores."""
+        """The similarity of the two texts of a row, from 0 to 1, () float32; 0, () int64, if there are no scores."""
         if self.columns.score is None:
             return torch.tensor(0)
         number = row.number(self.columns.score)
         if not self.min_score <= number <= self.max_score:
             raise UserError(
-                f"{row.where}: column {self.columns.score!r} has {number:g}, but must have a number from "
+                f"{row.where}: column {self.columns.score!r} is {number:g}, but must be a number from "
                 f"{self.min_score:g} (data.min_score) to {self.max_score:g} (data.max_score)"
             )
         return torch.tensor((number - self.min_score) / (self.max_score - self.min_score))
 
 
 def answers(examples: list[dict]) -> Judged:
-    """The search of rows themselves: to each text, its pair is to be found among those of all rows.
+    """A search that is made of pairs: the pair of each text must be found among the pairs of all rows.
 
-    Equal texts are one, which may have several correct answers. A document equal to the query is no answer, unless it
-    is the query's pair.
+    Equal texts count as one text, which may have several correct answers. A document that is equal to the query is not
+    an answer, unless it is the query's pair.
     """
     queries: dict[tuple, int] = {}
     documents: dict[tuple, int] = {}

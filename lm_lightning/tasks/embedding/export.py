@@ -1,4 +1,4 @@
-"""What a sentence encoder writes beside its exported network, so that sentence-transformers can load it."""
+"""Files that are added to an exported sentence encoder so that sentence-transformers can load it."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,12 +9,12 @@ from lm_lightning.tasks.embedding.modules import Pooling
 
 @dataclass
 class SentenceTransformersFiles(ExtraFiles):
-    """What sentence-transformers reads beside a network.
+    """The files that sentence-transformers reads in addition to those of a network.
 
     Args:
         pooling: How states are pooled.
-        size: Of an embedding.
-        max_length: Tokens of a text; longer ones are cut.
+        size: Size of an embedding.
+        max_length: Maximum number of tokens of a text; longer texts are truncated.
     """
 
     pooling: Pooling

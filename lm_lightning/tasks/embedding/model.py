@@ -1,4 +1,4 @@
-"""Sentence embeddings: pairs of texts in, embeddings out that are near where texts belong together or are alike."""
+"""Sentence embeddings: learns to embed texts that belong together, or that are similar, near each other."""
 
 import json
 import os
@@ -26,7 +26,7 @@ from lm_lightning.tasks.embedding.modules import Pooling
 
 
 class Seen(NamedTuple):
-    """Embeddings of an evaluation: of rows (B,), those of their first and second texts, (B, D) each."""
+    """Embeddings of an evaluation: `rows`, (B,), and the embeddings of their first and second texts, (B, D) each."""
 
     rows: Tensor
     first: Tensor
@@ -36,24 +36,26 @@ class Seen(NamedTuple):
 class SentenceEncoder(LanguageModule):
     """A network of `transformers` whose states are pooled into one embedding of length 1.
 
-    Where texts have pairs, each is to be nearer to its own pair than to all other candidates of its batch, by the cross
-    entropy of their cosines (van den Oord et al., 2018): the pairs of the other rows, and all hard negatives. Other
-    correct answers are no candidates. Where there are scores, the cosine is trained to equal the score.
+    If texts have pairs, the network learns that a text is nearer to its own pair than to all other candidates of the
+    batch (the pairs of the other rows, and all hard negatives), by the cross entropy of the cosine similarities (van
+    den Oord et al., 2018). Other correct answers are not candidates. If there are scores, it learns that the cosine
+    similarity equals the score.
 
-    A batch is what is embedded together: the `data.batch_size` rows of a micro-batch, of all processes with
-    `gather_across_devices`. More micro-batches in an optimizer step do not add candidates; for that, raise
-    `data.batch_size`, with `mini_batch_size` if memory does not suffice. The loss of an evaluation is that over the
-    candidates of the full split, so that it does not depend on the batches; it is higher than that of training, which
-    has fewer candidates.
+    A batch consists of the texts that are embedded together: the `data.batch_size` rows of a micro-batch; with
+    `gather_across_devices`, those of all processes. More micro-batches per optimizer step do not add candidates; to
+    get more, increase `data.batch_size`, with `mini_batch_size` if there is not enough memory. The loss of an
+    evaluation uses the candidates of the full split, so that it does not depend on the batches; it is higher than the
+    training loss, which has fewer candidates.
 
     Args:
-        pooling: `mean` of the tokens or the first one, `cls`. Default: that in the folder of `pretrained`, else mean.
-        scale: Factor of the cosines in the cross entropy, the inverse of its temperature.
-        gather_across_devices: Whether the candidates of all processes count, instead of those of one.
-        mini_batch_size: Texts that are embedded at once; their activations are computed again in the backward pass, one
-            chunk after the other, so that a batch of any size needs the memory of one (gradient caching, Gao et al.,
-            2021). Default: the full batch.
-        options: Those of all models, see `LanguageModule`.
+        pooling: `mean` of the tokens, or the first token, `cls`. Default: the setting in the folder of `pretrained`,
+            otherwise mean.
+        scale: Factor of the cosine similarities in the cross entropy, the inverse of its temperature.
+        gather_across_devices: Whether the candidates are those of all processes, instead of those of each process.
+        mini_batch_size: Number of texts that are embedded at once. Their activations are recomputed in the backward
+            pass, one mini-batch after the other, so that a batch of any size needs the memory of only one mini-batch
+            (gradient caching, Gao et al., 2021). Default: the full batch.
+        options: Options of all models, see `LanguageModule`.
     """
 
     auto_class = transformers.AutoModel
@@ -87,7 +89,7 @@ class SentenceEncoder(LanguageModule):
     def network_made(self) -> None:
         pooler = getattr(self.network, "pooler", None)
         if pooler is not None:
-            pooler.requires_grad_(False)  # nobody reads it
+            pooler.requires_grad_(False)  # its output is not used
         if self.pretrained is not None and not self.pooling_given:
             self.pooling = embedding.pooling_of(self.pretrained_folder()) or "mean"
 
@@ -103,7 +105,9 @@ class SentenceEncoder(LanguageModule):
         super().on_load_checkpoint(checkpoint)
         saved = checkpoint.get("pooling", self.pooling)
         if self.pooling_given and saved != self.pooling:
-            raise UserError(f"the checkpoint's pooling is {saved}, model.pooling {self.pooling}: omit it")
+            raise UserError(
+                f"model.pooling is {self.pooling}, but the checkpoint was made with {saved}: omit model.pooling"
+            )
         self.pooling = saved
 
     # Steps
@@ -113,10 +117,10 @@ class SentenceEncoder(LanguageModule):
         return embedding.pool(self.network(input_ids=ids, attention_mask=mask)[0], mask, self.pooling)
 
     def embed(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """The same, in chunks where gradients are wanted and `mini_batch_size` is set.
+        """The same, in mini-batches if gradients are required and `mini_batch_size` is set.
 
-        A checkpoint around a chunk is gradient caching: the backward pass has the loss's gradient of all embeddings
-        before it computes the first chunk again, with the random numbers of the first time.
+        Activation checkpointing of each mini-batch implements gradient caching: the backward pass has the gradient of
+        the loss for all embeddings before it recomputes the first mini-batch, with the same random numbers.
         """
         if self.mini_batch_size is None or not torch.is_grad_enabled():
             return self.pooled(ids, mask)
@@ -129,16 +133,16 @@ class SentenceEncoder(LanguageModule):
         return first, self.embed(batch["candidate_ids"], batch["candidate_mask"])
 
     def losses(self, batch: dict, first: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
-        """The sum of the losses of the rows that count, and how many these are."""
+        """The sum of the losses of rows with targets, and the number of these rows."""
         targets = batch["targets"]
-        with torch.autocast(self.device.type, enabled=False):  # a cosine needs more than the 8 bits of bf16
+        with torch.autocast(self.device.type, enabled=False):  # the 8 bits of bf16 are too few for cosine similarities
             if targets.is_floating_point():
                 counts = ~targets.isnan()
                 cosines = (first * candidates).sum(-1)
                 return ((cosines - targets.nan_to_num()).square() * counts).sum(), counts.sum()
             counts, offset, keys = targets != -100, 0, batch["candidate_keys"]
             roles = len(keys) // len(targets)
-            owners = torch.cat([batch["keys"], torch.zeros_like(keys[len(targets) :])])  # of pairs; 0 of negatives
+            owners = torch.cat([batch["keys"], torch.zeros_like(keys[len(targets) :])])  # 0 for negatives
             offered = counts.repeat(roles)
             if self.gather_across_devices and self.training and self.trainer.world_size > 1:
                 offset = self.global_rank * len(keys)
@@ -163,10 +167,10 @@ class SentenceEncoder(LanguageModule):
         if "candidate_ids" not in batch:  # a search
             alone = self.embed(batch["input_ids"], batch["attention_mask"])
             self.seen.append(Seen(rows, alone, alone))
-            self.val_loss.update(alone.new_zeros(()), alone.new_zeros(()))  # which makes no number of it
+            self.val_loss.update(alone.new_zeros(()), alone.new_zeros(()))  # no rows: a search has no loss
             return
         first, candidates = self.both(batch)
-        if batch["targets"].is_floating_point():  # else it is computed at the end, over all candidates
+        if batch["targets"].is_floating_point():  # otherwise it is computed at the end, over all candidates
             self.val_loss.update(*self.losses(batch, first, candidates))
         self.seen.append(Seen(rows, first, candidates[: len(rows)]))
 
@@ -188,7 +192,7 @@ class SentenceEncoder(LanguageModule):
         return modes | dict.fromkeys(names, "max")
 
     def metrics(self, loss: Tensor, split: str) -> dict[str, Tensor]:
-        """Adds how the cosines agree with the scores, or how well the correct answers are found."""
+        """Adds the correlation of cosine similarities and scores, or metrics of how well correct answers are found."""
         data, seen = self.trainer.datamodule, self.all_seen()
         if split in data.judged:
             found = ranking(seen, data.judged[split])
@@ -200,17 +204,17 @@ class SentenceEncoder(LanguageModule):
         return {"loss": loss} | correlations((seen.first * seen.second).sum(-1), scores.to(self.device))
 
     def loss_over_all(self, seen: Seen, examples: list[dict]) -> Tensor:
-        """The mean loss of rows, each compared with the pairs of all rows, () float32.
+        """The mean loss of the rows, each compared with the pairs of all rows, () float32.
 
-        As in a batch, equal texts are one candidate, and a text's other correct answers are none.
+        As in a batch, equal texts are one candidate, and the other correct answers of a text are not candidates.
 
         Args:
             seen: Embeddings of the rows that were evaluated.
             examples: The rows of the split.
         """
         texts, pairs = zip(*(map(tuple, split_texts(examples[row])[:2]) for row in seen.rows.tolist()))
-        numbers: dict[tuple, int] = {}  # of the candidates
-        places: list[int] = []  # of each candidate among the rows
+        numbers: dict[tuple, int] = {}  # number of each candidate
+        places: list[int] = []  # row number of each candidate
         answers: dict[tuple, set[int]] = {}
         for place, (text, pair) in enumerate(zip(texts, pairs)):
             if pair not in numbers:
@@ -231,7 +235,7 @@ class SentenceEncoder(LanguageModule):
     # Prediction
 
     def predict_step(self, batch: dict, batch_idx: int) -> list[dict]:
-        """For each row its `id`, the row's number, and its `text`; the embeddings go into the index at the end."""
+        """For each row: its number, `id`, and its `text`. The embeddings are written to the index at the end."""
         rows = torch.tensor(batch["id"], device=self.device)
         alone = self.embed(batch["input_ids"], batch["attention_mask"])
         self.seen.append(Seen(rows, alone, alone[:, :0]))
@@ -241,8 +245,8 @@ class SentenceEncoder(LanguageModule):
     def on_predict_epoch_end(self) -> None:
         """Writes `index/` in the run folder.
 
-        It has `embeddings.npy`, (rows, D) float32, in the order of the rows; `rows.jsonl` with their `id` and `text`;
-        `index.json`, which names the model; and, of a checkpoint, that model.
+        It contains `embeddings.npy`, (rows, D) float32, in the order of the rows; `rows.jsonl` with their `id` and
+        `text`; `index.json`, which names the model; and, if a checkpoint was used, its model.
         """
         seen, folder = self.all_seen(), Path(self.trainer.default_root_dir) / "index"
         of_checkpoint = self.trainer.ckpt_path is not None
@@ -263,23 +267,23 @@ class SentenceEncoder(LanguageModule):
             model, own = str(Path(model).resolve()), folder.resolve()
             evaluations = own.parents[1]
             if evaluations.name == "evaluations" and Path(model).is_relative_to(evaluations.parent):
-                model = Path(os.path.relpath(model, own)).as_posix()  # of the same run, which may be moved
+                model = Path(os.path.relpath(model, own)).as_posix()  # relative, as the run may be moved
         about = {"model": model, "pooling": self.pooling, "max_length": data.block_size}
         files.write_text(folder / "index.json", json.dumps(about, indent=2))
         print(f"index: {folder}, {len(seen.rows):,} rows")
 
 
 def candidates_of(texts: Tensor, own: Tensor, keys: Tensor, owners: Tensor, offered: Tensor) -> Tensor:
-    """Which candidates each text is compared with: its own pair, and all that are no other correct answers.
+    """Selects the candidates with which each text is compared: all except the text's other correct answers.
 
     Equal candidates count once.
 
     Args:
-        texts: Keys of the texts, (B,) int64: equal texts have equal ones.
-        own: Of each text, its pair's place among the candidates, (B,) int64.
+        texts: Keys of the texts, (B,) int64; equal texts have equal keys.
+        own: Index of each text's pair among the candidates, (B,) int64.
         keys: Keys of the candidates, (C,) int64.
-        owners: Key of the text that each candidate is the pair of, 0 if it is a hard negative, (C,) int64.
-        offered: Whether each candidate is of a row that counts, (C,) bool.
+        owners: Key of the text to which each candidate belongs as its pair; 0 for hard negatives, (C,) int64.
+        offered: Whether each candidate belongs to a row that is not padding, (C,) bool.
 
     Returns:
         (B, C) bool.
@@ -294,17 +298,17 @@ def candidates_of(texts: Tensor, own: Tensor, keys: Tensor, owners: Tensor, offe
 
 
 def ranking(seen: Seen, judged: Judged, most: int = 100) -> dict[str, Tensor]:
-    """How well correct answers are found among all documents, each a mean over the queries, () float32.
+    """Metrics of how well correct answers are found among all documents, each a mean over the queries, () float32.
 
     Args:
-        seen: Embeddings of all rows; rows that a limited evaluation has not seen are omitted.
+        seen: Embeddings of all rows; rows that a limited evaluation has not read are omitted.
         judged: The correct answers.
-        most: How far down the answers are looked at.
+        most: Number of best documents that are considered.
 
     Returns:
-        `ndcg_10`, the discounted gain of the first ten, as a part of the greatest possible one (Järvelin and
-        Kekäläinen, 2002; gains are not raised to powers, as in trec_eval); `mrr_10`, the inverse rank of the first
-        correct one, 0 beyond the tenth; `recall_100`, the share of the correct ones among the first hundred.
+        `ndcg_10`, the discounted cumulative gain of the first ten documents, divided by the maximum (Järvelin and
+        Kekäläinen, 2002; with linear gains, as in trec_eval); `mrr_10`, the inverse rank of the first correct answer, 0
+        if it is not among the first ten; `recall_100`, the fraction of the correct answers among the first hundred.
     """
     place = {row: i for i, row in enumerate(seen.rows.tolist())}
     documents = [row for row in judged.documents if row in place]
@@ -327,7 +331,7 @@ def ranking(seen: Seen, judged: Judged, most: int = 100) -> dict[str, Tensor]:
         for row, (_, _, own) in enumerate(part):
             if own >= 0:
                 cosines[row, own] = -torch.inf
-        # Equal texts have equal cosines, which padding changes in the last digits: their order is not to depend on it.
+        # Padding changes the last digits of the equal similarities of equal texts; their order must not depend on it.
         best = cosines.round(decimals=6).topk(min(most, len(documents))).indices.tolist()
         for (_, relevant, own), ranks in zip(part, best):
             gains = torch.tensor([0.0 if i == own else relevant.get(documents[i], 0.0) for i in ranks])

@@ -1,6 +1,6 @@
-"""Embeddings: texts in, vectors of length 1 out; the same for training, for an index and for a query to it.
+"""Embeds texts as vectors of length 1, in the same way for training, for an index and for a query.
 
-An embedding pools the last hidden states of a network over the tokens of a text, as set in the files that
+An embedding pools the last hidden states of a network over the tokens of a text, by the settings in the files that
 sentence-transformers adds to a model folder.
 """
 
@@ -21,12 +21,12 @@ Pooling = Literal["mean", "cls"]
 
 
 def pool(states: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
-    """Embeddings of length 1.
+    """Pools hidden states to embeddings of length 1.
 
     Args:
         states: Last hidden states, (B, T, D).
         mask: 1 for tokens, 0 for padding, which follows them, (B, T).
-        pooling: `mean` of the tokens, or the first one, `cls`.
+        pooling: `mean` of the tokens, or the first token, `cls`.
 
     Returns:
         (B, D) float32.
@@ -39,10 +39,10 @@ def pool(states: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
 
 
 def pooling_of(folder: str) -> Optional[Pooling]:
-    """How a model's states are pooled; None if its folder has no such setting.
+    """The pooling of a model; None if its folder has no such setting.
 
     Raises:
-        UserError: If it is a way that is not supported.
+        UserError: If the pooling is not supported.
     """
     file = Path(folder) / "1_Pooling" / "config.json"
     if not file.is_file():
@@ -54,7 +54,10 @@ def pooling_of(folder: str) -> Optional[Pooling]:
     kinds: dict[Any, Pooling] = {"mean_tokens": "mean", "cls_token": "cls", "mean": "mean", "cls": "cls"}
     modes = modes or [settings.get("pooling_mode")]
     if len(modes) != 1 or modes[0] not in kinds:
-        raise UserError(f"{file} pools by {', '.join(map(str, modes))}: give --model.pooling mean or cls instead")
+        raise UserError(
+            f"{file} has the pooling {', '.join(map(str, modes))}, which is not supported: give --model.pooling mean "
+            "or cls"
+        )
     return kinds[modes[0]]
 
 

@@ -1,4 +1,4 @@
-"""`search`: an index that `predict` has written and a query in, the nearest texts out."""
+"""`search`: finds the texts nearest to a query in an index that `predict` has written."""
 
 import contextlib
 import hashlib
@@ -16,8 +16,8 @@ from lm_lightning.errors import UserError
 if TYPE_CHECKING:
     import numpy as np
 
-LONGEST_ROW = 1 << 27  # bytes of a line of rows.jsonl, as of other files
-LONGEST_ABOUT = 1 << 20  # bytes of index.json
+LONGEST_ROW = 1 << 27  # maximum number of bytes of a line of rows.jsonl, as in other files
+LONGEST_ABOUT = 1 << 20  # maximum number of bytes of index.json
 AGAIN = "run `predict` again"
 
 
@@ -25,9 +25,9 @@ class About(NamedTuple):
     """The content of index.json.
 
     Attributes:
-        model: Of the embeddings: a folder relative to that of the index, another folder or a Hub name.
+        model: The model of the embeddings: a folder relative to the folder of the index, another folder or a Hub name.
         pooling: `mean` or `cls`.
-        max_length: Tokens of a text; longer ones were cut.
+        max_length: Maximum number of tokens of a text; longer texts were truncated.
     """
 
     model: str
@@ -46,12 +46,12 @@ def search(
     """Prints the texts of an index that are nearest to a query, nearest first: cosine similarity, id and text.
 
     Args:
-        index: Run folder of a SentenceEncoder (its newest index is searched), a folder in its `evaluations/`, or the
-            `index/` folder in that.
+        index: Run folder of a SentenceEncoder (its newest index is searched), a folder in its `evaluations/`, or an
+            `index/` folder.
         query: Text to search for.
         top: Number of texts to print.
-        approximate: Search a graph of neighbors (HNSW), which is built the first time, instead of all rows: faster in
-            an index of millions of texts, but may miss some. Needs `pip install -e ".[search]"`.
+        approximate: Search a graph of neighbors (HNSW), which is built at the first search, instead of all rows. This
+            is faster for millions of texts, but may miss some. Needs `pip install -e ".[search]"`.
         model: Run folder, `from_pretrained` folder or Hub name of the model that computed the embeddings. Default: the
             one in the index or in its run folder. An index that names any other model needs this option.
         cache_dir: Folder for the graph. A graph is never loaded from the index itself.
@@ -59,18 +59,19 @@ def search(
     if top < 1:
         raise UserError(f"top is {top}, but must be 1 or more")
     if not query.strip():
-        raise UserError("the query is empty: say what to look for")
+        raise UserError("the query is empty: give the text to search for")
     folder = index_folder(index)
     about = read_about(folder)
     source = model_of(folder, about, model)
     embeddings = read_embeddings(folder)
-    import numpy as np  # (here, so that a wrong path needs no wait for the imports)
+    import numpy as np  # (here, so that a wrong path is reported without waiting for the import)
 
     neighbours = graph(folder, embeddings, Path(cache_dir).expanduser()) if approximate else None
     vector = embedded(query, source, about)
     if vector.shape != embeddings.shape[1:]:
         raise UserError(
-            f"{source} gives embeddings of {vector.size} numbers, the index {folder} has {embeddings.shape[1]}: {AGAIN}"
+            f"embeddings of {source} have size {vector.size}, but those of the index {folder} have size "
+            f"{embeddings.shape[1]}: {AGAIN}"
         )
     if neighbours is not None:
         best = neighbours.search(vector, top).keys.tolist()
@@ -89,15 +90,15 @@ def index_folder(index: str) -> Path:
     """The folder of an index.
 
     Raises:
-        UserError: If there is none.
+        UserError: If there is no index.
     """
     given = Path(index).expanduser()
     for folder in (given, given / "index", *sorted(given.glob("evaluations/*/index"), reverse=True)):
         if (folder / "index.json").is_file():
             return folder
     raise UserError(
-        f"{index} has no index: make one with `python -m lm_lightning predict {index}`, if it is the run of a "
-        "SentenceEncoder"
+        f"{index} has no index: if it is the run of a SentenceEncoder, create one with "
+        f"`python -m lm_lightning predict {index}`"
     )
 
 
@@ -126,20 +127,20 @@ def read_about(folder: Path) -> About:
 
 
 def shown(value: Any) -> str:
-    """A value of a file for a message: short, without control characters."""
+    """A value in a file for a message: shortened, and without control characters."""
     return printable(ascii(value)[:100])
 
 
 def model_of(folder: Path, about: About, given: Optional[str]) -> str:
-    """What the query's model is loaded from.
+    """The folder or name from which the model for the query is loaded.
 
     Args:
-        folder: Of the index.
+        folder: Folder of the index.
         about: The content of its index.json.
-        given: What the user has named.
+        given: The model that the user has given, if any.
 
     Raises:
-        UserError: If the index names a model outside of its own folder and of its run's, and the user has named none.
+        UserError: If the index names a model outside of its folder and its run, and the user has not given a model.
     """
     if given is not None:
         return runs.pretrained_name(given)
@@ -150,12 +151,12 @@ def model_of(folder: Path, about: About, given: Optional[str]) -> str:
     try:
         found = (own / about.model).resolve()
         inside = found.is_dir() and found != root and found.is_relative_to(root)
-    except (OSError, ValueError, RuntimeError):  # of names that are none
+    except (OSError, ValueError, RuntimeError):  # raised for invalid paths
         inside = False
     if not inside:
         raise UserError(
-            f"the index {folder} is of the model {printable(about.model)[:300]}, which is not in its folder or in that "
-            "of its run: name the model with --model, if you trust it"
+            f"the index {folder} names the model {printable(about.model)[:300]}, which is neither in its folder nor in "
+            "its run: if you trust this model, give it with --model"
         )
     return str(found)
 
@@ -164,7 +165,7 @@ def read_embeddings(folder: Path) -> "np.ndarray":
     """The embeddings of an index, (rows, D) float32, which stay on disk until they are used.
 
     Raises:
-        UserError: If they are damaged or none.
+        UserError: If they are damaged or missing.
     """
     import numpy as np
 
@@ -173,19 +174,19 @@ def read_embeddings(folder: Path) -> "np.ndarray":
         raise UserError(f"the index {folder} has no file embeddings.npy: {AGAIN}")
     try:
         found = np.lib.format.open_memmap(file, mode="r")
-    except Exception as error:  # of damaged files, numpy raises anything
+    except Exception as error:  # numpy raises any type of error for damaged files
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{file} is damaged ({printable(reason)}): {AGAIN}") from error
     if found.dtype != np.float32 or found.ndim != 2 or 0 in found.shape:
         raise UserError(
-            f"{file} has {shown(str(found.dtype))} numbers of the shape {shown(found.shape)}, but must have float32 "
-            f"ones, a row of them for each text: {AGAIN}"
+            f"{file} has dtype {shown(str(found.dtype))} and shape {shown(found.shape)}, but must have dtype float32 "
+            f"and a row for each text: {AGAIN}"
         )
     return found
 
 
 def refuse_infinite(values: "np.ndarray", folder: Path) -> None:
-    """Refuses an index whose embeddings have no cosines."""
+    """Refuses an index whose embeddings are not finite."""
     import numpy as np
 
     if not np.isfinite(values).all():
@@ -193,15 +194,15 @@ def refuse_infinite(values: "np.ndarray", folder: Path) -> None:
 
 
 def read_rows(folder: Path, wanted: set[int], number: int) -> dict[int, dict[str, Any]]:
-    """Some rows of an index, by their numbers; the others are passed over, and not kept in memory.
+    """Reads some rows of an index; the others are skipped, and not kept in memory.
 
     Args:
-        folder: Of the index.
-        wanted: Numbers of rows.
-        number: How many rows there must be.
+        folder: Folder of the index.
+        wanted: Numbers of the rows to read.
+        number: Number of rows that the index must have.
 
     Raises:
-        UserError: If there are others than those, or a wanted one is damaged; names the line.
+        UserError: If the number of rows is wrong, or a row is damaged; names the line.
     """
     file = folder / "rows.jsonl"
     if not file.is_file():
@@ -210,7 +211,7 @@ def read_rows(folder: Path, wanted: set[int], number: int) -> dict[int, dict[str
     with open(file, "rb") as stream:
         while line := stream.readline(LONGEST_ROW):
             if len(line) == LONGEST_ROW:
-                raise UserError(f"{file}:{count + 1}: a line of more than {LONGEST_ROW:,} bytes: {AGAIN}")
+                raise UserError(f"{file}:{count + 1}: the line has more than {LONGEST_ROW:,} bytes: {AGAIN}")
             if count in wanted:
                 try:
                     row = json.loads(line)
@@ -222,7 +223,7 @@ def read_rows(folder: Path, wanted: set[int], number: int) -> dict[int, dict[str
                 rows[count] = row
             count += 1
     if count != number:
-        raise UserError(f"{folder} has {number:,} embeddings of {count:,} texts: {AGAIN}")
+        raise UserError(f"{folder} has {number:,} embeddings but {count:,} texts: {AGAIN}")
     return rows
 
 
@@ -241,24 +242,24 @@ def embedded(query: str, model: str, about: About) -> "np.ndarray":
     least, most = tokenizer.num_special_tokens_to_add() + 1, positions(network) or 1 << 20
     if not least <= about.max_length <= most:
         raise UserError(
-            f"the index has texts of up to {about.max_length:,} tokens, but {model} is for {least} to {most:,}: {AGAIN}"
+            f"the index has a max_length of {about.max_length:,}, but {model} allows {least} to {most:,}: {AGAIN}"
         )
     try:
         return embed(network, tokenizer, [query], about.pooling, about.max_length)[0].numpy()
-    except Exception as error:  # of a config that does not fit its weights or tokenizer
+    except Exception as error:  # raised if a config does not match its weights or tokenizer
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{model} cannot embed a text ({printable(reason)}): {AGAIN}") from error
 
 
 def graph(folder: Path, embeddings: "np.ndarray", cache: Path) -> Any:
-    """The graph of neighbours of an index, from the user's cache, where it is made for these embeddings.
+    """The graph of neighbors of an index, from the user's cache, where it is created if necessary.
 
-    It is of usearch's own format, whose reader does not expect hostile files, so that none of an index is read.
+    A graph inside of an index is never loaded, as usearch does not protect its reader against malicious files.
     """
     try:
         from usearch.index import Index
     except ImportError as error:
-        raise UserError('--approximate needs usearch: pip install -e ".[search]", or leave it out') from error
+        raise UserError('--approximate needs usearch: pip install -e ".[search]", or omit the option') from error
 
     import numpy as np
 
@@ -270,7 +271,7 @@ def graph(folder: Path, embeddings: "np.ndarray", cache: Path) -> Any:
     )
     place = cache / "graphs" / f"{path}-{content}.usearch"
     if place.is_file():
-        with contextlib.suppress(Exception):  # it is damaged, so it is made again
+        with contextlib.suppress(Exception):  # if it is damaged, it is created again
             if (kept := Index.restore(str(place), view=True)) is not None and len(kept) == len(embeddings):
                 return kept
     for start in range(0, len(embeddings), 1 << 16):
@@ -285,7 +286,7 @@ def graph(folder: Path, embeddings: "np.ndarray", cache: Path) -> Any:
         made.save(str(partial))
         files.put(partial, place)
     except (OSError, RuntimeError) as error:
-        print(f"the graph cannot be kept in {cache}, so it will be made again: {error}", file=sys.stderr)
+        print(f"the graph cannot be saved in {cache}, so each search creates it again: {error}", file=sys.stderr)
     return made
 
 

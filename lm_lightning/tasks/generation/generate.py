@@ -1,4 +1,4 @@
-"""`generate`: prompts in, text out."""
+"""`generate`: continues prompts with a causal language model."""
 
 import json
 import sys
@@ -38,9 +38,9 @@ def generate(
 
     Args:
         model: Run folder, `from_pretrained` folder or Hub name.
-        prompt: Text to continue; the output appears as it is generated. Default: start a new document.
-        prompts_file: File with one prompt per line, instead of `prompt`. Prints one line of JSON per prompt; the
-            batch size does not change the answers.
+        prompt: Text to continue; the output is printed as it is generated. Default: start a new document.
+        prompts_file: File with one prompt per line, instead of `prompt`. One line of JSON is printed per prompt; the
+            batch size does not affect the output.
         chat: Chat in the terminal; an empty line ends it.
         max_new_tokens: Maximum number of generated tokens.
         greedy: Always choose the most probable token instead of sampling.
@@ -49,14 +49,14 @@ def generate(
         top_p: Sample from the smallest set of most probable tokens whose probabilities add up to this value.
         seed: The same seed and prompt give the same text.
         batch_size: Number of prompts of `prompts_file` that are processed at once.
-        device: `cpu`, `cuda`, `mps`, ...; `auto` chooses the fastest.
+        device: Device on which the model runs: `cpu`, `cuda`, `mps`, ...; `auto` chooses the fastest.
     """
     if (prompt != "") + (prompts_file is not None) + chat > 1:
         raise UserError("give only one of --prompt, --prompts_file and --chat")
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}, but must be 1 or more")
     prompts = read_prompts(prompts_file) if prompts_file is not None else {}
-    network, tokenizer = load(model, device)  # first, so that a wrong path needs no wait for the imports
+    network, tokenizer = load(model, device)  # first, so that a wrong path is reported without waiting for the imports
 
     from lm_lightning.tasks.generation.generation import Sampling, inherited
 
@@ -76,7 +76,7 @@ def generate(
 
 
 def read_prompts(path: str) -> dict[str, str]:
-    """The lines of a file, of which none may be empty, by `path:number`."""
+    """The lines of a file, by `path:number`; none may be empty."""
     try:
         data = Path(path).read_bytes()
         prompts = data.decode("utf-8-sig").removesuffix("\n").split("\n")
@@ -89,7 +89,7 @@ def read_prompts(path: str) -> dict[str, str]:
         ) from error
     for number, prompt in enumerate(prompts, 1):
         if not prompt.strip():
-            raise UserError(f"{path}:{number}: the prompt is empty")
+            raise UserError(f"{path}:{number}: the prompt is empty: remove the line")
     return {f"{path}:{number}": prompt.removesuffix("\r") for number, prompt in enumerate(prompts, 1)}
 
 
@@ -104,31 +104,31 @@ def load(model: str, device: str) -> "tuple[PreTrainedModel, PreTrainedTokenizer
     network = hub.load(transformers.AutoModelForCausalLM, folder)
     named = network.config.architectures
     name = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else ""
-    trained_as: Any = getattr(transformers, name, None)  # a class of the model's own code is none of transformers
+    trained_as: Any = getattr(transformers, name, None)  # a class in the model's own code is not in transformers
     is_network = isinstance(trained_as, type) and issubclass(trained_as, transformers.PreTrainedModel)
-    if is_network and not trained_as.can_generate():  # whose head may be tied, so that nothing is missing
-        raise UserError(f"{model} is a {trained_as.__name__}, which was not trained to continue texts: give a GPT")
+    if is_network and not trained_as.can_generate():  # loading may succeed, if the head shares the embedding's weights
+        raise UserError(f"{model} is a {trained_as.__name__}, which cannot generate text: give a causal language model")
     if device == "auto":
         import torch
 
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         device = accelerator.type if accelerator is not None else "cpu"
-    network.config.pad_token_id = None  # padding comes with a mask; told of its token, transformers would look for it
+    network.config.pad_token_id = None  # there is a mask, so transformers need not search for padding tokens
     try:
         network.to(device)
     except (RuntimeError, AssertionError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"--device {device} cannot be used here ({reason}): take cpu or auto") from error
+        raise UserError(f"--device {device} cannot be used on this machine ({reason}): use cpu or auto") from error
     return network, tokenizers.load(folder)
 
 
 def say(text: str) -> None:
-    """Prints a message beside the generated text."""
+    """Prints a message that is not part of the generated text."""
     print(f"[{printable(text)}]", file=sys.stderr)
 
 
 def show(text: str) -> None:
-    """Prints generated text: on a terminal without control characters, elsewhere as it is."""
+    """Prints generated text; control characters are escaped if the output is a terminal."""
     print(printable(text) if sys.stdout.isatty() else text, end="", flush=True)
 
 
@@ -139,7 +139,7 @@ def stream(
     max_new_tokens: int,
     sampling: "Sampling",
 ) -> str:
-    """Prints an answer as it comes and returns it."""
+    """Prints the generated text as it is generated, and returns it."""
     from lm_lightning.tasks.generation.generation import generate
 
     (text,) = generate(
@@ -162,16 +162,16 @@ def answer(
     Args:
         network: A causal network.
         tokenizer: Its tokenizer.
-        prompts: By their names, for messages.
-        batch_size: How many are answered at once.
-        max_new_tokens: Tokens of an answer, at most.
+        prompts: Prompts by their names, which are used in messages.
+        batch_size: Number of prompts that are processed at once.
+        max_new_tokens: Maximum number of generated tokens.
         sampling: How tokens are chosen.
     """
     from lm_lightning.tasks.generation.generation import check, generate, prompt_ids, room
 
     check(list(prompts), max_new_tokens, sampling)
     rows = [(name, prompt, prompt_ids(tokenizer, prompt)) for name, prompt in prompts.items()]
-    for name, _, ids in rows:  # before the first is answered
+    for name, _, ids in rows:  # all prompts, before text is generated for the first
         room(network, ids, max_new_tokens, name)
     for start in range(0, len(rows), batch_size):
         names, texts, tokens = map(list, zip(*rows[start : start + batch_size]))
@@ -183,11 +183,11 @@ def answer(
 def talk(
     network: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast", max_new_tokens: int, sampling: "Sampling"
 ) -> None:
-    """Answers the user's lines, each with the dialogue so far as its context, until an empty one."""
+    """Answers each line of the user, with the dialogue so far as context, until an empty line."""
     from lm_lightning.tasks.generation.generation import chat_ids, context_limit, prompt_ids
 
     if tokenizer.chat_template is None:
-        say("this model has no chat template: it sees your turns and its own as lines of one text")
+        say("this model has no chat template: the dialogue is passed to it as lines of plain text")
 
     def tokens(turns: list[dict]) -> list[int]:
         if tokenizer.chat_template is None:
@@ -210,11 +210,11 @@ def talk(
         while len(tokens(turns)) + min(max_new_tokens, limit // 2) > limit and len(turns) > 2:
             turns, dropped = turns[2:], dropped + 2
         if len(tokens(turns)) >= limit:
-            say(f"this is too long: the context holds {limit:.0f} tokens")
+            say(f"your input is too long: the maximum context length is {limit:.0f} tokens")
             turns.pop()
             continue
         if dropped:
-            say(f"the context is full: the oldest {dropped} turns are forgotten")
+            say(f"the context is full: the oldest {dropped} turns are dropped")
         turns.append(
             {"role": "assistant", "content": stream(network, tokenizer, tokens(turns), max_new_tokens, sampling)}
         )

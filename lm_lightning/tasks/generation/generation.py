@@ -1,4 +1,4 @@
-"""Generation: prompts in, continuations out, the same alone as in a batch."""
+"""Generation: continues prompts, so that the text does not depend on the other prompts of a batch."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -36,11 +36,11 @@ class Sampling:
     """How the next token is chosen.
 
     Args:
-        greedy: Always the most probable token; the other settings but the seed then do nothing.
-        temperature: Divides the logits: under 1 sharpens, over 1 flattens the distribution.
-        top_k: Only the so many most probable tokens; 0 for all.
-        top_p: Only the most probable tokens that together have this probability; 1 for all.
-        seed: The same seed and prompt give the same text, whatever other prompts are beside it.
+        greedy: Whether to always choose the most probable token; the other settings then have no effect.
+        temperature: Divisor of the logits: values below 1 sharpen the distribution, values above 1 flatten it.
+        top_k: Number of most probable tokens from which to sample; 0 for all.
+        top_p: Sample from the smallest set of most probable tokens whose probabilities add up to this value; 1 for all.
+        seed: The same seed and prompt give the same text, whatever the other prompts of the batch are.
     """
 
     greedy: bool = False
@@ -50,7 +50,7 @@ class Sampling:
     seed: int = 0
 
     def processors(self, prompts: list[list[int]]) -> LogitsProcessorList:
-        """The chain that turns a row of logits for each prompt into scores whose maximum is the next token."""
+        """The processors that convert a row of logits for each prompt to scores whose maximum is the next token."""
         if self.greedy:
             return LogitsProcessorList()
         chain: list[LogitsProcessor] = [TemperatureLogitsWarper(float(self.temperature))]
@@ -64,8 +64,8 @@ class Sampling:
 class GumbelNoise(LogitsProcessor):
     """Adds Gumbel noise, so that the maximum is a sample of the softmax (Gumbel, 1954).
 
-    Each row has a random generator of its own, seeded with its prompt, too, so that a prompt's text does not depend on
-    the other prompts of its batch.
+    Each row has its own random generator, whose seed also depends on the prompt, so that the text does not depend on
+    the other prompts of the batch.
     """
 
     def __init__(self, seed: int, prompts: list[list[int]]) -> None:
@@ -78,7 +78,7 @@ class GumbelNoise(LogitsProcessor):
 
 
 class ForbidPadding(LogitsProcessor):
-    """Forbids the rows of the vocabulary that are no tokens."""
+    """Forbids ids that are not tokens, which a network has if its vocabulary is padded."""
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
@@ -89,37 +89,38 @@ class ForbidPadding(LogitsProcessor):
 
 
 def prompt_ids(tokenizer: "PreTrainedTokenizerFast", prompt: str) -> list[int]:
-    """The tokens of a prompt as a document of the training data would begin; an empty one begins a new document.
+    """Tokenizes a prompt like the beginning of a training document; an empty prompt begins a new document.
 
     The string of a special token in a prompt is plain text, as in training data.
 
     Raises:
-        UserError: If the prompt has characters that no text can have.
+        UserError: If the prompt has invalid characters.
     """
     prefix, suffix = document_ids(tokenizer)
     if not prompt:
-        return prefix or suffix  # documents without a mark at their beginning follow the mark at the end of another
+        return prefix or suffix  # without a token at their beginning, documents follow the end token of another
     try:
         prompt.encode()
     except UnicodeEncodeError as error:  # bytes of the command line that are not UTF-8
-        raise UserError(f"the prompt has a character that is not valid Unicode at place {error.start + 1}") from error
+        raise UserError(f"character {error.start + 1} of the prompt is not valid Unicode: remove it") from error
     return prefix + tokenizer(prompt, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
 def chat_ids(tokenizer: "PreTrainedTokenizerFast", turns: list[dict[str, str]]) -> list[int]:
-    """The tokens of a dialogue in the chat template, up to where the model's next turn begins.
+    """Tokenizes a dialogue with the chat template, up to the beginning of the model's next turn.
 
-    Only the template's special tokens are special: their strings within a turn are plain text, so that nobody can end
-    their own turn or write one in the name of the system.
+    Only special tokens of the template are special: their strings within a turn are plain text, so that a user cannot
+    end a turn or write one as the system.
 
     Args:
-        tokenizer: With a chat template.
-        turns: `role` and `content` of each.
+        tokenizer: A tokenizer with a chat template.
+        turns: Turns with `role` and `content`.
     """
     special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     pattern = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)")
     text = "".join(turn["content"] for turn in turns)
-    # a character that is in no turn, put into the strings of special tokens to tell them from the template's
+    # A character that no turn contains. Inserted into strings of special tokens in turns, it distinguishes them from
+    # those of the template.
     mark = next(chr(code) for code in range(0xFDD0, 0xFDF0) if chr(code) not in text)
     marked = [
         {**turn, "content": pattern.sub(lambda match: match[0][0] + mark + match[0][1:], turn["content"])}
@@ -143,10 +144,10 @@ def chat_ids(tokenizer: "PreTrainedTokenizerFast", turns: list[dict[str, str]]) 
 
 
 def end_ids(network: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast") -> list[int]:
-    """The tokens that end an answer: that which ends a document, and those of the network's generation config.
+    """The tokens that end a text: the end token of documents, and those of the network's generation config.
 
-    Of the latter, only tokens that the tokenizer knows as no part of a text: the network may have been made for another
-    tokenizer.
+    Those of the generation config must be special tokens of the tokenizer, since the network may have been made for
+    another tokenizer.
     """
     own = getattr(network.generation_config, "eos_token_id", None)
     known = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
@@ -156,13 +157,13 @@ def end_ids(network: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast") ->
 
 
 def inherited(network: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast") -> str:
-    """What of the network's generation config counts here and what does not, in one line; empty if there is nothing."""
+    """A line about the settings of the network's generation config that are used or ignored; empty if it has none."""
     settings = network.generation_config.to_diff_dict()
     ignored = [f"{name} {value}" for name, value in settings.items() if not NO_DECODING.fullmatch(name)]
     ends = end_ids(network, tokenizer)
     parts = []
     if len(ends) > 1:
-        parts.append(f"answers end at {' or '.join(map(str, tokenizer.convert_ids_to_tokens(ends)))}")
+        parts.append(f"texts end at {' or '.join(map(str, tokenizer.convert_ids_to_tokens(ends)))}")
     if ignored:
         parts.append(f"ignored: {', '.join(ignored)}")
     return f"the model's generation_config: {'; '.join(parts)}" if parts else ""
@@ -170,9 +171,9 @@ def inherited(network: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast") 
 
 @contextmanager
 def plain_generation(network: "PreTrainedModel") -> Iterator[None]:
-    """Has `network.generate` follow its arguments alone.
+    """Makes `network.generate` use only its arguments.
 
-    `transformers` fills what they do not say from the network's generation config, such as a repetition penalty.
+    Otherwise `transformers` uses the network's generation config, such as a repetition penalty, for missing arguments.
     """
     own, network.generation_config = network.generation_config, GenerationConfig()
     try:
@@ -182,24 +183,24 @@ def plain_generation(network: "PreTrainedModel") -> Iterator[None]:
 
 
 class Continuation:
-    """Text of tokens as they come, of which each piece is final.
+    """Decodes tokens while they are generated, in pieces that do not change later.
 
-    Tokens are decoded together with those before them: many tokenizers drop the space before the first word of a text,
-    and a character may be spread over several tokens.
+    Tokens are decoded together with the tokens before them: many tokenizers drop the space before the first word of a
+    text, and a character may consist of several tokens.
 
     Args:
-        tokenizer: Decodes.
-        prompt: Tokens before the first.
+        tokenizer: The tokenizer.
+        prompt: Tokens before the generated ones.
     """
 
-    CONTEXT = 8  # tokens of the prompt
+    CONTEXT = 8  # number of tokens of the prompt that are decoded with the text
 
     def __init__(self, tokenizer: "PreTrainedTokenizerFast", prompt: list[int]) -> None:
         self.tokenizer, self.ids = tokenizer, prompt[-self.CONTEXT :]
-        self.done = len(self.ids)  # of them, these are in the text
+        self.done = len(self.ids)  # number of tokens that are already in the text
 
     def add(self, token: int) -> str:
-        """The text that is certain with another token; empty where a character is incomplete."""
+        """Adds a token and returns the text that is now final; empty while a character is incomplete."""
         self.ids.append(token)
         new = self.rest()
         if not new or new.endswith("\ufffd"):
@@ -208,22 +209,22 @@ class Continuation:
         return new
 
     def rest(self) -> str:
-        """The text of the tokens that are not in it yet."""
+        """The text of the tokens that have not been returned yet."""
         before, whole = self.decode(self.ids[: self.done]), self.decode(self.ids)
         return whole[len(before) :]
 
     def decode(self, ids: list[int]) -> str:
-        """The text without special tokens; without "clean up", which would change what is there already."""
+        """Decodes without special tokens, and without "clean up", which would change text that is already final."""
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 class Streamer(BaseStreamer):
-    """Writes an answer as it comes.
+    """Writes text while it is generated.
 
     Args:
-        continuation: Makes text of its tokens.
-        ends: Tokens that end it.
-        write: Gets the text in pieces.
+        continuation: Decodes the tokens.
+        ends: Tokens that end the text.
+        write: Called with each piece of the text.
     """
 
     def __init__(self, continuation: Continuation, ends: list[int], write: Callable[[str], None]) -> None:
@@ -254,26 +255,27 @@ def generate(
     notice: Callable[[str], None] = lambda text: None,
     names: Optional[Sequence[str]] = None,
 ) -> list[str]:
-    """Continues prompts until a token that ends the text or a number of tokens.
+    """Continues prompts until an end token or the maximum number of tokens.
 
-    Each gets the answer that it would get alone. Decoding settings of the network's generation config are ignored.
+    The text of a prompt does not depend on the other prompts. Decoding settings of the network's generation config are
+    ignored.
 
     Args:
-        network: A causal network; is left in evaluation mode.
+        network: A causal network; it is in evaluation mode afterwards.
         tokenizer: Its tokenizer.
         prompts: Token ids of each prompt; see `prompt_ids`.
-        max_new_tokens: Tokens of a continuation, at most.
+        max_new_tokens: Maximum number of tokens of a continuation.
         sampling: How tokens are chosen.
-        vocab_size: Rows of the network's vocabulary that are tokens. Default: all.
-        write: Gets the answer of a single prompt in pieces, as it comes.
-        notice: Is told when the network's context leaves fewer tokens than were asked for.
-        names: Of the prompts, for messages.
+        vocab_size: Number of ids of the network that are tokens. Default: all.
+        write: Called with each piece of the text while it is generated; only for a single prompt.
+        notice: Called with a message if the network's context is too short for `max_new_tokens`.
+        names: Names of the prompts, for messages.
 
     Returns:
-        The continuations, without prompt and special tokens.
+        The continuations, without prompts and special tokens.
 
     Raises:
-        UserError: A prompt that leaves no room in the network's context.
+        UserError: If a prompt is too long for the network's context.
     """
     check(prompts, max_new_tokens, sampling)
     names = names or [f"prompt {number}" for number in range(1, len(prompts) + 1)]
@@ -286,7 +288,7 @@ def generate(
             )
     ends = end_ids(network, tokenizer)
     texts = [""] * len(prompts)
-    # Of prompts near the end of the context, each length is a batch of its own, so that none shortens another's answer.
+    # Prompts that nearly fill the context are batched by length, so that long ones do not shorten the text of others.
     batches = {(new, 0 if new == max_new_tokens else len(prompt)) for new, prompt in zip(rooms, prompts)}
     for new, length in sorted(batches, reverse=True):
         rows = [i for i, prompt in enumerate(prompts) if rooms[i] == new and length in (0, len(prompt))]
@@ -307,11 +309,11 @@ def answers(
     vocab_size: Optional[int],
     streamer: Optional[Streamer],
 ) -> list[list[int]]:
-    """The tokens that a network gives after each prompt, without the end; see `generate`."""
+    """The tokens that a network generates after each prompt, without the end token; see `generate`."""
     longest = max(len(prompt) for prompt in prompts)
     input_ids = torch.full((len(prompts), longest), ends[0])
     attention_mask = torch.zeros_like(input_ids)
-    for i, prompt in enumerate(prompts):  # padding on the left, so that all prompts end where the new tokens begin
+    for i, prompt in enumerate(prompts):  # padding on the left, so that the new tokens directly follow all prompts
         input_ids[i, longest - len(prompt) :] = torch.tensor(prompt)
         attention_mask[i, longest - len(prompt) :] = 1
     processors = sampling.processors(prompts)
@@ -319,7 +321,7 @@ def answers(
         processors.insert(0, ForbidPadding(vocab_size))
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
-        do_sample=False,  # the choice is the maximum; the processors hold the chance
+        do_sample=False,  # the maximum is chosen; the processors add the randomness
         eos_token_id=ends,
         pad_token_id=ends[0],
     )
@@ -335,34 +337,34 @@ def answers(
 
 
 def room(network: "PreTrainedModel", prompt: list[int], max_new_tokens: int, name: str) -> int:
-    """How many tokens the network can write after a prompt, at most those that are asked for.
+    """Number of tokens that can be generated after a prompt, at most `max_new_tokens`.
 
     Args:
-        network: Has a context.
+        network: A causal network.
         prompt: Token ids.
-        max_new_tokens: How many are asked for.
-        name: Of the prompt, for messages.
+        max_new_tokens: Maximum number of tokens.
+        name: Name of the prompt, for messages.
 
     Raises:
-        UserError: If there is no room.
+        UserError: If the context has no room for new tokens.
     """
     limit = context_limit(network)
     if len(prompt) >= limit:
         raise UserError(
-            f"{name} has {len(prompt)} tokens, but this network's context holds {limit:.0f}, of which at least one "
-            "must be left for the answer: shorten it"
+            f"{name} has {len(prompt)} tokens, but the context length of the network is {limit:.0f}, and at least one "
+            "token must be left for new text: shorten it"
         )
     return int(min(max_new_tokens, limit - len(prompt)))
 
 
 def check(prompts: Sequence, max_new_tokens: int, sampling: Sampling) -> None:
-    """Refuses what cannot be generated."""
+    """Refuses invalid arguments."""
     for wrong, sentence in (
         (not prompts, "there is no prompt: give at least one, which may be empty"),
         (max_new_tokens < 1, f"max_new_tokens is {max_new_tokens}, but must be 1 or more"),
         (
             sampling.temperature <= 0 and not sampling.greedy,
-            f"the temperature is {sampling.temperature}, but must be above 0; for no randomness use greedy",
+            f"temperature is {sampling.temperature}, but must be above 0: for deterministic text, use greedy",
         ),
         (sampling.top_k < 0, f"top_k is {sampling.top_k}, but must be 1 or more, or 0 for all tokens"),
         (not 0 < sampling.top_p <= 1, f"top_p is {sampling.top_p}, but must be above 0 and at most 1"),
@@ -372,5 +374,5 @@ def check(prompts: Sequence, max_new_tokens: int, sampling: Sampling) -> None:
 
 
 def context_limit(network: "PreTrainedModel") -> float:
-    """Tokens that the network has positions for; infinite if there is no limit."""
+    """Maximum context length of the network; infinite if there is no limit."""
     return positions(network) or float("inf")

@@ -1,4 +1,4 @@
-"""Samples: what the network writes, at each validation."""
+"""Samples: text that the network generates at each validation."""
 
 import copy
 import json
@@ -18,12 +18,12 @@ from lm_lightning.tasks.generation.generation import Sampling, check, generate, 
 class Samples(Callback):
     """Generates text after each validation, prints it and appends it to `samples.jsonl` in the run folder.
 
-    The same prompts and seed are used each time, so that the samples show the training and not chance.
+    The same prompts and seed are used each time, so that differences between samples are due to training, not chance.
 
     Args:
-        prompts: Beginnings to go on from; an empty one starts a new document.
-        max_new_tokens: Tokens of a sample, at most.
-        sampling: How tokens are drawn.
+        prompts: Texts to continue; an empty one starts a new document.
+        max_new_tokens: Maximum number of tokens of a sample.
+        sampling: How tokens are chosen.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Samples(Callback):
         prompts = [prompt_ids(tokenizer, prompt) for prompt in self.prompts]
         texts = generate(
             network, tokenizer, prompts, self.max_new_tokens, self.sampling, vocab_size=pl_module.vocab_size
-        )  # by all processes, since the network may be sharded over them
+        )  # all processes must call it, since the network may be sharded over them
         if not trainer.is_global_zero:
             return
         file = Path(trainer.default_root_dir) / "samples.jsonl"

@@ -1,8 +1,9 @@
-"""Data of BERT's pretraining: tokens of the shards in, blocks with hidden tokens out.
+"""Data of BERT's pretraining: cuts the tokens of the shards into blocks, and masks tokens.
 
-Without next sentences, documents, each with the special tokens that its tokenizer puts around a text, are one long row
-that is cut into full blocks: nothing is padded. With them, a block is `[CLS] A [SEP] B [SEP]` with segment ids, padded
-where the documents end. What is hidden is drawn from (seed, epoch, sample): anew in each epoch, the same in each run.
+Without next-sentence prediction, documents, with the special tokens that the tokenizer adds around a text, are
+concatenated and cut into full blocks without padding. With it, a block is `[CLS] A [SEP] B [SEP]` with segment ids, and
+padded if the documents are too short. The masked tokens depend on (seed, epoch, sample): they differ between epochs,
+but are the same in each run.
 """
 
 from collections.abc import Sequence
@@ -26,16 +27,16 @@ if TYPE_CHECKING:
 
 
 class MaskedBlocks(Dataset):
-    """Blocks of T tokens, at most K of which are predicted.
+    """Blocks of T tokens; at most K of them are predicted.
 
     Args:
         split: Tokens.
         block_size: T.
-        masker: Hides tokens.
-        seed: Seed of the order and of what is hidden; None for the split's own order and the same masks in every run.
+        masker: Masks tokens.
+        seed: Seed of the order and of the masks; None for the order of the split and the same masks in every run.
 
-    Items are dicts of `input_ids` (T,), `positions` (K,) of the targets and `targets` (K,), all int64, with -100 where
-    there is none, and `id`, an int.
+    Items are dicts of `input_ids` (T,), `positions` (K,) of the targets, and `targets` (K,), -100 for missing ones, all
+    int64; and `id`, an int.
     """
 
     def __init__(self, split: shards.Split, block_size: int, masker: Masker, seed: Optional[int]) -> None:
@@ -55,7 +56,7 @@ class MaskedBlocks(Dataset):
         seen, positions, targets = self.masker(
             self.split.tokens[rows].astype(np.int64), generator, self.split.words[rows]
         )
-        targets[positions < sample * self.block_size - start] = -100  # the last block overlaps with the one before
+        targets[positions < sample * self.block_size - start] = -100  # the last block overlaps the one before
         return {
             "input_ids": torch.from_numpy(seen),
             "positions": torch.from_numpy(positions),
@@ -65,18 +66,18 @@ class MaskedBlocks(Dataset):
 
 
 class MaskedPairs(Dataset):
-    """Sentence pairs of at most T tokens, at most K of which are predicted.
+    """Sentence pairs of at most T tokens; at most K of them are predicted.
 
     Args:
-        pairs: Gives the segments.
+        pairs: The pairs of segments.
         around: Ids of `[CLS]` and `[SEP]`.
         padding: Id of `[PAD]`.
         block_size: T.
-        masker: Hides tokens.
+        masker: Masks tokens.
         seed: As for `MaskedBlocks`.
 
     Items are those of `MaskedBlocks` with `token_type_ids` and `attention_mask`, both (T,) int64, and `next_sentence`,
-    () int64: 0 if B follows A, 1 if not, -100 if it does not count.
+    () int64: 0 if B follows A, 1 if not, -100 if it is ignored.
     """
 
     def __init__(
@@ -118,7 +119,7 @@ class MaskedPairs(Dataset):
 
 
 def drawn(position: int, size: int, seed: Optional[int]) -> tuple[int, np.random.Generator]:
-    """The sample at a position of the stream, and what decides its masks."""
+    """The sample at a position of the stream, and the random generator for its masks."""
     if seed is None:
         return position, np.random.default_rng([0, position])
     sample = int(samples_at(np.array([position]), size, seed)[0])
@@ -126,7 +127,7 @@ def drawn(position: int, size: int, seed: Optional[int]) -> tuple[int, np.random
 
 
 class Texts(Dataset):
-    """Texts that hold mask tokens, to be filled in.
+    """Texts with mask tokens to fill in.
 
     Items are dicts of `input_ids` and `attention_mask`, both (tokens,) int64, and `id`.
     """
@@ -136,18 +137,18 @@ class Texts(Dataset):
         self.rows = []
         unknown = unknown_id(tokenizer)
         for text in texts:
-            # here the mask token is meant, which in the texts of a corpus is text
+            # Here, the string of the mask token is that token; in a corpus it is plain text.
             ids = tokenizer(text, split_special_tokens=False)["input_ids"]
             if tokenizer.mask_token_id not in ids:
-                raise UserError(f"there is nothing to fill in, no {tokenizer.mask_token}, in the text {text!r}")
+                raise UserError(f"the text {text!r} has no {tokenizer.mask_token} to fill in: add one")
             if len(ids) > data.block_size:
                 raise UserError(
                     f"the text {text[:40]!r}... has {len(ids)} tokens, more than data.block_size {data.block_size}: "
-                    "shorten it or raise that"
+                    "shorten it or increase data.block_size"
                 )
             shown = len(ids) - sum(map(len, text_ids(tokenizer)))
             if data.trainer.is_global_zero and unknown in ids:
-                remedy = "use words that the model was trained on"
+                remedy = "use words with which the model was trained"
                 warn_of_unknown(
                     f"the text {text[:40]!r}", ids.count(unknown), shown, unknown_word(tokenizer, [text]), remedy
                 )
@@ -161,19 +162,20 @@ class Texts(Dataset):
 
 
 class MaskedData(PretrainingData):
-    """Blocks with hidden tokens for masked language modelling, with or without BERT's next-sentence pairs.
+    """Blocks with masked tokens for masked language modeling, with or without BERT's next-sentence prediction.
 
     Args:
-        corpus: Where the documents come from; by default the built-in corpus.
-        tokenizer: Which tokenizer turns them into tokens; by default one trained on the corpus.
-        masking: What is hidden.
-        next_sentence: Whether blocks are pairs of segments, whose second follows the first or does not.
-        language: Language of the rules by which next-sentence pairs split documents into sentences, such as `en`, `zh`.
-        block_size: Tokens of a block.
-        batch_size: Blocks in a micro-batch of one process.
-        texts: What `predict` fills in: texts with mask tokens, such as "The capital of [MASK] is Paris."
-        num_workers: Processes that load and mask batches ahead.
-        cache_dir: Folder that keeps trained tokenizers and tokenized corpora for the next run.
+        corpus: The documents. Default: the built-in corpus.
+        tokenizer: The tokenizer. Default: one that is trained on the corpus.
+        masking: Which tokens are masked.
+        next_sentence: Whether blocks are pairs of segments for next-sentence prediction: the second segment follows the
+            first one, or is from another document.
+        language: Language whose rules split documents into sentences for next-sentence prediction, such as `en`, `zh`.
+        block_size: Number of tokens of a block.
+        batch_size: Number of blocks per micro-batch and process.
+        texts: Texts with mask tokens that `predict` fills in, such as "The capital of [MASK] is Paris."
+        num_workers: Number of processes that load and mask batches in advance.
+        cache_dir: Folder in which trained tokenizers and tokenized corpora are cached.
     """
 
     def __init__(
@@ -193,20 +195,22 @@ class MaskedData(PretrainingData):
         self.masking, self.next_sentence, self.language = masking, next_sentence, language
         self.texts = [texts] if isinstance(texts, str) else list(texts)
         if next_sentence and masking.unit == "space":
-            raise UserError("data.masking.unit space does not go with data.next_sentence: take word, token or span")
+            raise UserError(
+                "data.masking.unit space cannot be combined with data.next_sentence: use word, token or span"
+            )
 
     def layout(self) -> shards.Layout:
         return shards.Layout("bert", self.language if self.next_sentence else None, self.masking.unit == "space")
 
     def prepare_corpus(self, show: Sequence[int] = ()) -> None:
-        """The same as for GPTs; samples are shown as they are before masking."""
+        """The same as for GPTs; samples are printed without masks."""
         self.check()
         prepared = shards.prepare(self.corpus, self.tokenizer_options, self.layout(), self.cache_dir)
         room = self.room(prepared.tokenizer)
         if not show:
             return inspection.print_counts(prepared, room, omitted=0, full=() if self.next_sentence else ("train",))
         if self.next_sentence:
-            print("a pair begins with this segment; the second one may be of any document, and is another each epoch")
+            print("a pair begins with this segment; the second one may be from any document, and changes each epoch")
         inspection.print_samples(prepared, room, show)
 
     def samples(self, split: str) -> MaskedBlocks | MaskedPairs:
@@ -218,19 +222,21 @@ class MaskedData(PretrainingData):
         return MaskedPairs(pairs, text_ids(self.tokenizer), self.tokenizer.pad_token_id, self.block_size, masker, seed)
 
     def room(self, tokenizer: "PreTrainedTokenizerFast") -> int:
-        """Tokens of the split that a block has room for."""
+        """Number of tokens that fit into a block, without special tokens."""
         if not self.next_sentence:
             return self.block_size
         before, after = text_ids(tokenizer)
         room = self.block_size - len(before) - 2 * len(after)
         if room < 2:
-            raise UserError(f"data.block_size {self.block_size} has no room for two segments: raise it")
+            raise UserError(f"data.block_size {self.block_size} is too small for two segments: increase it")
         return room
 
     def predict_dataloader(self) -> DataLoader:
-        """The texts to fill in, one a batch."""
+        """The texts to fill in, one per batch."""
         if not self.texts:
-            raise UserError(f'say what to fill in: --data.texts "The capital of {self.tokenizer.mask_token} is ..."')
+            raise UserError(
+                f'there is no text to fill in: give --data.texts "The capital of {self.tokenizer.mask_token} is ..."'
+            )
         return DataLoader(Texts(self.texts, self), batch_size=1, collate_fn=collate)
 
     def identity(self) -> dict:

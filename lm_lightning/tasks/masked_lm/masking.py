@@ -1,4 +1,4 @@
-"""Masking: a block of tokens in; the block with some of them masked, and the masked ones, out."""
+"""Masking: chooses the tokens of a block that are predicted, and masks them."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -14,17 +14,18 @@ if TYPE_CHECKING:
 
 @dataclass
 class Masking:
-    """What masked language modelling hides (Devlin et al., 2019, arXiv:1810.04805). Special tokens are never hidden.
+    """Which tokens are predicted in masked language modeling (Devlin et al., 2019, arXiv:1810.04805), and how they are
+    masked. Special tokens are never masked.
 
     Args:
-        rate: Share of a block's tokens to predict.
-        mask: Share of these that become the mask token.
-        random: Share of these that become a random token; the rest stays as it is.
-        unit: `token`: any tokens. `word`: all tokens of a word together; words are what the tokenizer marks as such
-            (WordPiece by `##`, byte-level and SentencePiece tokenizers by their space), Chinese characters are words.
-            `space`: the same, with words as white space separates them, for Chinese text that comes segmented.
-            `span`: runs of tokens (Joshi et al., 2020, arXiv:1907.10529).
-        mean_span: Mean length of a span, drawn from a geometric distribution, before it is limited to `max_span`.
+        rate: Fraction of the tokens of a block to predict.
+        mask: Fraction of the predicted tokens to replace by the mask token.
+        random: Fraction of the predicted tokens to replace by a random token; the rest is not changed.
+        unit: `token`: individual tokens. `word`: all tokens of a word together. Words are recognized by the marks of
+            the tokenizer (`##` of WordPiece, the space of byte-level and SentencePiece tokenizers); each Chinese
+            character is a word. `space`: the same, but words are separated by white space, for Chinese text that is
+            segmented into words. `span`: sequences of tokens (Joshi et al., 2020, arXiv:1907.10529).
+        mean_span: Mean of the geometric distribution of span lengths, before they are limited to `max_span`.
         max_span: Maximum length of a span.
     """
 
@@ -40,21 +41,23 @@ class Masker:
     """Masks blocks of one length for one tokenizer.
 
     Args:
-        masking: What to hide.
-        tokenizer: Must have a mask token, and mark words if `masking.unit` is `word`.
-        length: T, tokens of a block.
+        masking: Which tokens are masked.
+        tokenizer: A tokenizer with a mask token, which also marks words if `masking.unit` is `word`.
+        length: T, the number of tokens of a block.
 
     Attributes:
-        targets: K, maximum number of masked positions of a block: its share of the tokens, at least 1.
+        targets: K, the maximum number of masked positions of a block: `masking.rate` of its tokens, at least 1.
     """
 
     def __init__(self, masking: Masking, tokenizer: "PreTrainedTokenizerFast", length: int) -> None:
         if tokenizer.mask_token_id is None:
-            raise UserError("the tokenizer has no mask token: use one of a BERT-like model, or train one here")
+            raise UserError(
+                "the tokenizer has no mask token: use the tokenizer of a BERT-like model, or none to train one"
+            )
         if not 0 < masking.rate < 1 or min(masking.mask, masking.random) < 0 or masking.mask + masking.random > 1:
             raise UserError(
-                f"data.masking has rate {masking.rate}, mask {masking.mask} and random {masking.random}: these are "
-                "shares, and mask and random together are at most 1"
+                f"data.masking has rate {masking.rate}, mask {masking.mask} and random {masking.random}, but these "
+                "must be fractions, and mask and random together at most 1"
             )
         self.masking, self.mask_id = masking, tokenizer.mask_token_id
         self.targets = max(1, round(masking.rate * length))
@@ -70,12 +73,13 @@ class Masker:
 
         Args:
             ids: Token ids, (T,) int64.
-            generator: Decides what is hidden.
-            words: 1 where a word begins, (T,) uint8; read for unit `space`.
+            generator: Random generator that determines the masks.
+            words: 1 where a word begins, (T,) uint8; used for unit `space`.
 
         Returns:
-            The tokens that the network sees, (T,); the positions of the targets, (K,), ascending; and the
-            original tokens there, (K,). Fewer targets than K are padded with position 0 and target -100. All int64.
+            The input tokens of the network, (T,); the positions of the targets, (K,), ascending; and the original
+            tokens at these positions, (K,). If there are fewer than K targets, they are padded with position 0 and
+            target -100. All are int64.
         """
         free = np.flatnonzero(~self.special[ids])
         budget = min(max(1, round(self.masking.rate * len(free))), self.targets, len(free))
@@ -96,7 +100,7 @@ class Masker:
     def choose(
         self, ids: np.ndarray, free: np.ndarray, budget: int, generator: np.random.Generator, words: np.ndarray
     ) -> np.ndarray:
-        """`budget` of the positions `free`; by words as many as fit, but at least (the beginning of) one."""
+        """Chooses `budget` of the positions `free`; if by words, as many as fit, but at least (the start of) one."""
         if self.masking.unit == "token" or budget == 0:
             return generator.permutation(free)[:budget]
         if self.masking.unit == "span":
@@ -123,10 +127,10 @@ class Masker:
 
 
 def word_starts(tokenizer: "PreTrainedTokenizerFast") -> np.ndarray:
-    """Which tokens begin a word, by the marks of the tokenizer's kind: (vocabulary,) bool.
+    """Which tokens begin a word, by the marks of the tokenizer's type, (vocabulary,) bool.
 
     Raises:
-        UserError: A tokenizer that does not mark words.
+        UserError: If the tokenizer does not mark words.
     """
     result = np.ones(vocabulary(tokenizer), bool)
     tokens = tokenizer.get_vocab()

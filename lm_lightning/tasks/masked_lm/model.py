@@ -1,4 +1,4 @@
-"""BERT: masked language models, with or without next sentences."""
+"""BERT: masked language models, with or without next-sentence prediction."""
 
 from typing import Any, Optional
 
@@ -17,14 +17,15 @@ from lm_lightning.networks import headless
 class MaskedLM(LanguageModule):
     """Any masked language model of `transformers` (BERT, RoBERTa, ModernBERT, DistilBERT, ...).
 
-    Where the data has next-sentence pairs, the network is `BertForPreTraining` or another that has a head for them, and
-    its loss is the sum of the two means, as in BERT (Devlin et al., 2019, arXiv:1810.04805).
+    If the data has next-sentence pairs, the network is `BertForPreTraining` or another one with a head for
+    next-sentence prediction, and the loss is the sum of both mean losses, as in BERT (Devlin et al., 2019,
+    arXiv:1810.04805).
 
     Args:
-        unigram_start: Whether the bias of a new network's head starts at the logarithm of the tokens' frequencies, so
-            that it need not be learned. Without effect where the head has no bias.
-        top_k: How many tokens `predict` gives for each hidden one.
-        options: Those of all models, see `LanguageModule`.
+        unigram_start: Whether the bias of a new network's head is initialized to the logarithms of the tokens'
+            frequencies, so that they need not be learned. No effect if the head has no bias.
+        top_k: Number of most probable tokens that `predict` returns for each mask token.
+        options: Options of all models, see `LanguageModule`.
     """
 
     def __init__(self, unigram_start: bool = True, top_k: int = 5, **options: Any) -> None:
@@ -34,12 +35,12 @@ class MaskedLM(LanguageModule):
 
     @property
     def auto_class(self) -> type:  # type: ignore[override]
-        """What makes the network: with next sentences, that of the original pretraining."""
+        """The auto class that creates the network; with next-sentence pairs, the one for the original pretraining."""
         pairs = self.trainer.datamodule.next_sentence
         return transformers.AutoModelForPreTraining if pairs else transformers.AutoModelForMaskedLM
 
     def network_made(self) -> None:
-        # Padding has an attention mask. Networks that know its token search for it, too, for which a GPU has to wait.
+        # There is an attention mask. With a padding token, networks would also search for it, which synchronizes GPUs.
         self.network.config.pad_token_id = None
         self.has_linear_head = True
         self.has_linear_head = self.head_is_last()
@@ -50,7 +51,7 @@ class MaskedLM(LanguageModule):
 
     @torch.no_grad()
     def head_is_last(self) -> bool:
-        """Whether the loss can be computed from what goes into the head's last layer, tried on a few tokens."""
+        """Whether the loss can be computed from the inputs of the head's last layer; tested with a few tokens."""
         network = self.network.eval()
         tokens = torch.arange(8, device=network.device).unsqueeze(0)
         positions = torch.tensor([[1, 5]], device=network.device)
@@ -59,16 +60,16 @@ class MaskedLM(LanguageModule):
             output = self.outputs(batch | {"positions": positions})
             expected = prediction_logits(network(**batch))[:, positions[0]]
             return torch.allclose(network.get_output_embeddings()(prediction_logits(output)), expected, atol=1e-4)
-        except (AttributeError, TypeError, RuntimeError):  # another layout: its own forward is what we have
+        except (AttributeError, TypeError, RuntimeError):  # another architecture: its own forward is used
             return False
         finally:
             network.train()
 
     def outputs(self, batch: dict) -> Any:
-        """The network's outputs, where its prediction logits are for the targets only: (B, K, V).
+        """The outputs of the network, with prediction logits only for the targets, (B, K, V).
 
-        If `has_linear_head`, the inputs of the head's last layer take the place of the logits: (B, K, H). Otherwise the
-        logits are gathered from those of all tokens.
+        If `has_linear_head`, they have the inputs of the head's last layer, (B, K, H), instead of the logits.
+        Otherwise, the logits of the targets are gathered from the logits of all tokens.
         """
         names = ("input_ids", "attention_mask", "token_type_ids")
         inputs = {name: batch[name] for name in names if name in batch}
@@ -93,7 +94,7 @@ class MaskedLM(LanguageModule):
             hook.remove()
 
     def losses(self, batch: dict) -> dict[str, Tensor]:
-        """Sums over a batch: `masked` loss and its `tokens`; with pairs, `next` loss and its `pairs`, too."""
+        """Sums over a batch: `masked` loss and number of `tokens`; with pairs, `next` loss and number of `pairs`."""
         output, targets = self.outputs(batch), batch["targets"].flatten()
         head, hidden = self.network.get_output_embeddings(), prediction_logits(output).flatten(0, 1)
         sums = {"tokens": (targets != -100).sum()}
@@ -109,8 +110,8 @@ class MaskedLM(LanguageModule):
             logits = getattr(output, "seq_relationship_logits", None)
             if logits is None:
                 raise UserError(
-                    f"{type(self.network).__name__} has no head for next sentences: switch data.next_sentence off, or "
-                    "take model_type bert"
+                    f"{type(self.network).__name__} has no head for next-sentence prediction: set data.next_sentence "
+                    "to false, or use model_type bert"
                 )
             sums["next"], sums["pairs"] = cross_entropy(logits, labels), (labels != -100).sum()
             sums["next_right"] = (logits.argmax(-1) == labels).sum()
@@ -119,14 +120,14 @@ class MaskedLM(LanguageModule):
     def loss(self, batch: dict) -> tuple[Tensor, Tensor]:
         """The loss of a batch, summed over targets, and their number.
 
-        Batches have `input_ids`, `attention_mask` (and `token_type_ids`), (B, T) int64; `id`, B ints. `positions`,
-        (B, K) int64, are the places of hidden tokens; `targets`, (B, K) int64, these tokens, -100 where there are
-        fewer; with pairs of sentences, `next_sentence`, (B,) int64, is whether the second one follows.
+        Batches have `input_ids` and, with pairs, `attention_mask` and `token_type_ids`, (B, T) int64; `id`, B ints;
+        `positions`, (B, K) int64, the positions of the targets; `targets`, (B, K) int64, the original tokens, -100 for
+        missing ones; and, with pairs, `next_sentence`, (B,) int64, see `MaskedPairs`.
         """
         sums = self.losses(batch)
         if "next" not in sums:
             return sums["masked"], sums["tokens"]
-        # A pair weighs as much as the targets of a full block, so that the mean over targets is the sum of both means.
+        # A pair has the weight of the targets of a full block, so that the mean over targets is the sum of both means.
         return sums["masked"] + sums["next"] * batch["targets"].shape[1], sums["tokens"]
 
     def distillation_loss(self, batch: dict, teacher: Any, distiller: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -135,7 +136,7 @@ class MaskedLM(LanguageModule):
             other = teacher.outputs(batch)
         tokens, other_tokens = (prediction_logits(both).flatten(0, 1) for both in (output, other))
         loss, distillation = distiller.token_losses(self, tokens, teacher, other_tokens, targets)
-        if "next_sentence" in batch:  # weighs as in `loss`
+        if "next_sentence" in batch:  # weighted as in `loss`
             labels, size = batch["next_sentence"], batch["targets"].shape[1]
             logits = output.seq_relationship_logits
             pairs = distiller.divergence(logits, other.seq_relationship_logits).masked_fill(labels == -100, 0).sum()
@@ -158,7 +159,7 @@ class MaskedLM(LanguageModule):
         return modes
 
     def metrics(self, loss: Tensor, split: str) -> dict[str, Tensor]:
-        """Adds the perplexity and accuracy of the hidden tokens, and loss and accuracy of next sentences."""
+        """Adds perplexity and accuracy of the masked tokens, and loss and accuracy of next-sentence prediction."""
         result = {"loss": loss, "perplexity": loss.exp(), "accuracy": self.val_accuracy.compute()}
         self.val_accuracy.reset()
         if self.trainer.datamodule.next_sentence:
@@ -169,7 +170,7 @@ class MaskedLM(LanguageModule):
         return result
 
     def predict_step(self, batch: dict, batch_idx: int) -> list[dict]:
-        """Fills in one text: for each mask token the most probable tokens with their probabilities, and the text."""
+        """Fills in a text: the most probable tokens for each mask token with their probabilities, and the full text."""
         tokenizer = self.trainer.datamodule.tokenizer
         ids = batch["input_ids"][0]
         logits = prediction_logits(self.network(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]))
@@ -196,6 +197,6 @@ class MaskedLM(LanguageModule):
 
 
 def prediction_logits(output: Any) -> Tensor:
-    """The token logits of a network's outputs, which `BertForPreTraining` names in its own way."""
+    """The token logits in a network's outputs, for which `BertForPreTraining` has a different name."""
     logits = getattr(output, "prediction_logits", None)
     return output.logits if logits is None else logits

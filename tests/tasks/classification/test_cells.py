@@ -87,23 +87,31 @@ def test_lists_that_cannot_be_read_are_refused_with_their_row(tmp_path: Path, to
     if cell == "['a', 'b'":  # no list, whose parts are labels
         assert several(tmp_path, tokenizer, ["a", cell])[0] == ["'b'", "['a'", "a"]
         return
-    with pytest.raises(UserError, match=r"a.csv:3: column 'label' has .* looks like a list, but cannot be read"):
+    with pytest.raises(UserError, match=r"a.csv:3: column 'label' is .* looks like a list, but cannot be parsed"):
         several(tmp_path, tokenizer, ["a", cell, "b"])
 
 
 def test_lists_are_no_single_label(tmp_path: Path, tokenizer: Tokenizer):
     for name, value in (("a.csv", "['a', 'b']"), ("a.jsonl", ["a"]), ("b.jsonl", {"a": 1})):
         file = table(tmp_path / name, ["a", value, "b"])
-        with pytest.raises(UserError, match=rf"{name}:\d: column 'label' has .* no single label: give --data.kind"):
+        with pytest.raises(
+            UserError, match=rf"{name}:\d: column 'label' is .* must be a single label: give --data.kind"
+        ):
             made(ClassificationData(tables=Tables(file, file), tokenizer=tokenizer))
 
 
 @pytest.mark.parametrize(
     ("name", "labels", "names", "numbers", "told"),
     [
-        ("a.csv", ["neg", "neg ", " pos", "pos"], ["neg", "pos"], [0, 0, 1, 1], "train: space around 2 labels"),
-        ("a.jsonl", [1, 1.0, "1", 0, "0.0"], ["0", "1"], [1, 1, 1, 0, 0], "train: 2 labels are spelled in several"),
-        ("b.jsonl", [True, "true", "TRUE", False], ["False", "True"], [1, 1, 1, 0], "train: 2 labels are spelled"),
+        ("a.csv", ["neg", "neg ", " pos", "pos"], ["neg", "pos"], [0, 0, 1, 1], "train: white space around 2 labels"),
+        ("a.jsonl", [1, 1.0, "1", 0, "0.0"], ["0", "1"], [1, 1, 1, 0, 0], "train: 2 labels have several spellings"),
+        (
+            "b.jsonl",
+            [True, "true", "TRUE", False],
+            ["False", "True"],
+            [1, 1, 1, 0],
+            "train: 2 labels have several spellings",
+        ),
         ("c.jsonl", [1.0, 1.5, 2.0], ["1.0", "1.5", "2.0"], [0, 1, 2], ""),
         ("b.csv", ["2.0", "2.1", "1.10"], ["1.10", "2.0", "2.1"], [1, 2, 0], ""),
     ],
@@ -114,7 +122,7 @@ def test_spellings_of_a_label_are_one(tmp_path, tokenizer, name, labels, names, 
     assert data.labels == names
     assert [int(row["targets"]) for row in data.examples["train"].rows] == numbers
     out = capsys.readouterr().out
-    assert told in out and ("space around" in out) + ("spelled" in out) == bool(told)
+    assert told in out and ("space around" in out) + ("spellings" in out) == bool(told)
 
 
 def test_spellings_of_the_training_split_or_the_network_count(tmp_path: Path, tokenizer: Tokenizer, capsys):
@@ -122,7 +130,7 @@ def test_spellings_of_the_training_split_or_the_network_count(tmp_path: Path, to
     files = [table(tmp_path / "a.csv", ["1", "0"]), table(tmp_path / "b.csv", ["1.0", "0.0", "1.0"])]
     data = made(ClassificationData(tables=Tables(*files), tokenizer=tokenizer))
     assert [int(row["targets"]) for row in data.examples["validation"].rows] == [1, 0, 1]
-    assert "validation: 3 labels are spelled in several ways" in capsys.readouterr().out
+    assert "validation: 3 labels have several spellings" in capsys.readouterr().out
     data = made(ClassificationData(tables=Tables(*files), tokenizer=tokenizer), own=("1.0", "0.0"))
     assert data.labels == ["1.0", "0.0"] and [int(row["targets"]) for row in data.examples["train"].rows] == [0, 1]
 
@@ -153,7 +161,7 @@ def test_a_missing_label_is_refused(tmp_path: Path, tokenizer: Tokenizer, value:
 )
 def test_what_is_no_number_is_refused_with_its_row(tmp_path: Path, tokenizer: Tokenizer, value: object, reason: str):
     file = table(tmp_path / "a.jsonl", [1, value])
-    message = rf"a.jsonl:2: column 'label' has no number, but .*{reason}: fix"
+    message = rf"a.jsonl:2: column 'label' is .*, but must be a number{reason}: fix"
     with pytest.raises(UserError, match=message):
         made(ClassificationData(kind="regression", tables=Tables(file, file), tokenizer=tokenizer))
 

@@ -464,7 +464,7 @@ def test_a_network_of_other_labels_gets_a_new_head(fit, cli, recipe: Path):
     evaluated = cli("test", "--config", recipe, *flags)  # by the labels of the network, whatever the training rows have
     assert accuracy(evaluated) == accuracy(cli("test", run))
     flags = ("--model.network", "null", "--model.pretrained", two, "--data.tables.train", train)
-    with pytest.raises(UserError, match=r"the label 'mixed' is none of the evaluated network \(bad, good\)"):
+    with pytest.raises(UserError, match=r"the label 'mixed' is not one of the evaluated network \(bad, good\)"):
         cli("test", "--config", recipe, *flags)
 
 
@@ -504,10 +504,10 @@ def test_a_text_is_not_in_training_and_validation(tmp_path: Path):
     [
         (
             {"label": "strange"},
-            r"validation.jsonl:4: the label 'strange' is none of the training split \(bad, good, mixed\)",
+            r"validation.jsonl:4: the label 'strange' is not one of the training split \(bad, good, mixed\)",
         ),
         ({"label": None}, "validation.jsonl:4: the row has no label"),
-        ({"text": " "}, "validation.jsonl:4: column 'text' has no text"),
+        ({"text": " "}, "validation.jsonl:4: column 'text' is .* must be text"),
     ],
 )
 def test_mistakes_name_file_and_row(fit, recipe: Path, change: dict, reason: str):
@@ -521,9 +521,9 @@ def test_mistakes_name_file_and_row(fit, recipe: Path, change: dict, reason: str
 def test_wrong_columns_and_numbers_are_refused(fit):
     with pytest.raises(UserError, match="no column 'review'; the columns are text, other, label"):
         fit("--data.columns.text", "review")
-    with pytest.raises(UserError, match="train.jsonl:1: column 'label' has no number"):
+    with pytest.raises(UserError, match="train.jsonl:1: column 'label' is .* must be a number"):
         fit("--data.kind", "regression")
-    with pytest.raises(UserError, match="the train split has no rows: name files with --data.tables.train"):
+    with pytest.raises(UserError, match="the train split has no rows: give files with --data.tables.train"):
         fit("--data.tables.train", "[]")
     with pytest.raises(UserError, match="data.max_length is 512, but this network has positions for 64"):
         fit("--data.max_length", 512)
@@ -620,7 +620,7 @@ def test_an_equally_large_head_of_other_labels_is_replaced_and_trained(fit, cli,
     kept = load_file(Path(out.split("run folder: ")[1].splitlines()[0]) / "model" / "model.safetensors")
     assert all(torch.allclose(kept[name], base[name], atol=2e-4) for name in HEAD)
     measure = ("test", "--config", recipe, "--model.network", "null", "--model.pretrained", run)
-    with pytest.raises(UserError, match=r"the label 'news' is none of the evaluated network \(bad, good, mixed\)"):
+    with pytest.raises(UserError, match=r"the label 'news' is not one of the evaluated network \(bad, good, mixed\)"):
         cli(*measure, "--data.tables.test", recipe.parent / "train.jsonl")
 
 
@@ -638,7 +638,7 @@ def test_the_head_of_another_task_is_replaced(cli, recipe: Path, tmp_path: Path,
     assert "has a head of another task, not for the data's bad, good, mixed: it is replaced" in out
     folder = Path(out.split("run folder: ")[1].splitlines()[0])
     assert load_file(folder / "model" / "model.safetensors")[HEAD[0]].abs().max() < 1
-    with pytest.raises(UserError, match="has no head for the labels bad, good, mixed: fit it first"):
+    with pytest.raises(UserError, match="has no head for the labels bad, good, mixed: train it with `fit` first"):
         cli("test", *flags)
 
 

@@ -326,8 +326,13 @@ def test_search_with_known_answers(fit, cli, recipe: Path, beir: Path):
     run = fit("--data.retrieval.validation", beir / "qrels.tsv", *files(beir), "--best.monitor", "val/ndcg_10")
     test = ("--data.retrieval.test", beir / "qrels.tsv", *files(beir))
     out = cli("test", "--config", recipe, *test, "--ckpt_path", run / "checkpoints" / "best.ckpt")
-    assert "8 queries to 41 documents, 1 queries without a right answer, 1 answers to unknown queries" in out
-    assert "qrels.tsv:34), 1 right answers that are no documents, so never found (first: missing), 1 documents" in out
+    assert (
+        "8 queries to 41 documents, 1 queries without a correct answer are omitted, 1 answers to unknown queries" in out
+    )
+    assert (
+        "qrels.tsv:34), 1 correct answers are not in the corpus, so cannot be found (first: missing), 1 documents"
+        in out
+    )
     assert "1 rows have no text" in out
     texts = ((beir / f"{name}.jsonl").read_text().splitlines() for name in ("corpus", "queries"))
     corpus, queries = ([json.loads(line) for line in lines] for lines in texts)
@@ -403,10 +408,10 @@ def test_cranfield_is_scored_as_by_beir(ignore: bool):
         (
             "corpus.jsonl",
             '{"_id": "d5", "text": "again"}',
-            r"corpus.jsonl:42: the _id 'd5' is that of .*corpus.jsonl:6",
+            r"corpus.jsonl:42: .*corpus.jsonl:6 has the same _id, 'd5'",
         ),
-        ("queries.jsonl", '{"_id": 2, "text": "again"}', r"queries.jsonl:10: the _id 2 is that of .*queries.jsonl:3"),
-        ("qrels.tsv", "2\td15\t3", r"qrels.tsv:36: query 2 and document d15 have a score at .*qrels.tsv:11 already"),
+        ("queries.jsonl", '{"_id": 2, "text": "again"}', r"queries.jsonl:10: .*queries.jsonl:3 has the same _id, 2"),
+        ("qrels.tsv", "2\td15\t3", r"qrels.tsv:36: query 2 and document d15 already have a score at .*qrels.tsv:11"),
         ("qrels.tsv", "2\td35\tnan", "qrels.tsv:36: data.retrieval.validation needs the columns"),
     ],
 )
@@ -502,11 +507,11 @@ def test_export_tells_its_pooling_to_the_next_run(fit, cli, recipe: Path):
     test = ("test", "--config", recipe, "--ckpt_path", run / "checkpoints" / "best.ckpt")
     told = value(cli(*test, "--model.pooling", "cls"), "loss")
     assert value(cli(*test), "loss") == told
-    with pytest.raises(UserError, match="the checkpoint's pooling is cls, model.pooling mean"):
+    with pytest.raises(UserError, match="model.pooling is mean, but the checkpoint was made with cls"):
         cli(*test, "--model.pooling", "mean")
     file = run / "model" / "1_Pooling" / "config.json"
     file.write_text(json.dumps({"pooling_mode_max_tokens": True}))
-    with pytest.raises(UserError, match="pools by max_tokens: give --model.pooling"):
+    with pytest.raises(UserError, match="has the pooling max_tokens, .*: give --model.pooling"):
         fit("--name", "next", "--model.network", "null", "--model.pretrained", run)
 
 
@@ -532,7 +537,7 @@ def test_batches(tokenizer: Path):
     [
         (("--data.columns.pair", "nothing"), "there is no column 'nothing'"),
         (("--data.columns.negatives", "nothing"), "there is no column 'nothing'"),
-        ((*SCORES, "--data.max_score", 1), r"train.jsonl:\d+: column 'score' has .* a number from 0 .* to 1"),
+        ((*SCORES, "--data.max_score", 1), r"train.jsonl:\d+: column 'score' is .* a number from 0 .* to 1"),
         (("--data.retrieval.validation", "qrels.tsv"), "data.retrieval.queries is missing"),
         (("--model.mini_batch_size", 0), "model.mini_batch_size is 0"),
     ],
@@ -550,5 +555,7 @@ def test_a_score_that_is_no_number_is_refused_with_its_row(tmp_path: Path, token
     module = SimpleNamespace(own_labels=lambda: [])
     fit = SimpleNamespace(fn="fit")
     data.trainer = SimpleNamespace(state=fit, is_global_zero=True, lightning_module=module)  # type: ignore[assignment]
-    with pytest.raises(UserError, match="a.jsonl:2: column 'score' has no number, but .*use a decimal point instead"):
+    with pytest.raises(
+        UserError, match="a.jsonl:2: column 'score' is .*, but must be a number .*use a decimal point instead"
+    ):
         data.setup("fit")

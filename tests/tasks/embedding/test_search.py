@@ -82,7 +82,7 @@ def test_two_processes_write_the_rows_in_their_order(fit, cli, recipe: Path, tmp
     assert np.allclose(*(np.load(folder / "index" / "embeddings.npy") for folder in (one, two)), atol=1e-6)
     assert (two / "index" / "rows.jsonl").read_text() == (one / "index" / "rows.jsonl").read_text()
     assert (two / "predictions.jsonl").read_text() == (one / "predictions.jsonl").read_text()
-    with pytest.raises(UserError, match=f"of the model {run / 'model'}.* --model"):
+    with pytest.raises(UserError, match=f"names the model {run / 'model'}.* --model"):
         cli("search", two, "cups")
     assert answers(cli("search", two, "cups", "--top", 1, "--model", run)) == [["1.000", "t6", "cups"]]
 
@@ -134,10 +134,10 @@ def test_damaged_indexes_are_refused(fit, cli, recipe: Path, tmp_path: Path):
     for change, pattern in (
         ({"model": "../../../../elsewhere"}, "--model"),
         ({"model": str(tmp_path)}, "--model"),
-        ({"model": "owner/name"}, "of the model owner/name.* --model"),
+        ({"model": "owner/name"}, "names the model owner/name.* --model"),
         ({"model": "\x1b[2J"}, "must be a name"),
         ({"pooling": "max"}, "must be mean or cls"),
-        ({"max_length": 65}, "for 3 to 64"),
+        ({"max_length": 65}, "allows 3 to 64"),
         ({"max_length": True}, "must be a number of tokens"),
     ):
         (index / "index.json").write_text(json.dumps(about | change))
@@ -148,11 +148,11 @@ def test_damaged_indexes_are_refused(fit, cli, recipe: Path, tmp_path: Path):
     assert not (tmp_path / "harmed").exists()
     for other in (vectors.astype("float64"), vectors[0], vectors[:0]):
         np.save(index / "embeddings.npy", other)
-        refused("must have float32 ones")
+        refused("must have dtype float32")
     np.save(index / "embeddings.npy", vectors / np.float32(0))
     refused("not finite")
     np.save(index / "embeddings.npy", vectors[:5])
-    refused("5 embeddings of 6 texts")
+    refused("5 embeddings but 6 texts")
     np.save(index / "embeddings.npy", vectors)
     lines = (index / "rows.jsonl").read_text().splitlines()
     (index / "rows.jsonl").write_text("\n".join([*lines[:3], '{"id": 3}', *lines[4:]]))

@@ -47,7 +47,7 @@ def test_greedy_text_is_that_of_transformers(cli, run: Path):
 
 
 def test_overlong_prompt_names_the_limit_and_a_short_rest_is_told(cli, run: Path, capsys):
-    with pytest.raises(UserError, match="context holds 64"):
+    with pytest.raises(UserError, match="context length of the network is 64"):
         cli("generate", run, "--prompt", "The old captain watched the lantern. " * 20)
     result = command("generate", run, "--prompt", "The old captain", "--max_new_tokens", 100)
     assert result.returncode == 0 and "leaves room for" in result.stderr

@@ -124,7 +124,7 @@ def test_settings_of_the_generation_config_are_named(folders, references):
     result = command("generate", folders["llama"], "--prompt", PROMPTS[0], "--greedy", "true", "--max_new_tokens", 20)
     assert result.stdout == references["llama"][0] + "\n"
     (line,) = [line for line in result.stderr.splitlines() if "generation_config" in line]
-    assert "answers end at </s> or <|end|>" in line
+    assert "texts end at </s> or <|end|>" in line
     assert all(f"{name} {value}" in line for name, value in LEFT.items()) and "token_id 2" not in line
 
 
@@ -140,7 +140,7 @@ def test_prompt_near_the_end_of_the_context_does_not_shorten_the_answers_of_othe
     for prompt, text in zip(prompts, together):
         assert cli("generate", folders["gpt2"], "--prompt", prompt, *flags) == prompt + text + "\n"
     (tmp_path / "p.txt").write_text("\n".join([*prompts * 3, long * 4]), encoding="utf-8")
-    with pytest.raises(UserError, match=r"p.txt:13 has \d+ tokens, but this network's context holds 48"):
+    with pytest.raises(UserError, match=r"p.txt:13 has \d+ tokens, but the context length of the network is 48"):
         cli("generate", folders["gpt2"], "--prompts_file", tmp_path / "p.txt", *flags)
     assert capsys.readouterr().out == ""  # nothing was written before
 
@@ -181,7 +181,7 @@ def test_special_tokens_in_what_users_write_are_plain_text():
 
 
 def test_prompt_that_is_no_text_is_refused(folders, cli):
-    with pytest.raises(UserError, match="not valid Unicode at place 4"):
+    with pytest.raises(UserError, match="character 4 of the prompt is not valid Unicode"):
         cli("generate", folders["gpt2"], "--prompt", "abc\udcff")
 
 

@@ -230,5 +230,5 @@ def test_continued_pretraining_says_which_weights_are_new(cli, bert: Path, capsy
 def test_networks_without_a_head_for_next_sentences_are_refused(cli, bert: Path):
     from lm_lightning.errors import UserError
 
-    with pytest.raises(UserError, match="no head for next sentences"):
+    with pytest.raises(UserError, match="no head for next-sentence prediction"):
         trained(cli, "--config", bert, "--model.network", json.dumps(NETWORKS["roberta"]))

@@ -132,7 +132,7 @@ def test_masking_that_cannot_work_is_refused(wordpiece):
     gpt = train(Tokenizer(algorithm="bytes"), iter(["a"]), "gpt")
     with pytest.raises(UserError, match="no mask token"):
         Masker(Masking(), gpt, 8)
-    with pytest.raises(UserError, match="are shares"):
+    with pytest.raises(UserError, match="must be fractions"):
         Masker(Masking(rate=15), wordpiece, 8)
 
 

@@ -17,4 +17,4 @@ def test_prepare_shows_the_samples_of_a_bert_as_they_are_before_masking(cli, rec
     shown = cli("prepare", "--config", recipe, "--show", 0, blocks - 1)
     assert "--- sample 0\n[CLS] 0 " in shown and f"--- sample {blocks - 1}\n" in shown and "[MASK]" not in shown
     pairs = cli("prepare", "--config", recipe, "--data.next_sentence", "true", "--show", 0)
-    assert "--- sample 0\n" in pairs and "second one may be of any document" in pairs
+    assert "--- sample 0\n" in pairs and "second one may be from any document" in pairs

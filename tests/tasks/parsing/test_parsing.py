@@ -135,7 +135,7 @@ def test_words_that_are_cut_off_count_as_missed(fit, cli, recipe: Path):
         ({"head": [2, 3]}, "validation.jsonl:1: the head of word 2 is 3, but it must be another word"),
         ({"head": [1, 0]}, "validation.jsonl:1: the head of word 1 is 1"),
         ({"head": ["_", 0]}, "validation.jsonl:1: the head of word 1 is '_'"),
-        ({"deprel": ["dog", "root"]}, "validation.jsonl:1: the relation 'dog' is none of the training split"),
+        ({"deprel": ["dog", "root"]}, "validation.jsonl:1: the relation 'dog' is not one of the training split"),
     ],
 )
 def test_bad_trees_are_named(fit, recipe: Path, change: dict, message: str):

@@ -105,7 +105,7 @@ def frame_row(frame: dict):
         ({"spans": []}, "validation.jsonl:1, frame 1: there is no column 'predicate'"),
         ({"predicate": 1, "spans": [[0, 2, "ARG0"]]}, "frame 1: .* is no span such as"),
         ({"predicate": 1, "spans": [[0, 1, "ARG0"], [1, 1, "V"]]}, "frame 1: the span .* shares words with another"),
-        ({"predicate": 1, "spans": [[0, 0, "ARG9"]]}, "frame 1: the label 'B-ARG9' is none of the training split"),
+        ({"predicate": 1, "spans": [[0, 0, "ARG9"]]}, "frame 1: the label 'B-ARG9' is not one of the training split"),
         ("sees", "validation.jsonl:1: column 'frames' is no list of frames"),
     ],
 )
