@@ -1,4 +1,4 @@
-"""Compression of finished models: a `from_pretrained` folder in, one of a smaller or faster model out."""
+"""Compression: makes trained models in `from_pretrained` folders smaller or faster."""
 
 from lm_lightning.features import Feature
 

@@ -1,4 +1,4 @@
-"""Calibration: training batches through a finished model, to measure the inputs of its layers."""
+"""Calibration: measures the inputs of a trained model's layers with training batches."""
 
 import itertools
 from collections.abc import Callable
@@ -15,11 +15,11 @@ from lm_lightning.networks import blocks
 
 
 class Statistics(NamedTuple):
-    """What was measured in the passes through a network.
+    """Measurements of forward passes through a network.
 
     Attributes:
         norms: For each linear layer of the blocks, by its name, the root mean square of each input, (inputs,) float32.
-        changes: How far each block changes its input, in the order of the blocks: 1 - cosine similarity, averaged over
+        changes: How much each block changes its input, in the order of the blocks: 1 - cosine similarity, averaged over
             tokens.
     """
 
@@ -31,10 +31,10 @@ Calibration = Callable[[Path], Statistics]  # measures the network of a `from_pr
 
 
 class Calibrate(Callback):
-    """Passes the first training batches through the network of a `validate`, and measures.
+    """Passes the first training batches through the network in `validate`, and measures.
 
     Args:
-        batches: How many batches.
+        batches: Number of batches.
     """
 
     def __init__(self, batches: int) -> None:
@@ -43,7 +43,7 @@ class Calibrate(Callback):
         self.counts: dict[str, int] = {}
 
     def add(self, name: str, total: Tensor, count: int) -> None:
-        """Adds the sum over some tokens, and their number."""
+        """Adds a sum over tokens, and their number."""
         self.sums[name] = self.sums.get(name, 0) + total
         self.counts[name] = self.counts.get(name, 0) + count
 
@@ -59,7 +59,7 @@ class Calibrate(Callback):
             hook.remove()
 
     def statistics(self) -> Statistics:
-        """What was measured."""
+        """The measurements."""
         means = {name: total / self.counts[name] for name, total in self.sums.items()}
         changes = [means.pop(name).item() for name in list(means) if name.startswith("block ")]
         return Statistics({name: mean.sqrt().cpu() for name, mean in means.items()}, changes)

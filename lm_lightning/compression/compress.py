@@ -1,7 +1,7 @@
-"""`compress`: makes smaller models of a finished one, and measures what each costs and gains.
+"""`compress`: makes smaller versions of a trained model, and measures their size, speed and quality.
 
-Everything in the table is measured on this machine: times with the network alone, loss and metrics by a `validate` of
-the run's own config with the compressed weights.
+Everything in the table is measured on this machine: times with the network alone, loss and metrics by `validate` with
+the run's config and the compressed weights.
 """
 
 import functools
@@ -40,7 +40,7 @@ def compress(
     """Compresses a trained model, without further training, and measures the result.
 
     If a recipe fails, the table has the reason in its row, the other recipes are still run, and the exit status is 2.
-    After a failure or an interruption, the same command runs only what is missing; after success, it runs everything
+    After a failure or an interruption, the same command runs only what is missing. After success, it runs everything
     again.
 
     Args:
@@ -52,12 +52,12 @@ def compress(
             `none` only measures the model. Default: every recipe that the network supports.
         output: Folder for the compressed models, the table and the plot; it must not contain any of the models yet.
             Default: `compressed` in the run folder or beside the model's folder, where older models are replaced.
-        config: Config of a run whose data is used to measure the loss. Default: that of the run folder.
+        config: Config of a run whose data is used to measure the loss. Default: the config in the run folder.
         beside: More models to measure, such as one that was trained further after compression.
         modules: Patterns for the names of the linear layers whose weights are made zero or quantized, such as `*mlp*`.
             Default: all linear layers in the blocks.
-        calibration_batches: Number of training batches from which importance scores are computed; 0 uses the weights
-            alone. The wanda recipes need at least one.
+        calibration_batches: Number of training batches from which importance scores are computed; with 0, they are
+            computed from the weights alone. The wanda recipes need at least one batch.
         tokens: Number of tokens per row when time is measured.
         seconds: Duration of each measurement of time.
         device: Device on which time is measured.
@@ -85,11 +85,11 @@ def compress(
     results = Results(folder, inputs)
     existing = [target for one, target in targets.items() if target.exists() and not results.made(one, target)]
     if output and existing:
-        raise UserError(f"{existing[0]} exists already: remove it, or name another --output")
+        raise UserError(f"{existing[0]} exists already: remove it, or give another --output")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"the folder {folder} cannot be made ({error.strerror}): name another --output") from error
+        raise UserError(f"cannot create the folder {folder} ({error.strerror}): give another --output") from error
     calibration = None
     if settings and calibration_batches:  # once for all recipes that begin with the same model
         calibration = functools.cache(functools.partial(evaluation.calibrate, settings, batches=calibration_batches))
@@ -100,21 +100,21 @@ def compress(
         job.measure(folder, settings, tokens, seconds, device)
     if errors := results.errors():
         raise UserError(
-            f"{len(errors)} of {len(targets) + len(others)} failed, which the same command tries again: "
+            f"{len(errors)} of {len(targets) + len(others)} models failed (run the same command to try them again): "
             + "; ".join(f"{one}: {reason}" for one, reason in errors.items())
         )
     results.save(complete=True)
 
 
 class Job:
-    """Makes and measures models; what fails becomes a row with its reason.
+    """Makes and measures models; if one fails, its row has the reason.
 
     Args:
         source: Folder of the uncompressed model.
         targets: Folders of the compressed models, by their recipes.
         others: Folders of the other models to measure, by their names.
-        results: Keeps the rows.
-        skip_misfits: Whether recipes that do not fit the network are skipped and get no row.
+        results: Stores the rows.
+        skip_misfits: Whether to skip recipes that the network does not support, without a row.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class Job:
 
         Args:
             calibration: Measures networks; None if there is no data.
-            modules: Patterns of the names of linear layers; none for all.
+            modules: Patterns of the names of linear layers; empty for all.
         """
         from lm_lightning.compression import recipes
 
@@ -139,7 +139,7 @@ class Job:
                 continue
             try:
                 recipes.compress(self.source, one, target, calibration, modules)
-            except Exception as error:  # of any library
+            except Exception as error:  # libraries raise all types of errors
                 self.failed(one, error)
             else:
                 self.results.add(Row(one, files_of(target)))
@@ -149,11 +149,11 @@ class Job:
         """Measures the models that are not measured yet, and writes and prints the table.
 
         Args:
-            folder: Where to write the table and the plot.
-            settings: Config of the run whose data the loss is measured on, None if there is none.
-            tokens: See `compress`, as the other arguments.
-            seconds: How long each time is measured.
-            device: Where the times are measured.
+            folder: Folder for the table and the plot.
+            settings: Config of the run whose data is used to measure the loss; None to not measure it.
+            tokens: See `compress`.
+            seconds: See `compress`.
+            device: See `compress`.
         """
         from lm_lightning.compression import evaluation, measures, table
 
@@ -165,7 +165,7 @@ class Job:
                 found = evaluation.metrics(settings, self.source, target, device) if settings else {}
                 row = bench.measure(one, target, found.get("val/loss", math.nan))
             except Exception as error:
-                if one == UNCOMPRESSED:  # with which the others are compared
+                if one == UNCOMPRESSED:  # the others are compared with it
                     raise
                 self.failed(one, error)
                 continue
@@ -182,7 +182,7 @@ class Job:
         return [self.results.rows[name] for name in self.models if name in self.results.rows]
 
     def failed(self, one: str, error: Exception) -> None:
-        """Prints and keeps the reason why a model could not be made or measured."""
+        """Prints and stores the reason why a model could not be made or measured."""
         imports.check()
         reason = " ".join(str(error).split())[:500]
         if isinstance(error, UserError) and self.skip_misfits and one in self.targets:
@@ -195,10 +195,10 @@ class Job:
 
 
 def config_of(model: Path, config: Optional[str]) -> Optional[Path]:
-    """The config whose data a model is measured on: the given one, or that of its run folder; None if there is none."""
+    """The config whose data is used to measure a model: the given one or the one in its run folder, if any."""
     if config:
         if not Path(config).is_file():
-            raise UserError(f"there is no config {config}: give that of a run, or one of configs/")
+            raise UserError(f"there is no config {config}: give the config of a run, or one in configs/")
         return Path(config)
     own = model / "config.yaml"
     if not own.is_file():
@@ -208,7 +208,7 @@ def config_of(model: Path, config: Optional[str]) -> Optional[Path]:
 
 
 def default_folder(model: Path, source: Path) -> Path:
-    """`compressed` in a run folder, or a folder beside that of a model."""
+    """`compressed` in the run folder, or beside the folder of a model without a run."""
     return source.with_name(f"{source.name}-compressed") if model == source else model / "compressed"
 
 

@@ -1,4 +1,4 @@
-"""Distillation losses: how far a student's predictions are from those of its teacher, mixed with its own loss."""
+"""Distillation losses: the divergence of a student's predictions from its teacher's, combined with its own loss."""
 
 from dataclasses import dataclass, replace
 from typing import Any, Optional
@@ -12,11 +12,11 @@ from lm_lightning.losses import cross_entropy, linear_losses
 
 @dataclass
 class Distiller:
-    """What `LanguageModule.distillation_loss` computes with.
+    """Computes the distillation losses for `LanguageModule.distillation_loss`.
 
     Args:
-        weight: Share of the distillation loss in the loss; that of the model's own loss is 1 - weight.
-        temperature: Divides the logits of both models.
+        weight: Weight of the distillation loss; the weight of the model's own loss is 1 - weight.
+        temperature: Divisor of the logits of both models.
     """
 
     weight: float
@@ -27,23 +27,23 @@ class Distiller:
         return (1 - self.weight) * own + self.weight * distillation
 
     def divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """How far logits are from the teacher's, (..., V) float both: (...) float32, see `kd_loss`."""
+        """The distillation loss of logits, (..., V) float, against the teacher's: (...) float32, see `kd_loss`."""
         return kd_loss(student, teacher, self.temperature)
 
     def token_losses(
         self, student: Any, output: Tensor, teacher: Any, teacher_output: Tensor, targets: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Losses of a model that predicts tokens, with a teacher that does.
+        """Losses of a model that predicts tokens, with a teacher that also does.
 
         Args:
             student: The model, with `has_linear_head`, `vocab_size` and `network`.
-            output: The inputs of its head if it `has_linear_head`, (N, H) float, else the logits, (N, V) float.
-            teacher: The other model.
-            teacher_output: Its output for the same tokens, without gradients.
-            targets: (N,) int64, -100 for none.
+            output: The inputs of its head if it `has_linear_head`, (N, H) float, otherwise its logits, (N, V) float.
+            teacher: The teacher.
+            teacher_output: The teacher's output for the same tokens, without gradients.
+            targets: (N,) int64, -100 for missing ones.
 
         Returns:
-            The loss and the distillation loss in it, summed over the targets, () float32.
+            The loss, and the distillation loss as a part of it, summed over the targets, () float32 each.
         """
         head, teacher_head = student.network.get_output_embeddings(), teacher.network.get_output_embeddings()
         if student.has_linear_head and teacher.has_linear_head:
@@ -60,14 +60,14 @@ class Distiller:
 
 @dataclass
 class Teacher:
-    """The linear head of a teacher network with its inputs, as the `SecondLoss` of its student.
+    """The linear head of a teacher network and its inputs, as the `SecondLoss` of its student.
 
     Args:
         hidden: The teacher's last hidden states of the same tokens, (N, H') float, without gradients.
-        weight: Its head, (V', H') float, whose first rows are those of the same tokens as in the student's head.
-        bias: Bias of that head, (V',) float, or None.
-        share: Weight of `kd_loss` in the loss; that of the cross entropy is 1 - share.
-        temperature: Divides the logits of both.
+        weight: Weight of the teacher's head, (V', H') float; its first rows are for the same tokens as the student's.
+        bias: Bias of the teacher's head, (V',) float, or None.
+        share: Weight of `kd_loss`; the weight of the cross entropy is 1 - share.
+        temperature: Divisor of the logits of both.
     """
 
     hidden: Tensor
@@ -77,7 +77,7 @@ class Teacher:
     temperature: float
 
     def prepared(self, dtype: torch.dtype, vocab_size: int) -> "Teacher":  # noqa: D102 (as in SecondLoss)
-        rows = min(vocab_size, len(self.weight))  # of tokens that both have
+        rows = min(vocab_size, len(self.weight))  # tokens that both have
         bias = None if self.bias is None else self.bias[:rows]
         return replace(self, hidden=self.hidden.to(dtype), weight=self.weight[:rows].to(dtype), bias=bias)
 
@@ -99,11 +99,11 @@ def kd_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     Args:
         student: Logits, (..., V) float.
         teacher: Logits of the same shape.
-        temperature: Divides both.
+        temperature: T, the divisor of both.
 
     Returns:
-        T^2 * KL(teacher || student), (...) float32. The factor T^2 keeps the size of the gradients independent of the
-        temperature.
+        T^2 * KL(teacher || student), (...) float32. The factor T^2 makes the magnitude of the gradients independent of
+        the temperature.
     """
     lowest = torch.finfo(torch.float32).min  # masked logits stay finite when divided by a temperature below 1
     log_p, log_q = ((logits.float() / temperature).clamp(min=lowest).log_softmax(-1) for logits in (student, teacher))

@@ -1,4 +1,4 @@
-"""Evaluation of compressed models: a `validate` of a run's config, in this process, with other weights."""
+"""Evaluation of compressed models: runs `validate` in this process with the config of a run and other weights."""
 
 import contextlib
 import io
@@ -19,8 +19,8 @@ def validate(settings: Path, pretrained: Path, callbacks: list[Callback], *flags
     Args:
         settings: Config file of the run.
         pretrained: `from_pretrained` folder of the weights.
-        callbacks: Beside those of every run.
-        flags: More of the command line.
+        callbacks: Callbacks in addition to those of every run.
+        flags: Additional arguments of the command line.
         device: `cpu` or `cuda`.
 
     Returns:
@@ -42,8 +42,8 @@ def metrics(settings: Path, source: Path, folder: Path, device: str) -> dict[str
 
     Args:
         settings: Config file of the run.
-        source: `from_pretrained` folder that the model was made of.
-        folder: Of the model: weights, or a program, which then computes in the place of the source's network.
+        source: `from_pretrained` folder of the uncompressed model.
+        folder: Folder of the model, which has weights, or a program that replaces the network of `source`.
         device: `cpu` or `cuda`; programs run on the CPU.
     """
     program = runner(folder)
@@ -60,7 +60,7 @@ def calibrate(settings: Path, folder: Path, batches: int) -> Statistics:
     Args:
         settings: Config file of the run.
         folder: `from_pretrained` folder of the network.
-        batches: How many training batches.
+        batches: Number of training batches.
     """
     callback = Calibrate(batches)
     validate(settings, folder, [callback], "--trainer.limit_val_batches", "1")

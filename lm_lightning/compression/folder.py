@@ -1,4 +1,4 @@
-"""Folders of models, which the steps of a recipe read and write."""
+"""Reads and writes the model folders of the steps of a recipe."""
 
 import json
 import shutil
@@ -14,11 +14,11 @@ from lm_lightning.errors import UserError
 from lm_lightning.models.export import HEAD_FILE
 from lm_lightning.security import untrusted
 
-PROGRAMS = (".onnx", ".pt2")  # which `transformers` does not load
+PROGRAMS = (".onnx", ".pt2")  # suffixes of files that `transformers` cannot load
 
 
 def load(folder: Path, **settings: Any) -> transformers.PreTrainedModel:
-    """Loads the network of a folder, of the class that it was saved from, in evaluation mode."""
+    """Loads the network of a folder as an instance of the class that saved it, in evaluation mode."""
     config = hub.config(str(folder))
     named = config.architectures
     network_class = untrusted.network_class(named[0] if isinstance(named, list) and named else None)
@@ -26,14 +26,14 @@ def load(folder: Path, **settings: Any) -> transformers.PreTrainedModel:
 
 
 def copy_beside(source: Path, target: Path) -> None:
-    """Copies everything but the network's weights: the tokenizer, a head of this project, poolings."""
+    """Copies everything except the weights of the network: the tokenizer, a separate head, settings of the pooling."""
     for file in source.iterdir():
         weights = file.suffix in (".safetensors", *PROGRAMS) or file.name.endswith(".index.json")
         if file.is_file() and (file.name == HEAD_FILE or not weights):
             shutil.copy(file, target)
-    modules = source / "modules.json"  # of sentence-transformers
+    modules = source / "modules.json"  # a file of sentence-transformers
     for module in json.loads(modules.read_text(encoding="utf-8")) if modules.is_file() else []:
-        name = module["path"]  # (of the network itself, none)
+        name = module["path"]  # (empty for the network itself)
         if name and (folder := untrusted.inside(source, name, str(modules))).is_dir():
             shutil.copytree(folder, target / name, symlinks=True)
 
@@ -41,16 +41,16 @@ def copy_beside(source: Path, target: Path) -> None:
 def save_as(
     network: transformers.PreTrainedModel, changes: dict[str, Any], weights: dict[str, Tensor], target: Path
 ) -> None:
-    """Writes a network of other sizes.
+    """Saves a network with new sizes.
 
     Args:
-        network: With the old sizes.
-        changes: The settings of its config that differ.
-        weights: With the new sizes.
+        network: The network with the old sizes.
+        changes: The settings of its config that change.
+        weights: The weights with the new sizes.
         target: Existing folder.
 
     Raises:
-        UserError: If its class does not accept the sizes.
+        UserError: If the class of the network does not accept the sizes.
     """
     try:
         config = type(network.config).from_dict(network.config.to_dict() | changes)

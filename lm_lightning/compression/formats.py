@@ -1,6 +1,7 @@
-"""Formats of finished models that run without `transformers`: ONNX, and PyTorch's own exported programs.
+"""Formats of models that run without `transformers`: ONNX, and the exported programs of PyTorch.
 
-The inputs of both are the tokenizer's, (batch, tokens) int64 each, of any sizes; the outputs are all of the network's.
+The inputs of both are the tokenizer's outputs, (batch, tokens) int64 each, of any size; the outputs are all outputs of
+the network.
 """
 
 import contextlib
@@ -47,8 +48,8 @@ class Outputs(nn.Module):
     """A network with positional inputs and a tuple of outputs.
 
     Args:
-        network: Of `transformers`.
-        names: The names of the inputs, in their order.
+        network: A network of `transformers`.
+        names: The names of the inputs, in order.
     """
 
     def __init__(self, network: nn.Module, names: list[str]) -> None:
@@ -60,17 +61,17 @@ class Outputs(nn.Module):
 
 
 class Format:
-    """Writes a network in another format, and checks that its outputs are the same there."""
+    """Converts a network to another format, and checks that the outputs are the same."""
 
     def check(self, network: nn.Module, value: float, modules: Sequence[str]) -> None:
-        """Refuses nothing: whether a network can be traced turns out when it is tried."""
+        """Does nothing: whether a network can be traced is unknown until it is traced."""
 
     def write(self, program: Outputs, inputs: dict[str, Tensor], outputs: list[str], target: Path) -> None:
         """Writes the program.
 
         Args:
             program: The network.
-            inputs: Examples of its inputs, by their names.
+            inputs: Example inputs, by their names.
             outputs: The names of its outputs.
             target: Existing folder.
         """
@@ -97,7 +98,7 @@ class Format:
                 self.write(Outputs(network, list(inputs)), inputs, outputs, target)
         except UserError:
             raise
-        except Exception as error:  # tracing raises anything for operations that it does not support
+        except Exception as error:  # tracing raises all types of errors for unsupported operations
             reason = " ".join(str(error).split())[:200]
             raise UserError(
                 f"torch {torch.__version__} cannot trace {type(network).__name__} ({type(error).__name__}: {reason}): "
@@ -110,18 +111,18 @@ class Format:
         difference = max((outputs_of_program[name] - value).abs().max().item() for name, value in expected.items())
         if not difference < 1e-3:
             raise UserError(
-                f"the outputs of the program differ from the network's by {difference:.2g}, so it was not kept: use a "
-                "newer torch, or another recipe"
+                f"the outputs of the program differ from those of the network by {difference:.2g}, so it was removed: "
+                "use a newer torch, or another recipe"
             )
         with quiet():
             self.finish(network, target, modules)
 
     def finish(self, network: nn.Module, target: Path, modules: Sequence[str]) -> None:
-        """What is done with the program once its outputs are the right ones."""
+        """Called when the outputs of the program have been checked; for subclasses that change it further."""
 
 
 def sizes(inputs: dict[str, Tensor]) -> tuple:
-    """States that all inputs may have any number of rows and tokens."""
+    """The dynamic shapes of the inputs: any number of rows and tokens."""
     return (tuple({0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC} for _ in inputs),)
 
 
@@ -137,10 +138,10 @@ class Onnx(Format):
     """`model.onnx`.
 
     Args:
-        bits: Bits of the weights of its layers, whose inputs are quantized to int8 at run time. Default: no
+        bits: Number of bits of the layers' weights; their inputs are quantized to int8 at run time. Default: no
             quantization.
-        block: How many adjacent weights, and inputs, share a scale. Default: all weights of an output, and all inputs,
-            which is faster, and loses much accuracy where some inputs are far larger than others.
+        block: Number of adjacent weights, and of adjacent inputs, that share a scale. Default: all weights of an
+            output, and all inputs, which is faster, but much less accurate if some inputs are far larger than others.
     """
 
     def __init__(self, bits: Optional[int] = None, block: Optional[int] = None) -> None:
@@ -162,7 +163,7 @@ class Onnx(Format):
         )
 
     def rounding(self) -> Optional[Rounding]:
-        """How int8 without blocks rounds: a scale for each output of the weights, one for all inputs."""
+        """The rounding of int8 without blocks: a scale for the weights of each output, and one for all inputs."""
 
         def round_weight(weight: Tensor) -> Tensor:
             scales = weight.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / 127
@@ -212,22 +213,22 @@ class Onnx(Format):
         done = len(quantized(target / ONNX))
         if done != len(layers):
             raise UserError(
-                f"onnxruntime has quantized {done} weights, but there are {len(layers)} layers: use another recipe"
+                f"onnxruntime quantized {done} weights, but there are {len(layers)} layers: use another recipe"
             )
 
 
 def products(file: Path, layers: list[str]) -> list[str]:
-    """The names of the nodes of an ONNX file that are the matrix products of some layers.
+    """The names of the nodes of an ONNX file that are the matrix products of layers.
 
     Raises:
-        UserError: If a layer has none.
+        UserError: If a layer has no such node.
     """
     found: dict[str, str] = {}
     for node in package("onnx").load(file, load_external_data=False).graph.node:
         if node.op_type in ("MatMul", "Gemm"):
             scopes = {item.key: item.value for item in node.metadata_props}.get("pkg.torch.onnx.name_scopes", "")
             for layer in layers:
-                if f"'network.{layer}'" in scopes:  # (a Gemm is made a MatMul first)
+                if f"'network.{layer}'" in scopes:  # (a Gemm was converted to a MatMul before)
                     found[layer] = node.name + ("_MatMul" if node.op_type == "Gemm" else "")
     missing = [layer for layer in layers if layer not in found]
     if missing:
@@ -238,7 +239,7 @@ def products(file: Path, layers: list[str]) -> list[str]:
 
 
 def quantized(file: Path) -> list[int]:
-    """The size of each quantized weight of an ONNX file in bytes, with its scales."""
+    """The size of each quantized weight in an ONNX file in bytes, including its scales."""
     graph = package("onnx").load(file).graph
     sizes = {own.name: len(own.raw_data) or own.ByteSize() for own in graph.initializer}
     by_blocks = [node for node in graph.node if node.op_type == "MatMulNBits"]
@@ -249,10 +250,10 @@ def quantized(file: Path) -> list[int]:
 
 
 def runner(folder: Path) -> Optional[Runner]:
-    """A function that runs the program of a folder, with as many threads as torch has; None if there is none.
+    """A function that runs the program in a folder, with the same number of threads as torch; None if there is none.
 
-    Its inputs are given by name, (B, T) int64 each; the default of the mask is 1, that of token types 0. It raises
-    UserError if the program does not have an input.
+    Its inputs are passed by name, (B, T) int64 each; the default of the mask is 1, the default of token types is 0. It
+    raises UserError for inputs that the program does not have.
     """
     if (folder / ONNX).is_file():
         return onnx_runner(folder / ONNX)
@@ -262,11 +263,11 @@ def runner(folder: Path) -> Optional[Runner]:
 
 
 def complete(inputs: dict[str, Tensor], known: Sequence[str], file: Path) -> list[Tensor]:
-    """The inputs of a program, in its order; missing ones have their defaults."""
+    """The inputs of a program in order; missing ones get their defaults."""
     if unknown := inputs.keys() - set(known):
         raise UserError(
             f"{file.name} has the inputs {', '.join(known)}, but the data of this model also has {', '.join(unknown)}: "
-            "use a recipe that is not a format"
+            "use a recipe without another format"
         )
     fill = {"attention_mask": torch.ones_like, "token_type_ids": torch.zeros_like}
     return [inputs[name] if name in inputs else fill[name](inputs["input_ids"]) for name in known]

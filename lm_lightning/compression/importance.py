@@ -1,7 +1,7 @@
-"""Importance: how much weights, units and blocks count, and which of them to remove.
+"""Importance scores of weights, units and blocks, which determine what is removed.
 
-Measured on batches of training data (Wanda: Sun et al., 2023, arXiv:2306.11695; of blocks: Men et al., 2024,
-arXiv:2403.03853), by `compress` in a few passes through a finished model and by `Pruning` during the training.
+They are measured with batches of training data (Wanda: Sun et al., 2023, arXiv:2306.11695; blocks: Men et al., 2024,
+arXiv:2403.03853), by `compress` in a few passes through a trained model, and by `Pruning` during training.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,14 +14,14 @@ from lm_lightning.errors import UserError
 from lm_lightning.linear_layers.blocks import by_rows
 
 Pattern = Literal["free", "2:4"]
-Add = Callable[[str, Tensor, int], None]  # name, sum over the tokens of a batch, their number
+Add = Callable[[str, Tensor, int], None]  # (name, sum over the tokens of a batch, number of tokens)
 
 
 def observe_inputs(layers: Mapping[str, nn.Module], add: Add, training_only: bool = False) -> list[Any]:
     """Registers hooks that measure the inputs of layers: their squares, summed over tokens, (inputs,) float32.
 
     Args:
-        layers: By their names.
+        layers: Layers by their names.
         add: Called for each layer and batch.
         training_only: Whether passes in evaluation mode are ignored.
 
@@ -42,10 +42,10 @@ def observe_inputs(layers: Mapping[str, nn.Module], add: Add, training_only: boo
 
 
 def observe_blocks(blocks: list[nn.Module], add: Add, training_only: bool = False) -> list[Any]:
-    """Registers hooks that measure how far each block changes its input: 1 - cosine similarity, summed over tokens.
+    """Registers hooks that measure how much each block changes its input: 1 - cosine similarity, summed over tokens.
 
     Args:
-        blocks: In their order; the name of the first is `block 0`.
+        blocks: Blocks in order; the name of the first is `block 0`.
         add: Called for each block and batch, with a sum of shape ().
         training_only: Whether passes in evaluation mode are ignored.
 
@@ -71,20 +71,20 @@ def weight_scores(layer: nn.Linear, input_norms: Optional[Tensor] = None) -> Ten
 
     Args:
         layer: A linear layer.
-        input_norms: (inputs,); with them, magnitudes are multiplied by the norm of their input (Wanda).
+        input_norms: Norms of the inputs, (inputs,), by which the magnitudes are multiplied (Wanda). Default: 1.
     """
     magnitudes = by_rows(layer, layer.weight).abs().float()
     return magnitudes if input_norms is None else magnitudes * input_norms.to(magnitudes.device)
 
 
 def least_important(scores: Tensor, share: float, pattern: Pattern = "free", within_outputs: bool = False) -> Tensor:
-    """Which weights of a layer to make zero, (outputs, inputs) bool.
+    """Which weights of a layer to set to zero, (outputs, inputs) bool.
 
     Args:
         scores: The importance of each weight, (outputs, inputs).
-        share: The share of the weights, for the pattern `free`.
-        pattern: `free`, or `2:4`: two of four inputs in a row.
-        within_outputs: Whether weights are compared within each output only, and not within the layer.
+        share: The fraction of weights to set to zero, for the pattern `free`.
+        pattern: `free`, or `2:4`: two of each four adjacent inputs.
+        within_outputs: Whether weights are only compared within each output, not within the layer.
     """
     if pattern == "2:4":
         return smallest(scores.unflatten(1, (-1, 4)), 0.5).flatten(1)
@@ -94,10 +94,10 @@ def least_important(scores: Tensor, share: float, pattern: Pattern = "free", wit
 
 
 def check_pattern(pattern: Pattern, layers: Mapping[str, nn.Linear]) -> None:
-    """Refuses layers whose number of inputs does not fit a pattern.
+    """Refuses layers whose number of inputs is not compatible with a pattern.
 
     Raises:
-        UserError: Names the first of them.
+        UserError: Names the first such layer.
     """
     for name, layer in layers.items():
         inputs = by_rows(layer, layer.weight).shape[1]
@@ -108,7 +108,7 @@ def check_pattern(pattern: Pattern, layers: Mapping[str, nn.Linear]) -> None:
 
 
 def smallest(scores: Tensor, share: float) -> Tensor:
-    """A mask, bool, of exactly the given share of elements, those with the smallest scores in the last dimension."""
+    """A mask, bool, of the given fraction of elements in the last dimension, those with the smallest scores."""
     chosen = torch.zeros_like(scores, dtype=torch.bool)
     number = round(share * scores.shape[-1])
     return chosen.scatter_(-1, scores.topk(number, dim=-1, largest=False, sorted=False).indices, True)

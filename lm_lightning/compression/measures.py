@@ -1,4 +1,4 @@
-"""Measures of a model: its sizes, and its speed compared with that of the uncompressed model."""
+"""Measures the size of a model, and its speed relative to the uncompressed model."""
 
 import math
 import statistics
@@ -20,29 +20,29 @@ from lm_lightning.compression.sparsity import semi_structured, zeros_of
 from lm_lightning.linear_layers.blocks import linear_layers
 from lm_lightning.networks import positions
 
-NEW_TOKENS = 32  # that a GPT generates for a measurement
+NEW_TOKENS = 32  # number of tokens that a GPT generates for a measurement
 
 
 class Measures(NamedTuple):
-    """What is measured of a model; NaN where that is impossible.
+    """Measurements of a model; NaN if a value cannot be measured.
 
     Attributes:
-        recipe: How it was made.
+        recipe: The recipe that made it.
         parameters: Number of parameters of the network.
-        zeros: Share of the weights in the blocks' linear layers that are zero.
-        layers: MiB of the weights of the blocks' linear layers, in the files.
-        disk: MiB of all its weights' files.
-        memory: MiB of its parameters and buffers.
-        latency_1: Milliseconds of a forward pass, one row.
+        zeros: Fraction of the weights in the blocks' linear layers that are zero.
+        layers: Size of the weights of the blocks' linear layers in the files, in MiB.
+        disk: Size of all weights files, in MiB.
+        memory: Size of all parameters and buffers, in MiB.
+        latency_1: Time of a forward pass with one row, in milliseconds.
         latency_8: The same with eight rows.
-        decode_1: Tokens per second that a GPT generates, one row.
-        decode_8: The same with eight rows, all together.
-        relative_latency_1: Ratio of `latency_1` to that of the uncompressed model. Both run in turn, so that whatever
-            else the machine does slows down both.
+        decode_1: Tokens per second that a GPT generates, with one row.
+        decode_8: The same with eight rows, for all rows together.
+        relative_latency_1: Ratio of `latency_1` to that of the uncompressed model. Both run alternately, so that other
+            load of the machine slows down both.
         relative_latency_8: The same with eight rows.
-        relative_decode_1: The same ratio of the tokens per second.
+        relative_decode_1: The same ratio for the tokens per second.
         relative_decode_8: The same with eight rows.
-        loss: On the run's validation split.
+        loss: Loss on the run's validation split.
     """
 
     recipe: str
@@ -70,8 +70,8 @@ class Bench:
 
     Args:
         baseline: Folder of the uncompressed model.
-        tokens: Number of tokens in each row of the timed passes; fewer if the network has fewer positions.
-        seconds: How long each time is measured.
+        tokens: Number of tokens per row of the timed passes; fewer if the network has fewer positions.
+        seconds: Duration of each measurement.
         device: `cpu` or `cuda`.
     """
 
@@ -82,7 +82,7 @@ class Bench:
         self.tokens = int(min(tokens, self.limit))
         if self.tokens < tokens:
             print(
-                f"timed passes have {self.tokens} tokens instead of {tokens}, as many as the network has positions",
+                f"timed passes have {self.tokens} tokens instead of {tokens}, since the network has no more positions",
                 flush=True,
             )
         self.baseline = self.calls(baseline, network)
@@ -101,7 +101,7 @@ class Bench:
         return network
 
     def calls(self, folder: Path, running: Any) -> dict[str, Callable[[], Any]]:
-        """What is timed: a pass with one and with eight rows, and for a GPT also the generation of 32 tokens.
+        """The calls to time: passes with one and with eight rows, and for a GPT also the generation of 32 tokens.
 
         Args:
             folder: Folder of the model.
@@ -127,12 +127,12 @@ class Bench:
         return found
 
     def measure(self, recipe: str, folder: Path, loss: float) -> Measures:
-        """Measures a model of a folder.
+        """Measures the model in a folder.
 
         Args:
-            recipe: How it was made.
-            folder: `from_pretrained` folder, or one with a program.
-            loss: The loss on the validation split, NaN if unknown.
+            recipe: The recipe that made it.
+            folder: `from_pretrained` folder, or a folder with a program.
+            loss: The loss on the validation split; NaN if unknown.
         """
         disk = sum(f.stat().st_size for f in folder.iterdir() if f.suffix in (".safetensors", *PROGRAMS)) / 2**20
         running: Any = formats.runner(folder)
@@ -150,14 +150,14 @@ class Bench:
             return Measures(recipe, 0, math.nan, layers_size or math.nan, disk, disk, *times.values(), loss=loss)  # type: ignore
         memory = sum(bytes_of(tensor) for tensor in [*network.parameters(), *network.buffers()]) / 2**20
         layers, share = linear_layers(network), math.nan
-        if all(type(layer.weight) is torch.nn.Parameter for layer in layers.values()):  # none is quantized
+        if all(type(layer.weight) is torch.nn.Parameter for layer in layers.values()):  # not quantized
             zeros, weights = zeros_of(layers)
             share = zeros / weights
         in_file = in_files(folder, list(layers))
         return Measures(recipe, network.num_parameters(), share, in_file, disk, memory, *times.values(), loss=loss)  # type: ignore
 
     def timed(self, call: Callable[[], Any], other: Callable[[], Any]) -> tuple[float, float]:
-        """The median times of two calls in milliseconds, which are made in turn, at least three times each."""
+        """The median times of two calls in milliseconds; they run alternately, at least three times each."""
         wait = torch.cuda.synchronize if self.device == "cuda" else lambda: None
         times: tuple[list[float], list[float]] = ([], [])
         call(), other()
@@ -173,7 +173,7 @@ class Bench:
 
 
 def in_files(folder: Path, layers: list[str]) -> float:
-    """MiB of the weights of some layers in the files of a folder, with the scales of quantized ones."""
+    """Size of the weights of layers in the files of a folder, including the scales of quantized layers, in MiB."""
     total = 0
     for path in folder.glob("*.safetensors"):
         with safetensors.safe_open(path, "pt") as file:
@@ -185,7 +185,7 @@ def in_files(folder: Path, layers: list[str]) -> float:
 
 
 def bytes_of(tensor: Tensor) -> int:
-    """Bytes of a tensor in memory; a tensor of torchao consists of several."""
+    """Size of a tensor in memory in bytes; a tensor of torchao consists of several tensors."""
     if hasattr(tensor, "__tensor_flatten__"):
         names, _ = tensor.__tensor_flatten__()
         return sum(bytes_of(getattr(tensor, name)) for name in names)
@@ -193,7 +193,7 @@ def bytes_of(tensor: Tensor) -> int:
 
 
 def pareto(rows: list[Measures]) -> set[str]:
-    """The Pareto-optimal recipes: no other has at most their size, latency and loss, and less of one of them."""
+    """The Pareto-optimal recipes: no other recipe is better in size, latency or loss without being worse in another."""
 
     def values(row: Measures) -> tuple[float, float, float]:
         return row.disk, row.relative_latency_1, -math.inf if math.isnan(row.loss) else row.loss

@@ -1,4 +1,4 @@
-"""Quantization: weights of 16 or 32 bits become weights of 8 or 4; and how that rounds, to train a network for it."""
+"""Quantization: converts weights to 8 or 4 bits, and defines their rounding for quantization-aware training."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,10 +28,10 @@ ANOTHER = "use another recipe"
 
 
 class Rounding(NamedTuple):
-    """How a quantization rounds the numbers that a layer computes with.
+    """How a quantization rounds the weights and inputs of a layer.
 
     Attributes:
-        weight: Returns the values of the quantized weight, for a weight (outputs, inputs) float, in the same shape.
+        weight: Converts a weight, (outputs, inputs) float, to the values of the quantized weight, of the same shape.
         input: The same for inputs, (..., inputs); None if they are not quantized.
     """
 
@@ -46,7 +46,7 @@ def quantize(source: Path, target: Path, config: Any, device: Optional[str]) -> 
         source: `from_pretrained` folder.
         target: Existing folder.
         config: The config.
-        device: Where the weights are computed; None for the CPU.
+        device: Device on which the weights are computed; None for the CPU.
 
     Returns:
         The quantized network.
@@ -61,16 +61,16 @@ class TorchAO:
     """Quantizes the linear layers of the blocks with torchao.
 
     Args:
-        name: The class of its config.
-        device: `cuda` if it can be computed on GPUs only.
-        settings: Of the config.
+        name: Name of the config class.
+        device: `cuda` if it can only be computed on GPUs.
+        settings: Settings of the config.
     """
 
     def __init__(self, name: str, device: Optional[str] = None, **settings: Any) -> None:
         self.name, self.device, self.settings = name, device, settings
 
     def config(self) -> Any:
-        """The config in torchao's terms."""
+        """The config of torchao."""
         package("torchao")
         return getattr(package("torchao.quantization"), self.name)(**self.settings)
 
@@ -87,7 +87,7 @@ class TorchAO:
             network, layers, skipped, THIS, f"{ANOTHER} (bnb-int8, nf4 and onnx-int8 support GPT-2's Conv1D)"
         )
         if self.device == "cuda" and not torch.cuda.is_available():
-            raise UserError("this recipe needs a GPU with CUDA: use int8 or nf4 on this machine")
+            raise UserError("this recipe needs a CUDA GPU: use int8 or nf4 on this machine")
 
     def __call__(
         self, source: Path, target: Path, value: float, calibration: Optional[Calibration], modules: Sequence[str]
@@ -102,7 +102,7 @@ class TorchAO:
         refuse_skipped(network, layers, skipped, THIS, ANOTHER)
 
     def rounding(self) -> Rounding:
-        """How it rounds."""
+        """The rounding of this quantization."""
         config, quantization = self.config(), package("torchao.quantization")
 
         def round_weight(weight: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ class BitsAndBytes:
     """Quantizes the linear layers of the blocks with bitsandbytes.
 
     Args:
-        kind: `int8`, or with 4 bits `nf4` or `fp4`, whose scales are quantized as well.
+        kind: `int8`, or a 4-bit type, `nf4` or `fp4`, whose scales are quantized as well.
     """
 
     def __init__(self, kind: Kind) -> None:
@@ -152,7 +152,7 @@ class BitsAndBytes:
         refuse_other_classes(quantized, layers, bitsandbytes_layers(), THIS, ANOTHER)
 
     def rounding(self) -> Rounding:
-        """How it rounds."""
+        """The rounding of this quantization."""
         functional = package("bitsandbytes.functional")
 
         def int8_weight(weight: Tensor) -> Tensor:
@@ -161,7 +161,7 @@ class BitsAndBytes:
 
         def int8_inputs(inputs: Tensor) -> Tensor:
             rows = inputs.flatten(0, -2).half()
-            numbers, scales, large = functional.int8_vectorwise_quant(rows, threshold=6.0)  # that of transformers
+            numbers, scales, large = functional.int8_vectorwise_quant(rows, threshold=6.0)  # default of transformers
             result = functional.int8_vectorwise_dequant(numbers, scales)
             if large is not None:  # columns that are not quantized
                 result[:, large] = rows[:, large].float()

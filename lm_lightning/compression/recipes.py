@@ -1,4 +1,4 @@
-"""Recipes: steps such as `width=0.5+int8`, each of which makes a new model folder from the one before."""
+"""Recipes: sequences of steps such as `width=0.5+int8`. Each step makes a new model folder from the previous one."""
 
 import math
 import tempfile
@@ -19,9 +19,9 @@ from lm_lightning.files import put
 
 
 class CompressionMethod(Protocol):
-    """How a step compresses a model.
+    """A method of compressing a model.
 
-    A method that a network can be trained for also has `rounding()`, see `quantization.Rounding`.
+    A method for which a network can be trained also has `rounding()`, see `quantization.Rounding`.
     """
 
     def check(self, network: Any, value: float, modules: Sequence[str]) -> None:
@@ -34,10 +34,10 @@ class CompressionMethod(Protocol):
 
         Args:
             source: The folder.
-            target: Existing folder, which has everything but the weights.
+            target: Existing folder with everything except the weights.
             value: The number in the step, such as 0.5 in `width=0.5`.
             calibration: Measures networks; None if there is no data.
-            modules: Patterns of the names of linear layers, for methods that work on layers; none for all.
+            modules: Patterns of the names of linear layers, for methods that change layers; empty for all.
         """
 
 
@@ -46,9 +46,9 @@ class Step:
     """A step of a recipe.
 
     Args:
-        method: How it compresses.
-        value: The default of its number; None if the step has no number.
-        last: Whether no step can follow, since its result has no plain weights.
+        method: The compression method.
+        value: The default of the step's number; None if the step has no number.
+        last: Whether it must be the last step, since its result has no plain weights.
     """
 
     method: CompressionMethod
@@ -86,18 +86,16 @@ def steps_of(recipe: str) -> list[tuple[Step, float]]:
     """The steps of a recipe such as `width=0.5+int8`, with their numbers.
 
     Raises:
-        UserError: If there is no such step, or it cannot be in this place.
+        UserError: If a step does not exist, or is not allowed at its position.
     """
     found: list[tuple[Step, float]] = []
     for part in recipe.split("+"):
         name, has_value, text = part.partition("=")
         if name not in STEPS:
-            raise UserError(
-                f"there is no recipe {name!r}; the recipes are {', '.join(STEPS)}, and several with + between"
-            )
+            raise UserError(f"there is no recipe {name!r}: use one of {', '.join(STEPS)}, or several joined by +")
         if found and found[-1][0].last:
             raise UserError(
-                f"the recipe {recipe} has {name} after a step whose result has no plain weights: put {name} first"
+                f"in the recipe {recipe}, {name} follows a step whose result has no plain weights: put {name} first"
             )
         step, value = STEPS[name], STEPS[name].value or 0.0
         if has_value:
@@ -108,14 +106,14 @@ def steps_of(recipe: str) -> list[tuple[Step, float]]:
             if step.value is None or not 0 < value < 1:
                 raise UserError(
                     f"the recipe {part} has the value {text!r}, but {name} "
-                    + ("has none" if step.value is None else f"needs a share between 0 and 1, as {name}={step.value:g}")
+                    + ("has none" if step.value is None else f"needs a fraction between 0 and 1: {name}={step.value:g}")
                 )
         found.append((step, value))
     return found
 
 
 def rounding_of(recipe: str) -> Optional[Rounding]:
-    """How a recipe of a single step rounds, None if that is unknown."""
+    """The rounding of a recipe with a single step; None if it is unknown."""
     steps = steps_of(recipe)
     return getattr(steps[0][0].method, "rounding", lambda: None)() if len(steps) == 1 else None
 
@@ -127,21 +125,23 @@ def compress(
     calibration: Optional[Calibration] = None,
     modules: Sequence[str] = (),
 ) -> None:
-    """Writes a compressed model, with the tokenizer and everything else beside the weights.
+    """Writes a compressed model with its tokenizer and all other files.
 
     Args:
         source: `from_pretrained` folder.
         recipe: See `steps_of`.
-        target: Folder to write, which is either complete or absent; an existing one is replaced.
+        target: Folder to write atomically; an existing one is replaced.
         calibration: Measures networks; None if there is no data.
-        modules: Patterns of the names of linear layers of the blocks, for steps that work on layers. Default: all.
+        modules: Patterns of the names of linear layers of the blocks, for steps that change layers. Default: all.
 
     Raises:
-        UserError: If the recipe does not fit the network, or needs a package or data that is missing.
+        UserError: If the network does not support the recipe, or a required package or data is missing.
     """
     if "quantization_config" in hub.config(str(source)).to_dict():
-        raise UserError(f"{source} is quantized already: use the model that it was made from")
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f"{target.name}.") as scratch:  # beside, for a rename
+        raise UserError(f"{source} is quantized already: use the model from which it was made")
+    with tempfile.TemporaryDirectory(
+        dir=target.parent, prefix=f"{target.name}."
+    ) as scratch:  # beside the target, for a rename
         for number, (step, value) in enumerate(steps_of(recipe)):
             made = Path(scratch) / str(number)
             made.mkdir()

@@ -1,4 +1,4 @@
-"""The results of `compress`: a row for each model, kept in a file, so that an interrupted command can be repeated."""
+"""The results of `compress`: a row for each model, saved in a file so that an interrupted command can be resumed."""
 
 import contextlib
 import json
@@ -11,14 +11,14 @@ from lm_lightning.files import write_text
 
 @dataclass
 class Row:
-    """What is known about a model.
+    """The results of a model.
 
     Args:
-        recipe: How it was made.
-        files: Of its folder; see `files_of`.
+        recipe: The recipe that made it.
+        files: Files of its folder; see `files_of`.
         measures: Fields of `Measures`; empty if it was not measured.
-        metrics: On the validation split, by their names.
-        error: Why it failed; empty if it did not.
+        metrics: Metrics on the validation split, by their names.
+        error: The reason why it failed; empty if it did not.
     """
 
     recipe: str
@@ -32,9 +32,9 @@ class Results:
     """The rows of a `compress`, in `compression.json`.
 
     Args:
-        folder: Where the file is, or will be.
-        inputs: What the rows depend on, JSON-able. Rows in the file that depend on something else, or whose `compress`
-            was complete, are dropped.
+        folder: Folder of the file.
+        inputs: Everything on which the rows depend, JSON-serializable. Rows in the file that depend on other inputs, or
+            belong to a complete `compress`, are dropped.
     """
 
     def __init__(self, folder: Path, inputs: dict[str, Any]) -> None:
@@ -59,7 +59,7 @@ class Results:
         return {row.recipe: row.error for row in self.rows.values() if row.error}
 
     def add(self, row: Row) -> None:
-        """Keeps a row, and replaces an earlier one of the same model."""
+        """Adds a row, which replaces an existing row of the same model."""
         self.rows[row.recipe] = row
         self.save(complete=False)
 
@@ -74,6 +74,6 @@ class Results:
 
 
 def files_of(folder: Path) -> list:
-    """Names, sizes and modification times of a folder's files; empty if there is no such folder."""
+    """Names, sizes and modification times of a folder's files; empty if the folder does not exist."""
     found = sorted(path for path in folder.glob("*") if path.is_file())
     return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in found]

@@ -1,4 +1,4 @@
-"""Sparsity: weights of little importance become zeros."""
+"""Sparsity: sets weights of low importance to zero."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,12 +15,12 @@ from lm_lightning.linear_layers.blocks import by_rows, linear_layers
 
 
 class Sparsity:
-    """Makes weights of the blocks' linear layers zero.
+    """Sets weights of the blocks' linear layers to zero.
 
     Args:
-        pattern: `free`: a share of each layer; `2:4`: two of four inputs in a row, which GPUs compute faster.
+        pattern: `free`: a fraction of each layer; `2:4`: two of each four adjacent inputs, which GPUs compute faster.
         wanda: Whether the importance of a weight is its magnitude times the norm of its input, compared within an
-            output, and not its magnitude alone.
+            output, instead of its magnitude alone.
     """
 
     def __init__(self, pattern: Pattern = "free", wanda: bool = False) -> None:
@@ -40,7 +40,7 @@ class Sparsity:
         norms: dict[str, Tensor] = {}
         if self.wanda:
             if calibration is None:
-                raise UserError("the recipes with wanda need data to measure inputs: give a run folder, or --config")
+                raise UserError("the wanda recipes need data to measure inputs: give a run folder, or --config")
             norms = calibration(source).norms
         for name, layer in linear_layers(network, modules).items():
             zero = least_important(weight_scores(layer, norms.get(name)), value, self.pattern, self.wanda)
@@ -49,9 +49,9 @@ class Sparsity:
 
 
 def semi_structured(network: nn.Module) -> None:
-    """Makes a network on a GPU compute its layers of the pattern 2:4 with the kernels that skip their zeros.
+    """Makes a network on a GPU use kernels that skip zeros for its layers with the pattern 2:4.
 
-    Layers whose shapes the kernels do not support stay as they are.
+    Layers whose shapes these kernels do not support are not changed.
     """
     for layer in linear_layers(network).values():
         weight, rows = layer.weight, by_rows(layer, layer.weight)
@@ -63,6 +63,6 @@ def semi_structured(network: nn.Module) -> None:
 
 
 def zeros_of(layers: dict[str, nn.Linear]) -> tuple[int, int]:
-    """How many weights of some layers are zero, and how many there are."""
+    """The number of zeros among the weights of layers, and the number of these weights."""
     weights = [layer.weight for layer in layers.values()]
     return sum(int((weight == 0).sum()) for weight in weights), sum(weight.numel() for weight in weights)

@@ -1,4 +1,4 @@
-"""Structured pruning of finished models: feed-forward units, attention heads or blocks are removed."""
+"""Structured pruning of trained models: removes feed-forward units, attention heads or blocks."""
 
 import tempfile
 from collections.abc import Sequence
@@ -25,10 +25,10 @@ class Units(NamedTuple):
     Heads that share keys and values are one unit.
 
     Attributes:
-        number: How many there are.
-        into: The layers whose outputs they are, by their names; each unit has the same number of adjacent outputs.
-        out: The name of the layer whose inputs they are.
-        layer: That layer.
+        number: Number of units.
+        into: The layers that compute the units, by their names; each unit has the same number of adjacent outputs.
+        out: The name of the layer that has the units as its inputs.
+        layer: The layer with this name.
     """
 
     number: int
@@ -41,7 +41,7 @@ class Units(NamedTuple):
 
         Args:
             norms: Norms of the inputs of layers, see `calibration.Statistics`. Default: the norms of the weights that
-                compute the inputs are used instead.
+                compute these inputs.
         """
         out = self.group(by_rows(self.layer, self.layer.weight).T)
         if norms is not None:
@@ -52,12 +52,12 @@ class Units(NamedTuple):
         return importance
 
     def group(self, rows: Tensor) -> Tensor:
-        """Groups the rows of a weight by units: (number, rows of each, columns)."""
+        """Groups the rows of a weight by units: (number, rows of a unit, columns)."""
         return rows.unflatten(0, (self.number, -1))
 
 
 def width_of(config: transformers.PreTrainedConfig) -> tuple[str, int]:
-    """The setting of a network's feed-forward width, and its value."""
+    """The name of a config's setting for the feed-forward width, and its value."""
     for key in ("n_inner", "intermediate_size", "ffn_dim", "hidden_dim"):
         if hasattr(config, key):
             return key, getattr(config, key) or 4 * config.hidden_size
@@ -68,11 +68,11 @@ def units(network: transformers.PreTrainedModel, kind: Kind) -> list[Units]:
     """The units of each block of a network.
 
     Args:
-        network: Of `transformers`.
-        kind: `width` for those between feed-forward layers, `heads` for those of attention.
+        network: A network of `transformers`.
+        kind: `width` for the units between feed-forward layers, `heads` for attention heads.
 
     Raises:
-        UserError: If plain `transformers` could not load the network without some of them.
+        UserError: If `transformers` could not load the network with fewer units.
     """
     linear = linear_layers(network)
     names = {id(module): name for name, module in network.named_modules()}
@@ -85,14 +85,14 @@ def units(network: transformers.PreTrainedModel, kind: Kind) -> list[Units]:
             if number == config.hidden_size:
                 raise UserError(
                     f"{name} has a feed-forward width of {number}, which is also its hidden size, so its feed-forward "
-                    "layers cannot be told from the others: omit width, which needs another size"
+                    "layers cannot be distinguished from others: omit the recipe width"
                 )
             into = {n: layer for n, layer in own.items() if by_rows(layer, layer.weight).shape[0] == number}
             out = {n: layer for n, layer in own.items() if by_rows(layer, layer.weight).shape[1] == number}
             if not into or len(out) != 1:
                 raise UserError(
-                    f"{name} has no layers with {number} outputs before a single one with {number} inputs in each "
-                    "block: omit width, which needs them"
+                    f"the blocks of {name} do not have layers with {number} outputs followed by one layer with "
+                    f"{number} inputs: omit the recipe width"
                 )
         else:
             number = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -100,18 +100,18 @@ def units(network: transformers.PreTrainedModel, kind: Kind) -> list[Units]:
             out = {n: layer for n, layer in own.items() if n.endswith("o_proj")}
             if not hasattr(config, "head_dim") or len(into) != 3 or len(out) != 1:
                 raise UserError(
-                    f"transformers cannot load a {name} with fewer heads, since their size follows from their number: "
-                    "omit heads, which needs a head_dim in the config (as in Llama and Qwen)"
+                    f"transformers cannot load a {name} with fewer heads, since their size depends on their number: "
+                    "omit the recipe heads, which needs a head_dim in the config (as in Llama and Qwen)"
                 )
         found.append(Units(number, into, *next(iter(out.items()))))
     return found
 
 
 def kept_number(network: transformers.PreTrainedModel, kind: Kind, share: float) -> int:
-    """The number of units, heads or blocks that are kept; of feed-forward units a multiple of 8, for speed.
+    """The number of units, heads or blocks to keep; for feed-forward units, a multiple of 8 for speed.
 
     Raises:
-        UserError: If that is all of them.
+        UserError: If this number is all of them.
     """
     if kind == "width":
         number = width_of(network.config)[1]
@@ -123,28 +123,26 @@ def kept_number(network: transformers.PreTrainedModel, kind: Kind, share: float)
         number = len(blocks(network))
         kept = max(1, round(share * number))
     if kept >= number:
-        raise UserError(f"{kind}={share:g} keeps all {number} of {type(network).__name__}: use a smaller share")
+        raise UserError(f"{kind}={share:g} keeps all {number} of {type(network).__name__}: use a smaller fraction")
     return kept
 
 
 def prefix(network: transformers.PreTrainedModel) -> str:
-    """The name of the list that a network's blocks are in."""
+    """The name of the list that contains a network's blocks."""
     all_blocks = blocks(network)
     names = {id(module): name for name, module in network.named_modules()}
     found = names[id(all_blocks[0])].rpartition(".")[0]
     if [names[id(block)] for block in all_blocks] != [f"{found}.{number}" for number in range(len(all_blocks))]:
-        raise UserError(
-            f"the blocks of {type(network).__name__} are not in a single list: omit layers, which needs one"
-        )
+        raise UserError(f"the blocks of {type(network).__name__} are not in a single list: omit the recipe layers")
     return found
 
 
 class Structure:
-    """Keeps the most important share of a network's units, heads or blocks.
+    """Keeps the most important units, heads or blocks of a network.
 
-    The importance of units and heads is that of `Units.importance`, the importance of a block how far it changes its
-    input. Without data, units and heads are compared by their weights alone, and blocks are kept at even distances, the
-    first and the last among them (Sajjad et al., 2023, arXiv:2004.03844).
+    For units and heads, see `Units.importance`; the importance of a block is how much it changes its input. Without
+    data, units and heads are compared by their weights alone, and blocks are kept at even distances, including the
+    first and the last one (Sajjad et al., 2023, arXiv:2004.03844).
 
     Args:
         kind: What is removed: feed-forward units (`width`), attention `heads`, or blocks (`layers`).
@@ -154,7 +152,7 @@ class Structure:
         self.kind: Kind = kind
 
     def check(self, network: transformers.PreTrainedModel, value: float, modules: Sequence[str]) -> None:
-        """Refuses a network that cannot be made smaller in this way."""
+        """Refuses a network that this method cannot make smaller."""
         kept_number(network, self.kind, value)
         if self.kind == "layers":
             prefix(network)
@@ -187,9 +185,9 @@ def keep_units(network: transformers.PreTrainedModel, kind: Kind, chosen: list[T
     """Writes a network with some of its units or heads.
 
     Args:
-        network: With all of them.
+        network: The network with all of them.
         kind: `width` or `heads`.
-        chosen: For each block, the numbers of the units that are kept, the same count in each.
+        chosen: For each block, the indices of the units to keep; the same number for each block.
         target: Existing folder.
     """
     weights, kept = network.state_dict(), len(chosen[0])
@@ -214,13 +212,13 @@ def keep_units(network: transformers.PreTrainedModel, kind: Kind, chosen: list[T
 
 
 def shrink(folder: Path, kind: Kind, kept: list[Tensor]) -> None:
-    """Removes units, heads or blocks from a model in its folder.
+    """Removes units, heads or blocks from the model in a folder.
 
     Args:
         folder: `from_pretrained` folder.
         kind: What is removed.
-        kept: For each block, the numbers of its units or heads that are kept; for `layers`, one tensor with the numbers
-            of the blocks; empty if all are kept.
+        kept: For each block, the indices of the units or heads to keep; for `layers`, a single tensor with the indices
+            of the blocks; empty to keep all.
     """
     if not kept:
         return
@@ -238,7 +236,7 @@ def shrink(folder: Path, kind: Kind, kept: list[Tensor]) -> None:
 
 @torch.no_grad()
 def keep_blocks(network: transformers.PreTrainedModel, chosen: list[int], target: Path) -> None:
-    """Writes a network with some of its blocks, by their numbers, into an existing folder."""
+    """Writes a network with some of its blocks, given by their indices, into an existing folder."""
     start, weights = prefix(network), {}
     for key, weight in network.state_dict().items():
         if key.startswith(f"{start}."):

@@ -1,4 +1,4 @@
-"""The table and the plot of `compress`, of the measured models."""
+"""Writes the table and the plot of `compress`."""
 
 import csv
 import io
@@ -24,14 +24,14 @@ HEAD = [
     "loss",
 ]
 LEGEND = "In parentheses: the ratio to the first row. Bold: no other model is smaller, faster and better."
-MARKERS = "oDs^vP"  # of the points in the plot, once ten colors are used up
+MARKERS = "oDs^vP"  # markers of the points in the plot, each for ten colors
 
 
 def write(rows: list[Row], folder: Path) -> None:
     """Writes `compression.csv` and `compression.md`.
 
     Args:
-        rows: The first is that of the uncompressed model; rows that are not measured yet are omitted.
+        rows: Rows, the one of the uncompressed model first; rows that have not been measured yet are omitted.
         folder: Existing folder.
     """
     measured = {row.recipe: Measures(**row.measures) for row in rows if row.measures}
@@ -59,13 +59,13 @@ def csv_text(rows: list[Row], measured: dict[str, Measures], metrics: list[str],
     table.writerow([*Measures._fields, *metrics, "pareto", "error"])
     for row in rows:
         values = measured.get(row.recipe, [row.recipe] + [""] * (len(Measures._fields) - 1))
-        error = without_formula(row.error)  # which may quote a file
+        error = without_formula(row.error)  # it may quote the content of a file
         table.writerow([*values, *(row.metrics.get(name, "") for name in metrics), row.recipe in best, error])
     return text.getvalue()
 
 
 def markdown_cells(row: Row, own: Measures, baseline: Measures, metrics: list[str], bold: bool) -> list[str]:
-    """The cells of a measured model in the Markdown table; what is NaN is empty."""
+    """The cells of a measured model in the Markdown table; NaN becomes an empty cell."""
     cells = [
         f"**{row.recipe}**" if bold else row.recipe,
         f"{own.parameters:,}" if own.parameters else "",
@@ -89,7 +89,7 @@ def plot(rows: list[Row], folder: Path) -> None:
     fields = {"disk": "MiB on disk"}
     if not math.isnan(models[0].loss):
         fields = {"loss": "loss"} | fields
-    # The names are in a legend: at their points they would overlap.
+    # The names are in a legend, since they would overlap at the points.
     figure = Figure(figsize=(5.5 + 3 * len(fields), max(4.0, 1.0 + 0.25 * len(models))), layout="constrained")
     panels = figure.subplots(1, len(fields), squeeze=False)[0]
     for axes, (name, label) in zip(panels, fields.items()):

@@ -4,20 +4,20 @@ from typing import Any, Optional
 
 from torch import Tensor, nn
 
-# Names of the tensors of an adapted layer. peft's own files have them, too, so they are stable. Alternative:
-# `peft.get_peft_model_state_dict`, which needs a network that holds the weights, while an export has only tensors.
+# Names of the tensors of an adapted layer. They are stable, since they are also used in peft's files. Alternative:
+# `peft.get_peft_model_state_dict`, which needs a network with the weights, while an export has only tensors.
 BASE_LAYER = "{}.base_layer"
 MATRIX = "{}.lora_{}.default.weight"
-IN_FILES = "base_model.model.{}"  # in adapter_model.safetensors, where the adapter has no name
+IN_FILES = "base_model.model.{}"  # in adapter_model.safetensors, which does not contain the adapter's name
 
 
 def matrices(name: str, weights: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """A, (rank, inputs), and B, (outputs, rank), of the adapted layer of a name."""
+    """A, (rank, inputs), and B, (outputs, rank), of the adapted layer with this name."""
     return weights[MATRIX.format(name, "A")], weights[MATRIX.format(name, "B")]
 
 
 def is_matrix(name: str) -> bool:
-    """Whether a name is that of a matrix of an adapter."""
+    """Whether a name is the name of a matrix of an adapter."""
     return ".lora_" in name
 
 
@@ -29,7 +29,7 @@ def name_in_files(name: str) -> str:
 def original_class(layer: nn.Module) -> Optional[type]:
     """The class of a layer before it was quantized; None if it is not quantized.
 
-    transformers notes it. Alternative: none that knows GPT-2's `Conv1D`, whose matrix was transposed.
+    transformers saves it in the layer. Alternative: none that supports GPT-2's `Conv1D`, whose matrix was transposed.
     """
     return getattr(layer, "source_cls", None)
 
@@ -37,8 +37,8 @@ def original_class(layer: nn.Module) -> Optional[type]:
 def dequantized(layer: nn.Module) -> Tensor:
     """The matrix of a quantized layer, (outputs, inputs) float32 on the CPU.
 
-    Alternative: `bitsandbytes.functional.dequantize_4bit`, and code of our own for 8 bits; or `network.dequantize()` of
-    transformers, which changes the network that is still in training.
+    Alternative: `bitsandbytes.functional.dequantize_4bit`, and our own code for 8 bits; or `network.dequantize()` of
+    transformers, which would change the network while it is trained.
     """
     from peft.utils.integrations import dequantize_bnb_weight
 
@@ -46,7 +46,7 @@ def dequantized(layer: nn.Module) -> Tensor:
 
 
 def keep_trainable(network: Any) -> None:
-    """Has layers of 4 bits not repack their weights in an evaluation on a CPU with bf16: they cannot train after it.
+    """Prevents 4-bit layers from repacking their weights in evaluations on CPUs with bf16, which prevents training.
 
     Alternative: none, bitsandbytes has no switch.
     """

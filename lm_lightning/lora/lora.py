@@ -1,6 +1,6 @@
-"""LoRA: trains small matrices beside the frozen ones of a pretrained network.
+"""LoRA: trains small matrices that are added to the frozen ones of a pretrained network.
 
-An export is the sum of both, a network like any other, and beside it a folder of peft's.
+The exported network has the sums of both, like any other network; an additional folder has the adapter for peft.
 """
 
 import json
@@ -28,25 +28,24 @@ from lm_lightning.security import untrusted
 from lm_lightning.strategies.capabilities import capabilities
 
 package = partial(errors.package, what="the adapter LoRA", extra="lora")
-COMPUTE = {"bf16": torch.bfloat16, "16": torch.float16}  # the trainer's precision -> that of a quantized base
+COMPUTE = {"bf16": torch.bfloat16, "16": torch.float16}  # precision of the trainer -> dtype of a quantized base
 
 
 @dataclass
 class LoRA(Adapter):
-    """Trains low-rank matrices beside the frozen ones of a pretrained network.
+    """Trains low-rank matrices that are added to the frozen ones of a pretrained network.
 
-    The output of a layer with the matrix W, (outputs, inputs), becomes that of W + alpha / rank * B A, with B (outputs,
-    rank) and A (rank, inputs), where B is zero at first (Hu et al., 2021, arXiv:2106.09685). With a quantized base,
-    this is QLoRA (Dettmers et al., 2023, arXiv:2305.14314). Tensors that the pretrained weights do not have, such as a
-    new head, are trained as well.
+    The matrix W of a layer, (outputs, inputs), becomes W + alpha / rank * B A, with B (outputs, rank) and A (rank,
+    inputs); B is initially zero (Hu et al., 2021, arXiv:2106.09685). With a quantized base, this is QLoRA (Dettmers et
+    al., 2023, arXiv:2305.14314). Tensors that the pretrained weights do not have, such as a new head, are also trained.
 
     Args:
         rank: Rank of the product B A.
-        alpha: Its scale, as a multiple of `rank`.
-        dropout: Dropout of the inputs of A.
+        alpha: Scale of the product B A, before it is divided by `rank`.
+        dropout: Dropout probability of the inputs of A.
         modules: Patterns of the names of the adapted layers, such as `*mlp*`. Default: all linear layers of the blocks.
-        base: Precision of the frozen matrices of the blocks: `full`, as they are, or quantized by bitsandbytes to 8
-            bits, `int8`, or 4 bits, `nf4` and `fp4`, with quantized scales.
+        base: Precision of the frozen matrices of the blocks. `full`: not quantized. `int8`: quantized to 8 bits by
+            bitsandbytes. `nf4`, `fp4`: quantized to 4 bits, with quantized scales.
     """
 
     training_options: ClassVar[tuple[str, ...]] = ("dropout",)
@@ -66,7 +65,7 @@ class LoRA(Adapter):
 
     @property
     def quantized(self) -> bool:  # type: ignore[override]
-        """Whether bitsandbytes holds the base."""
+        """Whether the base is quantized by bitsandbytes."""
         return self.base != "full"
 
     def check(self, strategy: Strategy) -> None:
@@ -83,8 +82,8 @@ class LoRA(Adapter):
     ) -> dict[str, Any]:
         if not self.quantized:
             return {}
-        # bitsandbytes would compute columns with large inputs apart from int8, chosen for a batch at once, so that a
-        # token would depend on those after it, and a text on its neighbours.
+        # bitsandbytes would not use int8 for columns with large inputs, which it selects for a batch at once, so that
+        # a token would depend on later tokens, and a text on the other texts of the batch.
         settings: dict[str, Any] = {"llm_int8_threshold": 0.0}
         if self.base != "int8":
             settings = {"bnb_4bit_compute_dtype": COMPUTE.get(precision.split("-")[0], torch.float32)}
@@ -109,7 +108,7 @@ class LoRA(Adapter):
         return frozenset(n for n, p in network.named_parameters(remove_duplicate=False) if p.requires_grad)
 
     def peft_config(self, layers: dict[str, nn.Linear], **more: Any) -> Any:
-        """These settings in peft's terms, for the adapted layers by their names."""
+        """These settings as a config of peft, for the adapted layers by their names."""
         return package("peft").LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,
@@ -151,7 +150,7 @@ class LoRA(Adapter):
         with torch.device("meta"):
             skeleton = network_class(network_class.config_class.from_dict(description["config"]))
         known = skeleton.state_dict().keys()
-        modules: list[str] = []  # without those inside of others
+        modules: list[str] = []  # without modules inside of others
         for module in sorted({name.rpartition(".")[0] for name in record["new"] if name in known}):
             modules += [] if f"{module}.".startswith(tuple(f"{outer}." for outer in modules)) else [module]
         settings = self.peft_config(
@@ -160,14 +159,14 @@ class LoRA(Adapter):
         settings.inference_mode = True  # as in peft's own files
         settings.save_pretrained(folder)
         outer = tuple(f"{module}." for module in modules)
-        tensors = {  # (each name of tied ones has its own)
+        tensors = {  # (each name of tied tensors gets its own tensor)
             compat.name_in_files(name): tensor.clone(memory_format=torch.contiguous_format)
             for name, tensor in weights.items()
             if compat.is_matrix(name) or name.startswith(outer)
         }
         safetensors.torch.save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         head = {name.partition(".")[2]: weights[name] for name in record["new"] if name not in known}
-        if head:  # of this project, unknown to peft
+        if head:  # a head of this project, which peft does not support
             safetensors.torch.save_file(head, folder / HEAD_FILE)
         (folder / "README.md").write_text(model_card(self, record["pretrained"], skeleton), encoding="utf-8")
 
@@ -181,13 +180,13 @@ def transposed(layer: nn.Module) -> bool:
 
 
 def adapted_layers(network: transformers.PreTrainedModel) -> dict[str, Any]:
-    """The layers of the base that have LoRA matrices beside them, by their names."""
+    """The layers of the base that have LoRA matrices, by their names."""
     kind = package("peft").tuners.lora.LoraLayer
     return {name: m.get_base_layer() for name, m in network.named_modules() if isinstance(m, kind)}
 
 
 def model_card(lora: LoRA, pretrained: str, skeleton: transformers.PreTrainedModel) -> str:
-    """The README.md of an adapter: which base it belongs to, and the code that loads both.
+    """The README.md of an adapter: its base model, and the code that loads both.
 
     Args:
         lora: The adapter.
@@ -207,9 +206,9 @@ def model_card(lora: LoRA, pretrained: str, skeleton: transformers.PreTrainedMod
         options.append(f"quantization_config=BitsAndBytesConfig({arguments})")
         imports.append("BitsAndBytesConfig")
         hint = (
-            f"\nThe base was quantized by bitsandbytes ({lora.base}) in training. Load the adapter on the base "
-            "quantized in the same way, as here: on the unquantized base, or on one quantized in another way, its "
-            "outputs differ from those that were trained and measured.\n"
+            f"\nThe base was quantized by bitsandbytes ({lora.base}) in training. Load the adapter with a base that is "
+            "quantized in the same way, as shown here. With an unquantized base, or another quantization, its outputs "
+            "differ from those in training.\n"
         )
     base = json.dumps(pretrained)
     arguments = ",\n    ".join([base, *options])

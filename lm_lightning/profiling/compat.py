@@ -4,15 +4,15 @@ from pathlib import Path
 
 import torch
 
-# Names of actions that Lightning passes to profilers. They are documented as examples only. Alternative: none.
+# Names of actions that Lightning passes to profilers; they are only documented as examples. Alternative: none.
 EPOCH = "run_training_epoch"
-PARTS = {  # part of the step -> ends of the names of Lightning's actions
+PARTS = {  # part of a step -> suffixes of the names of Lightning's actions
     "data": ("train_dataloader_next",),
     "transfer": ("batch_to_device",),
     "forward": ("training_step",),
     "backward": ("backward",),
     "optimizer": ("optimizer_step", "optimizer_zero_grad", "configure_gradient_clipping", "lr_scheduler_step"),
-    "validation": ("on_validation_model_eval",),  # until the strategy's on_validation_end, which comes last
+    "validation": ("on_validation_model_eval",),  # ends with the strategy's on_validation_end, which comes last
     "checkpoints": ("save_checkpoint",),
 }
 
@@ -25,17 +25,17 @@ def ends(part: str, action_name: str) -> bool:
 
 
 def record_memory() -> None:
-    """Begins to record what is allocated on GPUs, if one is used.
+    """Begins to record the memory allocations of GPUs, if one is used.
 
-    PyTorch documents these functions (https://pytorch.org/docs/stable/torch_cuda_memory.html) in spite of their names.
-    Alternative: `profile_memory` of the profiler, whose output the viewer does not read.
+    PyTorch documents these functions (https://pytorch.org/docs/stable/torch_cuda_memory.html) despite their names.
+    Alternative: `profile_memory` of the profiler, whose output the viewer cannot read.
     """
     if torch.cuda.is_initialized():
         torch.cuda.memory._record_memory_history()
 
 
 def save_memory(file: Path) -> None:
-    """Ends what `record_memory` has begun and writes it as a pickle."""
+    """Ends the recording of `record_memory`, and writes it as a pickle."""
     if torch.cuda.is_initialized():
         torch.cuda.memory._dump_snapshot(str(file))
         torch.cuda.memory._record_memory_history(enabled=None)

@@ -1,4 +1,4 @@
-"""A profiler that prints where the time of a training step goes, and records a trace of some steps."""
+"""A profiler that prints how much time each part of a training step needs, and records a trace of some steps."""
 
 import contextlib
 import time
@@ -17,19 +17,19 @@ REST = "callbacks, logging"
 
 
 class Profile(Profiler):
-    """Measures where the time of training goes, and records a few steps: `--trainer.profiler Profile`.
+    """Measures the time of each part of a training step, and records a few steps: `--trainer.profiler Profile`.
 
-    The table is printed at the end and is in `profile/parts.txt`. Time within an action counts for the innermost that
-    the table has: forward and backward, which the optimizer's step calls, are not the optimizer's. On CUDA, it
-    synchronizes after each part, which takes time itself, so omit the flag where speed matters.
+    The table is printed at the end and saved in `profile/parts.txt`. Time within nested actions counts for the
+    innermost one in the table: forward and backward, which the optimizer's step calls, do not count for the optimizer.
+    On CUDA, it synchronizes after each part, which slows down training, so omit the flag if speed matters.
 
-    Beside the table are `trace-<process>.json.gz` of PyTorch's profiler (for https://ui.perfetto.dev) and, on CUDA,
+    The folder also has `trace-<process>.json.gz` of PyTorch's profiler (for https://ui.perfetto.dev) and, on CUDA,
     `memory-<process>.pickle`, the history of its memory (for https://pytorch.org/memory_viz).
 
     Args:
-        folder: Where the files are written.
-        skip: Micro-batches at the start that do not count, 1 or more: they warm up, or compile.
-        steps: Micro-batches after those that are recorded, and are not in the table; 0 for none.
+        folder: Folder for the files.
+        skip: Number of micro-batches at the start that are not measured, 1 or more, as they warm up or compile.
+        steps: Number of micro-batches after those that are recorded; they are not in the table. 0 for none.
     """
 
     def __init__(self, folder: str = "<run>/profile", skip: int = 5, steps: int = 3) -> None:
@@ -57,7 +57,7 @@ class Profile(Profiler):
         self.stack.append((part, mark))
 
     def stop(self, action_name: str) -> None:
-        if action_name == compat.EPOCH:  # what follows the last one is not part of a step
+        if action_name == compat.EPOCH:  # actions after the last epoch are not part of a step
             self.count()
             self.counting = False
         if not self.stack:
@@ -69,7 +69,7 @@ class Profile(Profiler):
             mark.__exit__(None, None, None)
 
     def count(self) -> None:
-        """Adds the time since the last call to the part in progress."""
+        """Adds the time since the last call to the current part."""
         if not self.counting:
             return
         if torch.cuda.is_initialized():
@@ -79,7 +79,7 @@ class Profile(Profiler):
         self.since = now
 
     def next_batch(self) -> None:
-        """Begins a micro-batch, and with it the recording or the table if it is their turn."""
+        """Begins a micro-batch, and starts the recording or the table if they begin with it."""
         self.count()
         self.batches += 1
         if self.batches == self.skip and self.steps:
@@ -99,13 +99,13 @@ class Profile(Profiler):
             self.counting, self.since = True, time.perf_counter()
 
     def end_recording(self) -> None:
-        """Ends the recorder, which writes its trace if it did not before."""
+        """Ends the recorder, which writes its trace unless it was already written."""
         if self.recorder is not None:
             self.recorder.stop()
             self.recorder = None
 
     def save(self, recorder: torch.profiler.profile) -> None:
-        """Writes what was recorded."""
+        """Writes the recording."""
         process = dist.get_rank() if dist.is_initialized() else 0
         self.folder.mkdir(parents=True, exist_ok=True)
         recorder.export_chrome_trace(str(self.folder / f"trace-{process}.json.gz"))
@@ -115,8 +115,8 @@ class Profile(Profiler):
         counted = self.batches - self.skip - self.steps
         if counted < 1:
             return (
-                f"profile: the run has {self.batches} micro-batches, all of which warm up or are recorded: "
-                "lower trainer.profiler.init_args.skip and steps, or train longer"
+                f"profile: all of the {self.batches} micro-batches of the run were skipped or recorded: lower "
+                "trainer.profiler.init_args.skip and steps, or train longer"
             )
         total = sum(self.seconds.values())
         rows = [(part, seconds) for part, seconds in self.seconds.items() if seconds] + [("all", total)]

@@ -1,4 +1,4 @@
-"""The callback that makes the page of a run when its training has ended."""
+"""The callback that writes the report of a run when its training has ended."""
 
 from pathlib import Path
 
@@ -17,6 +17,6 @@ class Report(Callback):
         try:
             page.write([run], run / "report.html")
         except Exception as error:  # a failed report must not fail a finished training
-            print(f"the report could not be made: {type(error).__name__}: {error}")
+            print(f"the report could not be written: {type(error).__name__}: {error}")
         else:
             print(f"report: {run / 'report.html'}")

@@ -1,4 +1,4 @@
-"""The curves of a report: the columns of metrics.csv in, few enough points to draw out."""
+"""The curves of a report: reduces the columns of metrics.csv to few enough points to draw."""
 
 import math
 from collections.abc import Sequence
@@ -7,10 +7,10 @@ from typing import Any, Optional
 from lm_lightning.callbacks.metrics_reader import Points
 from lm_lightning.reports.history import Run
 
-POINTS = 1000  # of a curve, at most
-MEANS = 100  # of a curve that needs them to be readable, which are those in NOISY
+POINTS = 1000  # maximum number of points of a curve
+MEANS = 100  # number of means of a curve in NOISY, which would not be readable otherwise
 NOISY = ("train/loss", "train/gradient_norm", "train/tokens_per_second", "train/mfu")
-# In the page's order; metrics of the validation that are not named here come after the loss, others at the end.
+# In the order of the page; other validation metrics come after the loss, and all others at the end.
 CHARTS = {
     "loss": "Loss",
     "learning_rate": "Learning rate",
@@ -23,12 +23,12 @@ AXES = {"tokens": "train/tokens", "seconds": "train/seconds"}
 
 
 def charts(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """The curves as the template draws them, JSON-able.
+    """The curves in the form in which the template draws them, JSON-serializable.
 
     Returns:
-        Of each chart `name`, `title` and `lines`; of each line `run` (its number), `part` (train, mean of it, val,
-        spike), `thinned` (whether only its extremes are there), and of each point `step`, `tokens`, `seconds` (of a run
-        that does not say, None instead of a list) and `value` (None if not finite).
+        For each chart, `name`, `title` and `lines`; for each line, `run` (its number), `part` (train, mean of train,
+        val, spike), `thinned` (whether it has only the extremes), and for each point `step`, `tokens`, `seconds` (None
+        instead of a list if the run did not log them) and `value` (None if not finite).
     """
     found: dict[str, list[dict[str, Any]]] = {}
     for number, run in enumerate(runs):
@@ -64,7 +64,7 @@ def charts(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def thinned(values: Sequence[float], limit: int = POINTS) -> list[int]:
-    """Which points of a curve are drawn: the lowest and the highest of each stretch, what is not finite as a low."""
+    """The indices of the points of a curve to draw: the lowest and highest of each section; NaN counts as lowest."""
     if len(values) <= limit:
         return list(range(len(values)))
     kept, stretches = {0, len(values) - 1}, (limit - 2) // 2
@@ -76,16 +76,16 @@ def thinned(values: Sequence[float], limit: int = POINTS) -> list[int]:
 
 
 def means(points: Points) -> Points:
-    """A curve without its noise: the mean of each of some stretches of steps, in their middle."""
+    """A curve without noise: the mean of each section of steps, at the middle of the section."""
     result = []
     for stretch in range(MEANS):
         part = points[stretch * len(points) // MEANS : (stretch + 1) * len(points) // MEANS]
-        result.append((part[len(part) // 2][0], sum(value for _, value in part) / len(part)))  # (which may overflow)
+        result.append((part[len(part) // 2][0], sum(value for _, value in part) / len(part)))  # (the sum may overflow)
     return result
 
 
 def interpolated(column: Optional[Points], steps: Sequence[int]) -> Optional[list[float]]:
-    """What a column that rises from 0 is at some steps, which it need not have; past its end, its last value."""
+    """Interpolates a column that increases from 0 at the given steps; after its end, it keeps its last value."""
     column = [(step, value) for step, value in column or [] if math.isfinite(value)]
     if not column:
         return None

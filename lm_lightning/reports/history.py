@@ -1,4 +1,4 @@
-"""Reads what a report shows of a run folder, as far as it can be read."""
+"""Reads the content of a run folder for a report, as far as it is readable."""
 
 import itertools
 import json
@@ -12,13 +12,13 @@ from lm_lightning.errors import UserError
 from lm_lightning.security.bounded import WHOLE_BYTES, text_of
 from lm_lightning.security.redaction import redact, redact_arguments
 
-# A run may be of somebody else, or damaged: what is read and shown of it is bounded.
-YAML_BYTES = 1 << 20  # of a config
-LINES = 20_000  # of a JSONL file
+# A run may be untrusted or damaged, so there are limits on what is read and shown.
+YAML_BYTES = 1 << 20  # size of a config
+LINES = 20_000  # lines of a JSONL file
 CELL = 1000  # characters of a cell of another table
 TEXT = 10_000  # characters of any other text
-OPTIONS = 5000  # of a file
-CONFIGS = 20  # that a run was resumed with
+OPTIONS = 5000  # options of a file
+CONFIGS = 20  # configs of earlier parts of a resumed run
 
 
 @dataclass
@@ -26,19 +26,19 @@ class Run:
     """The content of a run folder.
 
     Attributes:
-        folder: Its path.
-        metrics: Of each column of metrics.csv, the steps that have a value.
-        configs: File name to options by dotted names; config.yaml is the last.
+        folder: Path of the folder.
+        metrics: For each column of metrics.csv, the values with their steps.
+        configs: Options by dotted names, for each file name; config.yaml comes last.
         environment: environment.json, by dotted names.
         data: data.json, by dotted names.
         samples: Lines of samples.jsonl.
         spikes: Lines of spikes.jsonl.
-        results: results.csv, the results of each label in the last evaluation, the names of the columns first.
-        confusion: confusion.csv, how often each label was predicted as which, the names of the columns first.
-        evaluated: What these are of, such as "validation, step 60".
+        results: results.csv, the scores of each label in the last evaluation; the first row has the names of columns.
+        confusion: confusion.csv, the confusion matrix of the last evaluation; the first row has the names of columns.
+        evaluated: The evaluation of the previous two, such as "validation, step 60".
         mistakes: Lines of mistakes.jsonl.
-        steps: Optimizer steps that were done.
-        notes: What could not be read.
+        steps: Number of optimizer steps.
+        notes: Sentences about everything that could not be read.
     """
 
     folder: Path
@@ -61,14 +61,14 @@ class Run:
 
 
 def read(folder: Path) -> Run:
-    """Reads a run folder; files that are not there, or cut since the run was killed, are read as far as they go.
+    """Reads a run folder. Files may be missing, or incomplete because the run was killed.
 
     Raises:
-        UserError: If it is no run folder.
+        UserError: If it is not a run folder.
     """
     if not (folder / "config.yaml").is_file():
         raise UserError(
-            f"{folder} is no run folder: it has no config.yaml; name a folder such as runs/gpt/2026-11-25_10-30-00"
+            f"{folder} is not a run folder, as it has no config.yaml: give one such as runs/gpt/2026-11-25_10-30-00"
         )
     run = Run(folder.resolve())
     run.metrics = read_metrics(folder / "metrics.csv", run.notes)
@@ -79,7 +79,7 @@ def read(folder: Path) -> Run:
     run.configs = {file.name: read_options(file, run.notes) for file in [*numbered, folder / "config.yaml"]}
     run.environment = read_options(folder / "environment.json", run.notes)
     data = read_options(folder / "data.json", run.notes)
-    run.data = {name: text for name, text in data.items() if text != "null"}  # options that were not given
+    run.data = {name: text for name, text in data.items() if text != "null"}  # without options that were not given
     run.samples = read_lines(folder / "samples.jsonl", {"step": int, "prompt": str, "text": str}, run.notes)
     run.spikes = read_lines(folder / "spikes.jsonl", {"step": int, "loss": float, "samples": whole_numbers}, run.notes)
     run.results = read_table(folder / "results.csv", run.notes)
@@ -99,7 +99,7 @@ def read(folder: Path) -> Run:
 
 
 def read_steps(run: Run) -> int:
-    """The steps of a run: not all are logged, so its last checkpoint counts, too."""
+    """The number of steps of a run; since not all steps are logged, its last checkpoint is also read."""
     steps = max((points[-1][0] for points in run.metrics.values()), default=0)
     checkpoint = run.folder / "checkpoints" / "last.ckpt"
     if not checkpoint.exists():
@@ -114,7 +114,7 @@ def read_steps(run: Run) -> int:
 
 
 def read_table(file: Path, notes: list[str]) -> list[list[str]]:
-    """The rows of a CSV file, as many cells each as the first; nothing if it is not there."""
+    """The rows of a CSV file, each with as many cells as the first; empty if there is no such file."""
     rows = list(csv_rows(text_of(file, notes).splitlines()))
     complete = [[cut(cell, CELL) for cell in row] for row in rows if row is not None and len(row) == len(rows[0] or [])]
     if len(complete) < len(rows):
@@ -123,10 +123,10 @@ def read_table(file: Path, notes: list[str]) -> list[list[str]]:
 
 
 def whole_numbers(value: Any) -> list[int]:
-    """A list of whole numbers.
+    """Converts a value to a list of integers.
 
     Raises:
-        ValueError: If it is none; also TypeError and OverflowError.
+        ValueError: If it is not a list of integers; also TypeError and OverflowError.
     """
     return [int(item) for item in value]
 
@@ -156,12 +156,12 @@ def read_options(file: Path, notes: list[str]) -> dict[str, str]:
 
 
 def cut(text: str, longest: int) -> str:
-    """A text, or its beginning and the number of omitted characters."""
+    """A text, shortened to its beginning and the number of omitted characters if it is too long."""
     return text if len(text) <= longest else f"{text[:longest]}… ({len(text) - longest:,} more characters)"
 
 
 def flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """Texts of what options hold, by dotted names; lists of options are numbered."""
+    """The values of options as text, with dotted names; items of lists are numbered."""
     if isinstance(value, dict) and (value or not name):
         for key, item in value.items():
             yield from flat(item, f"{name}.{key}" if name else str(key))

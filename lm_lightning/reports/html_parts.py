@@ -1,4 +1,4 @@
-"""Pieces of HTML that the sections of a report are made of."""
+"""HTML elements of which the sections of a report consist."""
 
 import html
 import re
@@ -7,29 +7,29 @@ from typing import Literal
 
 
 def escape(text: object) -> str:
-    """Text as HTML; control characters, which HTML may not have, become a sign for what is unknown."""
+    """Text as HTML; control characters, which are not allowed in HTML, are replaced by U+FFFD."""
     return html.escape(re.sub(r"[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]", "\ufffd", str(text)))
 
 
 def breakable(name: str) -> str:
-    """A name of parts as HTML that a narrow page may break between them."""
+    """A dotted name as HTML that may be broken between its parts on narrow pages."""
     return re.sub(r"([./_])", r"\1<wbr>", escape(name))
 
 
 def section(title: str, content: str) -> str:
-    """A part of the page."""
+    """A section of the page."""
     return f"<section><h2>{escape(title)}</h2>\n{content}\n</section>"
 
 
 def table(
     names: Sequence[str], columns: Sequence[dict[str, str]], different: Literal["marked", "alone", "plain"] = "plain"
 ) -> str:
-    """A table of what some runs, or files, say by names.
+    """A table with a column for each run or file.
 
     Args:
-        names: What the columns are of.
-        columns: Texts by the names of the rows.
-        different: Whether rows in which the columns differ are marked, or are all that is shown.
+        names: Names of the columns.
+        columns: For each column, the texts by the names of rows.
+        different: Whether rows in which columns differ are marked (`marked`), or only these rows are shown (`alone`).
     """
     rows = []
     for key in dict.fromkeys(key for column in columns for key in column):
@@ -47,7 +47,7 @@ def table(
 
 
 def folded(blocks: Sequence[tuple[str, str]]) -> str:
-    """Blocks of several runs, of which the first is open; that of a single one as it is."""
+    """Collapsible blocks of several runs, of which the first is open; a single block is not collapsible."""
     if len(blocks) == 1:
         return blocks[0][1]
     return "".join(

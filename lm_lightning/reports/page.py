@@ -1,6 +1,6 @@
-"""The page of a report: run folders in, one HTML file out that needs nothing else.
+"""The page of a report: converts run folders to a self-contained HTML file.
 
-The tables are written here; `report.html`, the template, draws the curves from numbers that are in the page as JSON.
+The tables are written here. The template, `report.html`, draws the curves from numbers that the page contains as JSON.
 """
 
 import json
@@ -21,20 +21,20 @@ TEMPLATE = Path(__file__).with_name("report.html")
 
 
 def write(folders: Sequence[Path], output: Path) -> None:
-    """Writes the report of some run folders, so that the file is complete or not there.
+    """Writes the report of run folders atomically.
 
     Raises:
-        UserError: If one is no run folder, or the file cannot be written.
+        UserError: If a folder is not a run folder, or the file cannot be written.
     """
     content = page([read(folder) for folder in folders])
     try:
         write_text(output, content)
     except OSError as error:
-        raise UserError(f"the report {output} cannot be written ({error.strerror}): name another --output") from error
+        raise UserError(f"the report {output} cannot be written ({error.strerror}): give another --output") from error
 
 
 def page(runs: Sequence[Run]) -> str:
-    """The report of some runs, a complete HTML document."""
+    """The report of runs, a complete HTML document."""
     parts = [section("Summary", notes(runs) + table([run.name for run in runs], [summary(run) for run in runs]))]
     drawn = charts(runs)
     parts.append(section("Curves", '<div id="curves"></div>' if drawn else "<p>Nothing was logged.</p>"))
@@ -47,7 +47,7 @@ def page(runs: Sequence[Run]) -> str:
     parts.append(section("Data", table([run.name for run in runs], [run.data for run in runs], "marked")))
     parts.append(section("Environment", table([run.name for run in runs], [run.environment for run in runs], "marked")))
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
-    # "<" would end the script element in "</script>"
+    # "</script>" would end the script element.
     data = json.dumps({"runs": [run.name for run in runs], "charts": drawn}, allow_nan=False).replace("<", "\\u003c")
     content = {
         "TITLE": escape(title),
@@ -60,6 +60,6 @@ def page(runs: Sequence[Run]) -> str:
 
 
 def notes(runs: Sequence[Run]) -> str:
-    """The files that could not be read, or only in part."""
+    """The files that could not be read, or only partially."""
     items = "".join(f"<li>{escape(run.name)}: {escape(note)}</li>" for run in runs for note in run.notes)
     return f'<ul class="notes">{items}</ul>' if items else ""

@@ -1,4 +1,4 @@
-"""`report`: makes one HTML page of run folders."""
+"""`report`: writes an HTML page about run folders."""
 
 from pathlib import Path
 from typing import Optional
@@ -9,10 +9,10 @@ from lm_lightning.security.untrusted import refuse_links
 
 
 def report(runs: list[str], output: Optional[str] = None) -> None:
-    """Writes one HTML page about runs: curves, samples, configs, machines. It loads nothing from the network.
+    """Writes an HTML page about runs: curves, samples, configs and machines. The page loads nothing from the network.
 
     Args:
-        runs: Run folders. Curves of several runs share the same plots.
+        runs: Run folders. The curves of several runs are drawn in the same plots.
         output: File to write. Default: report.html in the run folder, or in the current folder for several runs.
     """
     from lm_lightning.reports import page

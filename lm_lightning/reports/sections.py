@@ -7,17 +7,18 @@ from collections.abc import Sequence
 from lm_lightning.reports.history import Run
 from lm_lightning.reports.html_parts import escape, table
 
-SAMPLES = 10  # of a prompt, at most
+# Maximum numbers of items that are shown
+SAMPLES = 10  # samples of a prompt
 PROMPTS = 50
 SPIKES = 500
-NUMBERS = 100  # of samples of a spike
+NUMBERS = 100  # samples of a spike
 MISTAKES = 100
-LABELS = 1000  # in the table of results
-CONFUSED = 60  # labels of a confusion matrix that is shown, at most
+LABELS = 1000  # labels in the table of results
+CONFUSED = 60  # labels of a confusion matrix
 
 
 def results(run: Run) -> str:
-    """How well each label is predicted, in the last evaluation."""
+    """The scores of each label in the last evaluation."""
     if len(run.results) < 2:
         return ""
     names, *rows = run.results
@@ -32,7 +33,7 @@ def results(run: Run) -> str:
 
 
 def short(cell: str) -> str:
-    """A share with three digits; anything else, such as a count, as it is."""
+    """Shortens a fraction to three digits; other cells, such as counts, are not changed."""
     try:
         return f"{float(cell):.3f}" if "." in cell or "e" in cell else cell
     except ValueError:
@@ -40,7 +41,7 @@ def short(cell: str) -> str:
 
 
 def confusion(run: Run) -> str:
-    """How often each label was predicted as which: the darker a cell, the larger its share of the row."""
+    """The confusion matrix: the darker a cell, the larger its share of the row."""
     if len(run.confusion) < 2:
         return ""
     names, rows = run.confusion[0][1:], run.confusion[1:]
@@ -61,12 +62,12 @@ def confusion(run: Run) -> str:
         body += "</tr>"
     head = "".join(f"<th scope=col><span>{escape(name)}</span></th>" for name in names)
     table = f'<table class="confusion"><thead><tr><td></td>{head}</tr></thead><tbody>{body}</tbody></table>'
-    return f"""<p class="faint">{escape(run.evaluated)}: a row for each right label, a column for each predicted one</p>
+    return f"""<p class="faint">{escape(run.evaluated)}: true labels are the rows, predicted labels the columns</p>
 <div class="scroll">{table}</div>"""
 
 
 def mistakes(run: Run) -> str:
-    """The examples that the last evaluation got most wrong."""
+    """The wrong predictions with the highest losses in the last evaluation."""
     if not run.mistakes:
         return ""
     rows = ""
@@ -81,7 +82,7 @@ def mistakes(run: Run) -> str:
 
 
 def spikes(run: Run) -> str:
-    """Steps whose loss was far above those before, and their training samples."""
+    """Steps whose loss was far above the losses before, and their training samples."""
     rows = ""
     for row in run.spikes[-SPIKES:]:
         more = f" and {len(row['samples']) - NUMBERS:,} more" if len(row["samples"]) > NUMBERS else ""
@@ -93,9 +94,9 @@ def spikes(run: Run) -> str:
 
 
 def samples(run: Run) -> str:
-    """What the network wrote to each prompt, from the first step to the last."""
+    """The generated text for each prompt, from the first step to the last."""
     prompts: dict[str, dict[int, str]] = {}
-    for row in run.samples:  # a step that was done again has another line
+    for row in run.samples:  # a repeated step has another line
         prompts.setdefault(row["prompt"], {})[row["step"]] = row["text"]
     blocks = []
     for prompt, texts in itertools.islice(prompts.items(), PROMPTS):
@@ -115,7 +116,7 @@ def samples(run: Run) -> str:
 
 
 def configs(runs: Sequence[Run]) -> str:
-    """How the runs' configs differ from each other, and from those that they were resumed with; and all of them."""
+    """The differences between the configs of runs, and between those of the parts of a resumed run; and all options."""
     content = ""
     if len(runs) > 1:
         finals = [run.configs["config.yaml"] for run in runs]

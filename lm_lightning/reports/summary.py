@@ -1,4 +1,4 @@
-"""The summary of a run: its state, best and last metrics, steps, time and memory, as texts by their names."""
+"""The summary of a run: its state, best and last metrics, steps, time and memory, as texts by name."""
 
 import math
 import statistics
@@ -7,7 +7,7 @@ from lm_lightning.reports.history import Run
 
 
 def summary(run: Run) -> dict[str, str]:
-    """The rows of the table, in words."""
+    """The rows of the table, as text."""
     rows = {"state": "finished" if (run.folder / "model").is_dir() else "not finished (no model/)"}
     options = run.configs["config.yaml"]
     monitor = options.get("best.monitor", "val/loss")
@@ -52,18 +52,18 @@ def words(metric: str) -> str:
 
 
 def lower_is_better(metric: str) -> bool:
-    """Whether a low value of a metric is a good one, by its name."""
+    """Whether lower values of a metric are better, by its name."""
     return metric.endswith(("loss", "perplexity", "bits_per_byte", "mae"))
 
 
 def at(run: Run, metric: str, text: str) -> str:
-    """What a metric was when it was logged last, with that step if there were more."""
+    """The last value of a metric, as `text`, with its step if the run has later steps."""
     step = run.metrics[metric][-1][0]
     return text if step >= run.steps else f"{text} (at step {step:,})"
 
 
 def duration(seconds: float) -> str:
-    """A time as people say it."""
+    """A duration in readable form."""
     if not math.isfinite(seconds):
         return "unknown"
     minutes, rest = divmod(round(seconds), 60)

@@ -1,6 +1,6 @@
-"""Weights & Biases: logs a run to W&B, online while it trains or offline in its run folder.
+"""Weights & Biases: logs a run to W&B, online during training or offline in its run folder.
 
-`Samples` and `Predictions` log their tables here, `RunFolder` its config. W&B itself watches the machine.
+`Samples` and `Predictions` also log their tables, and `RunFolder` its config. W&B itself monitors the machine.
 """
 
 import contextlib
@@ -29,32 +29,32 @@ from lm_lightning.tracking import compat
 
 
 class WandbRun(WandbLogger):
-    """Lightning's WandbLogger for a run folder, which never asks and never waits for long.
+    """Lightning's WandbLogger for a run folder, which does not prompt for input and does not wait for long.
 
-    Without a key, or if the server does not answer, it is offline: all is written to `wandb/` in the run folder, for
-    `wandb sync` to send later. W&B's environment variables (WANDB_MODE, WANDB_PROJECT, WANDB_ENTITY, WANDB_TAGS,
-    WANDB_NOTES, WANDB_NAME, WANDB_RUN_GROUP, ...) apply where an option is omitted.
+    Without an API key, or if the server does not answer, it is offline: everything is written to `wandb/` in the run
+    folder, and `wandb sync` can upload it later. The environment variables of W&B (WANDB_MODE, WANDB_PROJECT,
+    WANDB_ENTITY, WANDB_TAGS, WANDB_NOTES, WANDB_NAME, WANDB_RUN_GROUP, ...) set options that are not given.
 
-    A run that is resumed is the same run of W&B; each start is a part of it, which `trainer/part`
-    numbers from 0. W&B's own step only ever rises, so the metrics are drawn over `trainer/global_step`; a step that is
-    done again is there twice, with two parts.
+    A resumed run continues the same W&B run. Each start is a part of it; `trainer/part` has the number of the part,
+    from 0. Since the step of W&B cannot decrease, metrics are plotted over `trainer/global_step`; a step that is
+    repeated has two values, with different parts.
 
     Args:
         save_dir: The run folder.
-        mode: `online`, `offline` or `disabled`. Default: WANDB_MODE, else online if there is a key.
-        project: Default: WANDB_PROJECT, else `lm_lightning`.
-        entity: User or team. Default: that of the key.
-        name: Of the run. Default: that of the experiment and its time.
-        group: Of runs. Default: the name of the experiment.
-        tags: Of the run.
-        notes: Of the run.
-        log_model: Whether a run that has ended leaves `checkpoints/` and `model/` as artifacts. Their aliases are
-            `step-<number>`, and of a checkpoint the name of its file, such as `best`.
+        mode: `online`, `offline` or `disabled`. Default: WANDB_MODE, otherwise online if there is an API key.
+        project: Name of the project. Default: WANDB_PROJECT, otherwise `lm_lightning`.
+        entity: User or team. Default: the one of the API key.
+        name: Name of the run. Default: the name of the experiment and the time of the run.
+        group: Group of the run. Default: the name of the experiment.
+        tags: Tags of the run.
+        notes: Notes about the run.
+        log_model: Whether to log `checkpoints/` and `model/` as artifacts at the end of the run. Their alias is
+            `step-<number>`; checkpoints also have the name of their file, such as `best`.
         timeout: Seconds to wait for the server at the start.
-        finish_timeout: Seconds to wait at the end, until all is sent.
+        finish_timeout: Seconds to wait for uploads at the end.
     """
 
-    logs_evaluations = True  # `validate`, `test` and `predict` use this logger, too
+    logs_evaluations = True  # `validate`, `test` and `predict` also use this logger
 
     def __init__(
         self,
@@ -99,7 +99,9 @@ class WandbRun(WandbLogger):
             return super().experiment
         import wandb
 
-        os.environ.setdefault("WANDB_DATA_DIR", str(self.folder / "data"))  # tables to be sent; else at home
+        os.environ.setdefault(
+            "WANDB_DATA_DIR", str(self.folder / "data")
+        )  # tables to upload; by default in the home folder
         options = compat.init_options(self)
         options |= {"id": self.run_id(), "mode": self.mode()}
         self.part = len(list(self.folder.glob(f"*run-*-{options['id']}*")))
@@ -108,9 +110,9 @@ class WandbRun(WandbLogger):
             init_timeout=self.timeout,
             finish_timeout=self.finish_timeout,
             finish_timeout_raises=True,
-            x_transaction_log_flush_interval=0.1,  # seconds of which a kill -9 leaves nothing, else 15
+            x_transaction_log_flush_interval=0.1,  # seconds that are lost with kill -9; by default 15
         )
-        with redacted_command_line():  # which W&B records
+        with redacted_command_line():  # W&B records it
             try:
                 return super().experiment
             except wandb.Error as error:
@@ -118,7 +120,7 @@ class WandbRun(WandbLogger):
                 return super().experiment
 
     def run_id(self) -> str:
-        """The id of the run in this folder, which is drawn when it starts; a sweep's agent gives its own."""
+        """The ID of the run in this folder, which is generated when it starts, unless the agent of a sweep sets it."""
         file = self.folder / "id"
         if "WANDB_RUN_ID" in os.environ or not file.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -126,7 +128,7 @@ class WandbRun(WandbLogger):
         return file.read_text(encoding="utf-8")
 
     def mode(self) -> str:
-        """The mode of the option or of WANDB_MODE; offline if W&B would ask for a key, or does not answer."""
+        """The mode of the option or of WANDB_MODE; offline if there is no API key, or W&B does not answer."""
         import wandb
 
         mode = compat.init_options(self)["mode"] or os.environ.get("WANDB_MODE") or "online"
@@ -134,26 +136,26 @@ class WandbRun(WandbLogger):
             return self.offline("as requested")
         try:
             if mode == "online" and not wandb.login(prompt=False, verify=False):
-                return self.offline("as there is no key (WANDB_API_KEY, or `wandb login`)")
+                return self.offline("as there is no API key (WANDB_API_KEY, or `wandb login`)")
         except wandb.Error as error:
-            return self.offline(f"as the key is none: {error}")
+            return self.offline(f"as the API key is invalid: {error}")
         if mode == "online":
             url = wandb.setup().settings.base_url
             try:
                 urllib.request.urlopen(url, timeout=self.timeout).close()
             except urllib.error.HTTPError:
-                pass  # an answer, too
-            except OSError as error:  # (W&B would try for half a minute)
+                pass  # an error is also an answer
+            except OSError as error:  # (W&B would retry for half a minute)
                 return self.offline(f"as {url} does not answer ({getattr(error, 'reason', error)})")
         return mode
 
     def offline(self, reason: str) -> str:
-        """Prints once that the run is offline, why, and how to send it."""
+        """Prints once that the run is offline, why, and how to upload it."""
         import wandb
 
-        print(f"W&B: offline, {' '.join(reason.split())[:200]}; `wandb sync {self.folder}` sends the run")
-        os.environ.setdefault("WANDB_SILENT", "true")  # which would print it again
-        wandb.teardown()  # it reads that anew, and forgets a run that could not be started
+        print(f"W&B: offline, {' '.join(reason.split())[:200]}; `wandb sync {self.folder}` uploads the run")
+        os.environ.setdefault("WANDB_SILENT", "true")  # otherwise W&B would print it again
+        wandb.teardown()  # makes W&B read the variable, and forget a run that could not be started
         return "offline"
 
     @rank_zero_only
@@ -171,16 +173,16 @@ class WandbRun(WandbLogger):
         self.log_metrics(made, step)
 
     def after_save_checkpoint(self, checkpoint_callback: ModelCheckpoint) -> None:
-        """Lightning would give an artifact the alias `best` for any file that is the only one of its callback."""
+        """Does nothing: Lightning would give the alias `best` to any file that is the only one of its callback."""
 
     def products(self) -> dict[Path, int]:
-        """The checkpoints and the model in the run folder, with the times when they were written."""
+        """The checkpoints and the model in the run folder, with their modification times."""
         run = self.folder.parent
         return {path: path.stat().st_mtime_ns for path in [*sorted(run.glob("checkpoints/*.ckpt")), *run.glob("model")]}
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Logs what this part has written as artifacts if it was successful, and ends it."""
+        """Logs the products of this part as artifacts if it was successful, and ends it."""
         run = compat.current_run(self)
         if run is None:
             return
@@ -197,24 +199,24 @@ class WandbRun(WandbLogger):
             run.finish(exit_code=int(status != "success"))
         except TimeoutError:
             limit = f"{self.finish_timeout:g} seconds"
-            print(f"W&B: not all was sent within {limit}; `wandb sync --include-online {self.folder}` sends the rest")
+            print(f"W&B: upload incomplete after {limit}; `wandb sync --include-online {self.folder}` uploads the rest")
         else:
             if not run.offline:
                 shutil.rmtree(self.folder / "artifacts", ignore_errors=True)
         compat.forget_run(self)
 
     def log_artifact(self, path: Path, kind: str, alias: str, step: int) -> None:
-        """Logs a file or folder as it is now, as an artifact `<kind>-<id of the run>`.
+        """Logs the current content of a file or folder as an artifact `<kind>-<ID of the run>`.
 
         Args:
-            path: The file or folder, which may be replaced later, but is not written to.
-            kind: What it is.
-            alias: What this version is called, beside `step-<step>`.
-            step: The step that it holds.
+            path: The file or folder. It may be replaced later, but not changed in place.
+            kind: Type of the artifact.
+            alias: Name of this version, in addition to `step-<step>`.
+            step: The training step of its weights.
         """
         import wandb
 
-        # W&B would copy all to a folder of its own at home until it is sent. Links cost nothing.
+        # W&B would copy everything to a folder in the home folder until it is uploaded. Links need no disk space.
         kept = self.folder / "artifacts" / f"part-{self.part}" / path.name
         kept.parent.mkdir(parents=True, exist_ok=True)
         artifact = wandb.Artifact(
@@ -230,7 +232,7 @@ class WandbRun(WandbLogger):
 
 
 def link(source: str | Path, target: str | Path) -> None:
-    """Makes a hard link to a file, or a copy if the file system has no links."""
+    """Creates a hard link to a file, or a copy if the file system does not support links."""
     try:
         os.link(source, target)
     except OSError:

@@ -1,4 +1,4 @@
-"""Searches for good values of flags, and comparisons of ways to run a config."""
+"""Searches for good values of flags, and comparisons of different ways to run a config."""
 
 from lm_lightning.features import Feature
 
@@ -10,7 +10,7 @@ FEATURE = Feature(
         ),
         "verify": (
             "lm_lightning.tuning.verify",
-            "check that all strategies here give the losses of a plain run",
+            "check that all strategies on this machine give the same losses",
         ),
     },
     classes=("lm_lightning.tuning.range_test",),

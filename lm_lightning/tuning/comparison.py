@@ -1,10 +1,10 @@
-"""The table of `verify`: how far the numbers of each variant are from those of its base."""
+"""The table of `verify`: the differences between the metrics of each variant and those of its base."""
 
 from lm_lightning.tuning.variants import VARIANTS, Differences, Outcome
 
 
 def differences(outcome: Outcome, base: Outcome) -> Differences:
-    """The differences of the logged numbers of a variant from those of its base."""
+    """The differences between the logged metrics of a variant and those of its base."""
     norms = [abs(a - b) / b for a, b in zip(outcome.gradient_norms, base.gradient_norms)]
     losses = [abs(a - b) for a, b in zip(outcome.losses, base.losses)]
     return Differences(norms[0], max(norms), max(losses))
@@ -34,16 +34,16 @@ def comparison_table(outcomes: dict[str, Outcome], steps: int) -> tuple[str, boo
         memory = "" if outcome.memory is None else f"{outcome.memory:.2f}"
         rows.append([*row, *found, f"{outcome.tokens_per_second:,.0f}", memory, result])
     legend = (
-        f"Largest differences in {steps} steps from the plain run, of documents from documents_eager: relative "
-        "differences of the gradient norm (at the first step, before the optimizer amplifies rounding, and at any), "
-        "and differences of the loss in nats per token. Tokens/s are those of the median step, GiB the peak memory of "
-        "the first process."
+        f"Largest differences from the plain run (of documents: from documents_eager) in {steps} steps: relative "
+        "differences of the gradient norm (at the first step, before the optimizer amplifies rounding errors, and at "
+        "any step), and differences of the loss in nats per token. Tokens/s is the value of the median step, GiB the "
+        "peak memory of the first process."
     )
     return "\n".join([*markdown(rows), "", legend, *([""] if notes else []), *notes]), good
 
 
 def markdown(rows: list[list[str]]) -> list[str]:
-    """Lines of a Markdown table that is aligned as text, too; its first and last columns are words, others numbers."""
+    """Lines of a Markdown table with aligned columns; the first and last columns are text, the others numbers."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     words = (0, len(widths) - 1)
     rule = ["-" * width if i in words else "-" * (width - 1) + ":" for i, width in enumerate(widths)]

@@ -1,4 +1,4 @@
-"""`tune --find`: short runs that find a learning rate, or the largest micro-batch that fits into the memory."""
+"""`tune --find`: short runs that find a learning rate, or the largest micro-batch that fits into memory."""
 
 import math
 import re
@@ -18,20 +18,20 @@ OUT_OF_MEMORY = re.compile(r"out of memory|OutOfMemory|can't allocate memory|Mem
 
 
 def learning_rate(fit_flags: list[str], low: float = 1e-6, high: float = 1.0, steps: int = 100) -> float:
-    """Raises the learning rate from step to step and finds where the loss falls fastest.
+    """Increases the learning rate at each step, and finds the one at which the loss falls fastest.
 
-    Losses are smoothed (a moving average, corrected for its start), and the slope is that of the loss over the
-    logarithm of the rate, as Lightning's and fastai's finders have it. The result is a place to start a study from: it
-    depends on the batch, and does not consider the end of a long run.
+    Losses are smoothed (a moving average, corrected for its start), and the slope is the one of the loss over the
+    logarithm of the learning rate, as in the finders of Lightning and fastai. The result is a starting point for a
+    study: it depends on the batch size, and does not consider the end of a long run.
 
     Args:
         fit_flags: `--config` and any other flag of `fit`.
-        low: Rate of the first step.
-        high: Rate of the last.
-        steps: Optimizer steps.
+        low: Learning rate of the first step.
+        high: Learning rate of the last step.
+        steps: Number of optimizer steps.
 
     Returns:
-        The rate.
+        The learning rate.
 
     Raises:
         UserError: If the loss does not fall.
@@ -47,7 +47,7 @@ def learning_rate(fit_flags: list[str], low: float = 1e-6, high: float = 1.0, st
         losses, rates = logged(run, "train/loss"), logged(run, "train/learning_rate")
     points = [(rates[step], loss) for step, loss in sorted(losses.items()) if math.isfinite(loss)]
     if len(points) < 10:
-        raise UserError(f"the learning rates cannot be tried: {reason or 'too few steps were logged'}")
+        raise UserError(f"the run with different learning rates failed: {reason or 'too few steps were logged'}")
     found = steepest(points)
     option = "model.optimizer.init_args.lr"
     print(f"tried {len(points)} learning rates from {points[0][0]:.1e} to {points[-1][0]:.1e}")
@@ -58,11 +58,11 @@ def learning_rate(fit_flags: list[str], low: float = 1e-6, high: float = 1.0, st
 
 
 def steepest(points: list[tuple[float, float]], smoothing: float = 0.8) -> Optional[float]:
-    """The rate at which a smoothed loss falls fastest, of those before its minimum.
+    """The learning rate at which the smoothed loss falls fastest, before its minimum.
 
     Args:
-        points: Learning rates, rising, and losses.
-        smoothing: Weight of the earlier losses in the moving average.
+        points: Ascending learning rates with losses.
+        smoothing: Weight of the previous losses in the moving average.
     """
     average, smooth = 0.0, []
     for number, (_, loss) in enumerate(points, 1):
@@ -76,18 +76,18 @@ def steepest(points: list[tuple[float, float]], smoothing: float = 0.8) -> Optio
 
 
 def batch_size(fit_flags: list[str], memory: Optional[float] = None) -> int:
-    """Finds the largest micro-batch that fits, of those into which the batch of an optimizer step can be divided.
+    """Finds the largest micro-batch that fits into memory and divides the batch of an optimizer step.
 
-    Each try is a run of three optimizer steps of two micro-batches, with a validation, in processes of its own: one
-    that does not fit ends no other, and all processes of a strategy have the same answer. Sizes are doubled until one
-    does not fit, then halved in between. Where samples differ in length, longer ones may come later: leave a margin.
+    Each size is tried in a run of three optimizer steps of two micro-batches, with a validation, in its own processes,
+    so that running out of memory does not end this process, and all processes of a strategy agree. Sizes are doubled
+    until one does not fit, then found by bisection. If samples differ in length, leave a margin for longer ones.
 
     Args:
         fit_flags: `--config` and any other flag of `fit`.
-        memory: GiB that each process may use; None for what the device has.
+        memory: GiB that each process may use; None for all memory of the device.
 
     Returns:
-        Samples in a micro-batch of one process.
+        Number of samples per micro-batch and process.
 
     Raises:
         UserError: If not even one sample fits, or a run fails for another reason.
@@ -96,7 +96,7 @@ def batch_size(fit_flags: list[str], memory: Optional[float] = None) -> int:
         folder = Path(scratch)
         settings = read_settings(fit_flags, folder)
         data, trainer = settings["data"]["init_args"], settings["trainer"]
-        samples = data["batch_size"] * trainer["accumulate_grad_batches"]  # of an optimizer step, in each process
+        samples = data["batch_size"] * trainer["accumulate_grad_batches"]  # samples per optimizer step and process
         sizes = [size for size in range(1, samples + 1) if samples % size == 0]
         shorten(settings, 3, [])
         trainer["limit_val_batches"] = 1
@@ -108,11 +108,13 @@ def batch_size(fit_flags: list[str], memory: Optional[float] = None) -> int:
             name = f"batch-{size}"
             reason = short_run(settings, folder, name)
             used = max(logged(newest_run(folder / "runs", name), "train/memory").values(), default=None)
-            errors = reason + (folder / "err.txt").read_text(encoding="utf-8", errors="replace")  # of all processes
+            errors = reason + (folder / "err.txt").read_text(
+                encoding="utf-8", errors="replace"
+            )  # output of all processes
             if reason and not OUT_OF_MEMORY.search(errors):
-                raise UserError(f"a micro-batch of {size} cannot be tried: {reason}")
+                raise UserError(f"the run with a micro-batch of {size} samples failed: {reason}")
             if not reason and used is None and memory is not None:
-                raise UserError("--memory cannot be compared: this device does not report its memory usage")
+                raise UserError("--memory cannot be used, as this device does not report its memory usage: omit it")
             good = not reason and (memory is None or used is None or used <= memory)
             usage = "out of memory" if reason else "memory unknown" if used is None else f"{used:.2f} GiB"
             print(f"micro-batch {size}: {usage}, {'fits' if good else 'does not fit'}", flush=True)
@@ -122,7 +124,7 @@ def batch_size(fit_flags: list[str], memory: Optional[float] = None) -> int:
     if found is None:
         raise UserError("not even a micro-batch of one sample fits: use a smaller network or block, or more memory")
     flags = ["--data.batch_size", str(found), "--trainer.accumulate_grad_batches", str(samples // found)]
-    print(f"largest micro-batch of the {samples} samples of a step: {shlex.join(flags)}")
+    print(f"largest micro-batch for the {samples} samples of a step: {shlex.join(flags)}")
     return found
 
 
@@ -130,8 +132,8 @@ def largest(sizes: list[int], fits: Callable[[int], bool]) -> Optional[int]:
     """The largest size that fits, if all smaller ones do: doubles until one does not, then bisects.
 
     Args:
-        sizes: Candidates, rising.
-        fits: Whether one fits.
+        sizes: Candidates in ascending order.
+        fits: Whether a size fits.
     """
     good, bad = -1, len(sizes)  # indices
     while bad - good > 1 and bad == len(sizes):
@@ -145,7 +147,7 @@ def largest(sizes: list[int], fits: Callable[[int], bool]) -> Optional[int]:
 
 
 def short_run(settings: dict[str, Any], folder: Path, name: str) -> str:
-    """Runs `fit` with some settings, in `runs` of a folder, and returns the reason if it has failed."""
+    """Runs `fit` with the given settings, in `runs` of a folder, and returns the reason if it failed."""
     config = folder / "config.yaml"
     files.write_text(config, yaml_text.dump(settings))
     return fit(["--config", str(config), "--runs_dir", str(folder / "runs"), "--name", name], folder, 3600)[1]

@@ -1,4 +1,4 @@
-"""Runs `fit` in processes of its own, and returns its settings, its metrics, or why it failed."""
+"""Runs `fit` in separate processes, and returns its settings, its metrics, or the reason why it failed."""
 
 import contextlib
 import os
@@ -22,9 +22,9 @@ def read_settings(fit_flags: list[str], folder: Path, timeout: float = 600) -> d
     """The complete settings that follow from a config and flags of `fit`.
 
     Args:
-        fit_flags: `--config` and any other.
-        folder: Where the output of the process is written.
-        timeout: Seconds after which it is killed.
+        fit_flags: `--config` and any other flag.
+        folder: Folder for the output of the process.
+        timeout: Seconds after which the process is killed.
 
     Raises:
         UserError: If `fit` refuses them.
@@ -62,17 +62,17 @@ def fit(
     nodes: int = 1,
     watch: Optional[Callable[[], str]] = None,
 ) -> tuple[str, str]:
-    """Runs `fit` in a process of its own, or one for each node, and kills what they have started in the end.
+    """Runs `fit` in a separate process, or one for each node, and kills all their child processes at the end.
 
     Args:
-        arguments: Of `fit`.
-        folder: Where its output is written, to `out.txt` and `err.txt`.
+        arguments: Arguments of `fit`.
+        folder: Folder for the output, in `out.txt` and `err.txt`.
         timeout: Seconds after which it is killed.
-        nodes: How many nodes to simulate on this machine.
-        watch: Called twice a second; a reason that it returns ends the run.
+        nodes: Number of nodes to simulate on this machine.
+        watch: Called twice a second; if it returns a reason, the run is ended.
 
     Returns:
-        Its output, and the reason why it failed, empty if it did not.
+        Its output, and the reason why it failed; empty if it did not.
     """
     environments: list[dict[str, str]] = [{}]
     if nodes > 1:
@@ -121,7 +121,7 @@ def fit(
 
 
 def newest_run(runs_dir: Path, name: str) -> Optional[Path]:
-    """The newest run of a name, None before there is one."""
+    """The newest run with a name; None if there is none."""
     return max((runs_dir / name).glob("*/"), key=lambda path: path.stat().st_mtime_ns, default=None)
 
 
@@ -129,7 +129,7 @@ def logged(run: Optional[Path], metric: str) -> dict[int, float]:
     """The values of a metric by step that a run has logged so far.
 
     Args:
-        run: Run folder; None has logged nothing.
-        metric: Such as `val/loss`.
+        run: Run folder; None if it does not exist yet.
+        metric: Name of the metric, such as `val/loss`.
     """
     return {} if run is None else dict(read_metrics(run / "metrics.csv").get(metric, []))

@@ -1,4 +1,4 @@
-"""The learning-rate range test: a learning rate that rises at every step, to see at which rates a network learns."""
+"""The learning-rate range test: increases the learning rate at every step to find at which rates a network learns."""
 
 import math
 from typing import Any
@@ -7,12 +7,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 
 class LearningRateRangeTest(Callback):
-    """Raises the learning rate by the same factor at each step of a run, and ends it where the loss is four times the
-    least so far (Smith, 2017, Cyclical Learning Rates for Training Neural Networks, arXiv:1506.01186).
+    """Multiplies the learning rate by the same factor at each step of a run, and ends the run when the loss is four
+    times its minimum so far (Smith, 2017, Cyclical Learning Rates for Training Neural Networks, arXiv:1506.01186).
 
     Args:
-        low: Rate of the first step.
-        high: Rate of the last step, `trainer.max_steps`.
+        low: Learning rate of the first step.
+        high: Learning rate of the last step, `trainer.max_steps`.
     """
 
     def __init__(self, low: float = 1e-6, high: float = 1.0) -> None:

@@ -1,4 +1,4 @@
-"""The search space of a study, a YAML file: which values to try for flags of `fit`, and which metric is optimized."""
+"""The search space of a study, a YAML file: the values to try for flags of `fit`, and the metric to optimize."""
 
 import argparse
 from dataclasses import dataclass
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 @dataclass
 class Values:
-    """The values of a flag: a range, which is one of integers if all its numbers are, or choices.
+    """The values of a flag: a range, or a list of choices. A range has integers if all its numbers are integers.
 
     Args:
         low: Smallest value of a range.
-        high: Largest value.
-        log: Whether the logarithm is drawn uniformly, as suits learning rates.
-        step: Distance of values from each other.
-        choices: Values instead of a range.
+        high: Largest value of a range.
+        log: Whether values are sampled uniformly on a logarithmic scale, as is usual for learning rates.
+        step: Distance between successive values.
+        choices: List of values, instead of a range.
     """
 
     low: Optional[Union[int, float]] = None
@@ -32,16 +32,16 @@ class Values:
     choices: Optional[list[Union[bool, int, float, str, None]]] = None
 
     def distribution(self) -> "optuna.distributions.BaseDistribution":
-        """The same in Optuna's terms.
+        """The values as a distribution of Optuna.
 
         Raises:
-            ValueError: If they are not possible.
+            ValueError: If they are invalid.
         """
         from optuna import distributions
 
         if self.choices is not None:
             if (self.low, self.high, self.step, self.log) != (None, None, None, False):
-                raise ValueError("choices have no low, high, log or step")
+                raise ValueError("choices cannot have low, high, log or step")
             return distributions.CategoricalDistribution(self.choices)
         if self.low is None or self.high is None:
             raise ValueError("give low and high, or choices")
@@ -58,15 +58,16 @@ class SearchSpace:
     Args:
         flags: Flags of `fit`, without the dashes, and the values to try for each.
         trials: Number of trials, including those that are pruned or fail.
-        metric: Column of `metrics.csv` whose best value of a run is optimized.
-        direction: Whether lower or higher values are better.
-        pruner: Which trials are ended early, at a validation: `median`, those whose best value so far is worse than
-            the median of the trials before at that step; `halving`, all but the best quarter at each of some steps
-            (successive halving); `none`.
-        pruner_startup: Trials before `median` ends one.
+        metric: Column of `metrics.csv` to optimize; the value of a trial is the best value in its run.
+        direction: Whether lower (`minimize`) or higher values (`maximize`) are better.
+        pruner: Which trials are ended early, at a validation. `median`: trials whose best value so far is worse than
+            the median of the previous trials at the same step. `halving`: all except the best quarter, at increasing
+            numbers of steps (successive halving). `none`: no trials.
+        pruner_startup: Number of complete trials before `median` ends any.
         timeout: Seconds after which no further trial is started. Default: no limit.
-        trial_timeout: Seconds after which a trial has failed.
-        seed: Of the proposals, which Optuna's tree-structured Parzen estimator makes; the first ten are random.
+        trial_timeout: Seconds after which a trial is killed and counts as failed.
+        seed: Seed of Optuna's tree-structured Parzen estimator, which proposes the values; the first ten trials are
+            random.
     """
 
     flags: dict[str, Values]
@@ -80,31 +81,31 @@ class SearchSpace:
     seed: int = 1
 
     def distributions(self) -> dict[str, "optuna.distributions.BaseDistribution"]:
-        """The values in Optuna's terms, by flag.
+        """The values as distributions of Optuna, by flag.
 
         Raises:
-            UserError: Names a flag whose values are not possible.
+            UserError: If the values of a flag are invalid; names the flag.
         """
         found = {}
         for flag, values in self.flags.items():
             try:
                 found[flag] = values.distribution()
             except ValueError as error:
-                raise UserError(f"the search space has {flag}, which is not possible: {error}") from error
+                raise UserError(f"the values of {flag} in the search space are invalid: {error}") from error
         return found
 
 
 def read_search_space(file: str, trials: Optional[int] = None) -> SearchSpace:
-    """Reads a YAML file with the fields of `SearchSpace`, of which `trials` may be given.
+    """Reads a YAML file with the fields of `SearchSpace`; the argument `trials` overrides the field.
 
     Raises:
-        UserError: Names the file and what is wrong with it.
+        UserError: If the file is invalid; names the file and the reason.
     """
     import yaml
     from jsonargparse import ArgumentParser
 
     if not Path(file).is_file():
-        raise UserError(f"there is no search space {file}: configs/tuning/gpt.yaml shows what is in one")
+        raise UserError(f"there is no search space {file}: configs/tuning/gpt.yaml is an example of one")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(SearchSpace)
     try:
@@ -120,7 +121,7 @@ def read_search_space(file: str, trials: Optional[int] = None) -> SearchSpace:
         raise UserError(f"the search space {file} cannot be used: {of_command_line(error, ['tune'])}") from error
     search.trials = search.trials if trials is None else trials
     if not search.flags:
-        raise UserError(f"the search space {file} has no flags to try")
+        raise UserError(f"the search space {file} has no flags to try: add at least one under `flags`")
     for name, least in (("trials", 1), ("pruner_startup", 0)):
         if getattr(search, name) < least:
             raise UserError(

@@ -1,14 +1,13 @@
-"""A study: trials of a search space, each a run of `fit`, in a folder of their own.
+"""A study: trials of a search space, each a run of `fit`, in a common folder.
 
-Each trial is a `fit` in a process of its own, of the user's config and flags and of those that Optuna proposes. Its
-validations are read from `metrics.csv` while it runs, so that one that is worse than others can be ended early. The
-folder of a study has
+Each trial is a `fit` in a separate process, with the user's config and flags and the values that Optuna proposes. Its
+validations are read from `metrics.csv` while it runs, so that bad trials can be ended early. The folder of a study has
 
-study.db               all trials, of Optuna; a study that was killed is resumed from it
+study.db               Optuna's database of all trials; a study that was killed is resumed from it
 config.yaml            settings that all trials share
 trial-003/<time>/      run folder of a trial; the best one keeps its checkpoints and model
 best.yaml              complete config of the best trial
-parallel.png           flags and metric of each trial, as lines over parallel axes
+parallel.png           flags and metric of each trial, as parallel coordinates
 """
 
 import argparse
@@ -39,12 +38,12 @@ if TYPE_CHECKING:
 
 
 class Study:
-    """Trials of a search space, in a folder of their own.
+    """Trials of a search space, in a common folder.
 
     Args:
         fit_flags: `--config` and any other flag of `fit`.
         search: The search space.
-        name: Of the study, a folder in `runs_dir`. Default: the config's name with `-study`.
+        name: Name of the study's folder in `runs_dir`. Default: the name of the config followed by `-study`.
 
     Raises:
         UserError: If `fit` refuses the flags.
@@ -63,11 +62,13 @@ class Study:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"the folder {self.folder} cannot be made ({error.strerror})") from error
+            raise UserError(
+                f"cannot create the folder {self.folder} ({error.strerror}): choose another --runs_dir"
+            ) from error
         untrusted.refuse_links(self.folder)
 
     def open(self) -> "optuna.Study":
-        """The study in Optuna's terms, new or with the trials that it has.
+        """Optuna's study, new or with its existing trials.
 
         Raises:
             UserError: If it was started with other settings.
@@ -95,13 +96,13 @@ class Study:
             study.set_user_attr("made_of", made_of)
         elif different := [key for key in made_of if made_of[key] != earlier.get(key)]:
             raise UserError(
-                f"the study {self.folder} was started with another {' and another '.join(different)}: use the "
-                "same as then, or another --study"
+                f"the study {self.folder} was started with another {' and another '.join(different)}: use the same as "
+                "then, or give another --study"
             )
         return study
 
     def ended(self) -> "list[optuna.trial.FrozenTrial]":
-        """Trials that are done, also failed and pruned ones, but not interrupted ones."""
+        """Trials that have ended, including failed and pruned ones, but not interrupted ones."""
         return [t for t in self.trials.trials if t.state.name in ("COMPLETE", "PRUNED") or "reason" in t.user_attrs]
 
     def best(self) -> "Optional[optuna.trial.FrozenTrial]":
@@ -114,10 +115,10 @@ class Study:
         return f"trial-{number:03}"
 
     def run(self) -> None:
-        """Runs the missing trials, and reports the best of all.
+        """Runs the missing trials, and reports the best trial.
 
         Raises:
-            UserError: If another process runs the study, the folder has another study, or no trial has a value.
+            UserError: If another process runs the study, the folder contains another study, or no trial has a value.
         """
         try:
             with FileLock(self.folder / "study.lock").acquire(timeout=0), tempfile.TemporaryDirectory() as private:
@@ -128,7 +129,7 @@ class Study:
                 self.run_trials()
                 self.report()
         except Timeout:
-            raise UserError(f"another process runs the study {self.folder}: wait for it, or end it") from None
+            raise UserError(f"another process runs the study {self.folder}: wait until it ends, or end it") from None
 
     def run_trials(self) -> None:
         """Runs trials until there are enough; interrupted ones are repeated first."""
@@ -147,7 +148,7 @@ class Study:
             if self.search.timeout is not None and time.monotonic() - begin > self.search.timeout:
                 print(f"no further trial is started after {self.search.timeout:g} seconds (timeout)")
                 break
-            # a seed for each trial, so that a resumed study does not repeat itself
+            # A seed for each trial, so that a resumed study does not propose the same values again.
             self.trials.sampler = optuna.samplers.TPESampler(seed=self.search.seed + len(self.trials.trials))
             trial = self.trials.ask(distributions)
             tried = ", ".join(f"{flag.rpartition('.')[2]} {short(value)}" for flag, value in trial.params.items())
@@ -166,7 +167,7 @@ class Study:
             raise UserError(f"no trial of {self.folder} has a value" + (f": {reasons[-1]}" if reasons else ""))
 
     def run_trial(self, trial: "optuna.Trial") -> str:
-        """Runs a trial, reports it to Optuna, and returns its result in words."""
+        """Runs a trial, reports it to Optuna, and returns its result as text."""
         from optuna.trial import TrialState
 
         metric, name, reported = self.search.metric, self.runs(trial.number), set[int]()
@@ -190,7 +191,10 @@ class Study:
             self.trials.tell(trial, state=TrialState.PRUNED)
             return reason
         if not reason and not values:
-            raise UserError(f"{name} has logged no {metric} in {newest_run(self.folder, name)}/metrics.csv")
+            raise UserError(
+                f"{newest_run(self.folder, name)}/metrics.csv has no column {metric}: choose another metric in the "
+                "search space"
+            )
         finite = [value for value in values.values() if math.isfinite(value)]
         if reason or not finite:
             trial.set_user_attr("reason", reason or f"no {metric} is finite")
@@ -203,7 +207,7 @@ class Study:
         return f"{metric} {value:.4f}"
 
     def clean(self, best: "Optional[optuna.trial.FrozenTrial]") -> None:
-        """Removes the weights of all trials but the best one."""
+        """Removes the weights of all trials except the best one."""
         for run in self.folder.glob("trial-*/*/"):
             if best is None or run.parent.name != self.runs(best.number):
                 for part in ("checkpoints", "model"):
@@ -212,7 +216,7 @@ class Study:
     def report(self) -> None:
         """Writes `best.yaml` and `parallel.png`, and prints the results."""
         best = self.best()
-        assert best is not None, "`run` ends with one"
+        assert best is not None, "`run` ensures that there is one"
         run = newest_run(self.folder, self.runs(best.number))
         assert run is not None
         found = settings.read(str(run / "config.yaml"))
@@ -229,10 +233,10 @@ class Study:
             print(f"  --{flag} {short(value)}")
         if self.draw():
             print(f"parallel coordinates: {self.folder / 'parallel.png'}")
-        print(f"train it: python -m lm_lightning fit --config {shlex.quote(str(self.folder / 'best.yaml'))}")
+        print(f"to train it: python -m lm_lightning fit --config {shlex.quote(str(self.folder / 'best.yaml'))}")
 
     def draw(self) -> bool:
-        """Draws the complete trials as lines over parallel axes, and returns whether there was something to draw."""
+        """Draws the complete trials as parallel coordinates, and returns whether there was something to draw."""
         import matplotlib
         import optuna
 
@@ -240,12 +244,12 @@ class Study:
             return False
         matplotlib.use("Agg")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it is experimental, and axes whose values are all equal are widened
+            warnings.simplefilter("ignore")  # about an experimental function, and axes with a single value
             axes = optuna.visualization.matplotlib.plot_parallel_coordinate(self.trials, target_name=self.search.metric)
-        names = [flag.rpartition(".")[2] for flag in sorted(self.search.flags)]  # Optuna cuts the ends of long ones
+        names = [flag.rpartition(".")[2] for flag in sorted(self.search.flags)]  # Optuna truncates long names
         axes.set_xticklabels([self.search.metric, *names])
         for lines in axes.collections:
-            lines.set_cmap("viridis_r")  # Optuna's own fades to white
+            lines.set_cmap("viridis_r")  # Optuna's colors fade to white
         figure: Any = axes.figure
         figure.set_size_inches(3 + 2 * len(self.search.flags), 5)
         files.write_picture(self.folder / "parallel.png", figure, bbox_inches="tight")
@@ -261,12 +265,12 @@ def flags_of(values: dict[str, Any]) -> list[str]:
 
 
 def short(value: Any) -> str:
-    """A value for people."""
+    """A value in readable form."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def config_name(fit_flags: list[str]) -> str:
-    """What `fit` would call a run: the name of its first config file."""
+    """The default name of an experiment: the name of its first config file."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("-c", "--config", action="append", default=[])
     configs = parser.parse_known_args(fit_flags)[0].config

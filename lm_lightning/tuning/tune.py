@@ -1,4 +1,4 @@
-"""`tune`: searches good values of flags of `fit`, a learning rate, or the largest micro-batch."""
+"""`tune`: searches for good values of flags of `fit`, for a learning rate, or for the largest micro-batch."""
 
 import importlib.util
 import sys
@@ -23,16 +23,16 @@ def tune(
         fit_flags: `--config` and any other flag of `fit`.
         search: YAML file with the search space of a study, described below.
         study: Name of the study's folder in `runs_dir`. Default: the name of the config followed by `-study`.
-        trials: Number of trials. Default: that of the search space.
+        trials: Number of trials. Default: the number in the search space.
         find: `lr` finds the learning rate at which the loss falls fastest, `batch_size` the largest micro-batch that
             fits into memory.
         memory: Memory that each process may use with `--find batch_size`, in GiB. Default: all memory of the device.
 
     Raises:
-        UserError: If neither or both of `search` and `find` are given, or something about them is wrong.
+        UserError: If neither or both of `search` and `find` are given, or one of them is invalid.
     """
     if (search is None) == (find is None):
-        raise UserError("give one of --search FILE, for a study, and --find lr or --find batch_size")
+        raise UserError("give --search FILE for a study, or --find lr or --find batch_size")
     from lm_lightning.tuning import find as finders
 
     if find == "lr":
@@ -59,4 +59,4 @@ def main() -> None:
     from lm_lightning.tuning.search_space import SearchSpace
 
     fields = (SearchSpace.__doc__ or "").replace("\n    ", "\n")
-    command.run(tune, epilog=f"a search space is a YAML file, such as configs/tuning/gpt.yaml: {fields}")
+    command.run(tune, epilog=f"A search space is a YAML file, such as configs/tuning/gpt.yaml. {fields}")

@@ -1,4 +1,4 @@
-"""The ways in which `verify` runs a config, and what they need of a machine."""
+"""The variants in which `verify` runs a config, and their requirements."""
 
 import math
 from dataclasses import dataclass, field
@@ -6,7 +6,7 @@ from typing import NamedTuple, Optional
 
 
 class Differences(NamedTuple):
-    """How far a run is from its base.
+    """The differences between a run and its base.
 
     Args:
         first_gradient_norm: Relative difference of the gradient norm at the first step.
@@ -21,18 +21,18 @@ class Differences(NamedTuple):
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to run a config, and how close its numbers must be to those of another way, its base.
+    """A way to run a config, and how close its metrics must be to those of another variant, its base.
 
     Args:
-        flags: Of `fit`, beside those that follow from the numbers below.
-        processes: How many run on a node, on a GPU each or all on the CPU.
-        nodes: How many nodes, all of which are simulated on this machine.
+        flags: Flags of `fit`, in addition to those that follow from the numbers below.
+        processes: Number of processes per node, each with its own GPU or all on the CPU.
+        nodes: Number of nodes; all are simulated on this machine.
         shares: Number of parts into which the processes divide a batch; 1 if all of them work on the same samples.
-        micro_batches: Gradient accumulation steps.
-        base: The variant that it is compared with; None for a base.
-        tolerance: Largest accepted differences. That of the first step is of the gradient alone; later, the optimizer
-            amplifies rounding (Muon, which computes in bf16, a hundred times as much as AdamW).
-        option: The option of the data that it needs.
+        micro_batches: Number of gradient accumulation steps.
+        base: The variant with which it is compared; None for a base.
+        tolerance: Largest accepted differences. The first step has only the differences of gradients; later, the
+            optimizer amplifies rounding errors (Muon, which computes in bf16, a hundred times as much as AdamW).
+        option: An option of the data that it needs.
     """
 
     flags: tuple[str, ...] = ()
@@ -46,7 +46,7 @@ class Variant:
 
 
 DOCUMENTS = "--data.mask_documents=true"
-VARIANTS = {  # a base comes before what is compared with it
+VARIANTS = {  # a base comes before the variants that are compared with it
     "plain": Variant(base=None),
     "accumulate": Variant(micro_batches=2),
     "compile": Variant(("--model.compile=true",)),
@@ -77,12 +77,12 @@ class Outcome:
     """The result of a variant.
 
     Args:
-        reason: Why there are no numbers.
-        failed: Whether there should be some.
-        losses: Of each step, in nats per token.
-        gradient_norms: Of each step.
-        tokens_per_second: Of the median step after the first.
-        memory: Peak of the first process in GiB; None if unknown.
+        reason: The reason why there are no metrics; empty if there are.
+        failed: Whether the variant failed, as opposed to being skipped.
+        losses: Loss of each step, in nats per token.
+        gradient_norms: Gradient norm of each step.
+        tokens_per_second: Tokens per second of the median step after the first.
+        memory: Peak memory of the first process in GiB; None if unknown.
         environment: `environment.json`, and the `device`.
     """
 
@@ -96,12 +96,12 @@ class Outcome:
 
 
 def obstacle(variant: Variant, data: dict, outcomes: dict[str, Outcome]) -> str:
-    """Why a variant cannot be run here, empty if it can.
+    """The reason why a variant cannot be run on this machine; empty if it can be.
 
     Args:
-        variant: Which one.
-        data: Section of the settings.
-        outcomes: Of the variants before it, the first of which has recorded the machine.
+        variant: The variant.
+        data: The data section of the settings.
+        outcomes: Outcomes of the previous variants; the first one describes the machine.
     """
     options = data["init_args"]
     if variant.option is not None and variant.option not in options:
@@ -112,12 +112,12 @@ def obstacle(variant: Variant, data: dict, outcomes: dict[str, Outcome]) -> str:
     if variant.base is None:
         return ""
     if outcomes[variant.base].reason:
-        return f"{variant.base} has no numbers"
+        return f"{variant.base} has no metrics"
     environment = outcomes[variant.base].environment
     kind = environment["device"].partition(":")[0]
     there = math.inf if kind == "cpu" else max(1, len(environment["gpus"]))
     if variant.nodes > 1 and kind != "cpu":
         return f"needs {variant.nodes} nodes, which only processes on a CPU can simulate (--trainer.accelerator cpu)"
     if variant.processes > there:
-        return f"needs {variant.processes} GPUs, this machine has {there} (or --trainer.accelerator cpu)"
+        return f"needs {variant.processes} GPUs, but this machine has {there} (or use --trainer.accelerator cpu)"
     return ""

@@ -1,7 +1,7 @@
-"""`verify`: compares ways to run a config on this machine with a plain run, in a table.
+"""`verify`: compares different ways to run a config on this machine with a plain run, in a table.
 
-Each variant is a `fit` in a process of its own: of the config with the user's flags and the settings that all variants
-share (`shared_settings`), and of the variant's flags. Its `metrics.csv` is compared with that of its base.
+Each variant is a `fit` in a separate process, with the user's config and flags, the settings that all variants share
+(`shared_settings`), and the flags of the variant. Its `metrics.csv` is compared with the one of its base.
 """
 
 import json
@@ -33,9 +33,9 @@ def verify(
 ) -> bool:
     """Trains a few steps in every way that this machine supports, and compares losses and gradients with a plain run.
 
-    The plain run is one process in float32 without gradient accumulation. The others train on the same samples, so
-    their losses and gradient norms should be equal up to rounding. Dropout is off because it is random, and warm-up
-    because it would hide differences.
+    The plain run is a single process in float32 without gradient accumulation. The others train on the same samples, so
+    their losses and gradient norms should be equal up to rounding errors. Dropout is disabled because it is random, and
+    warm-up because it would hide differences.
 
     Args:
         fit_flags: Flags of `fit`: `--config` and any other.
@@ -48,7 +48,7 @@ def verify(
         Whether all variants that can run on this machine are within their tolerance.
 
     Raises:
-        UserError: If there is nothing to compare with, as the plain run fails.
+        UserError: If the plain run fails, so that there is nothing to compare with.
     """
     from lm_lightning.cli.command import split_list
 
@@ -57,9 +57,9 @@ def verify(
     names = split_list(only)
     for name in names:
         if name not in VARIANTS:
-            raise UserError(f"there is no variant {name}; the variants are {', '.join(VARIANTS)}")
+            raise UserError(f"there is no variant {name} (--only): use some of {', '.join(VARIANTS)}")
     if output is not None and not Path(output).absolute().parent.is_dir():
-        raise UserError(f"the file {output} cannot be written: make its folder first")
+        raise UserError(f"the file {output} cannot be written, as its folder does not exist: create the folder")
     chosen = set(names or VARIANTS)
     chosen |= {base for name in chosen if (base := VARIANTS[name].base) is not None}
     names = [name for name in VARIANTS if name in chosen]
@@ -76,11 +76,11 @@ def verify(
                 )
                 if name == "plain" and outcomes[name].failed:
                     raise UserError(
-                        f"the plain run, with which the others are compared, fails: {outcomes[name].reason}"
+                        f"the plain run, with which the others are compared, failed: {outcomes[name].reason}"
                     )
     except BaseException:
         if any(outcome.losses for outcome in outcomes.values()):
-            print(comparison_table(outcomes, steps)[0])  # what was finished until then
+            print(comparison_table(outcomes, steps)[0])  # the variants that have finished so far
         raise
     text, good = comparison_table(outcomes, steps)
     print(text)
@@ -96,8 +96,8 @@ def verify(
 def shared_settings(fit_flags: list[str], steps: int, folder: Path, timeout: float) -> dict:
     """Writes `config.yaml` for all variants into `folder` and returns its settings.
 
-    It is the user's config, but with the few steps of a comparison, in float32 and without what a comparison does not
-    need: validation, checkpoints, other loggers.
+    It is the user's config, but with few steps, in float32, and without validation, checkpoints and other loggers,
+    which a comparison does not need.
     """
     settings = read_settings(fit_flags, folder, timeout)
     if settings["ckpt_path"] is not None:
@@ -106,11 +106,11 @@ def shared_settings(fit_flags: list[str], steps: int, folder: Path, timeout: flo
     shorten(settings, steps, [{"class_path": "lm_lightning.callbacks.dropout.NoDropout"}])
     trainer |= {
         "limit_val_batches": 0,
-        "val_check_interval": 10**9,  # else an EarlyStopping of the config would ask for val/loss after an epoch
+        "val_check_interval": 10**9,  # otherwise an EarlyStopping in the config would need val/loss after an epoch
         "strategy": "auto",
         "precision": "32-true",
     }
-    if isinstance(settings["seed_everything"], bool):  # drawn anew in each run, or none
+    if isinstance(settings["seed_everything"], bool):  # random in each run, or no seed
         settings["seed_everything"] = 1
     plain = {"compile": False, "activation_checkpointing": 0}
     model |= {name: value for name, value in plain.items() if name in model}

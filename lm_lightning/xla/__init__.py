@@ -1,4 +1,4 @@
-"""TPUs, through torch_xla."""
+"""Training on TPUs with torch_xla."""
 
 from lm_lightning.features import Feature
 

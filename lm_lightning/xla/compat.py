@@ -1,8 +1,8 @@
-"""transformers: masks that are made without looking into them. Lightning: how a strategy places a network.
+"""transformers: masks without checks of their values. Lightning: the placement of a network by a strategy.
 
-`XLASharded` replaces `Strategy._setup_model`, which Lightning calls when the network is on its device and the optimizer
-is not made yet. Alternative: none. `model_to_device` comes before tied weights are tied again, and `setup` makes the
-optimizers, too.
+`XLASharded` overrides `Strategy._setup_model`, which Lightning calls when the network is on its device and before the
+optimizer is created. Alternative: none. `model_to_device` is called before tied weights are tied again, and `setup`
+also creates the optimizers.
 """
 
 from transformers import masking_utils
@@ -10,14 +10,14 @@ from transformers.utils.import_utils import is_tracing
 
 
 def skip_mask_checks() -> None:
-    """Makes transformers believe that it is traced, so that it does not look into masks.
+    """Makes transformers assume that it is being traced, so that it does not check the values of masks.
 
-    The host would wait for the device at each mask. Alternative: to pass masks of 4 dimensions, which not all networks
-    accept.
+    Otherwise the host would wait for the device at each mask. Alternative: passing 4-dimensional masks, which not all
+    networks accept.
     """
     masking_utils.is_tracing = lambda tensor=None: True
 
 
 def restore_mask_checks() -> None:
-    """Ends what `skip_mask_checks` has begun."""
+    """Reverts `skip_mask_checks`."""
     masking_utils.is_tracing = is_tracing

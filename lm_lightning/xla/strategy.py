@@ -1,11 +1,11 @@
-"""XLA: training steps flow in, and out flow programs that `torch_xla` compiles once, for TPUs.
+"""XLA: trains on TPUs with programs that `torch_xla` compiles.
 
-On an XLA device PyTorch only notes what it is asked for. At the end of a micro-batch or an optimizer step the notes are
-a program, which is compiled unless there has been the same, of the same shapes, before. To ask for a value in between
-cuts programs in two and makes the host wait, so nobody does, except where a value is logged.
+On an XLA device, PyTorch records operations lazily. At the end of a micro-batch or an optimizer step, the recorded
+operations are a program, which is compiled unless the same program, with the same shapes, has been compiled before.
+Reading a value before that splits the program and makes the host wait, so values are only read when they are logged.
 
-The environment variable `PJRT_DEVICE` says which devices: `TPU`, or `CPU`, on which all of this is tested; of a CPU,
-`CPU_NUM_DEVICES=2` makes two devices.
+The environment variable `PJRT_DEVICE` sets the type of the devices: `TPU`, or `CPU`, with which this module is tested;
+with `CPU_NUM_DEVICES=2`, the CPU counts as two devices.
 """
 
 import importlib.util
@@ -26,18 +26,18 @@ from lm_lightning import strategies
 from lm_lightning.errors import UserError
 from lm_lightning.xla import compat
 
-STRATEGIES = ("xla", "xla_spmd", f"{__name__}.XLA", f"{__name__}.XLASharded")  # as trainer.strategy names them
+STRATEGIES = ("xla", "xla_spmd", f"{__name__}.XLA", f"{__name__}.XLASharded")  # names for trainer.strategy
 
 
 class XLADevices(XLAAccelerator):
-    """Lightning's accelerator for TPUs, widened to all devices of `torch_xla`; how many, the strategy decides."""
+    """Lightning's accelerator for TPUs, extended to all devices of `torch_xla`; the strategy sets their number."""
 
     @staticmethod
     def parse_devices(devices: Any) -> int:
         if devices not in (1, "1"):
             raise UserError(
-                f"trainer.devices is {devices}, but xla takes one device and xla_spmd all that there are: leave it out "
-                "(how many a CPU has, the environment variable CPU_NUM_DEVICES says)"
+                f"trainer.devices is {devices}, but xla uses one device and xla_spmd all devices: omit it (the number "
+                "of devices of a CPU is set by the environment variable CPU_NUM_DEVICES)"
             )
         return 1
 
@@ -59,11 +59,13 @@ class XLADevices(XLAAccelerator):
 
 
 class XLA(SingleDeviceXLAStrategy):
-    """One device, through `torch_xla`."""
+    """One device, with `torch_xla`."""
 
     quantized_weights = False
     lazy = True
-    checkpoint_io = SingleDeviceStrategy.checkpoint_io  # any, where Lightning takes only one that fetches the tensors
+    checkpoint_io = (
+        SingleDeviceStrategy.checkpoint_io
+    )  # accepts any; Lightning accepts only one that copies tensors to the CPU
 
     def __init__(self) -> None:
         super().__init__(device=torch.device("xla", 0))
@@ -84,19 +86,19 @@ class XLA(SingleDeviceXLAStrategy):
         super().teardown()
 
     def tensor_init_context(self, empty_init: Optional[bool] = None) -> AbstractContextManager:
-        return torch.device("cpu")  # where new weights are the same as without XLA, and need no program
+        return torch.device("cpu")  # so that new weights are the same as without XLA, and need no program
 
     def batch_to_device(self, batch: Any, device: Optional[torch.device] = None, dataloader_idx: int = 0) -> Any:
         import torch_xla
 
-        torch_xla.sync()  # the micro-batch before is a program, not a part of a longer one
+        torch_xla.sync()  # so that each micro-batch is a program of its own
         return super().batch_to_device(batch, device, dataloader_idx)
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         import torch_xla
 
         output = super().validation_step(*args, **kwargs)
-        torch_xla.sync()  # or each metric would be a program that computes the last batch again
+        torch_xla.sync()  # otherwise each metric would be a program that computes the last batch again
         return output
 
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -109,11 +111,11 @@ class XLA(SingleDeviceXLAStrategy):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         import torch_xla
 
-        torch_xla.manual_seed(torch.initial_seed())  # XLA draws from a generator of its own; the module seeds torch's
+        torch_xla.manual_seed(torch.initial_seed())  # XLA has its own random generator; the module seeds only torch's
         return super().training_step(*args, **kwargs)
 
     def throughput_metrics(self) -> dict[str, float]:
-        """`train/compilations`, the programs compiled so far: if these grow, something changes its shape."""
+        """`train/compilations`, the number of programs compiled so far: if it keeps increasing, shapes change."""
         from torch_xla.debug import metrics
 
         data = metrics.metric_data("CompileTime")
@@ -121,21 +123,21 @@ class XLA(SingleDeviceXLAStrategy):
 
 
 class XLASharded(XLA):
-    """All devices of a machine, driven by one process (SPMD: single program, multiple data), through `torch_xla`.
+    """All devices of a machine, used by one process (SPMD: single program, multiple data), with `torch_xla`.
 
-    The samples of a batch are split over the devices: `data.batch_size` counts those of all devices, and must be a
-    multiple of their number. What the devices have to tell each other, XLA finds out (Xu et al., 2021, GSPMD,
+    The samples of a batch are split over the devices: `data.batch_size` is the number for all devices together, and
+    must be a multiple of the number of devices. XLA determines the communication between them (Xu et al., 2021, GSPMD,
     arXiv:2105.04663).
 
     Args:
-        shard_parameters: Whether each device keeps a part of the parameters and of the optimizer's state (fully
-            sharded), not a copy of all.
+        shard_parameters: Whether to split the parameters and the optimizer's state over the devices (fully sharded),
+            instead of copying them to each device.
     """
 
     def __init__(self, shard_parameters: bool = True) -> None:
         from torch_xla import runtime
 
-        runtime.use_spmd()  # comes before the first tensor
+        runtime.use_spmd()  # must be called before the first tensor is created
         super().__init__()
         self.shard_parameters = shard_parameters
 
@@ -145,11 +147,10 @@ class XLASharded(XLA):
 
         self.mesh, batch_size = spmd.get_1d_mesh("devices"), trainer.datamodule.batch_size
         if runtime.process_count() > 1:
-            raise UserError("xla_spmd drives the devices of one machine, not of several: start it on one alone")
+            raise UserError("xla_spmd uses the devices of a single machine: start it with --trainer.num_nodes 1")
         if batch_size % self.mesh.size():
             raise UserError(
-                f"data.batch_size is {batch_size}, which cannot be split over {self.mesh.size()} devices: make it a "
-                "multiple of that"
+                f"data.batch_size is {batch_size}, but must be a multiple of {self.mesh.size()}, the number of devices"
             )
         super().setup(trainer)
 
@@ -159,13 +160,13 @@ class XLASharded(XLA):
 
     def _setup_model(self, model: nn.Module) -> nn.Module:
         if self.shard_parameters:
-            # What is computed from these, as gradients and the optimizer's state, is split alike.
+            # Tensors that are computed from these, such as gradients and the optimizer's state, are split likewise.
             for parameter in model.parameters():
                 self.split(parameter, dimensions=by_length(parameter))
         return model
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        super().load_optimizer_state_dict(checkpoint)  # from which nothing was computed yet
+        super().load_optimizer_state_dict(checkpoint)  # loaded tensors are not split yet
         if self.shard_parameters:
             for optimizer in self.optimizers:
                 for parameter, state in optimizer.state.items():
@@ -174,7 +175,7 @@ class XLASharded(XLA):
                             self.split(tensor, dimensions=by_length(tensor))
 
     def split(self, tensor: Tensor, dimensions: Iterable[int]) -> Tensor:
-        """Splits a tensor over the devices, in place: along the first of some dimensions that divides, if any."""
+        """Splits a tensor over the devices, in place, along the first of the dimensions that is divisible, if any."""
         from torch_xla.distributed import spmd
 
         for dimension in dimensions:
@@ -191,19 +192,19 @@ def by_length(tensor: Tensor) -> list[int]:
 
 
 def complete_settings(trainer: Any) -> None:
-    """Sets the accelerator that these strategies need, and the precision that XLA's devices have by default.
+    """Sets the accelerator that these strategies need, and the default precision of XLA's devices.
 
     Args:
         trainer: The trainer's settings.
 
     Raises:
-        UserError: If there is no torch_xla, or another accelerator was asked for.
+        UserError: If torch_xla is missing, or another accelerator was given.
     """
     if getattr(trainer.strategy, "class_path", trainer.strategy) in STRATEGIES:
         if importlib.util.find_spec("torch_xla") is None:
             raise UserError(
-                f"trainer.strategy {trainer.strategy} needs torch_xla, which brings its own torch: make a new "
-                'environment and `pip install -e ".[tpu]"` there'
+                f"trainer.strategy {trainer.strategy} needs torch_xla, which needs a specific version of torch: create "
+                'a new environment and run `pip install -e ".[tpu]"` in it'
             )
         if trainer.accelerator not in ("auto", "tpu", "xla"):
             raise UserError(
@@ -211,12 +212,12 @@ def complete_settings(trainer: Any) -> None:
                 "devices: omit it"
             )
         trainer.accelerator = "xla"
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA would warn of its own future with each program
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA would print a deprecation warning for each program
     if trainer.accelerator in ("tpu", "xla") and trainer.precision is None:
-        # float32 is multiplied in bf16 there anyway, and Lightning has no mixed precision for it
+        # TPUs multiply float32 in bf16 anyway, and Lightning has no mixed precision for them.
         trainer.precision = "32-true"
 
 
-AcceleratorRegistry.register("xla", XLADevices, "TPUs, or the CPU, through torch_xla", override=True)
-strategies.register("xla", XLA, "one device, through torch_xla")
-strategies.register("xla_spmd", XLASharded, "all devices, driven by one process, through torch_xla")
+AcceleratorRegistry.register("xla", XLADevices, "TPUs, or the CPU, with torch_xla", override=True)
+strategies.register("xla", XLA, "one device, with torch_xla")
+strategies.register("xla_spmd", XLASharded, "all devices, used by one process, with torch_xla")

@@ -346,7 +346,9 @@ def test_sizes_that_a_recipe_cannot_handle_are_named(tmp_path: Path, monkeypatch
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = AutoConfig.for_model("llama", vocab_size=300, **sizes)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "tiny")
-    with pytest.raises(UserError, match="feed-forward width of 16, which is also its hidden size.*omit width"):
+    with pytest.raises(
+        UserError, match="feed-forward width of 16, which is also its hidden size.*omit the recipe width"
+    ):
         recipes.compress(tmp_path / "tiny", "width=0.5", tmp_path / "target")
     functional = pytest.importorskip("bitsandbytes").functional
     monkeypatch.setattr(functional, "has_avx512bf16", lambda: True)  # as on CPUs with bf16
@@ -370,7 +372,7 @@ def test_only_the_named_layers_are_compressed(folders, tmp_path: Path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU can compute them")
 @pytest.mark.parametrize("recipe", ["float8", "int4-weights"])
 def test_recipes_of_gpus_are_refused_elsewhere(folders, recipe: str, tmp_path: Path):
-    with pytest.raises(UserError, match="needs a GPU with CUDA: use int8 or nf4"):
+    with pytest.raises(UserError, match="needs a CUDA GPU: use int8 or nf4"):
         recipes.compress(folders["llama"], recipe, tmp_path / "target")
 
 
@@ -485,11 +487,11 @@ def test_table_is_of_what_was_measured(fit, cli, recipe: Path):
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        ("int9", "there is no recipe 'int9'; the recipes are int8, "),
-        ("width=2", "needs a share between 0 and 1, as width=0.5"),
+        ("int9", "there is no recipe 'int9': use one of int8, "),
+        ("width=2", "needs a fraction between 0 and 1: width=0.5"),
         ("nf4=0.5", "nf4 has none"),
-        ("width=", "width needs a share"),
-        ("int8+width=0.5", "has width after a step whose result has no plain weights: put width first"),
+        ("width=", "width needs a fraction"),
+        ("int8+width=0.5", "width follows a step whose result has no plain weights: put width first"),
     ],
 )
 def test_unknown_recipes_are_refused(cli, folders, recipe: str, message: str):
@@ -502,7 +504,7 @@ def test_unknown_recipes_are_refused(cli, folders, recipe: str, message: str):
 def test_folders_of_the_user_are_left_alone(cli, folders, tmp_path: Path):
     (tmp_path / "layers-0.5").mkdir()
     (tmp_path / "layers-0.5" / "mine.txt").write_text("mine")
-    with pytest.raises(UserError, match="layers-0.5 exists already: remove it, or name another --output"):
+    with pytest.raises(UserError, match="layers-0.5 exists already: remove it, or give another --output"):
         cli("compress", folders["bert"], "--recipe", "[sparse, layers=0.5]", "--output", tmp_path)
     assert (tmp_path / "layers-0.5" / "mine.txt").is_file() and not (tmp_path / "sparse").exists()
 

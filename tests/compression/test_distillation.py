@@ -357,10 +357,10 @@ def test_teacher_of_other_labels_or_none_is_refused(tokenizer, tmp_path: Path):
     auto = transformers.AutoModelForSequenceClassification
     folder_of(auto, BERT, tmp_path / "order", tokenizer, id2label=dict(enumerate(reversed(LABELS))))
     folder_of(transformers.AutoModelForMaskedLM, BERT, tmp_path / "none", tokenizer)
-    with pytest.raises(UserError, match="predicts the labels mixed, good, bad, and the data has bad, good, mixed"):
+    with pytest.raises(UserError, match="predicts the labels mixed, good, bad, but the data has bad, good, mixed"):
         distilled(classification(network=BERT), tmp_path / "order", tokenizer, kind="multiclass")
     with pytest.raises(
-        UserError, match="has no weights for .*classifier.weight.*: use one that was trained for this task"
+        UserError, match="has no weights for .*classifier.weight.*: use a teacher that was trained for this task"
     ):
         distilled(classification(network=BERT), tmp_path / "none", tokenizer, kind="multiclass")
 

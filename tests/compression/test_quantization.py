@@ -162,7 +162,7 @@ def test_strategies_round_alike(fit, recipe: Path, tmp_path: Path):
         ("gpt2", {"recipe": "sparse", "start": 0}, (), "cannot train for the recipe sparse: .* one of int8, .*nf4"),
         ("gpt2", {"recipe": "width=0.5+nf4", "start": 0}, (), "cannot train for the recipe width=0.5"),
         ("gpt2", {"recipe": "onnx", "start": 0}, (), "cannot train for the recipe onnx"),
-        ("gpt2", {"recipe": "nf4", "start": 0}, ("--model.compile", "true"), "omit its start or model.compile"),
+        ("gpt2", {"recipe": "nf4", "start": 0}, ("--model.compile", "true"), "cannot be combined with model.compile"),
         ("gpt2", {"recipe": "nf4", "modules": '["*none*"]'}, (), r"\*none\* matches no linear layer"),
         ("gpt2", {"recipe": "heads"}, (), "transformers cannot load a GPT2LMHeadModel with fewer heads"),
     ],

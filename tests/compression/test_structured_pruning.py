@@ -90,7 +90,7 @@ def test_share_grows_along_the_schedule(fit, cli, recipe: Path):
     with open(run / "metrics.csv", newline="") as file:
         shares = [float(row["train/sparsity"]) for row in csv.DictReader(file) if row.get("train/sparsity")]
     assert sorted(set(shares)) == pytest.approx([0.5 * (1 - (1 - part) ** 3) for part in (0, 1 / 3, 2 / 3, 1)])
-    assert "pruned: 64 of 128 units of each block are left (50.0%)" in out
+    assert "pruned: 64 of 128 units of each block are kept (50.0%)" in out
 
 
 @pytest.mark.slow
@@ -137,9 +137,9 @@ def test_pruned_pretrained_model_is_measured_beside_what_it_was(fit):
         (
             "bert",
             {"kind": "layers"},
-            "the blocks of BertForMaskedLM cannot be switched off in training, since norms follow",
+            "the blocks of BertForMaskedLM cannot be removed in training, since their sums",
         ),
-        ("gpt2", {"keep": 1.0}, "keeps a share of 1.0"),
+        ("gpt2", {"keep": 1.0}, "keep of the structured pruning is 1.0"),
         ("gpt2", {"keep": 0.99}, "width=0.99 keeps all 128"),
         ("gpt2", {"end": 50}, "the pruning ends at step 50, but the run at step 10"),
     ],

@@ -47,7 +47,7 @@ def test_the_sum_of_base_and_adapters_is_compressed(fit, cli, flags: list):
         (["--trainer.callbacks+=Pruning"], "pruning changes the weights that model.adapter freezes"),
         (
             ["--trainer.callbacks+=Quantization", "--trainer.callbacks.recipe=nf4", "--trainer.callbacks.start=0"],
-            "cannot round what model.adapter adds",
+            "cannot round the output of model.adapter",
         ),
     ],
 )

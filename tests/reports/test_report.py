@@ -198,7 +198,12 @@ def test_cut_and_missing_files_are_told_and_the_rest_is_shown(folder: Path, cli)
     page = Page(folder / "report.html")
     assert page.lines("loss")["train", 0]["value"] == [5.5, 4.5]
     assert page.lines("loss")["spike", 0]["step"] == [2]
-    for note in ("metrics.csv: cut", "environment.json is cut", "samples.jsonl: cut", "spikes.jsonl: cut"):
+    for note in (
+        "metrics.csv: incomplete",
+        "environment.json is incomplete",
+        "samples.jsonl: incomplete",
+        "spikes.jsonl: incomplete",
+    ):
         assert note in page.text
     assert "omitted (2)" in page.text and "whole" in page.text and "3, 4" in page.text
     assert page.row("state") == ["not finished (no model/)"]
@@ -210,7 +215,9 @@ def test_cut_and_missing_files_are_told_and_the_rest_is_shown(folder: Path, cli)
     (folder / "metrics.csv").touch()
     cli("report", folder)
     page = Page(folder / "report.html")
-    assert page.curves["charts"] == [] and "Nothing was logged." in page.text and "config.yaml is cut" in page.text
+    assert (
+        page.curves["charts"] == [] and "Nothing was logged." in page.text and "config.yaml is incomplete" in page.text
+    )
 
 
 def test_loss_that_is_not_finite_is_a_gap(folder: Path, cli):
@@ -312,7 +319,7 @@ def test_labels_confusion_and_mistakes_are_shown(folder: Path, cli):
     shares = [attributes["style"] for tag, attributes in page.elements if tag == "td" and "style" in attributes]
     assert shares == ["--share:0.800", "--share:0.200", "--share:1.000", "--share:0.000"]
     assert ["old", "<b>new", "<i>some</i> text", "3.5", "1,234"] in page.rows
-    assert "mistakes.jsonl: cut" in page.text
+    assert "mistakes.jsonl: incomplete" in page.text
 
 
 def test_curves_are_smoothed_and_zoomed(folder: Path, cli, tmp_path: Path):

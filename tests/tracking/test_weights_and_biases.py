@@ -233,7 +233,7 @@ def test_without_a_key_it_is_offline_and_says_how_to_send_the_run(cli, recipe: P
     out = cli("fit", "--config", recipe, "--config", OVERLAY)
     (line,) = [line for line in out.splitlines() if "W&B" in line]
     (folder,) = recipe.parent.glob("runs/tiny/*/wandb")
-    assert "offline" in line and "no key" in line and f"`wandb sync {folder}`" in line
+    assert "offline" in line and "no API key" in line and f"`wandb sync {folder}`" in line
     assert len(list(folder.glob("offline-run-*"))) == 1
 
 

@@ -65,7 +65,7 @@ def test_study_that_was_killed_goes_on_to_the_number_of_trials(cli, recipe: Path
     assert trials(study)[2].params["data.block_size"] == 32 and not list(study.glob("trial-002/*/model"))
 
     out = cli(*command)
-    assert "2 trials are done, 1 were interrupted" in out
+    assert "2 trials have ended, 1 were interrupted" in out
     found = trials(study)
     cut, ended = found[2], found[:2] + found[3:]
     assert cut.state.name == "FAIL" and "reason" not in cut.user_attrs
@@ -134,10 +134,10 @@ LR = {"low": 1e-4, "high": 1e-1}
         ({"flags": {"lr": LR}, "trials": 0}, "trials 0"),
         ({"flags": {"lr": LR}, "trials": "many"}, "many"),
         ({"flags": {"lr": LR}, "direction": "down"}, "down"),
-        ({"flags": {"lr": {"low": 2, "high": 1}}}, "lr, which is not possible"),
-        ({"flags": {"lr": {"low": 0.0, "high": 1.0, "log": True}}}, "lr, which is not possible"),
+        ({"flags": {"lr": {"low": 2, "high": 1}}}, "the values of lr in the search space are invalid"),
+        ({"flags": {"lr": {"low": 0.0, "high": 1.0, "log": True}}}, "the values of lr in the search space are invalid"),
         ({"flags": {"lr": {"low": 1}}}, "give low and high, or choices"),
-        ({"flags": {"lr": {"low": 1, "choices": [1, 2]}}}, "choices have no low"),
+        ({"flags": {"lr": {"low": 1, "choices": [1, 2]}}}, "choices cannot have low"),
         ({"flags": {"lr": {"lower": 1}}}, "lower"),
         ({"flags": {"lr": 3}}, "needs flags, each with"),
         ({"trials": 3}, "needs flags"),
@@ -159,7 +159,7 @@ def test_unknown_flag_is_refused_before_a_trial(cli, recipe: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("flags", [(), ("--search", "x.yaml", "--find", "lr"), ("--search", "x.yaml")])
 def test_what_is_to_be_done_must_be_said(cli, recipe: Path, flags: tuple):
-    with pytest.raises(UserError, match="give one of --search|no search space x.yaml"):
+    with pytest.raises(UserError, match="give --search FILE|no search space x.yaml"):
         cli("tune", "--config", recipe, *flags)
 
 

@@ -67,7 +67,7 @@ def test_wrong_gradient_is_found_and_a_failure_is_a_row(cli, recipe: Path, capsy
         (("--only", "dpp"), "no variant dpp"),
         (("--steps", "0"), "--steps is 0"),
         (("--steps", "many"), "many"),
-        (("--output", "/nowhere/table.md"), "make its folder first"),
+        (("--output", "/nowhere/table.md"), "create the folder"),
         (("--ckpt_path", "last"), "cannot resume from --ckpt_path"),
         (("--data.batchsize", "3"), "batchsize"),
         (("--timeout", "0.1"), "not finished after 0.1 seconds"),

@@ -1,1 +1,1 @@
-"""Compression while training."""
+"""Compression during training."""

@@ -1,4 +1,4 @@
-"""The command `compress` at the end of a training run."""
+"""Runs the command `compress` at the end of a training run."""
 
 import os
 import subprocess
@@ -18,16 +18,16 @@ def compress_alone(model: Path, *flags: str) -> None:
 
     Args:
         model: See `compress`.
-        flags: Of the command.
+        flags: Arguments of the command.
 
     Raises:
-        UserError: If it fails; what it has printed gives the reason.
+        UserError: If the command fails; its output has the reason.
     """
     arguments = ["compress", str(model), *flags]
     if run_alone(arguments):
         raise UserError(
-            "the model is trained and exported, but could not be compressed or measured; to try again: "
-            f"python -m lm_lightning {' '.join(arguments)}"
+            "the model is trained and exported, but could not be compressed or measured: to try again, run "
+            f"`python -m lm_lightning {' '.join(arguments)}`"
         )
 
 

@@ -1,4 +1,4 @@
-"""Distillation: a network learns from the data and from the predictions of another one, its teacher."""
+"""Distillation: trains a network with the data and with the predictions of another network, its teacher."""
 
 from functools import partial
 from typing import Any
@@ -16,18 +16,18 @@ from lm_lightning.strategies.capabilities import capabilities
 class Distillation(Callback):
     """Trains a network to match its teacher, such as a compressed network to match its original.
 
-    The loss of a training step becomes (1 - weight) * its own + weight * T^2 * KL(teacher || student) (Hinton et al.,
-    2015, arXiv:1503.02531), summed over the same targets; the loss of an evaluation does not change. For several labels
-    at once, the divergence is the mean over these; for numbers, it is the squared difference, without a temperature.
-    `train/distillation` is the mean of what the weight multiplies, `train/loss` that of the total.
+    The training loss becomes (1 - weight) * (loss of the model) + weight * T^2 * KL(teacher || student) (Hinton et al.,
+    2015, arXiv:1503.02531), summed over the same targets; the loss in evaluations does not change. For multilabel
+    classification, the divergence is the mean over the labels; for regression, it is the squared difference, without a
+    temperature. `train/distillation` is the mean divergence, `train/loss` the mean of the total.
 
     The model must define `distillation_loss`, see `LanguageModule`.
 
     Args:
-        teacher: Run folder, or folder or Hub name of weights, with the tokenizer and labels of this run's data. Each
-            process holds all of it, in float32; it is in no checkpoint.
-        weight: Share of the teacher in the loss.
-        temperature: Divides the logits of both; a higher one gives unlikely tokens or labels more weight.
+        teacher: Run folder, `from_pretrained` folder or Hub name of a model with the same tokenizer and labels as this
+            run's data. Each process loads it completely, in float32; it is not saved in checkpoints.
+        weight: Weight of the distillation loss, from 0 to 1.
+        temperature: Divisor of the logits of both; a higher temperature gives unlikely tokens or labels more weight.
     """
 
     def __init__(self, teacher: str, weight: float = 0.5, temperature: float = 2.0) -> None:
@@ -39,32 +39,32 @@ class Distillation(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if type(pl_module).distillation_loss is LanguageModule.distillation_loss:
-            pl_module.distillation_loss({}, None, self.distiller)  # which refuses it
+            pl_module.distillation_loss({}, None, self.distiller)  # raises the error
         if capabilities(trainer.strategy).splits_matrices:
             raise UserError("distillation needs the full head in each process: use --trainer.strategy fsdp2 or ddp")
         self.load(trainer, pl_module)
-        self.distance: Any = 0.0  # distillation loss of the optimizer step in progress, summed over targets
+        self.distance: Any = 0.0  # distillation loss of the current optimizer step, summed over targets
         pl_module.training_loss = partial(self.loss, pl_module)
 
     def load(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Makes the teacher, a model of the same task.
+        """Creates the teacher, a model of the same task.
 
         Raises:
-            UserError: If it does not predict what the data asks for.
+            UserError: If the teacher has other labels than the data, or was not trained for the task.
         """
         self.teacher: Any = type(pl_module)(pretrained=self.name, attn_implementation=pl_module.attn_implementation)
         self.teacher.trainer = trainer
         labels = self.teacher.own_labels()
         if "id2label" in self.teacher.head_settings() and labels and labels != trainer.datamodule.labels:
             raise UserError(
-                f"the teacher {self.name} predicts the labels {', '.join(labels[:20])}, and the data has "
-                f"{', '.join(trainer.datamodule.labels[:20])}: use a teacher with the same ones in the same order"
+                f"the teacher {self.name} predicts the labels {', '.join(labels[:20])}, but the data has "
+                f"{', '.join(trainer.datamodule.labels[:20])}: use a teacher with the same labels in the same order"
             )
         self.teacher.network = self.teacher.pretrained_network()
         if self.teacher.new_tensors:
             raise UserError(
-                f"the teacher {self.name} has no weights for {', '.join(self.teacher.new_tensors[:5])}: use one that "
-                "was trained for this task"
+                f"the teacher {self.name} has no weights for {', '.join(self.teacher.new_tensors[:5])}: use a teacher "
+                "that was trained for this task"
             )
         self.teacher.network_made()
         self.teacher.eval().requires_grad_(False).to(trainer.strategy.root_device)

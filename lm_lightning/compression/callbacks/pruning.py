@@ -1,4 +1,4 @@
-"""Pruning: weights of little importance become zeros during a training, which compensates for them."""
+"""Pruning: sets weights of low importance to zero during training, which compensates for the loss."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -25,24 +25,25 @@ from lm_lightning.strategies.capabilities import capabilities
 
 
 class Pruning(Callback):
-    """Gradually makes a share of the weights of a network's blocks zero, and keeps them zero.
+    """Gradually sets a fraction of the weights of a network's blocks to zero.
 
-    After each optimizer step, the pruned weights are set to zero again. A checkpoint has the masks, so that a resumed
-    run continues exactly. The share grows as by Zhu and Gupta (2017, arXiv:1710.01878), fast at first.
+    The pruned weights are set to zero again after each optimizer step. Checkpoints contain the masks, so that a resumed
+    run continues exactly. The sparsity increases as in Zhu and Gupta (2017, arXiv:1710.01878), fast at first.
 
     Args:
-        sparsity: Share of zeros at the end.
-        method: Importance of a weight: its `magnitude`; with `wanda`, its magnitude times the norm of its input (Sun et
-            al., 2023, arXiv:2306.11695), compared within an output; with `movement`, how far training moves it away
+        sparsity: Fraction of zeros at the end.
+        method: Importance of a weight. `magnitude`: its magnitude. `wanda`: its magnitude times the norm of its input,
+            compared within an output (Sun et al., 2023, arXiv:2306.11695). `movement`: how far training moves it away
             from zero (Sanh et al., 2020, arXiv:2005.07683).
-        pattern: `2:4` makes two of four adjacent inputs zero, which GPUs compute faster; all at once, at `start`.
-        scope: Whether the share applies to each layer, `local`, or to all layers together, `global`.
+        pattern: `2:4` sets two of each four adjacent inputs to zero, all at once, at `start`; GPUs compute this
+            pattern faster.
+        scope: Whether the sparsity applies to each layer (`local`) or to all layers together (`global`).
         modules: Patterns of the names of the layers, such as `*mlp*`. Default: all linear layers of the blocks.
-        start: Optimizer steps before the first zeros.
-        end: Optimizer step from which the share is `sparsity`. Default: half of the run.
-        frequency: Optimizer steps between two choices of weights.
-        table: Whether to measure size, speed, loss and metrics when training has ended, and those of the pretrained
-            weights if it started with some, see `compress`.
+        start: Number of optimizer steps before the first weights are pruned.
+        end: Optimizer step from which the final sparsity is reached. Default: half of the run.
+        frequency: Number of optimizer steps after which weights are chosen again.
+        table: Whether to measure size, speed, loss and metrics of the model at the end of training and, if training
+            started from pretrained weights, of these; see `compress`.
     """
 
     def __init__(
@@ -73,8 +74,8 @@ class Pruning(Callback):
         self.patterns, self.start, self.end, self.frequency = modules, start, end, frequency
         self.table = table
         self.layers: dict[str, nn.Linear] = {}
-        self.masks: dict[str, Tensor] = {}  # True for what is kept
-        self.importance: dict[str, Tensor] = {}  # squared inputs, or movements; sums since the start
+        self.masks: dict[str, Tensor] = {}  # True for weights that are kept
+        self.importance: dict[str, Tensor] = {}  # sums of squared inputs, or of movements, since the start
         self.step = 0
         self.hooks: list[Any] = []
 
@@ -86,7 +87,7 @@ class Pruning(Callback):
         return self.last
 
     def share(self, step: int) -> float:
-        """The share of zeros after an optimizer step."""
+        """The fraction of zeros after an optimizer step."""
         if step < self.start:
             return 0.0
         if self.pattern == "2:4" or step >= self.last:
@@ -100,10 +101,10 @@ class Pruning(Callback):
                 "with python -m lm_lightning compress"
             )
         if pl_module.adapter is not None:
-            raise UserError("pruning changes the weights that model.adapter freezes: use only one of the two")
+            raise UserError("pruning changes the weights that model.adapter freezes: omit one of the two")
         total = pl_module.total_steps()
         if self.end is None and total == float("inf"):
-            raise UserError("the pruning needs an end: set its end, or trainer.max_steps")
+            raise UserError("the end of the pruning is unknown: set its option end, or trainer.max_steps")
         self.last = self.end if self.end is not None else max(self.start, int(total) // 2)
         if self.last > total:
             raise UserError(f"the pruning ends at step {self.last}, but the run at step {total:.0f}: lower its end")
@@ -128,7 +129,7 @@ class Pruning(Callback):
         return observe_inputs(self.layers, self.add, training_only=True)
 
     def add(self, name: str, total: Tensor, count: int = 0) -> None:
-        """Adds to the sums that the importance follows from."""
+        """Adds to the sums from which the importance is computed."""
         self.importance[name] = self.importance[name] + total if name in self.importance else total
 
     @torch.no_grad()
@@ -152,7 +153,7 @@ class Pruning(Callback):
     @torch.no_grad()
     def scores(self) -> dict[str, Tensor]:
         """The importance of each weight of a layer, (outputs, inputs), by its name; the same in all processes."""
-        if self.method == "movement":  # follows from gradients, which are the same in all processes
+        if self.method == "movement":  # computed from gradients, which are the same in all processes
             return {name: by_rows(self.layers[name], movement) for name, movement in self.importance.items()}
         norms = self.norms() if self.method == "wanda" else {}
         return {name: weight_scores(layer, norms.get(name)) for name, layer in self.layers.items()}
@@ -162,7 +163,7 @@ class Pruning(Callback):
         return {name: squares.sqrt() for name, squares in self.over_processes().items()}
 
     def over_processes(self) -> dict[str, Tensor]:
-        """The sums of what was measured, over all processes."""
+        """The measured sums, over all processes."""
         return {name: self.reduce(total) for name, total in self.importance.items()}
 
     @torch.no_grad()
@@ -181,7 +182,7 @@ class Pruning(Callback):
 
     @torch.no_grad()
     def apply(self) -> None:
-        """Makes the pruned weights zero."""
+        """Sets the pruned weights to zero."""
         for name, mask in self.masks.items():
             self.layers[name].weight.mul_(mask)
 
@@ -202,7 +203,7 @@ class Pruning(Callback):
         run = Path(trainer.default_root_dir)
         if not self.table or not trainer.is_global_zero or trainer.fast_dev_run or not (run / "model").exists():
             return
-        flags = ["--config", str(run / "config.yaml")]  # named, so that classes of the user are imported again
+        flags = ["--config", str(run / "config.yaml")]  # given explicitly, so that the user's own classes are imported
         if pl_module.pretrained is None:
             compress_alone(run, "--recipe", "none", *flags)
         else:
@@ -213,20 +214,20 @@ class Pruning(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         importance = self.importance
-        if self.method == "wanda" and self.processes > 1:  # each process resumes with an equal part of it
+        if self.method == "wanda" and self.processes > 1:  # each process resumes with an equal part of the sums
             importance = {name: squares / self.processes for name, squares in self.over_processes().items()}
         return {"masks": self.masks, "importance": importance, "made_with": self.made_with()}
 
     def made_with(self) -> dict[str, Any]:
-        """The options that must be the same on a resume, since masks and importance depend on them."""
+        """The options that a resumed run must not change, since masks and importance depend on them."""
         return {"method": self.method, "pattern": self.pattern, "scope": self.scope, "modules": list(self.patterns)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, value in self.made_with().items():
             if (saved := state["made_with"].get(name)) != value:
                 raise UserError(
-                    f"the checkpoint was made with {type(self).__name__}.{name} {saved}, not {value}, and its "
-                    f"masks fit only {saved}: use that, or start a new run from the weights with "
+                    f"the checkpoint was made with {type(self).__name__}.{name} {saved}, not {value}, and its masks "
+                    f"are only valid for {saved}: use {saved}, or start a new run from the weights with "
                     "--model.pretrained RUN/model"
                 )
         self.masks, self.importance = dict(state["masks"]), dict(state["importance"])

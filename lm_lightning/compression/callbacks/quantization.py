@@ -1,4 +1,4 @@
-"""Quantization of the model of a training run, at its end; the network may be trained for it."""
+"""Quantizes the model of a training run at its end, optionally with quantization-aware training."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -19,15 +19,15 @@ from lm_lightning.strategies.capabilities import capabilities
 
 
 class Quantization(Callback):
-    """Quantizes the finished model of a run into `compressed/` of the run folder, as `compress` does.
+    """Quantizes the model at the end of a run, like `compress`, and writes it to `compressed/` in the run folder.
 
-    From `start` on, the network is trained for it: each layer computes with rounded weights, and if the recipe
-    quantizes them, rounded inputs, while the backward pass ignores the rounding (Jacob et al., 2018, arXiv:1712.05877).
-    The weights keep their precision, in checkpoints and in `model/`, so that a resumed run continues exactly and
-    nothing is quantized twice; a validation after `start` is of the rounded network.
+    From step `start`, quantization-aware training is used: each layer computes with rounded weights and, if the recipe
+    quantizes inputs, with rounded inputs, while the backward pass ignores the rounding (Jacob et al., 2018,
+    arXiv:1712.05877). In checkpoints and in `model/`, the weights keep their precision, so that a resumed run continues
+    exactly and nothing is quantized twice. Validations after `start` evaluate the rounded network.
 
     Args:
-        recipe: Of `compress`, such as `int8`, `nf4` or `width=0.5+onnx-int8`.
+        recipe: Recipe of `compress`, such as `int8`, `nf4` or `width=0.5+onnx-int8`.
         start: Optimizer step from which the network is trained with rounding. Default: never.
         modules: Patterns of the names of linear layers of the blocks, such as `*mlp*`. Default: all of them.
         table: Whether to measure size, speed, loss and metrics before and after, see `compress`.
@@ -45,7 +45,7 @@ class Quantization(Callback):
 
     @property
     def complete_from(self) -> int:
-        """The first step after which a validation is of the rounded network."""
+        """The first step after which validations evaluate the rounded network."""
         return 0 if self.start is None else self.start + 1
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -64,11 +64,11 @@ class Quantization(Callback):
             )
         if pl_module.adapter is not None:
             raise UserError(
-                "quantization cannot round what model.adapter adds to a layer: omit its start, or use a quantized "
-                "base, such as model.adapter.base nf4"
+                "quantization cannot round the output of model.adapter: omit its start, or use a quantized base, such "
+                "as model.adapter.base nf4"
             )
         if pl_module.compile_body:
-            raise UserError("quantization changes layers while they are trained: omit its start or model.compile")
+            raise UserError("quantization with a start cannot be combined with model.compile: omit one of the two")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for step, value in self.steps:
@@ -96,13 +96,13 @@ class Quantization(Callback):
         run = Path(trainer.default_root_dir)
         if not trainer.is_global_zero or trainer.fast_dev_run or not (run / "model").exists():
             return
-        config = str(run / "config.yaml")  # named, so that classes of the user are imported again
+        config = str(run / "config.yaml")  # given explicitly, so that the user's own classes are imported
         flags = ["--recipe", self.recipe, "--modules", ",".join(self.modules), "--config", config]
         compress_alone(run, *flags, *(() if self.table else ("--measure", "false")))
 
 
 def rounded(layer: nn.Linear, rounding: Rounding, inputs: Tensor) -> Tensor:
-    """The output of a layer with rounded weights and inputs, whose rounding the backward pass ignores."""
+    """The output of a layer with rounded weights and inputs; the backward pass ignores the rounding."""
     if rounding.input is not None:
         inputs = straight_through(inputs, rounding.input)
     return F.linear(inputs, straight_through(by_rows(layer, layer.weight), rounding.weight), layer.bias)

@@ -1,4 +1,4 @@
-"""Structured pruning: a network learns to do without units, heads or blocks, and is exported without them."""
+"""Structured pruning: gradually disables units, heads or blocks in training, and exports the network without them."""
 
 from pathlib import Path
 from typing import Any, Literal, Optional
@@ -19,20 +19,20 @@ from lm_lightning.networks import blocks
 class StructuredPruning(ChangesExport, Pruning):
     """Gradually removes units, heads or blocks of a network, while training compensates for them.
 
-    In training, their outputs are made zero, along the schedule of `Pruning`; what is removed stays removed. The
-    exported model really is smaller, as by the recipes of `compress` of the same names, and computes the same outputs.
+    In training, their outputs are set to zero, with the schedule of `Pruning`; once removed, they stay removed. The
+    exported model is smaller, as with the recipes of `compress` with the same names, and computes the same outputs.
 
     Args:
-        kind: `width` of the feed-forward layers; attention `heads`, together with those that share their keys and
-            values, in networks whose config has a head_dim (Llama, Qwen); `layers`, that is blocks, in networks that
-            add the output of a block to its input, with the norms before (GPT, Llama).
-        keep: Share of them that is kept.
-        method: Importance of units and heads: the `magnitude` of their weights, or with `wanda`, their contribution to
-            the next layer. The importance of a block is how far it changes its input (Men et al., 2024,
+        kind: What is removed. `width`: units of the feed-forward layers. `heads`: attention heads, together with those
+            that share their keys and values, in networks whose config has a head_dim (Llama, Qwen). `layers`: blocks,
+            in networks that add the output of a block to its input, with norms at the inputs (GPT, Llama).
+        keep: Fraction to keep.
+        method: Importance of units and heads. `magnitude`: the magnitude of their weights. `wanda`: their contribution
+            to the next layer. The importance of a block is how much it changes its input (Men et al., 2024,
             arXiv:2403.03853).
-        start: Optimizer steps before the first are removed.
-        end: Optimizer step from which only the share is left. Default: half of the run.
-        frequency: Optimizer steps between two choices.
+        start: Number of optimizer steps before the first ones are removed.
+        end: Optimizer step from which only the fraction `keep` is left. Default: half of the run.
+        frequency: Number of optimizer steps after which more are removed.
         table: See `Pruning`.
     """
 
@@ -47,12 +47,12 @@ class StructuredPruning(ChangesExport, Pruning):
         table: bool = True,
     ) -> None:
         if not 0 < keep < 1:
-            raise UserError(f"the pruning keeps a share of {keep}, but that must be above 0 and below 1")
-        method = "wanda" if kind == "layers" else method  # which are always measured
+            raise UserError(f"keep of the structured pruning is {keep}, but must be above 0 and below 1")
+        method = "wanda" if kind == "layers" else method  # blocks are always measured
         super().__init__(1 - keep, method, start=start, end=end, frequency=frequency, table=table)
         self.kind: structure.Kind = kind
         self.keep = keep
-        self.kept: list[Tensor] = []  # the numbers of the units or heads of each block; for `layers`, one of blocks
+        self.kept: list[Tensor] = []  # indices of the units or heads of each block; for `layers`, one tensor
 
     def layers_of(self, network: Any) -> dict[str, nn.Linear]:
         """The layers whose inputs are the units; for `layers`, those whose outputs are added to a block's input."""
@@ -70,12 +70,12 @@ class StructuredPruning(ChangesExport, Pruning):
         self.sparsity = 1 - structure.kept_number(network, self.kind, self.keep) / self.number
         if self.kind == "layers" and not passes_through(network, blocks(network)[0], self.ends[0]):
             raise UserError(
-                f"the blocks of {type(network).__name__} cannot be switched off in training, since norms follow their "
-                "sums: make a shallow model with compress --recipe layers=..., and train that"
+                f"the blocks of {type(network).__name__} cannot be removed in training, since their sums are followed "
+                "by norms: remove blocks with compress --recipe layers=..., and train the result"
             )
 
     def watch(self, network: Any) -> list[Any]:
-        """Registers hooks that measure the inputs of the next layers, or what blocks change, in training."""
+        """Registers hooks that measure the inputs of the next layers, or how much blocks change, in training."""
         if self.kind != "layers":
             return super().watch(network)
         return observe_blocks(blocks(network), self.add, training_only=True)
@@ -98,13 +98,13 @@ class StructuredPruning(ChangesExport, Pruning):
             for block in self.units:
                 gone = smallest(block.importance(norms), share)
                 self.kept.append((~gone).nonzero().flatten().cpu())
-                inputs = by_rows(block.layer, block.layer.weight).shape[1] // block.number  # of each
+                inputs = by_rows(block.layer, block.layer.weight).shape[1] // block.number  # inputs per unit
                 self.masks[block.out] = by_rows(block.layer, (~gone).repeat_interleave(inputs).unsqueeze(0))
         pl_module.log("train/sparsity", share)
 
     @torch.no_grad()
     def apply(self) -> None:
-        """Makes their outputs zero."""
+        """Sets their outputs to zero."""
         super().apply()
         if self.kind == "layers" and self.kept:
             for number, block in enumerate(self.ends):
@@ -113,10 +113,10 @@ class StructuredPruning(ChangesExport, Pruning):
                         layer.bias.zero_()
 
     def report(self, pl_module: LightningModule) -> None:
-        """Prints how many are left."""
+        """Prints how many are kept."""
         kept = len(self.kept[0]) if self.kept else self.number
         what = {"width": "units of each block", "heads": "heads of each block", "layers": "blocks"}[self.kind]
-        pl_module.print(f"pruned: {kept} of {self.number} {what} are left ({kept / self.number:.1%})")
+        pl_module.print(f"pruned: {kept} of {self.number} {what} are kept ({kept / self.number:.1%})")
 
     @classmethod
     def change_export(cls, folder: Path, state: dict[str, Any]) -> None:
@@ -142,14 +142,14 @@ def last_layers(network: Any, block: nn.Module) -> dict[str, nn.Linear]:
     attention = [name for name in linear if "attn" in name or "attention" in name]
     if not attention:
         raise UserError(
-            f"{type(network).__name__} has no linear layer with attention in its name: use another kind than layers"
+            f"{type(network).__name__} has no linear layer with attention in its name: use the kind width or heads"
         )
     return {attention[-1]: linear[attention[-1]], out.out: out.layer}
 
 
 @torch.no_grad()
 def passes_through(network: Any, block: nn.Module, ends: dict[str, nn.Linear]) -> bool:
-    """Whether the output of a block is its input if the last layers of its two parts return zeros; by a trial."""
+    """Tests whether the output of a block is its input if the last layers of its two parts return zeros."""
     same: list[bool] = []
 
     def compare(module: nn.Module, inputs: tuple, output: Any) -> None:
@@ -157,7 +157,7 @@ def passes_through(network: Any, block: nn.Module, ends: dict[str, nn.Linear]) -
 
     hooks = [layer.register_forward_hook(lambda module, inputs, output: output * 0) for layer in ends.values()]
     hooks.append(block.register_forward_hook(compare))
-    # A norm with its initial weights would not change an input that is normed already.
+    # A norm with its initial weights would not change an input that is already normalized.
     hooks.append(block.register_forward_pre_hook(lambda module, inputs: (3 * inputs[0] + 1, *inputs[1:])))
     training = network.training
     network.eval()(torch.arange(8, device=network.device).unsqueeze(0))
