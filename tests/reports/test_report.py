@@ -264,7 +264,7 @@ def test_run_whose_report_fails_is_a_run(fit, cli, recipe: Path, monkeypatch: py
 
     monkeypatch.setattr(report_page, "write", fail)
     out = cli("fit", "--config", recipe, "--trainer.max_steps", 3)
-    assert "the report could not be made: RuntimeError: no space" in out and "model: " in out
+    assert "the report could not be written: RuntimeError: no space" in out and "model: " in out
 
 
 def test_environment_names_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
