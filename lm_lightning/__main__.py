@@ -10,7 +10,7 @@ import signal
 import sys
 
 from lm_lightning import console, features
-from lm_lightning.cli.explain import of_command_line, program
+from lm_lightning.cli.explain import command_line_error, program
 from lm_lightning.compat.torch import LOST_PEER, hide_messages
 from lm_lightning.errors import UserError, first_process
 from lm_lightning.processes import end_with_parent
@@ -113,7 +113,7 @@ def run(command: str) -> None:
         with imports.scope():
             importlib.import_module(commands()[command][0]).main()
     except argparse.ArgumentError as error:
-        raise of_command_line(error, sys.argv[1:]) from error
+        raise command_line_error(error, sys.argv[1:]) from error
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def exit_on_interrupt() -> None:
 
     An exception would not work: a `KeyboardInterrupt` during an import can surface as another error, or get lost.
     """
-    signal.signal(signal.SIGINT, leave)
+    signal.signal(signal.SIGINT, exit_interrupted)
 
 
 def raise_on_interrupt() -> None:
@@ -68,11 +68,11 @@ def on_interrupt(number: int, frame: Optional[FrameType]) -> None:
 def on_unraisable(error: Any) -> None:
     """Ends the process where Python would print a `KeyboardInterrupt` and continue, as in a destructor."""
     if error.exc_type is KeyboardInterrupt:
-        leave()
+        exit_interrupted()
     sys.__unraisablehook__(error)
 
 
-def leave(*_: Any) -> None:
+def exit_interrupted(*_: Any) -> None:
     """Ends this process at once with status 130."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):  # it may have been interrupted while printing

@@ -19,11 +19,11 @@ def end_with_parent() -> None:
         return
     if int(parent) == os.getppid():
         kill_with_parent()
-    if int(parent) != os.getppid() and gone(int(parent)):  # it had ended before
+    if int(parent) != os.getppid() and has_ended(int(parent)):  # it had ended before
         os._exit(128 + signal.SIGKILL)
 
 
-def gone(process: int) -> bool:
+def has_ended(process: int) -> bool:
     """Whether a process has ended. (Linux only.)
 
     Zombies count as ended: they remain, for example, where the first process of a container does not wait for its

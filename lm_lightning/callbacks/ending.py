@@ -92,7 +92,7 @@ class Ending(Callback):
         if option and not option.startswith("trainer.max_time"):
             return f"finished: reached {option}"
         for callback in early:
-            return f"stopped early: {explained(callback)}"
+            return f"stopped early: {stopping_reason(callback)}"
         return f"stopped: reached {option}" if option else "stopped by a callback"
 
 
@@ -138,7 +138,7 @@ def limit(trainer: Trainer, step: int, epochs: int, seconds: float) -> Optional[
     return None
 
 
-def explained(callback: EarlyStopping) -> str:
+def stopping_reason(callback: EarlyStopping) -> str:
     """The reason why EarlyStopping stopped the run, as text."""
     if callback.stopping_reason == EarlyStoppingReason.PATIENCE_EXHAUSTED:
         best = float(callback.best_score)

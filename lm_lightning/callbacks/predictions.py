@@ -73,7 +73,7 @@ class Predictions(Callback):
         table = cells(rows)
         if contract.optional(trainer.datamodule, "predict_table"):
             inputs = [trainer.datamodule.inputs[row.get("row", row["id"])] for row in rows]
-            write_table(beside(inputs, table), file.with_suffix(".csv"), self.escape_formulas)
+            write_table(append_columns(inputs, table), file.with_suffix(".csv"), self.escape_formulas)
             print(f"predictions: {file.with_suffix('.csv')}")
         for logger in trainer.loggers:
             if table and hasattr(logger, "log_text"):  # tables, as Lightning's WandbLogger has them
@@ -97,7 +97,7 @@ def cells(rows: list[dict]) -> list[dict[str, Any]]:
     return flat
 
 
-def beside(inputs: Sequence[Mapping[str, Any]], table: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def append_columns(inputs: Sequence[Mapping[str, Any]], table: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Appends the columns of one table to another; they are renamed where both have the same name."""
     columns = {column for row in inputs for column in row}
     prefix = "predicted."

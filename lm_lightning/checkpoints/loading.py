@@ -251,26 +251,26 @@ def find_checkpoint(given: str, folder: Path) -> Checkpoint:
         UserError: If it is missing or damaged.
     """
     path = Path(given).expanduser()
-    if is_word(given):
+    if is_checkpoint_name(given):
         return CheckpointFolder(folder).named(given)
     if not exists(path) and path.stem in ("last", "best"):
         return CheckpointFolder(path.parent).named(path.name)
     return Checkpoint(path, load_checkpoint(path, weights=False))
 
 
-def is_word(given: str) -> bool:
+def is_checkpoint_name(given: str) -> bool:
     """Whether a checkpoint is given as `last`, `best` or the name of a file, not as a path."""
     path = Path(given).expanduser()
     return given in ("last", "best") or not (exists(path) or len(path.parts) > 1)
 
 
-def folder_of(given: str, runs_dir: str, name: str) -> Path:
+def checkpoint_folder(given: str, runs_dir: str, name: str) -> Path:
     """The folder of a checkpoint that is given as a path, or as a name in the newest run of an experiment.
 
     Raises:
         UserError: If the experiment has no run with a checkpoint.
     """
-    return newest_folder(runs_dir, name) if is_word(given) else Path(given).expanduser().parent
+    return newest_folder(runs_dir, name) if is_checkpoint_name(given) else Path(given).expanduser().parent
 
 
 def newest_folder(runs_dir: str, name: str) -> Path:

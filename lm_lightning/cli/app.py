@@ -27,7 +27,7 @@ from lm_lightning.callbacks.progress import RunProgress
 from lm_lightning.callbacks.resuming import Resuming
 from lm_lightning.callbacks.throughput import Throughput
 from lm_lightning.checkpoints.callback import Checkpoints
-from lm_lightning.checkpoints.loading import find_checkpoint, folder_of, run_of
+from lm_lightning.checkpoints.loading import checkpoint_folder, find_checkpoint, run_of
 from lm_lightning.checkpoints.plugins import BackgroundCheckpoints, CheckpointFiles  # noqa: F401
 from lm_lightning.cli import checks, defaults, evaluation, explain, guide, saving, settings
 from lm_lightning.cli.defaults import as_list
@@ -71,7 +71,7 @@ class CLI(LightningCLI):
             auto_configure_optimizers=False,
             parser_class=OptionParser,
             parser_kwargs={"prog": explain.program(), "exit_on_error": False, "formatter_class": guide.Help}
-            | guide.of_commands(self.subcommands(), LanguageModule, LightningDataModule),
+            | guide.command_texts(self.subcommands(), LanguageModule, LightningDataModule),
         )
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
@@ -94,14 +94,14 @@ class CLI(LightningCLI):
         self.arguments = list(sys.argv[1:] if args is None else args)
         for name in self.subcommands():
             set_help(subcommand_parser(self, name), HELP)  # here, as Lightning adds options after ours
-        self.evaluated, arguments = evaluation.of_arguments(self.arguments)
+        self.evaluated, arguments = evaluation.replace_run_argument(self.arguments)
         config = self.parse(parser, arguments, self.evaluated)
         if self.config.subcommand not in evaluation.COMMANDS or self.evaluated is not None:
             return
-        self.evaluated = evaluation.of_config(config, defaults.name_of(config))
+        self.evaluated = evaluation.find_evaluated_run(config, defaults.experiment_name(config))
         if self.evaluated is None or evaluation.record_of(config.config):
             return
-        own = self.parse(parser, evaluation.with_config_of(self.evaluated, self.arguments), self.evaluated)
+        own = self.parse(parser, evaluation.use_config_of(self.evaluated, self.arguments), self.evaluated)
         if different := [
             *evaluation.differences(config.model, own.model, "model"),
             *evaluation.differences(config.data, own.data, "data"),
@@ -121,13 +121,13 @@ class CLI(LightningCLI):
         Raises:
             UserError: If the parser refuses them.
         """
-        options, sources, flags = settings.layered(arguments[1:])
+        options, sources, flags = settings.read_layered(arguments[1:])
         if run is not None:
             own = run / "config.yaml"
             given = [Path(file).expanduser().read_text(encoding="utf-8") for file in sources if Path(file) != own]
             imports.restrict(own, [*flags, *given])
         try:
-            self.config = parser.parse_args([*arguments[:1], *settings.as_argument(options), *flags])
+            self.config = parser.parse_args([*arguments[:1], *settings.to_argument(options), *flags])
             imports.check()
         except ValueError as error:  # a value that cannot even be the name of a file
             imports.check()
@@ -137,9 +137,9 @@ class CLI(LightningCLI):
             names = explain.flags_of(subcommand_parser(self, arguments[0]))
             for section in ("model", "data"):
                 names += explain.options_of(chosen_class(section, options, flags), section)
-            raise explain.of_command_line(error, arguments, names) from error
+            raise explain.command_line_error(error, arguments, names) from error
         config = self.config[self.config.subcommand]
-        settings.report_replaced(options, config)
+        settings.print_replaced(options, config)
         config.config = sources  # the run is named after the first one
         return config
 
@@ -150,13 +150,13 @@ class CLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Completes the settings and creates the run folder."""
         config = self.config[self.subcommand]
-        config.name = defaults.name_of(config)
+        config.name = defaults.experiment_name(config)
         imports.check_folders(config.trainer, self.arguments)
         run, weights = self.evaluated, evaluation.Weights("")
         if self.subcommand == "fit":
             run = self.resumed_run(config)
         else:
-            weights = evaluation.weights_of(config, run, self.subcommand)
+            weights = evaluation.choose_weights(config, run, self.subcommand)
         self.evaluated_network = weights.network
         defaults.complete(config, self.subcommand, subcommand_parser(self, self.subcommand).get_defaults())
         if missing := sorted(set(find_redacted(config.as_dict()))):
@@ -185,7 +185,9 @@ class CLI(LightningCLI):
         """
         if config.ckpt_path is None:
             return None
-        checkpoint, _ = find_checkpoint(config.ckpt_path, folder_of(config.ckpt_path, config.runs_dir, config.name))
+        checkpoint, _ = find_checkpoint(
+            config.ckpt_path, checkpoint_folder(config.ckpt_path, config.runs_dir, config.name)
+        )
         same = config.ckpt_path == "last" or checkpoint.name == "last.ckpt"
         config.ckpt_path = str(checkpoint.absolute())
         run = run_of(checkpoint) if same else None
@@ -235,7 +237,7 @@ class CLI(LightningCLI):
             cause: Optional[BaseException] = error  # jsonargparse wraps the original error
             while cause is not None and not isinstance(cause, UserError):
                 cause = cause.__cause__ or cause.__context__
-            raise cause or explain.of_instance(error) from error
+            raise cause or explain.instantiation_error(error) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         self.config[self.subcommand] = self.reusable_config  # for RunFolder; the classes are made already

@@ -42,14 +42,14 @@ def run(function: Callable, epilog: str = "") -> Any:
     Raises:
         argparse.ArgumentError: If the command line is invalid.
     """
-    parser, arguments = parser_of(function, epilog), sys.argv[2:]
+    parser, arguments = make_parser(function, epilog), sys.argv[2:]
     if FIT_FLAGS not in inspect.signature(function).parameters:
         return function(**vars(parser.parse_args(arguments)))
     own, fit_flags = split(arguments, option_names(parser))
     return function(fit_flags, **vars(parser.parse_args(own)))
 
 
-def parser_of(function: Callable, epilog: str = "", options: bool = True) -> Parser:
+def make_parser(function: Callable, epilog: str = "", options: bool = True) -> Parser:
     """The parser of a command, see `run`.
 
     Args:

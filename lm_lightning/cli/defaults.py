@@ -12,7 +12,7 @@ from lm_lightning.compat.torch import cpu_computes_bf16
 from lm_lightning.security import imports
 
 
-def name_of(config: Any) -> str:
+def experiment_name(config: Any) -> str:
     """The name of the experiment; by default, the name of the first config file."""
     return config.name or (Path(config.config[0]).stem if config.config else "run")
 

@@ -14,7 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lm_lightning import run as runs
-from lm_lightning.checkpoints.loading import Checkpoint, CheckpointFolder, find_checkpoint, folder_of, run_of
+from lm_lightning.checkpoints.loading import Checkpoint, CheckpointFolder, checkpoint_folder, find_checkpoint, run_of
 from lm_lightning.cli import saving, settings
 from lm_lightning.console import printable
 from lm_lightning.data import contract
@@ -28,7 +28,7 @@ RECORD = "evaluation.json"
 SPLITS = {"validate": "validation", "test": "test", "predict": "predict"}
 
 
-def of_arguments(arguments: list[str]) -> tuple[Optional[Path], list[str]]:
+def replace_run_argument(arguments: list[str]) -> tuple[Optional[Path], list[str]]:
     """Replaces the run in `validate RUN ...` by its config file.
 
     Args:
@@ -49,7 +49,7 @@ def of_arguments(arguments: list[str]) -> tuple[Optional[Path], list[str]]:
     return run, [command, "--config", str(run / "config.yaml"), *rest]
 
 
-def of_config(config: Any, name: str) -> Optional[Path]:
+def find_evaluated_run(config: Any, name: str) -> Optional[Path]:
     """The run to which `ckpt_path` or `model.pretrained` belongs; None if they do not belong to a run.
 
     Args:
@@ -63,7 +63,7 @@ def of_config(config: Any, name: str) -> Optional[Path]:
         run = read_json(record).get("run")
         return Path(run) if isinstance(run, str) and run else None
     if config.ckpt_path is not None:
-        return run_of(folder_of(config.ckpt_path, config.runs_dir, name) / "last.ckpt")
+        return run_of(checkpoint_folder(config.ckpt_path, config.runs_dir, name) / "last.ckpt")
     pretrained = options_of(config, "model").get("pretrained")
     if pretrained is not None and runs.is_run(folder := Path(pretrained).expanduser()):
         return folder.absolute()
@@ -75,9 +75,9 @@ def options_of(config: Any, part: str) -> Any:
     return config[part].get("init_args") or {}
 
 
-def with_config_of(run: Path, arguments: list[str]) -> list[str]:
+def use_config_of(run: Path, arguments: list[str]) -> list[str]:
     """Replaces the configs in the arguments of an evaluation by the config of a run."""
-    return [arguments[0], "--config", str(run / "config.yaml"), *settings.layered(arguments[1:])[2]]
+    return [arguments[0], "--config", str(run / "config.yaml"), *settings.read_layered(arguments[1:])[2]]
 
 
 def record_of(configs: Any) -> Optional[Path]:
@@ -106,7 +106,7 @@ class Weights(NamedTuple):
     network: Optional[dict[str, Any]] = None
 
 
-def weights_of(config: Any, run: Optional[Path], command: str) -> Weights:
+def choose_weights(config: Any, run: Optional[Path], command: str) -> Weights:
     """Chooses the weights of an evaluation, and sets the options that load them.
 
     Args:
@@ -118,9 +118,9 @@ def weights_of(config: Any, run: Optional[Path], command: str) -> Weights:
         UserError: If there are no weights, or they are damaged.
     """
     if run is not None and not record_of(config.config):
-        return weights_of_run(config, run)
+        return choose_run_weights(config, run)
     if config.ckpt_path is not None:
-        folder = folder_of(config.ckpt_path, config.runs_dir, config.name)
+        folder = checkpoint_folder(config.ckpt_path, config.runs_dir, config.name)
         return use_checkpoint(config, find_checkpoint(config.ckpt_path, folder))
     if pretrained := (config.model.get("init_args") or {}).get("pretrained"):
         return Weights(pretrained)
@@ -136,7 +136,7 @@ def use_checkpoint(config: Any, checkpoint: Checkpoint) -> Weights:
     return Weights(config.ckpt_path, checkpoint.content["network"])
 
 
-def weights_of_run(config: Any, run: Path) -> Weights:
+def choose_run_weights(config: Any, run: Path) -> Weights:
     """Sets the options for the weights and the tokenizer of a run, unless the user has set them.
 
     Args:

@@ -52,7 +52,7 @@ def program(command: str = "") -> str:
     return f"{'lm-lightning' if script.startswith('lm-lightning') else 'python -m lm_lightning'} {command}".strip()
 
 
-def of_command_line(error: Exception, arguments: list[str], names: Iterable[str] = ()) -> UserError:
+def command_line_error(error: Exception, arguments: list[str], names: Iterable[str] = ()) -> UserError:
     """The sentence for a command line or a YAML file that the parser refused.
 
     Args:
@@ -79,12 +79,12 @@ def of_command_line(error: Exception, arguments: list[str], names: Iterable[str]
     if match := messages.EXPECTED.search(text):
         return UserError(wrong_value(text, match, arguments))
     if "expected one argument" in text or "expected at least one argument" in text:
-        return UserError(f"{without_value(text, arguments)} has no value")
+        return UserError(f"{flag_without_value(text, arguments)} has no value")
     text = " ".join(messages.KEY.sub(r"\1", text).split())
     return UserError(f"{text[:500]}; `{program(arguments[0])} --help` explains the options")
 
 
-def of_instance(error: Exception) -> UserError:
+def instantiation_error(error: Exception) -> UserError:
     """The error for a class that could not be instantiated with the values of its options.
 
     If an option accepts several types, jsonargparse lists why each of them does not fit; one of the reasons is the
@@ -99,7 +99,7 @@ def of_instance(error: Exception) -> UserError:
     return UserError(" ".join(text.split())[:500])
 
 
-def without_value(text: str, arguments: list[str]) -> str:
+def flag_without_value(text: str, arguments: list[str]) -> str:
     """The flag that has no value; jsonargparse names only its section."""
     section = (messages.ARGUMENT.findall(text) or ["--"])[0]
     for flag, after in zip(arguments, [*arguments[1:], "--"]):
@@ -173,7 +173,7 @@ def shown(value: Any) -> str:
     return repr(text if len(text) < 60 else f"{text[:60]} ...") if text else "empty"
 
 
-def one_of(words: list[str]) -> str:
+def join_or(words: list[str]) -> str:
     """Joins words as in `a, b or c`."""
     return " or ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else "".join(words)
 
@@ -211,17 +211,17 @@ def unknown_option(text: str, match: re.Match, arguments: list[str], names: list
     if kinds:
         names = [*options_of(kinds[-1], option), *names]
     start = f"{where} is not an option" + (f" of {kind}" if kind else "")
-    others = others_with(full) if section in ("model", "data") else []
+    others = classes_with_option(full) if section in ("model", "data") else []
     meant = suggestion(full, names, only_near=bool(others))
     if meant:
         return f"{start}: did you mean {'--' if where.startswith('--') else ''}{meant}?"
     if others:
-        return f"{start}, but of {one_of(others)}"
+        return f"{start}, but of {join_or(others)}"
     helps = f"--{option}.help {kind}" if option in ("model", "data") and kind else "--help"
     return f"{start}: `{program(arguments[0])} {helps}` lists the options"
 
 
-def others_with(option: str) -> list[str]:
+def classes_with_option(option: str) -> list[str]:
     """The classes of models or data modules that have an option."""
     section = option.partition(".")[0]
     base = pydoc.locate(BASES[section])
@@ -316,7 +316,7 @@ def required(text: str, match: re.Match, arguments: list[str]) -> str:
     """The sentence for required options that are missing."""
     names, option = match[1].split(", "), option_of(text, match.start())
     if option:
-        return f"{place(option, arguments)} needs {one_of([f'--{option}.{name}' for name in names])}"
+        return f"{place(option, arguments)} needs {join_or([f'--{option}.{name}' for name in names])}"
     missing = {name.rpartition(".")[2] for name in names}
     if missing <= {"model", "data"} and not config_files(arguments):
         found = [str(file) for file in sorted(Path("configs").glob("*.yaml"))]
@@ -324,9 +324,12 @@ def required(text: str, match: re.Match, arguments: list[str]) -> str:
         example = "configs/gpt.yaml" if "configs/gpt.yaml" in found else (found or ["FILE"])[0]
         return f"{arguments[0]} needs a config: {program(arguments[0])} --config {example}{there}"
     if missing <= {"model", "data"}:
-        return f"{' and '.join(config_files(arguments))} has no {one_of(sorted(missing))} section: add " + " and ".join(
-            f"`{name}: {{class_path: {'CausalLM' if name == 'model' else 'PretrainingData'}}}`"
-            for name in sorted(missing)
+        return (
+            f"{' and '.join(config_files(arguments))} has no {join_or(sorted(missing))} section: add "
+            + " and ".join(
+                f"`{name}: {{class_path: {'CausalLM' if name == 'model' else 'PretrainingData'}}}`"
+                for name in sorted(missing)
+            )
         )
     return f"{arguments[0]} needs {', '.join(sorted(missing))}: see `{program(arguments[0])} --help`"
 
@@ -361,7 +364,7 @@ def wrong_value(text: str, match: re.Match, arguments: list[str]) -> str:
         elif name and name != "Tensor":
             classes.append(name)
     if classes:
-        words.insert(0, f"the name of a {one_of(list(dict.fromkeys(classes)))} class")
+        words.insert(0, f"the name of a {join_or(list(dict.fromkeys(classes)))} class")
     words = list(dict.fromkeys(words))
     if "a number" in words and "a whole number" in words:
         words.remove("a whole number")
@@ -370,4 +373,4 @@ def wrong_value(text: str, match: re.Match, arguments: list[str]) -> str:
     words = [f"one of {', '.join(choices)}"] * bool(choices) + [word for word in words if word != "null"] + null
     close = difflib.get_close_matches(str(value), choices, n=1)
     meant = f": did you mean {close[0]}?" if close else ""
-    return f"{place(option, arguments)} is {shown(value)}, but must be {one_of(words) or 'of another type'}{meant}"
+    return f"{place(option, arguments)} is {shown(value)}, but must be {join_or(words) or 'of another type'}{meant}"

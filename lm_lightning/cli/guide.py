@@ -75,7 +75,7 @@ COMMANDS = {
 }
 
 
-def of_commands(commands: Iterable[str], model: type, data: type) -> dict[str, dict[str, str]]:
+def command_texts(commands: Iterable[str], model: type, data: type) -> dict[str, dict[str, str]]:
     """Usage and description of each command.
 
     Args:
@@ -92,8 +92,8 @@ def of_commands(commands: Iterable[str], model: type, data: type) -> dict[str, d
             what=what,
             program=program,
             recipes=f"Recipes in configs/: {recipes}.\n" if recipes else "",
-            models=one_line(model, "CausalLM"),
-            data=one_line(data, "PretrainingData"),
+            models=class_names(model, "CausalLM"),
+            data=class_names(data, "PretrainingData"),
             split=split,
         )
         of_run = "" if command == "fit" else f"{program} RUN [--option VALUE ...], or "
@@ -101,7 +101,7 @@ def of_commands(commands: Iterable[str], model: type, data: type) -> dict[str, d
     return found
 
 
-def one_line(base: type, first: str) -> str:
+def class_names(base: type, first: str) -> str:
     """The names of this project's subclasses of a class, in one line that begins with `first`."""
     own = [name for name, kind in explain.subclasses(base).items() if kind.__module__.startswith("lm_lightning.")]
     own = [name for name in own if not name.startswith(("Labelled", "Stream"))]

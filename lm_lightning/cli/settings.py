@@ -152,7 +152,7 @@ def settings_of(value: Any) -> dict[str, Any]:
     return (value.get("init_args") or {}) if "class_path" in value else value
 
 
-def report_replaced(options: Any, config: Any, name: str = "") -> None:
+def print_replaced(options: Any, config: Any, name: str = "") -> None:
     """Prints which settings of config files were dropped because a flag replaced their class or their mapping.
 
     Args:
@@ -169,10 +169,10 @@ def report_replaced(options: Any, config: Any, name: str = "") -> None:
         else:
             if isinstance(final, dict) and not value.keys() <= final.keys():
                 report(own, "a flag has replaced all of it", value, final)
-            report_replaced(value, final, own)
+            print_replaced(value, final, own)
 
 
-def layered(arguments: list[str]) -> tuple[dict[str, Any], list[str], list[str]]:
+def read_layered(arguments: list[str]) -> tuple[dict[str, Any], list[str], list[str]]:
     """Reads the config files of a command line. Flags override them, whether they come before or after.
 
     Args:
@@ -190,7 +190,7 @@ def layered(arguments: list[str]) -> tuple[dict[str, Any], list[str], list[str]]
     return options, given.config, rest
 
 
-def as_argument(options: dict[str, Any]) -> list[str]:
+def to_argument(options: dict[str, Any]) -> list[str]:
     """Converts options to an argument of a command, quoted so that every parser reads the same types."""
     return (
         ["--config", yaml.safe_dump(options, default_style='"', allow_unicode=True, sort_keys=False)] if options else []

@@ -19,8 +19,8 @@ def main() -> None:
     """Reads the command line: flags, and `--config` like `fit`, but only its data section is used."""
     from lm_lightning.cli import command, explain, settings
 
-    recipe, files, rest = settings.layered(sys.argv[2:])
-    parser = command.parser_of(prepare, options=False)
+    recipe, files, rest = settings.read_layered(sys.argv[2:])
+    parser = command.make_parser(prepare, options=False)
     parser.add_argument("-c", "--config", type=str, help="Config file, as for fit; only its data section is used.")
     parser.add_argument("--show", type=int, nargs="+", default=[], help="Training samples to print, by number.")
     name, section = data_section(recipe, " and ".join(files))

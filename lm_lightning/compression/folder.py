@@ -25,7 +25,7 @@ def load(folder: Path, **settings: Any) -> transformers.PreTrainedModel:
     return hub.load(network_class, str(folder), **settings).eval()
 
 
-def copy_beside(source: Path, target: Path) -> None:
+def copy_other_files(source: Path, target: Path) -> None:
     """Copies everything except the weights of the network: the tokenizer, a separate head, settings of the pooling."""
     for file in source.iterdir():
         weights = file.suffix in (".safetensors", *PROGRAMS) or file.name.endswith(".index.json")

@@ -16,7 +16,7 @@ from torch import Tensor
 from lm_lightning import hub
 from lm_lightning.compression import formats
 from lm_lightning.compression.folder import PROGRAMS, load
-from lm_lightning.compression.sparsity import semi_structured, zeros_of
+from lm_lightning.compression.sparsity import count_zeros, semi_structured
 from lm_lightning.linear_layers.blocks import linear_layers
 from lm_lightning.networks import positions
 
@@ -148,12 +148,12 @@ class Bench:
             onnx = (folder / formats.ONNX).is_file()
             layers_size = sum(formats.quantized(folder / formats.ONNX)) / 2**20 if onnx else 0
             return Measures(recipe, 0, math.nan, layers_size or math.nan, disk, disk, *times.values(), loss=loss)  # type: ignore
-        memory = sum(bytes_of(tensor) for tensor in [*network.parameters(), *network.buffers()]) / 2**20
+        memory = sum(tensor_bytes(tensor) for tensor in [*network.parameters(), *network.buffers()]) / 2**20
         layers, share = linear_layers(network), math.nan
         if all(type(layer.weight) is torch.nn.Parameter for layer in layers.values()):  # not quantized
-            zeros, weights = zeros_of(layers)
+            zeros, weights = count_zeros(layers)
             share = zeros / weights
-        in_file = in_files(folder, list(layers))
+        in_file = size_in_files(folder, list(layers))
         return Measures(recipe, network.num_parameters(), share, in_file, disk, memory, *times.values(), loss=loss)  # type: ignore
 
     def timed(self, call: Callable[[], Any], other: Callable[[], Any]) -> tuple[float, float]:
@@ -172,7 +172,7 @@ class Bench:
         return statistics.median(times[0]), statistics.median(times[1])
 
 
-def in_files(folder: Path, layers: list[str]) -> float:
+def size_in_files(folder: Path, layers: list[str]) -> float:
     """Size of the weights of layers in the files of a folder, including the scales of quantized layers, in MiB."""
     total = 0
     for path in folder.glob("*.safetensors"):
@@ -184,11 +184,11 @@ def in_files(folder: Path, layers: list[str]) -> float:
     return total / 2**20
 
 
-def bytes_of(tensor: Tensor) -> int:
+def tensor_bytes(tensor: Tensor) -> int:
     """Size of a tensor in memory in bytes; a tensor of torchao consists of several tensors."""
     if hasattr(tensor, "__tensor_flatten__"):
         names, _ = tensor.__tensor_flatten__()
-        return sum(bytes_of(getattr(tensor, name)) for name in names)
+        return sum(tensor_bytes(getattr(tensor, name)) for name in names)
     return tensor.numel() * tensor.element_size()
 
 

@@ -9,7 +9,7 @@ from typing import Any, Optional, Protocol
 
 from lm_lightning import hub
 from lm_lightning.compression.calibration import Calibration
-from lm_lightning.compression.folder import copy_beside
+from lm_lightning.compression.folder import copy_other_files
 from lm_lightning.compression.formats import Onnx, Program
 from lm_lightning.compression.quantization import BitsAndBytes, Rounding, TorchAO
 from lm_lightning.compression.sparsity import Sparsity
@@ -145,7 +145,7 @@ def compress(
         for number, (step, value) in enumerate(steps_of(recipe)):
             made = Path(scratch) / str(number)
             made.mkdir()
-            copy_beside(source, made)
+            copy_other_files(source, made)
             step.method(source, made, value, calibration, modules)
             source = made
         put(source, target)

@@ -62,7 +62,7 @@ def semi_structured(network: nn.Module) -> None:
             layer.weight = nn.Parameter(torch.sparse.to_sparse_semi_structured(weight.detach()), requires_grad=False)
 
 
-def zeros_of(layers: dict[str, nn.Linear]) -> tuple[int, int]:
+def count_zeros(layers: dict[str, nn.Linear]) -> tuple[int, int]:
     """The number of zeros among the weights of layers, and the number of these weights."""
     weights = [layer.weight for layer in layers.values()]
     return sum(int((weight == 0).sum()) for weight in weights), sum(weight.numel() for weight in weights)

@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor, nn
 
 from lm_lightning.compression.calibration import Calibration
-from lm_lightning.compression.folder import copy_beside, load, save_as
+from lm_lightning.compression.folder import copy_other_files, load, save_as
 from lm_lightning.errors import UserError
 from lm_lightning.files import put
 from lm_lightning.linear_layers.blocks import by_rows, linear_layers
@@ -107,7 +107,7 @@ def units(network: transformers.PreTrainedModel, kind: Kind) -> list[Units]:
     return found
 
 
-def kept_number(network: transformers.PreTrainedModel, kind: Kind, share: float) -> int:
+def number_to_keep(network: transformers.PreTrainedModel, kind: Kind, share: float) -> int:
     """The number of units, heads or blocks to keep; for feed-forward units, a multiple of 8 for speed.
 
     Raises:
@@ -153,7 +153,7 @@ class Structure:
 
     def check(self, network: transformers.PreTrainedModel, value: float, modules: Sequence[str]) -> None:
         """Refuses a network that this method cannot make smaller."""
-        kept_number(network, self.kind, value)
+        number_to_keep(network, self.kind, value)
         if self.kind == "layers":
             prefix(network)
         else:
@@ -165,7 +165,7 @@ class Structure:
     ) -> None:
         network = load(source)
         self.check(network, value, modules)
-        kept = kept_number(network, self.kind, value)
+        kept = number_to_keep(network, self.kind, value)
         if self.kind == "layers":
             number = len(blocks(network))
             if calibration is not None:
@@ -226,7 +226,7 @@ def shrink(folder: Path, kind: Kind, kept: list[Tensor]) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.") as scratch:
         made = Path(scratch) / "made"
         made.mkdir()
-        copy_beside(folder, made)
+        copy_other_files(folder, made)
         if kind == "layers":
             keep_blocks(network, kept[0].tolist(), made)
         else:

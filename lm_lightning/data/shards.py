@@ -107,7 +107,7 @@ class Prepared(NamedTuple):
         counts = self.info["splits"][name]
         remedy = "use another --data.tokenizer.path, or none to train one on the corpus, or fix --data.corpus.encoding"
         numbers = counts["unknown"], counts["tokens"]
-        tokenizers.warn_of_unknown(f"the {name} split", *numbers, counts["unknown_example"], remedy)
+        tokenizers.warn_about_unknown(f"the {name} split", *numbers, counts["unknown_example"], remedy)
         return tokenizers.about_unknown(*numbers)
 
     def split(self, name: str) -> Split:

@@ -195,7 +195,7 @@ def about_unknown(unknown: int, tokens: int) -> str:
     return f", {unknown:,} of the tokens are unknown ({unknown / tokens:.2%})" if unknown else ""
 
 
-def warn_of_unknown(what: str, unknown: int, tokens: int, example: str, remedy: str) -> None:
+def warn_about_unknown(what: str, unknown: int, tokens: int, example: str, remedy: str) -> None:
     """Prints a warning if a large share of the tokens is unknown."""
     if unknown > MANY * tokens:
         print(

@@ -26,7 +26,7 @@ from lm_lightning.data.tokenizer import (
     load,
     unknown_id,
     unknown_word,
-    warn_of_unknown,
+    warn_about_unknown,
 )
 from lm_lightning.errors import UserError
 from lm_lightning.finetuning import cells
@@ -185,7 +185,7 @@ class LabelledData(StreamData):
             + (f", {truncated:,} rows are truncated to {self.block_size} tokens (data.max_length)" if truncated else "")
             + about_unknown(unknown, tokens)
         )
-        self.warn_of_unknown(split, unknown, tokens, texts)
+        self.warn_about_unknown(split, unknown, tokens, texts)
 
     def report_words(self, split: str, examples: list[dict], sentences: list[list[str]]) -> None:
         """The same for examples with `words`, see `encode_words`, and how many words are truncated."""
@@ -200,11 +200,11 @@ class LabelledData(StreamData):
         unknown = unknown_id(self.tokenizer)
         return 0 if unknown is None else sum(example["input_ids"].count(unknown) for example in examples)
 
-    def warn_of_unknown(self, split: str, unknown: int, tokens: int, texts: Iterable[str]) -> None:
+    def warn_about_unknown(self, split: str, unknown: int, tokens: int, texts: Iterable[str]) -> None:
         """Prints a warning if many tokens of the texts are unknown."""
         if unknown > MANY * tokens and self.trainer.is_global_zero:
             remedy = "use a --model.pretrained whose tokenizer covers such text, or fix --data.tables.encoding"
-            warn_of_unknown(split, unknown, tokens, unknown_word(self.tokenizer, texts), remedy)
+            warn_about_unknown(split, unknown, tokens, unknown_word(self.tokenizer, texts), remedy)
 
     # Labels
 
@@ -328,6 +328,6 @@ class LabelledData(StreamData):
         } | columns
 
 
-def counted(number: int, what: str) -> str:
+def count_phrase(number: int, what: str) -> str:
     """A number of things, as part of a sentence; empty if it is 0."""
     return f", {number:,} {what}" if number else ""

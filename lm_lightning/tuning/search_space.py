@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Optional, Union
 
 from lm_lightning import yaml_text
-from lm_lightning.cli.explain import of_command_line
+from lm_lightning.cli.explain import command_line_error
 from lm_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def read_search_space(file: str, trials: Optional[int] = None) -> SearchSpace:
             )
         search = SearchSpace(**vars(parser.instantiate(parser.parse_path(file))))
     except (argparse.ArgumentError, ValueError, TypeError, yaml.YAMLError) as error:
-        raise UserError(f"the search space {file} cannot be used: {of_command_line(error, ['tune'])}") from error
+        raise UserError(f"the search space {file} cannot be used: {command_line_error(error, ['tune'])}") from error
     search.trials = search.trials if trials is None else trials
     if not search.flags:
         raise UserError(f"the search space {file} has no flags to try: add at least one under `flags`")

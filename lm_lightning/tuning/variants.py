@@ -95,7 +95,7 @@ class Outcome:
     environment: dict = field(default_factory=dict)
 
 
-def obstacle(variant: Variant, data: dict, outcomes: dict[str, Outcome]) -> str:
+def skip_reason(variant: Variant, data: dict, outcomes: dict[str, Outcome]) -> str:
     """The reason why a variant cannot be run on this machine; empty if it can be.
 
     Args:

@@ -21,7 +21,7 @@ from lm_lightning.files import write_text
 from lm_lightning.security.redaction import redact_arguments
 from lm_lightning.tuning.comparison import comparison_table, machine
 from lm_lightning.tuning.fit_process import fit, read_settings, shorten
-from lm_lightning.tuning.variants import VARIANTS, Outcome, obstacle
+from lm_lightning.tuning.variants import VARIANTS, Outcome, skip_reason
 
 
 def verify(
@@ -70,7 +70,7 @@ def verify(
             settings = shared_settings(fit_flags, steps, Path(folder), timeout)
             for number, name in enumerate(names, 1):
                 print(f"{number}/{len(names)} {name}", file=sys.stderr, flush=True)
-                reason = obstacle(VARIANTS[name], settings["data"], outcomes)
+                reason = skip_reason(VARIANTS[name], settings["data"], outcomes)
                 outcomes[name] = (
                     Outcome(reason) if reason else run_variant(name, settings, Path(folder), steps, timeout)
                 )

@@ -9,7 +9,7 @@ import transformers
 import yaml
 from hostile import Guard, attack, mutations
 
-from lm_lightning.compression.folder import copy_beside, load
+from lm_lightning.compression.folder import copy_other_files, load
 from lm_lightning.data import tokenizer
 from lm_lightning.data.tokenizer import Tokenizer
 from lm_lightning.errors import UserError
@@ -37,7 +37,7 @@ def test_a_model_folder_whose_modules_are_elsewhere_is_not_copied(tmp_path: Path
     (tmp_path / "payload" / "file").write_text("x")
     (source / "modules.json").write_text(json.dumps([{"path": "../payload"}]))
     with pytest.raises(UserError, match="modules.json"):
-        copy_beside(source, target)
+        copy_other_files(source, target)
     assert not (target.parent / "payload" / "payload").exists() and not list(target.glob("**/file"))
 
 

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lm_lightning.errors import UserError
 from lm_lightning.tuning import verify
-from lm_lightning.tuning.variants import VARIANTS, Outcome, obstacle
+from lm_lightning.tuning.variants import VARIANTS, Outcome, skip_reason
 
 
 class Sabotage(Callback):
@@ -97,7 +97,7 @@ def test_mistakes_are_refused_in_one_sentence(recipe: Path, cli, flags: tuple, r
 def test_what_cannot_be_run_here_says_why(name: str, machine: dict, reason: str):
     batch_size = 4 if name == "hsdp" else 6
     data = {"class_path": "MaskedData", "init_args": {"batch_size": batch_size}}
-    found = obstacle(VARIANTS[name], data, {"plain": Outcome(environment=machine)})
+    found = skip_reason(VARIANTS[name], data, {"plain": Outcome(environment=machine)})
     assert reason in found and bool(found) == bool(reason)
 
 

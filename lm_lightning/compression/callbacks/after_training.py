@@ -10,7 +10,17 @@ from lm_lightning.errors import UserError
 from lm_lightning.processes import RUN_FOLDER
 
 # Prefixes of the environment variables that make a process one of the processes of a training run.
-OF_A_RUN = ("RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "NODE_RANK", "MASTER_", "TORCHELASTIC_", "SLURM_")
+DISTRIBUTED_VARIABLES = (
+    "RANK",
+    "LOCAL_",
+    "WORLD_SIZE",
+    "GROUP_",
+    "ROLE_",
+    "NODE_RANK",
+    "MASTER_",
+    "TORCHELASTIC_",
+    "SLURM_",
+)
 
 
 def compress_alone(model: Path, *flags: str) -> None:
@@ -40,5 +50,7 @@ def run_alone(arguments: Sequence[str]) -> int:
     Returns:
         Its exit status. Its output goes to the console.
     """
-    environment = {n: value for n, value in os.environ.items() if not n.startswith((*OF_A_RUN, RUN_FOLDER))}
+    environment = {
+        n: value for n, value in os.environ.items() if not n.startswith((*DISTRIBUTED_VARIABLES, RUN_FOLDER))
+    }
     return subprocess.run([sys.executable, "-m", "lm_lightning", *arguments], env=environment, check=False).returncode

@@ -18,7 +18,7 @@ from lm_lightning.compression.importance import (
     smallest,
     weight_scores,
 )
-from lm_lightning.compression.sparsity import zeros_of
+from lm_lightning.compression.sparsity import count_zeros
 from lm_lightning.errors import UserError
 from lm_lightning.linear_layers.blocks import by_rows, linear_layers
 from lm_lightning.strategies.capabilities import capabilities
@@ -194,7 +194,7 @@ class Pruning(Callback):
 
     def report(self, pl_module: LightningModule) -> None:
         """Prints how many weights are zero."""
-        zeros, weights = zeros_of(self.layers)
+        zeros, weights = count_zeros(self.layers)
         pl_module.print(
             f"pruned: {zeros:,} of {weights:,} weights in {len(self.layers)} layers are zero ({zeros / weights:.1%})"
         )

@@ -67,7 +67,7 @@ class StructuredPruning(ChangesExport, Pruning):
         structure.Structure(self.kind).check(network, self.keep, ())
         super().on_fit_start(trainer, pl_module)
         self.number = self.units[0].number if self.kind != "layers" else len(self.ends)
-        self.sparsity = 1 - structure.kept_number(network, self.kind, self.keep) / self.number
+        self.sparsity = 1 - structure.number_to_keep(network, self.kind, self.keep) / self.number
         if self.kind == "layers" and not passes_through(network, blocks(network)[0], self.ends[0]):
             raise UserError(
                 f"the blocks of {type(network).__name__} cannot be removed in training, since their sums are followed "

@@ -73,14 +73,14 @@ class Classification(LanguageModule):
         self.network.config.pad_token_id = data.tokenizer.pad_token_id  # GPTs classify at the last token before padding
         new = self.pretrained is not None and data.kind == "regression" and not self.head_fits()
         if self.trainer.state.fn == "fit" and new:
-            self.start_at_the_mean()
+            self.start_at_mean()
         self.mistakes = Mistakes()
         self.val_metrics = MetricCollection(self.new_metrics(), compute_groups=False)
         weigh = self.class_weights is not None and self.trainer.state.fn == "fit"  # weights apply only to training
-        weights = self.weights_of_labels() if weigh else None
+        weights = self.label_weights() if weigh else None
         self.register_buffer("weights", weights, persistent=False)
 
-    def start_at_the_mean(self) -> None:
+    def start_at_mean(self) -> None:
         """Makes a new head on pretrained weights predict the mean of the training numbers at the start.
 
         New networks do not start there, as predicting the mean is a plateau that they would have to leave.
@@ -90,7 +90,7 @@ class Classification(LanguageModule):
             numbers = [row["targets"] for row in self.trainer.datamodule.examples["train"].rows]
             heads[-1].bias.data.fill_(torch.stack(numbers).mean())
 
-    def weights_of_labels(self) -> Tensor:
+    def label_weights(self) -> Tensor:
         """The weight of each label, (labels,) float32."""
         data = self.trainer.datamodule
         if data.kind != "multiclass":

@@ -15,7 +15,7 @@ from lm_lightning.console import printable
 from lm_lightning.data.order import sequence_key
 from lm_lightning.errors import UserError
 from lm_lightning.finetuning import cells
-from lm_lightning.finetuning.data import LabelledData, counted
+from lm_lightning.finetuning.data import LabelledData, count_phrase
 from lm_lightning.finetuning.tables import Row, Tables, read_files
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class Retrieval:
     ignore_identical_ids: bool = True
 
 
-class Judged(NamedTuple):
+class Judgments(NamedTuple):
     """Correct answers to the queries of a split.
 
     Attributes:
@@ -79,7 +79,7 @@ class Judged(NamedTuple):
     excluded: Sequence[Optional[int]] = ()
 
 
-def batch_of_pairs(tokenizer: "PreTrainedTokenizerFast", items: list[dict]) -> dict:
+def collate_pairs(tokenizer: "PreTrainedTokenizerFast", items: list[dict]) -> dict:
     """Collates examples, which have the concatenated tokens of the same number of texts each, to a batch.
 
     Returns:
@@ -135,12 +135,12 @@ class PairData(LabelledData):
             raise UserError(f"data.min_score is {min_score}, but must be less than data.max_score, {max_score}")
         self.columns, self.retrieval, self.hard_negatives = columns, retrieval, hard_negatives
         self.min_score, self.max_score = min_score, max_score
-        self.judged: dict[str, Judged] = {}
+        self.judged: dict[str, Judgments] = {}
         self.answered: list[dict] = []  # `id` and `text` of each row to predict
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        self.collate = functools.partial(batch_of_pairs, self.tokenizer)
+        self.collate = functools.partial(collate_pairs, self.tokenizer)
 
     def key(self, row: Row) -> str:
         return row.text(self.columns.text)
@@ -178,7 +178,7 @@ class PairData(LabelledData):
         if empty and self.trainer.is_global_zero:
             print(f"{path}: {empty:,} rows have no text, and are embedded as empty texts")
 
-    def judge(self, split: str, queries: list[Row], documents: list[Row]) -> tuple[Judged, list[Row]]:
+    def judge(self, split: str, queries: list[Row], documents: list[Row]) -> tuple[Judgments, list[Row]]:
         """The correct answers in `retrieval` for a split, and the rows to which they refer."""
         path, retrieval = getattr(self.retrieval, split), self.retrieval
         places = {row["_id"]: number for number, row in enumerate(documents)}
@@ -216,20 +216,22 @@ class PairData(LabelledData):
             first = ", ".join(unknown[:1])
             print(
                 f"{split}: {len(asked):,} queries to {len(documents):,} documents"
-                + counted(len(queries) - len(asked), "queries without a correct answer are omitted")
-                + counted(
+                + count_phrase(len(queries) - len(asked), "queries without a correct answer are omitted")
+                + count_phrase(
                     len(unknown),
                     f"answers to unknown queries are ignored (first: {printable(first)})",
                 )
-                + counted(
+                + count_phrase(
                     len(missing),
                     f"correct answers are not in the corpus, so cannot be found (first: {', '.join(missing[:1])})",
                 )
-                + counted(itself, "documents have the _id of a query, and do not count as answers to it (as in BEIR)")
-                + counted(lost, "of them are correct answers, which data.retrieval.ignore_identical_ids ignores")
+                + count_phrase(
+                    itself, "documents have the _id of a query, and do not count as answers to it (as in BEIR)"
+                )
+                + count_phrase(lost, "of them are correct answers, which data.retrieval.ignore_identical_ids ignores")
             )
         rows = list(range(len(documents), len(documents) + len(asked)))
-        return Judged(rows, list(range(len(documents))), relevant, excluded), [*documents, *asked]
+        return Judgments(rows, list(range(len(documents))), relevant, excluded), [*documents, *asked]
 
     def encode(self, split: str, rows: list[Row]) -> list[dict]:
         """Tokenizes all texts of the rows of a split; rows of a search and of `predict` have one text each."""
@@ -284,7 +286,7 @@ class PairData(LabelledData):
         return torch.tensor((number - self.min_score) / (self.max_score - self.min_score))
 
 
-def answers(examples: list[dict]) -> Judged:
+def answers(examples: list[dict]) -> Judgments:
     """A search that is made of pairs: the pair of each text must be found among the pairs of all rows.
 
     Equal texts count as one text, which may have several correct answers. A document that is equal to the query is not
@@ -299,4 +301,4 @@ def answers(examples: list[dict]) -> Judged:
         relevant.setdefault(query, {})[document] = 1.0
     equal = [documents.get(text) for text in queries]
     excluded = [None if row in relevant[query] else row for query, row in zip(relevant, equal)]
-    return Judged(list(relevant), list(documents.values()), list(relevant.values()), excluded)
+    return Judgments(list(relevant), list(documents.values()), list(relevant.values()), excluded)

@@ -19,13 +19,13 @@ from lm_lightning.finetuning.metrics import correlations
 from lm_lightning.models.metrics import Mode
 from lm_lightning.models.module import LanguageModule
 from lm_lightning.tasks.embedding import modules as embedding
-from lm_lightning.tasks.embedding.data import Judged
+from lm_lightning.tasks.embedding.data import Judgments
 from lm_lightning.tasks.embedding.data import split as split_texts
 from lm_lightning.tasks.embedding.export import SentenceTransformersFiles
 from lm_lightning.tasks.embedding.modules import Pooling
 
 
-class Seen(NamedTuple):
+class Embeddings(NamedTuple):
     """Embeddings of an evaluation: `rows`, (B,), and the embeddings of their first and second texts, (B, D) each."""
 
     rows: Tensor
@@ -82,7 +82,7 @@ class SentenceEncoder(LanguageModule):
         self.pooling: Pooling = pooling or "mean"
         self.pooling_given, self.scale = pooling is not None, scale
         self.gather_across_devices, self.mini_batch_size = gather_across_devices, mini_batch_size
-        self.seen: list[Seen] = []
+        self.seen: list[Embeddings] = []
 
     # Network
 
@@ -149,14 +149,14 @@ class SentenceEncoder(LanguageModule):
                 candidates = self.all_gather(candidates, sync_grads=True).flatten(0, 1)
                 keys, owners, offered = (self.all_gather(t).flatten() for t in (keys, owners, offered))
             own = offset + torch.arange(len(targets), device=self.device)
-            allowed = candidates_of(batch["keys"], own, keys, owners, offered)
+            allowed = select_candidates(batch["keys"], own, keys, owners, offered)
             cosines = (self.scale * first @ candidates.T).masked_fill(~allowed, -torch.inf)
             return F.cross_entropy(cosines, own.where(counts, -100), ignore_index=-100, reduction="sum"), counts.sum()
 
     def loss(self, batch: dict) -> tuple[Tensor, Tensor]:
         """The loss of a batch, summed over targets, and their number.
 
-        Batches are described at `batch_of_pairs`.
+        Batches are described at `collate_pairs`.
         """
         return self.losses(batch, *self.both(batch))
 
@@ -166,15 +166,15 @@ class SentenceEncoder(LanguageModule):
         rows = torch.tensor(batch["id"], device=self.device)
         if "candidate_ids" not in batch:  # a search
             alone = self.embed(batch["input_ids"], batch["attention_mask"])
-            self.seen.append(Seen(rows, alone, alone))
+            self.seen.append(Embeddings(rows, alone, alone))
             self.val_loss.update(alone.new_zeros(()), alone.new_zeros(()))  # no rows: a search has no loss
             return
         first, candidates = self.both(batch)
         if batch["targets"].is_floating_point():  # otherwise it is computed at the end, over all candidates
             self.val_loss.update(*self.losses(batch, first, candidates))
-        self.seen.append(Seen(rows, first, candidates[: len(rows)]))
+        self.seen.append(Embeddings(rows, first, candidates[: len(rows)]))
 
-    def all_seen(self) -> Seen:
+    def gather_embeddings(self) -> Embeddings:
         """The embeddings of all processes, each row once, in the order of the rows."""
         own = [torch.cat(parts) for parts in zip(*self.seen)]
         self.seen = []
@@ -183,7 +183,7 @@ class SentenceEncoder(LanguageModule):
         found, inverse = rows.unique(return_inverse=True)
         place = torch.empty_like(found).scatter_(0, inverse, torch.arange(len(rows), device=rows.device))
         place = place[found != PADDING]
-        return Seen(rows[place], *(part[place] for part in vectors))
+        return Embeddings(rows[place], *(part[place] for part in vectors))
 
     def metric_modes(self) -> dict[str, Optional[Mode]]:
         data = self.trainer.datamodule
@@ -193,17 +193,17 @@ class SentenceEncoder(LanguageModule):
 
     def metrics(self, loss: Tensor, split: str) -> dict[str, Tensor]:
         """Adds the correlation of cosine similarities and scores, or metrics of how well correct answers are found."""
-        data, seen = self.trainer.datamodule, self.all_seen()
+        data, seen = self.trainer.datamodule, self.gather_embeddings()
         if split in data.judged:
             found = ranking(seen, data.judged[split])
             examples = data.examples[split].rows
             if len(examples[0]["lengths"]) > 1:  # pairs, not queries and documents
-                found = {"loss": self.loss_over_all(seen, examples)} | found
+                found = {"loss": self.full_split_loss(seen, examples)} | found
             return found
         scores = torch.stack([data.examples[split].rows[row]["targets"] for row in seen.rows.tolist()])
         return {"loss": loss} | correlations((seen.first * seen.second).sum(-1), scores.to(self.device))
 
-    def loss_over_all(self, seen: Seen, examples: list[dict]) -> Tensor:
+    def full_split_loss(self, seen: Embeddings, examples: list[dict]) -> Tensor:
         """The mean loss of the rows, each compared with the pairs of all rows, () float32.
 
         As in a batch, equal texts are one candidate, and the other correct answers of a text are not candidates.
@@ -238,7 +238,7 @@ class SentenceEncoder(LanguageModule):
         """For each row: its number, `id`, and its `text`. The embeddings are written to the index at the end."""
         rows = torch.tensor(batch["id"], device=self.device)
         alone = self.embed(batch["input_ids"], batch["attention_mask"])
-        self.seen.append(Seen(rows, alone, alone[:, :0]))
+        self.seen.append(Embeddings(rows, alone, alone[:, :0]))
         texts = self.trainer.datamodule.answered
         return [{"id": row, "text": texts[row]["text"]} for row in batch["id"]]
 
@@ -248,7 +248,7 @@ class SentenceEncoder(LanguageModule):
         It contains `embeddings.npy`, (rows, D) float32, in the order of the rows; `rows.jsonl` with their `id` and
         `text`; `index.json`, which names the model; and, if a checkpoint was used, its model.
         """
-        seen, folder = self.all_seen(), Path(self.trainer.default_root_dir) / "index"
+        seen, folder = self.gather_embeddings(), Path(self.trainer.default_root_dir) / "index"
         of_checkpoint = self.trainer.ckpt_path is not None
         if self.trainer.is_global_zero:
             folder.mkdir(parents=True, exist_ok=True)
@@ -273,7 +273,7 @@ class SentenceEncoder(LanguageModule):
         print(f"index: {folder}, {len(seen.rows):,} rows")
 
 
-def candidates_of(texts: Tensor, own: Tensor, keys: Tensor, owners: Tensor, offered: Tensor) -> Tensor:
+def select_candidates(texts: Tensor, own: Tensor, keys: Tensor, owners: Tensor, offered: Tensor) -> Tensor:
     """Selects the candidates with which each text is compared: all except the text's other correct answers.
 
     Equal candidates count once.
@@ -297,7 +297,7 @@ def candidates_of(texts: Tensor, own: Tensor, keys: Tensor, owners: Tensor, offe
     return allowed.scatter(1, own.unsqueeze(1), True)
 
 
-def ranking(seen: Seen, judged: Judged, most: int = 100) -> dict[str, Tensor]:
+def ranking(seen: Embeddings, judged: Judgments, most: int = 100) -> dict[str, Tensor]:
     """Metrics of how well correct answers are found among all documents, each a mean over the queries, () float32.
 
     Args:

@@ -58,13 +58,13 @@ def generate(
     prompts = read_prompts(prompts_file) if prompts_file is not None else {}
     network, tokenizer = load(model, device)  # first, so that a wrong path is reported without waiting for the imports
 
-    from lm_lightning.tasks.generation.generation import Sampling, inherited
+    from lm_lightning.tasks.generation.generation import Sampling, describe_generation_config
 
-    if message := inherited(network, tokenizer):
+    if message := describe_generation_config(network, tokenizer):
         say(message)
     sampling = Sampling(greedy, temperature, top_k, top_p, seed)
     if chat:
-        talk(network, tokenizer, max_new_tokens, sampling)
+        chat_loop(network, tokenizer, max_new_tokens, sampling)
     elif prompts_file is not None:
         answer(network, tokenizer, prompts, batch_size, max_new_tokens, sampling)
     else:
@@ -180,7 +180,7 @@ def answer(
             show(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False) + "\n")
 
 
-def talk(
+def chat_loop(
     network: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast", max_new_tokens: int, sampling: "Sampling"
 ) -> None:
     """Answers each line of the user, with the dialogue so far as context, until an empty line."""

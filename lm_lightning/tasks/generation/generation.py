@@ -156,7 +156,7 @@ def end_ids(network: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast") ->
     return list(dict.fromkeys([document_ids(tokenizer)[1][-1], *named]))
 
 
-def inherited(network: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast") -> str:
+def describe_generation_config(network: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast") -> str:
     """A line about the settings of the network's generation config that are used or ignored; empty if it has none."""
     settings = network.generation_config.to_diff_dict()
     ignored = [f"{name} {value}" for name, value in settings.items() if not NO_DECODING.fullmatch(name)]

@@ -12,7 +12,7 @@ from lm_lightning.console import printable
 from lm_lightning.errors import UserError
 from lm_lightning.files import append
 from lm_lightning.strategies.capabilities import capabilities
-from lm_lightning.tasks.generation.generation import Sampling, check, generate, inherited, prompt_ids
+from lm_lightning.tasks.generation.generation import Sampling, check, describe_generation_config, generate, prompt_ids
 
 
 class Samples(Callback):
@@ -38,7 +38,7 @@ class Samples(Callback):
         check(self.prompts, self.max_new_tokens, self.sampling)
         if pl_module.tokenizer is None:
             raise UserError("Samples need a tokenizer, which the data module does not have: omit the callback Samples")
-        if message := inherited(pl_module.network, trainer.datamodule.tokenizer):
+        if message := describe_generation_config(pl_module.network, trainer.datamodule.tokenizer):
             pl_module.print(f"samples: {printable(message)}")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

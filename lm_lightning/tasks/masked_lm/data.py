@@ -17,7 +17,7 @@ from lm_lightning.data import inspection, shards
 from lm_lightning.data.corpus import Corpus
 from lm_lightning.data.order import PADDING, samples_at
 from lm_lightning.data.pretraining import PretrainingData, collate
-from lm_lightning.data.tokenizer import Tokenizer, text_ids, unknown_id, unknown_word, warn_of_unknown
+from lm_lightning.data.tokenizer import Tokenizer, text_ids, unknown_id, unknown_word, warn_about_unknown
 from lm_lightning.errors import UserError
 from lm_lightning.tasks.masked_lm.masking import Masker, Masking
 from lm_lightning.tasks.masked_lm.sentences import SentencePairs
@@ -50,7 +50,7 @@ class MaskedBlocks(Dataset):
         if position == PADDING:
             item = self[0]
             return item | {"targets": torch.full_like(item["targets"], -100), "id": PADDING}
-        sample, generator = drawn(position, self.size, self.seed)
+        sample, generator = draw_sample(position, self.size, self.seed)
         start = min(sample * self.block_size, len(self.split.tokens) - self.block_size)
         rows = slice(start, start + self.block_size)
         seen, positions, targets = self.masker(
@@ -100,7 +100,7 @@ class MaskedPairs(Dataset):
             item = self[0]
             nothing = {name: torch.full_like(item[name], -100) for name in ("targets", "next_sentence")}
             return item | nothing | {"id": PADDING}
-        sample, generator = drawn(position, len(self), self.seed)
+        sample, generator = draw_sample(position, len(self), self.seed)
         a, b, label = self.pairs.pair(sample, generator)
         before, after = self.around
         first = np.concatenate([before, a, after]).astype(np.int64)
@@ -118,7 +118,7 @@ class MaskedPairs(Dataset):
         return {name: torch.from_numpy(array) for name, array in item.items()} | {"id": sample}
 
 
-def drawn(position: int, size: int, seed: Optional[int]) -> tuple[int, np.random.Generator]:
+def draw_sample(position: int, size: int, seed: Optional[int]) -> tuple[int, np.random.Generator]:
     """The sample at a position of the stream, and the random generator for its masks."""
     if seed is None:
         return position, np.random.default_rng([0, position])
@@ -149,7 +149,7 @@ class Texts(Dataset):
             shown = len(ids) - sum(map(len, text_ids(tokenizer)))
             if data.trainer.is_global_zero and unknown in ids:
                 remedy = "use words with which the model was trained"
-                warn_of_unknown(
+                warn_about_unknown(
                     f"the text {text[:40]!r}", ids.count(unknown), shown, unknown_word(tokenizer, [text]), remedy
                 )
             self.rows.append(torch.tensor(ids))

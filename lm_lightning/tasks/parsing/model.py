@@ -59,10 +59,10 @@ class Biaffine(nn.Module):
             W, R + 1).
         """
         heads = torch.cat([self.root.to(states.dtype).expand(len(states), 1, -1), states], 1)
-        dependent = with_one(self.activation(self.arc_dependent(states)))
+        dependent = append_one(self.activation(self.arc_dependent(states)))
         arcs = dependent @ self.arc.to(dependent.dtype) @ self.activation(self.arc_head(heads)).transpose(1, 2)
-        dependents = with_one(self.activation(self.relation_dependent(states)))
-        return arcs, dependents, with_one(self.activation(self.relation_head(heads)))
+        dependents = append_one(self.activation(self.relation_dependent(states)))
+        return arcs, dependents, append_one(self.activation(self.relation_head(heads)))
 
     def relations(self, dependents: Tensor, heads: Tensor, arcs: Tensor) -> Tensor:
         """Scores of each word's relations to its head, (B, W, relations); `arcs`, (B, W), has the numbers of heads."""
@@ -70,7 +70,7 @@ class Biaffine(nn.Module):
         return torch.einsum("bwi,rij,bwj->bwr", dependents, self.relation.to(dependents.dtype), chosen)
 
 
-def with_one(states: Tensor) -> Tensor:
+def append_one(states: Tensor) -> Tensor:
     """Appends 1 to each state, so that a product with it has a bias."""
     return F.pad(states, (0, 1), value=1.0)
 
@@ -113,10 +113,10 @@ class Parser(LanguageModule):
         return self.label_settings()
 
     def new_network(self) -> transformers.PreTrainedModel:
-        return self.with_head(super().new_network())
+        return self.add_head(super().new_network())
 
     def pretrained_network(self) -> transformers.PreTrainedModel:
-        network = self.with_head(super().pretrained_network())
+        network = self.add_head(super().pretrained_network())
         own, labels = self.own_labels(), self.trainer.datamodule.labels
         if self.pretrained_head and (own == labels or (self.keep_head and len(own) == len(labels))):
             weights = safetensors.torch.load_file(self.pretrained_head)
@@ -135,7 +135,7 @@ class Parser(LanguageModule):
     def replace_head(self, builder: NetworkBuilder, network: transformers.PreTrainedModel) -> None:
         """Does nothing: the head is not a part of the network yet; `pretrained_network` adds it."""
 
-    def with_head(self, network: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
+    def add_head(self, network: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
         """Adds the head to a network."""
         size = network.config.hidden_size
         labels = len(self.trainer.datamodule.labels)
@@ -145,7 +145,7 @@ class Parser(LanguageModule):
     def network_made(self) -> None:
         if getattr(self.network, "pooler", None) is not None:
             self.network.pooler.requires_grad_(False)  # its output is not used
-        self.counts = Counts(sorted({universal(label) for label in self.trainer.datamodule.labels}))
+        self.counts = Counts(sorted({universal_relation(label) for label in self.trainer.datamodule.labels}))
         self.arcs, self.mistakes = Ratio(), Mistakes()
 
     # Steps
@@ -256,11 +256,15 @@ class Parser(LanguageModule):
         return rows
 
 
-def universal(relation: str) -> str:
+def universal_relation(relation: str) -> str:
     """A relation without its subtype, which the CoNLL 2018 script ignores: `nsubj:pass` becomes `nsubj`."""
     return relation.partition(":")[0]
 
 
 def arcs(heads: list[int], relations: list[int], labels: list[str]) -> list[Arc]:
     """The arcs of a sentence, each a universal relation and (word, head); words without a head are omitted."""
-    return [(universal(labels[r]), (word, head)) for word, (head, r) in enumerate(zip(heads, relations)) if head >= 0]
+    return [
+        (universal_relation(labels[r]), (word, head))
+        for word, (head, r) in enumerate(zip(heads, relations))
+        if head >= 0
+    ]

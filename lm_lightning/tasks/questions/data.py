@@ -12,7 +12,7 @@ import torch
 from lm_lightning.data.tokenizer import about_unknown
 from lm_lightning.errors import UserError
 from lm_lightning.finetuning import cells
-from lm_lightning.finetuning.data import LabelledData, counted
+from lm_lightning.finetuning.data import LabelledData, count_phrase
 from lm_lightning.finetuning.tables import Row
 from lm_lightning.tasks.questions.squad import Squad
 
@@ -209,11 +209,11 @@ class QuestionData(LabelledData):
             f"{split}: {len(rows):,} questions"
             + (f", {sum(not right for right in answers):,} without an answer" if split != "predict" else "")
             + f", {len(windows):,} windows, {tokens:,} tokens"
-            + counted(sum(map(str.__ne__, texts, cut)), f"questions are truncated to {self.max_question} tokens")
-            + counted(len(lost), "are not used, as their answer is in no window (increase data.overlap)")
+            + count_phrase(sum(map(str.__ne__, texts, cut)), f"questions are truncated to {self.max_question} tokens")
+            + count_phrase(len(lost), "are not used, as their answer is in no window (increase data.overlap)")
             + about_unknown(unknown, tokens)
         )
-        self.warn_of_unknown(split, unknown, tokens, [*cut, *contexts])
+        self.warn_about_unknown(split, unknown, tokens, [*cut, *contexts])
         return examples
 
 

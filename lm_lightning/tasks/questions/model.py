@@ -121,7 +121,7 @@ class QuestionAnswering(LanguageModule):
         output = self.network(**network_inputs(batch))
         return torch.stack([output.start_logits, output.end_logits]).float()
 
-    def of_places(self, logits: Tensor, batch: dict) -> Tensor:
+    def mask_impossible(self, logits: Tensor, batch: dict) -> Tensor:
         """Replaces logits by the lowest number where an answer cannot begin or end.
 
         Otherwise, the loss of a window would depend on its padding, and thus on the other windows of the batch.
@@ -132,7 +132,7 @@ class QuestionAnswering(LanguageModule):
 
     def losses(self, logits: Tensor, batch: dict) -> tuple[Tensor, Tensor]:
         """The mean loss of start and end, summed over the windows with targets, and the number of these windows."""
-        logits = self.of_places(logits, batch)
+        logits = self.mask_impossible(logits, batch)
         loss = F.cross_entropy(logits.flatten(0, 1), batch["targets"].T.flatten(), ignore_index=-100, reduction="sum")
         return loss / 2, (batch["targets"][:, 0] != -100).sum()
 
@@ -148,9 +148,9 @@ class QuestionAnswering(LanguageModule):
     def distillation_loss(self, batch: dict, teacher: Any, distiller: Any) -> tuple[Tensor, Tensor, Tensor]:
         logits = self.logits(batch)
         with torch.no_grad():
-            other = self.of_places(teacher.logits(batch), batch)
+            other = self.mask_impossible(teacher.logits(batch), batch)
         own, count = self.losses(logits, batch)
-        losses = distiller.divergence(self.of_places(logits, batch), other).mean(0)  # mean of start and end
+        losses = distiller.divergence(self.mask_impossible(logits, batch), other).mean(0)  # mean of start and end
         distillation = losses.masked_fill(batch["targets"][:, 0] == -100, 0).sum()
         return distiller.mix(own, distillation), count, distillation
 

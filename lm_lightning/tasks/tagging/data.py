@@ -119,7 +119,7 @@ class TaggingData(LabelledData):
         found = {label for row in train for label in self.labels_in(row)}
         known = found or set(self.trainer.lightning_module.own_labels())
         if self.scheme == "auto":
-            self.scheme = self.looks_like(known)
+            self.scheme = self.detect_scheme(known)
         if self.marks_spans:
             self.check_beginnings(known, bool(found))
         if self.marks_spans and found:
@@ -132,7 +132,7 @@ class TaggingData(LabelledData):
         """The labels of a row's words, not yet converted."""
         return self.labels_of(row, self.columns.labels)
 
-    def looks_like(self, labels: set[str]) -> Literal["plain", "bio", "bioes"]:
+    def detect_scheme(self, labels: set[str]) -> Literal["plain", "bio", "bioes"]:
         """The simplest scheme that contains all the labels.
 
         Raises:

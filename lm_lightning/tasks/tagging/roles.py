@@ -54,7 +54,7 @@ class RoleData(TaggingData):
     def __init__(self, columns: RoleColumns = RoleColumns(), mark: str = "*", **options: Any) -> None:
         super().__init__(scheme="bio", **options)
         self.columns, self.mark = columns, mark
-        self.of_frame: dict[str, list[tuple[int, int]]] = {}  # row and predicate's word of each example, by split
+        self.frame_words: dict[str, list[tuple[int, int]]] = {}  # row and predicate's word of each example, by split
 
     @property
     def kinds(self) -> list[str]:
@@ -134,14 +134,14 @@ class RoleData(TaggingData):
 
     def encode(self, split: str, rows: list[Row]) -> list[dict]:
         """Tokenizes the frames of a split, and adds `words` (positions of first tokens), `targets` (ids of labels)."""
-        sentences, targets, self.of_frame[split] = [], [], []
+        sentences, targets, self.frame_words[split] = [], [], []
         self.converted = 0
         for number, row in enumerate(rows):
             words = row.words(self.columns.words)
             for frame in self.frames(row):
                 predicate = self.predicate(frame, words)
                 sentences.append([*words[:predicate], self.mark, words[predicate], self.mark, *words[predicate + 1 :]])
-                self.of_frame[split].append((number, predicate))
+                self.frame_words[split].append((number, predicate))
                 if split == "predict":
                     targets.append(torch.full((len(words),), -100))
                 else:
@@ -151,7 +151,7 @@ class RoleData(TaggingData):
                 f"the rows of the {split} split have no frames: give the name of the column with --data.columns.frames"
             )
         examples = encode_words(self.tokenizer, sentences, self.block_size)
-        for example, target, (_, predicate) in zip(examples, targets, self.of_frame[split]):
+        for example, target, (_, predicate) in zip(examples, targets, self.frame_words[split]):
             unmarked = [word for word in range(len(example["words"])) if word not in (predicate, predicate + 2)]
             example["words"], example["targets"] = example["words"][unmarked], target
         self.report_words(split, examples, sentences)
@@ -159,5 +159,5 @@ class RoleData(TaggingData):
 
     def prediction(self, number: int) -> dict[str, Any]:
         """The row number and the predicate of a prediction."""
-        row, predicate = self.of_frame["predict"][number]
+        row, predicate = self.frame_words["predict"][number]
         return {"row": row, "predicate": predicate}

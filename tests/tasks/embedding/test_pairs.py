@@ -22,8 +22,8 @@ from scipy.stats import pearsonr, spearmanr
 from lm_lightning.data.tokenizer import Tokenizer, load, train
 from lm_lightning.errors import UserError
 from lm_lightning.finetuning.tables import Tables
-from lm_lightning.tasks.embedding.data import Judged, PairColumns, PairData, Retrieval, answers, batch_of_pairs
-from lm_lightning.tasks.embedding.model import Seen, SentenceEncoder, candidates_of, ranking
+from lm_lightning.tasks.embedding.data import Judgments, PairColumns, PairData, Retrieval, answers, collate_pairs
+from lm_lightning.tasks.embedding.model import Embeddings, SentenceEncoder, ranking, select_candidates
 from lm_lightning.tasks.embedding.modules import embed, pool, pooling_of
 
 TOPICS = [f"{a}{b}" for a in ("ship", "tree", "song", "lamp") for b in ("wright", "house", "less", "light", "worm")]
@@ -136,7 +136,7 @@ def test_right_answers_are_no_negatives():
     keys = torch.tensor([20, 21, 22, 22, 15, 25, 26, 20, 31, 31, 15, 35, 36, 99])  # pairs, then hard negatives
     owners = torch.cat([texts, torch.zeros(7, dtype=torch.long)])
     offered = torch.tensor([True] * 6 + [False]).repeat(2)
-    allowed = candidates_of(texts, torch.arange(7), keys, owners, offered)
+    allowed = select_candidates(texts, torch.arange(7), keys, owners, offered)
     assert allowed.diagonal().all()
     told = [{i for i, on in enumerate(row) if on} for row in allowed.tolist()]
     hard = {8, 11}  # the first of equal ones; 12 and 13 are of the row that fills up, or equal to others
@@ -273,8 +273,8 @@ def test_ranking_is_that_of_scikit_learn():
     gains = (draw.random((40, 300)) < 0.02) * draw.integers(1, 4, (40, 300))
     gains[:, 7] = 1  # each has an answer
     relevant = [{int(j): float(row[j]) for j in np.flatnonzero(row)} for row in gains]
-    seen = Seen(torch.arange(340), vectors, vectors)
-    told = ranking(seen, Judged(list(range(300, 340)), list(range(300)), relevant))
+    seen = Embeddings(torch.arange(340), vectors, vectors)
+    told = ranking(seen, Judgments(list(range(300, 340)), list(range(300)), relevant))
     expected = scores_by_hand((vectors[300:] @ vectors[:300].T).numpy(), gains)
     assert {name: float(number) for name, number in told.items()} == pytest.approx(expected, abs=1e-5)
 
@@ -353,7 +353,7 @@ def test_search_with_known_answers(fit, cli, recipe: Path, beir: Path):
     assert other["mrr_10"] != pytest.approx(expected["mrr_10"], abs=1e-3)
 
 
-def judge(queries: Path, corpus: Path, qrels: Path, **options) -> tuple[Judged, list]:
+def judge(queries: Path, corpus: Path, qrels: Path, **options) -> tuple[Judgments, list]:
     """What the data module reads of the files, without a run."""
     data = PairData(retrieval=Retrieval(str(queries), str(corpus), str(qrels), **options))
     data.trainer = SimpleNamespace(is_global_zero=True)  # type: ignore[assignment]
@@ -391,7 +391,7 @@ def test_cranfield_is_scored_as_by_beir(ignore: bool):
             vectors[i, zlib.crc32(word.encode()) % 4096] += len(word)
     vectors += 1e-3 * np.random.default_rng(0).random(vectors.shape, np.float32)  # no ties
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    told = ranking(Seen(torch.arange(len(found)), *[torch.from_numpy(vectors)] * 2), judged)
+    told = ranking(Embeddings(torch.arange(len(found)), *[torch.from_numpy(vectors)] * 2), judged)
     cosines = vectors[judged.queries] @ vectors[:1400].T
     results = {
         found[row]["_id"]: {document["_id"]: float(c) for document, c in zip(found[:1400], cosines_of_row)}
@@ -526,7 +526,7 @@ def test_batches(tokenizer: Path):
         {"input_ids": [2, 9, 3, 2, 8, 7, 3], "lengths": [3, 4], "targets": torch.tensor(0), "id": 4},
         {"input_ids": [2, 9, 9, 3, 2, 9, 3], "lengths": [4, 3], "targets": torch.tensor(0), "id": 5},
     ]
-    batch = batch_of_pairs(load(str(tokenizer)), items)
+    batch = collate_pairs(load(str(tokenizer)), items)
     assert batch["input_ids"].tolist() == [[2, 9, 3, 0], [2, 9, 9, 3]] and batch["id"] == [4, 5]
     assert batch["candidate_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
     assert batch["keys"][0] == batch["candidate_keys"][1] != batch["keys"][1]

@@ -226,10 +226,10 @@ def test_spans_of_any_labels_become_legal_ones_of_the_same_spans(scheme: str, pr
 )
 def test_schemes_are_told_by_the_labels(labels: str, scheme: str):
     if " " not in scheme:
-        assert TaggingData().looks_like(set(labels.split())) == scheme
+        assert TaggingData().detect_scheme(set(labels.split())) == scheme
         return
     with pytest.raises(UserError, match=f"{scheme}.*--data.scheme plain"):
-        TaggingData().looks_like(set(labels.split()))
+        TaggingData().detect_scheme(set(labels.split()))
 
 
 def test_a_network_that_cannot_begin_a_span_is_not_scored_by_spans(cli, fit, recipe: Path):
