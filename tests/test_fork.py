@@ -333,6 +333,8 @@ def test_the_list_has_the_lines_of_each_feature(template: Path):
     files = (ROOT / "lm_lightning").rglob("*.py")
     assert sum(int(row[1].replace(",", "")) for row in rows) == sum(len(f.read_bytes().splitlines()) for f in files)
     assert all(len(row) == 4 for row in rows if row[0] in ("lora", "compression"))
+    page = (ROOT / "docs" / "forking.md").read_text(encoding="utf-8")
+    assert [name for name in fork.CHOICES if f"`{name}`" not in page] == []
 
 
 @pytest.mark.parametrize(
