@@ -140,7 +140,7 @@ def mentions(folder: Path, keep: list[str]) -> None:
         path: path.read_text(encoding="utf-8") for path in folder.rglob("*") if path.suffix in (".py", ".md", ".yaml")
     }
     patterns = {suffix: set(gone(kept)) for suffix in (".py", ".md", ".yaml")}
-    own = set(CLASS.findall("\n".join(texts.values())))
+    own = {name for path, text in texts.items() if folder / "my_lm" in path.parents for name in CLASS.findall(text)}
     for name in classes(set(fork.FEATURES) - set(kept)) - own:  # in Python, they may be examples in a sentence
         patterns[".md"].add(name if re.search("[a-z][A-Z]", name) else f"`{name}`")  # else it may be a word
         patterns[".yaml"] |= {name} if re.search("[a-z][A-Z]", name) else set()
