@@ -1,4 +1,4 @@
-"""Data of dependency parsing: sentences with the head of each word in; tokens, heads and relations out."""
+"""Data of dependency parsing: sentences with the head of each word and its relation to it."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,11 +12,11 @@ from lm_lightning.finetuning.tables import Row
 
 @dataclass
 class TreeColumns:
-    """Names of the columns, which are those of CoNLL-U; each has a list, or a string with spaces.
+    """Names of the columns; by default, those of CoNLL-U. Each contains a list, or a string with spaces.
 
     Args:
         words: The words.
-        heads: The number of each word's head, from 1, or 0 for the root.
+        heads: The number of each word's head, counted from 1; 0 if the word is the root.
         relations: The name of each word's relation to its head.
     """
 
@@ -30,7 +30,7 @@ class ParsingData(LabelledData):
 
     Args:
         columns: Names of the tables' columns.
-        options: Those of all labelled data, see `LabelledData`.
+        options: Options of all labelled data, see `LabelledData`.
     """
 
     def __init__(self, columns: TreeColumns = TreeColumns(), **options: Any) -> None:
@@ -47,10 +47,10 @@ class ParsingData(LabelledData):
             )
 
     def encode(self, split: str, rows: list[Row]) -> list[dict]:
-        """The rows of a split as tokens, `words`, `targets` and `relations`.
+        """Tokenizes the rows of a split, and adds `words`, `targets` and `relations`, (W,) int64 each.
 
-        These are, (W,) int64 each: the place of the first token of each word, see `encode_words`; its head, 0 for the
-        root, else the number of a word from 1; and the id of its relation.
+        These are the position of the first token of each word, see `encode_words`; the number of its head, from 1, or 0
+        for the root; and the id of its relation.
         """
         sentences = [row.words(self.columns.words) for row in rows]
         examples = self.tokenize_words(split, sentences)
@@ -66,23 +66,28 @@ class ParsingData(LabelledData):
         """The head of each word.
 
         Raises:
-            UserError: If one is no word, or there are not as many as words.
+            UserError: If a head is not a word of the sentence, or the number of heads is not the number of words.
         """
         values: Any = row.value(self.columns.heads)
         found = row.entries(self.columns.heads)
         values = values.split() if found is None and isinstance(values, str) else found
         if values is None or len(values) != words:
-            raise UserError(f"{row.where}: there are {words} words, but not as many heads in {self.columns.heads!r}")
+            raise UserError(
+                f"{row.where}: column {self.columns.heads!r} must have a head for each of the {words} words: fix it"
+            )
         for number, value in enumerate(values, start=1):
             if not str(value).isdecimal() or int(value) > words or int(value) == number:
-                raise UserError(f"{row.where}: the head of word {number} is {value!r:.40}, but it must be another word")
+                raise UserError(
+                    f"{row.where}: the head of word {number} is {value!r:.40}, but must be the number of another word, "
+                    "or 0 for the root: fix the row"
+                )
         return [int(value) for value in values]
 
     def relations(self, row: Row, words: int) -> list[int]:
         """The id of each word's relation.
 
         Raises:
-            UserError: If one is unknown, or there are not as many as words.
+            UserError: If a relation is unknown, or the number of relations is not the number of words.
         """
         names = self.labels_of(row, self.columns.relations)
         if len(names) != words:

@@ -1,4 +1,4 @@
-"""Dependency parsing: the head of each word, and its relation to it."""
+"""Dependency parsing: predicts the head of each word, and its relation to it."""
 
 from functools import partial
 from pathlib import Path
@@ -23,18 +23,18 @@ from lm_lightning.models.module import LanguageModule
 from lm_lightning.tasks.parsing.spanning_tree import spanning_tree
 
 Arc = tuple[str, tuple[int, int]]  # a relation, and the numbers of a word, from 0, and of its head, from 1
-ROOT = "root"  # the relation of Universal Dependencies that only the root has
+ROOT = "root"  # the relation of the root in Universal Dependencies
 
 
 class Biaffine(nn.Module):
-    """Scores of all pairs of words as head and dependent (Dozat and Manning, 2017, arXiv:1611.01734).
+    """Scores all pairs of words as head and dependent (Dozat and Manning, 2017, arXiv:1611.01734).
 
     Args:
-        hidden_size: Of the words' states.
-        relations: How many there are.
-        arc_size: Of what decides whether two words belong together.
-        relation_size: Of what decides by which relation.
-        dropout: Share of both that is dropped in training.
+        hidden_size: Hidden size of the network.
+        relations: Number of relations.
+        arc_size: Size of the vectors from which the scores of arcs are computed.
+        relation_size: Size of the vectors from which the scores of relations are computed.
+        dropout: Dropout probability of these vectors.
     """
 
     def __init__(self, hidden_size: int, relations: int, arc_size: int, relation_size: int, dropout: float) -> None:
@@ -54,8 +54,9 @@ class Biaffine(nn.Module):
             states: (B, W, H).
 
         Returns:
-            Scores of the heads, the root and the words, of each word, (B, W, 1 + W); and what `relations` takes: of
-            each word as a dependent, (B, W, R + 1), and of the root and each word as a head, (B, 1 + W, R + 1).
+            For each word, the scores of the root and of all words as its head, (B, W, 1 + W); and the inputs of
+            `relations`: for each word as a dependent, (B, W, R + 1), and for the root and each word as a head, (B, 1 +
+            W, R + 1).
         """
         heads = torch.cat([self.root.to(states.dtype).expand(len(states), 1, -1), states], 1)
         dependent = with_one(self.activation(self.arc_dependent(states)))
@@ -64,26 +65,26 @@ class Biaffine(nn.Module):
         return arcs, dependents, with_one(self.activation(self.relation_head(heads)))
 
     def relations(self, dependents: Tensor, heads: Tensor, arcs: Tensor) -> Tensor:
-        """Scores of the relations of each word to its head, (B, W, relations), whose numbers are `arcs`, (B, W)."""
+        """Scores of each word's relations to its head, (B, W, relations); `arcs`, (B, W), has the numbers of heads."""
         chosen = heads.gather(1, arcs.unsqueeze(-1).expand(-1, -1, heads.shape[-1]))
         return torch.einsum("bwi,rij,bwj->bwr", dependents, self.relation.to(dependents.dtype), chosen)
 
 
 def with_one(states: Tensor) -> Tensor:
-    """States with a 1 behind them, so that a product has a bias."""
+    """Appends 1 to each state, so that a product with it has a bias."""
     return F.pad(states, (0, 1), value=1.0)
 
 
 class Parser(LanguageModule):
     """A network of `transformers` with a biaffine head over the first token of each word.
 
-    The export is a folder for `AutoModel`, with the head beside it in head.safetensors.
+    The export is a folder for `AutoModel`, with the head in an additional file, head.safetensors.
 
     Args:
-        arc_size: Of what decides whether two words belong together.
-        relation_size: Of what decides by which relation.
-        dropout: Share of both that is dropped in training.
-        options: Those of all models, see `LanguageModule`.
+        arc_size: Size of the vectors from which the scores of arcs between words are computed.
+        relation_size: Size of the vectors from which the scores of relations are computed.
+        dropout: Dropout probability of these vectors.
+        options: Options of all models, see `LanguageModule`.
     """
 
     auto_class = transformers.AutoModel
@@ -123,7 +124,7 @@ class Parser(LanguageModule):
             if sizes != (self.arc_size, self.relation_size):
                 raise UserError(
                     f"the head of {self.pretrained} has model.arc_size {sizes[0]} and model.relation_size {sizes[1]}, "
-                    f"not {self.arc_size} and {self.relation_size}: use the same"
+                    f"not {self.arc_size} and {self.relation_size}: use the same sizes"
                 )
             network.parser.load_state_dict(weights)
         else:
@@ -132,10 +133,10 @@ class Parser(LanguageModule):
         return network
 
     def replace_head(self, builder: NetworkBuilder, network: transformers.PreTrainedModel) -> None:
-        """The head is no part of the network yet; `pretrained_network` adds it."""
+        """Does nothing: the head is not a part of the network yet; `pretrained_network` adds it."""
 
     def with_head(self, network: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
-        """A network with the head as a part of it."""
+        """Adds the head to a network."""
         size = network.config.hidden_size
         labels = len(self.trainer.datamodule.labels)
         network.parser = Biaffine(size, labels, self.arc_size, self.relation_size, self.dropout)
@@ -143,14 +144,14 @@ class Parser(LanguageModule):
 
     def network_made(self) -> None:
         if getattr(self.network, "pooler", None) is not None:
-            self.network.pooler.requires_grad_(False)  # nobody reads it
+            self.network.pooler.requires_grad_(False)  # its output is not used
         self.counts = Counts(sorted({universal(label) for label in self.trainer.datamodule.labels}))
         self.arcs, self.mistakes = Ratio(), Mistakes()
 
     # Steps
 
     def scores(self, batch: dict) -> tuple[Tensor, Tensor, Tensor]:
-        """What `Biaffine` gives, with scores of heads in float32, -inf for what is no other word or is truncated."""
+        """The outputs of `Biaffine`. Scores of heads are in float32; -inf for truncated words and the word itself."""
         hidden = self.network(**network_inputs(batch))[0]
         places = batch["words"].clamp(min=0).unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
         arcs, dependents, heads = self.network.parser(hidden.gather(1, places))
@@ -162,7 +163,7 @@ class Parser(LanguageModule):
     def losses(self, scores: tuple[Tensor, Tensor, Tensor], batch: dict) -> tuple[Tensor, Tensor]:
         """Cross entropy of heads and relations, summed over the words that have both, () float32, and their number."""
         arcs, dependents, heads = scores
-        # A head that is truncated has no score, nor has a word that is.
+        # Truncated heads and words have no scores.
         places = F.pad(batch["words"], (1, 0)).gather(1, batch["targets"].clamp(min=0))
         counts = (batch["words"] >= 0) & (batch["targets"] >= 0) & (places >= 0)
         targets = batch["targets"].masked_fill(~counts, -100)
@@ -174,14 +175,14 @@ class Parser(LanguageModule):
     def loss(self, batch: dict) -> tuple[Tensor, Tensor]:
         """The loss of a batch, summed over targets, and their number.
 
-        Batches have `input_ids`, `attention_mask` (and `token_type_ids`), (B, T) int64; `id`, B ints. `words`, (B, W)
-        int64, are as in tagging; `targets`, (B, W) int64, the words' heads, counted from 1, 0 for the root, and
-        `relations`, (B, W) int64, their labels' numbers, both -100 for none.
+        Batches have `input_ids`, `attention_mask` and, for some tokenizers, `token_type_ids`, (B, T) int64; `id`, B
+        ints; `words`, (B, W) int64, as in tagging; `targets`, (B, W) int64, the numbers of the words' heads, from 1, or
+        0 for the root; and `relations`, (B, W) int64, the ids of the relations. Missing ones are -100.
         """
         return self.losses(self.scores(batch), batch)
 
     def decode_predictions(self, scores: tuple[Tensor, Tensor, Tensor], batch: dict) -> tuple[Tensor, Tensor]:
-        """Head and relation of each word by the best trees, (B, W) int64 each; -100 where it is truncated."""
+        """Head and relation of each word in the best trees, (B, W) int64 each; -100 for truncated words."""
         arcs, dependents, heads = scores
         predicted = torch.full(batch["words"].shape, -100)
         weights = arcs.log_softmax(-1).double().cpu().numpy()
@@ -213,7 +214,7 @@ class Parser(LanguageModule):
                 self.mistakes.add(number, float(wrong), right, found)
 
     def described(self, split: str, row: int, right: list[Arc], predicted: list[Arc]) -> dict[str, str]:
-        """A row for people to read: its text, and the arcs that are right and those predicted, but not what is both."""
+        """A row in readable form: its text, and the correct and predicted arcs that differ."""
         data = self.trainer.datamodule
         example = data.examples[split].rows[row]
         words = [ROOT.upper(), *words_of(data.tokenizer, example)]
@@ -229,7 +230,7 @@ class Parser(LanguageModule):
         return {"loss": "min", "uas": "max", "las": "max"}
 
     def metrics(self, loss: Tensor, split: str) -> dict[str, Tensor]:
-        """Adds the attachment scores, unlabelled and labelled, and writes the results of each relation."""
+        """Adds the unlabeled and labeled attachment scores, and writes the scores of each relation."""
         counts, uas = self.counts.compute(), self.arcs.compute()
         self.counts.reset()
         self.arcs.reset()
@@ -239,7 +240,7 @@ class Parser(LanguageModule):
         return {"loss": loss, "uas": uas, "las": counts[0].sum() / counts[1].sum().clamp(min=1)}
 
     def predict_step(self, batch: dict, batch_idx: int) -> list[dict]:
-        """For each row its `id` (its number), `heads` and `relations`, None of words that are truncated."""
+        """For each row: its number, `id`, and the `heads` and `relations` of its words, None for truncated words."""
         labels = self.trainer.datamodule.labels
         heads, relations = self.decode_predictions(self.scores(batch), batch)
         rows = []
@@ -256,10 +257,10 @@ class Parser(LanguageModule):
 
 
 def universal(relation: str) -> str:
-    """A relation without its subtype, which the CoNLL 2018 script ignores: `nsubj` of `nsubj:pass`."""
+    """A relation without its subtype, which the CoNLL 2018 script ignores: `nsubj:pass` becomes `nsubj`."""
     return relation.partition(":")[0]
 
 
 def arcs(heads: list[int], relations: list[int], labels: list[str]) -> list[Arc]:
-    """The arcs of a sentence: universal relation, and (word, head); without words that have none."""
+    """The arcs of a sentence, each a universal relation and (word, head); words without a head are omitted."""
     return [(universal(labels[r]), (word, head)) for word, (head, r) in enumerate(zip(heads, relations)) if head >= 0]

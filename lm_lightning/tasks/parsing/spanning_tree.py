@@ -1,19 +1,20 @@
-"""Spanning trees: how well each word may hang on each other in, the best tree out."""
+"""Spanning trees: finds the best dependency tree for the scores of all possible heads of each word."""
 
 import numpy as np
 
 
 def spanning_tree(scores: np.ndarray) -> np.ndarray:
-    """The tree with the highest sum of scores in which one word hangs on the root.
+    """The tree with the highest sum of scores in which exactly one word has the root as its head.
 
-    By the algorithm of Chu and Liu (1965) and Edmonds (1967), with a fine for each word on the root that is larger than
-    what a tree could gain by a second one.
+    It is found by the algorithm of Chu and Liu (1965) and Edmonds (1967), with a penalty for each word whose head is
+    the root; the penalty exceeds what a tree could gain by a second such word.
 
     Args:
-        scores: Of each word's heads, (W, 1 + W) float64: the root and the words; -inf for what may not be.
+        scores: For each word, the scores of the root and of all words as its head, (W, 1 + W) float64; -inf for heads
+            that are not allowed.
 
     Returns:
-        The head of each word, (W,) int64: 0 for the root, else 1 + the word's number.
+        The head of each word, (W,) int64: 0 for the root, otherwise 1 + the index of the head.
     """
     words = len(scores)
     square = np.full((words + 1, words + 1), -np.inf)
@@ -25,13 +26,14 @@ def spanning_tree(scores: np.ndarray) -> np.ndarray:
 
 
 def arborescence(scores: np.ndarray) -> np.ndarray:
-    """The best heads of all nodes, (N,) int64, from the scores of node by head, (N, N) float64; node 0 is the root."""
+    """The best heads of all nodes, (N,) int64, for scores of nodes by heads, (N, N) float64; node 0 is the root."""
     heads = scores.argmax(1)
     heads[0] = 0
     cycle = find_cycle(heads)
     if cycle is None:
         return heads
-    # The cycle becomes one node, the last one: what enters it takes the place of one of its arcs, what it loses.
+    # The cycle is contracted to a single node, the last one. An arc that enters it replaces one of the arcs of the
+    # cycle, whose score is subtracted.
     inside = np.zeros(len(heads), bool)
     inside[cycle] = True
     outside = np.flatnonzero(~inside)
@@ -51,8 +53,8 @@ def arborescence(scores: np.ndarray) -> np.ndarray:
 
 
 def find_cycle(heads: np.ndarray) -> np.ndarray | None:
-    """The nodes of a cycle, if there is one that does not end at node 0."""
-    state = np.zeros(len(heads), int)  # the walk in which a node was first seen
+    """The nodes of a cycle; None if all paths end at node 0."""
+    state = np.zeros(len(heads), int)  # number of the path in which a node was first visited
     state[0] = -1
     for start in range(1, len(heads)):
         node = start

@@ -1,6 +1,6 @@
-"""Data of extractive question answering: contexts and questions in; windows with the place of the answer out.
+"""Data of extractive question answering: converts contexts and questions to windows with the position of the answer.
 
-A context that is too long becomes several windows that overlap, each a row of its own with the whole question.
+A context that is too long is split into several overlapping windows, each a row of its own with the full question.
 """
 
 from dataclasses import dataclass
@@ -19,16 +19,16 @@ from lm_lightning.tasks.questions.squad import Squad
 
 @dataclass
 class QuestionColumns:
-    """Names of the columns; SQuAD's JSON files have the default ones.
+    """Names of the columns; the defaults are the names in SQuAD's JSON files.
 
     Args:
-        id: The question's own name, where there is one.
-        context: The text that has the answer.
+        id: An id of the question, if it has one.
+        context: The text that contains the answer.
         question: The question.
-        answers: Its right answers, none or several: a list of `{text, answer_start}`, or `{text: [...], answer_start:
-            [...]}` as on the Hub, also as a string of JSON or Python.
-        answer: In place of `answers`: the one answer, empty if there is none.
-        answer_start: Where that begins in the context, in characters from 0.
+        answers: The correct answers, none or several: a list of `{text, answer_start}`, or `{text: [...], answer_start:
+            [...]}` as on the Hub; both may be strings in JSON or Python syntax.
+        answer: Instead of `answers`: a single answer, empty if there is none.
+        answer_start: The position of this answer in the context, in characters from 0.
     """
 
     id: str = "id"
@@ -40,7 +40,7 @@ class QuestionColumns:
 
 
 class Answer(NamedTuple):
-    """A right answer: the text, and where it begins in the context, in characters."""
+    """A correct answer: its text, and its position in the context, in characters."""
 
     text: str
     start: int
@@ -50,9 +50,9 @@ class Question(NamedTuple):
     """A question of an evaluation.
 
     Attributes:
-        id: Its own name, or its number.
-        context: The text that has the answer.
-        answers: The right ones; none if the context has none, or if they are not known.
+        id: Its id, or its number if it has none.
+        context: The text that contains the answer.
+        answers: The correct answers; empty if the context has none, or if they are unknown.
         text: The question itself.
     """
 
@@ -63,12 +63,12 @@ class Question(NamedTuple):
 
 
 class Window(NamedTuple):
-    """Where the tokens of a window come from.
+    """The origin of the tokens of a window.
 
     Attributes:
         question: Number of the question in its split.
-        offsets: (T, 2) int32, where each token begins and ends in the context, in characters; meaningless for those
-            that are not of the context.
+        offsets: (T, 2) int32, where each token begins and ends in the context, in characters; undefined for tokens that
+            are not in the context.
     """
 
     question: int
@@ -76,14 +76,15 @@ class Window(NamedTuple):
 
 
 class QuestionData(LabelledData):
-    """Questions whose answer is a part of a text, as in SQuAD 1.1 and 2.0, whose JSON files are read as they are.
+    """Questions whose answer is a part of a text, as in SQuAD 1.1 and 2.0, whose JSON files can be used directly.
 
     Args:
         columns: Names of the tables' columns.
-        max_length: Tokens of a window: the question, a part of the context and the special ones.
-        overlap: Tokens of the context that a window shares with the one before.
-        max_question: Tokens of a question; longer ones are truncated, and counted.
-        options: Those of all labelled data, see `LabelledData`; `batch_size` counts windows.
+        max_length: Number of tokens of a window: the question, a part of the context and special tokens.
+        overlap: Number of tokens of the context that a window shares with the previous one.
+        max_question: Maximum number of tokens of a question; longer questions are truncated, and their number is
+            printed.
+        options: Options of all labelled data, see `LabelledData`; `batch_size` is a number of windows.
     """
 
     formats = (*LabelledData.formats, Squad())
@@ -98,24 +99,24 @@ class QuestionData(LabelledData):
     ) -> None:
         super().__init__(max_length=max_length, **options)
         self.columns, self.overlap, self.max_question = columns, overlap, max_question
-        self.questions: dict[str, list[Question]] = {}  # of each split
-        self.windows: dict[str, list[Window]] = {}  # of each split that is evaluated, in the order of its rows
+        self.questions: dict[str, list[Question]] = {}  # by split
+        self.windows: dict[str, list[Window]] = {}  # by split that is evaluated, in the order of its rows
 
     def key(self, row: Row) -> str:
         return row.text(self.columns.context)
 
     def answers(self, row: Row) -> list[Answer]:
-        """The right answers of a row.
+        """The correct answers of a row.
 
         Raises:
-            UserError: If they cannot be read, or one is not where it should be.
+            UserError: If they cannot be read, or an answer is not at its position in the context.
         """
         columns = self.columns
         found: Any = row.get(columns.answers)
         pairs: list[tuple[Any, Any]]
         if columns.answer is not None:
             if columns.answer not in row:
-                row.text(columns.answer)  # refuses it
+                row.text(columns.answer)  # raises the error
             pairs = [(row[columns.answer], row.get(columns.answer_start))] if row[columns.answer] else []
         else:
             if columns.answers not in row:
@@ -128,8 +129,8 @@ class QuestionData(LabelledData):
                     pairs = [(answer["text"], answer["answer_start"]) for answer in found]
             except (ValueError, TypeError, KeyError) as error:
                 raise UserError(
-                    f"{row.where}: column {columns.answers!r} has no answers, but {found!r:.60}: give a list of "
-                    '{"text": ..., "answer_start": ...}, empty where the context has no answer'
+                    f"{row.where}: column {columns.answers!r} is {found!r:.60}, but must be a list of "
+                    '{"text": ..., "answer_start": ...}, which is empty if the context has no answer'
                 ) from error
         answers, context = [], row.text(columns.context)
         for text, place in pairs:
@@ -141,8 +142,8 @@ class QuestionData(LabelledData):
                 first = context.find(str(text))
                 raise UserError(
                     f"{row.where}: the answer {text!r:.60} is not at its answer_start {place!r:.20}, which counts "
-                    f"characters of the context from 0: {f'it is at {first}' if first >= 0 else 'it is nowhere there'}"
-                    "; fix or remove the row"
+                    "characters of the context from 0: "
+                    f"{f'it is at {first}' if first >= 0 else 'it is not in the context'}; fix or remove the row"
                 )
             answers.append(Answer(text, start))
         return answers
@@ -156,14 +157,15 @@ class QuestionData(LabelledData):
     def encode(self, split: str, rows: list[Row]) -> list[dict]:
         """The windows of a split.
 
-        Of each: `targets`, (2,) int64, the first and last token of the answer, 0 and 0 (that of [CLS]) if it is not in
-        the window; `context`, (T,) int64, 1 for the tokens of the context.
+        Each has `targets`, (2,) int64, the first and last token of the answer, both 0 (the position of [CLS]) if it is
+        not in the window; and `context`, (T,) int64, 1 for the tokens of the context.
         """
         room = self.block_size - self.max_question - self.tokenizer.num_special_tokens_to_add(pair=True)
         if not 0 <= self.overlap < room:
             raise UserError(
-                f"data.overlap is {self.overlap}, but must be from 0 to {room - 1}, less than what data.max_length "
-                f"({self.block_size}) leaves to the context beside data.max_question ({self.max_question})"
+                f"data.overlap is {self.overlap}, but must be from 0 to {room - 1}, less than the part of the context "
+                f"in a window (data.max_length {self.block_size} minus data.max_question {self.max_question} and "
+                "special tokens)"
             )
         texts = [row.text(self.columns.question) for row in rows]
         contexts = [row.text(self.columns.context) for row in rows]
@@ -182,7 +184,7 @@ class QuestionData(LabelledData):
         numbers, offsets = encoded.pop("overflow_to_sample_mapping"), encoded.pop("offset_mapping")
         examples = [dict(zip(encoded, values)) for values in zip(*encoded.values())]
         if any(example["input_ids"][0] != self.tokenizer.cls_token_id for example in examples):
-            raise UserError("questions need a tokenizer that puts [CLS] first, such as BERT's: use such a network")
+            raise UserError("questions need a tokenizer that begins texts with [CLS]: use a network such as BERT")
         windows = [Window(number, np.array(pairs, np.int32)) for number, pairs in zip(numbers, offsets)]
         for number, (example, window) in enumerate(zip(examples, windows)):
             of_context = [sequence == 1 for sequence in encoded.sequence_ids(number)]
@@ -195,7 +197,7 @@ class QuestionData(LabelledData):
         reached = {w.question for w, example in zip(windows, examples) if example["targets"][0] > 0}
         lost = {number for number, right in enumerate(answers) if right} - reached
         for example, window in zip(examples, windows):
-            if window.question in lost:  # it would be taught to have no answer
+            if window.question in lost:  # otherwise the network would learn that it has no answer
                 example["targets"] = torch.tensor((-100, -100))
         names = [row.get(self.columns.id) for row in rows]
         ids = [number if name is None else name for number, name in enumerate(names)]
@@ -208,7 +210,7 @@ class QuestionData(LabelledData):
             + (f", {sum(not right for right in answers):,} without an answer" if split != "predict" else "")
             + f", {len(windows):,} windows, {tokens:,} tokens"
             + counted(sum(map(str.__ne__, texts, cut)), f"questions are truncated to {self.max_question} tokens")
-            + counted(len(lost), "have an answer that is longer than the windows' overlap allows, and are not learned")
+            + counted(len(lost), "are not used, as their answer is in no window (increase data.overlap)")
             + about_unknown(unknown, tokens)
         )
         self.warn_of_unknown(split, unknown, tokens, [*cut, *contexts])
@@ -216,12 +218,12 @@ class QuestionData(LabelledData):
 
 
 def span(offsets: np.ndarray, of_context: np.ndarray, answers: list[Answer]) -> tuple[int, int]:
-    """The first and last token of the first answer in a window; 0 and 0 if it has not all of it.
+    """The first and last token of the first answer in a window; 0 and 0 if the answer is not completely in it.
 
     Args:
         offsets: As in `Window`.
-        of_context: (T,) bool, which tokens are of the context.
-        answers: The right answers, of which the first is learned.
+        of_context: (T,) bool, which tokens are in the context.
+        answers: The correct answers; the first one is learned.
     """
     if not answers:
         return 0, 0

@@ -1,4 +1,4 @@
-"""Extractive question answering: windows of contexts in; the best span of each question over all its windows out."""
+"""Extractive question answering: finds the best span for each question over all windows of its context."""
 
 import re
 import string
@@ -25,7 +25,7 @@ from lm_lightning.models.metrics import Mode
 from lm_lightning.models.module import LanguageModule
 from lm_lightning.tasks.questions.data import Question, Window
 
-PUNCTUATION = frozenset("-:_*^/\\~`+=，。：？！“”；’《》·、「」（）－～『』")  # of CMRC 2018's script
+PUNCTUATION = frozenset("-:_*^/\\~`+=，。：？！“”；’《》·、「」（）－～『』")  # as in CMRC 2018's script
 
 
 class Span(NamedTuple):
@@ -33,10 +33,10 @@ class Span(NamedTuple):
 
     Attributes:
         text: A slice of the context.
-        start: Where it begins, in characters.
-        end: Where it ends.
-        score: The sum of its two logits.
-        no_answer: That of [CLS], the lowest over the windows: how sure it is that none has the answer.
+        start: Its start in the context, in characters.
+        end: Its end in the context, in characters.
+        score: The sum of the logits of its start and end.
+        no_answer: The score of [CLS], the lowest one over the windows; high if no window contains an answer.
     """
 
     text: str
@@ -47,7 +47,7 @@ class Span(NamedTuple):
 
 
 class AnswerScore(NamedTuple):
-    """How well a part of the questions is answered, as in the official scripts, but as shares, not percents."""
+    """Scores of a subset of the questions, as in the official scripts, but as fractions, not percentages."""
 
     questions: str
     exact_match: float
@@ -68,12 +68,12 @@ class Spans(Metric):
         self.add_state("scores", [], dist_reduce_fx="cat")
 
     def update(self, places: Tensor, scores: Tensor) -> None:
-        """Adds those of a batch, as from `best_spans`, but with the windows' numbers before the places: (B, 3)."""
+        """Adds the spans of a batch: `places`, (B, 3), the number of the window and the span, see `best_spans`."""
         self.places.append(places)
         self.scores.append(scores)
 
     def compute(self) -> tuple[list[list[int]], list[list[float]]]:
-        """Those of all windows."""
+        """The spans of all windows."""
         return dim_zero_cat(self.places).tolist(), dim_zero_cat(self.scores).tolist()
 
 
@@ -81,11 +81,11 @@ class QuestionAnswering(LanguageModule):
     """A network of `transformers` that finds where the answer to a question begins and ends in a text.
 
     Args:
-        max_answer: Tokens of an answer.
-        threshold: The prediction is that there is no answer if its score is higher than that of the best span by more
-            than this; evaluation reports the best threshold. null: there always is an answer, as in SQuAD 1.1.
-        scoring: Whose exact match and F1 are measured: `squad`, by words; or `cmrc`, by Chinese characters.
-        options: Those of all models, see `LanguageModule`.
+        max_answer: Maximum number of tokens of an answer.
+        threshold: No answer is predicted if the score for no answer exceeds the score of the best span by more than
+            this value; evaluations report the best threshold. null: there always is an answer, as in SQuAD 1.1.
+        scoring: Definition of exact match and F1: `squad`, by words, or `cmrc`, by Chinese characters.
+        options: Options of all models, see `LanguageModule`.
     """
 
     auto_class = transformers.AutoModelForQuestionAnswering
@@ -117,21 +117,21 @@ class QuestionAnswering(LanguageModule):
     # Steps
 
     def logits(self, batch: dict) -> Tensor:
-        """Of start and end, (2, B, T) float32."""
+        """Logits of start and end, (2, B, T) float32."""
         output = self.network(**network_inputs(batch))
         return torch.stack([output.start_logits, output.end_logits]).float()
 
     def of_places(self, logits: Tensor, batch: dict) -> Tensor:
-        """Logits with the lowest number where no answer can begin or end.
+        """Replaces logits by the lowest number where an answer cannot begin or end.
 
-        Without that, a window's loss would depend on the padding, so on the other windows of the batch.
+        Otherwise, the loss of a window would depend on its padding, and thus on the other windows of the batch.
         """
         allowed = batch["context"] == 1
         allowed[:, 0] = True
         return logits.masked_fill(~allowed, torch.finfo(logits.dtype).min)
 
     def losses(self, logits: Tensor, batch: dict) -> tuple[Tensor, Tensor]:
-        """The mean of start and end, summed over the windows that count, and how many these are."""
+        """The mean loss of start and end, summed over the windows with targets, and the number of these windows."""
         logits = self.of_places(logits, batch)
         loss = F.cross_entropy(logits.flatten(0, 1), batch["targets"].T.flatten(), ignore_index=-100, reduction="sum")
         return loss / 2, (batch["targets"][:, 0] != -100).sum()
@@ -139,9 +139,9 @@ class QuestionAnswering(LanguageModule):
     def loss(self, batch: dict) -> tuple[Tensor, Tensor]:
         """The loss of a batch, summed over targets, and their number.
 
-        Batches have `input_ids`, `attention_mask` (and `token_type_ids`), (B, T) int64; `id`, B ints. `context`, (B,
-        T), is 1 for the tokens that an answer may have; `targets`, (B, 2) int64, its first and last token, -100 for
-        none.
+        Batches have `input_ids`, `attention_mask` and, for some tokenizers, `token_type_ids`, (B, T) int64; `id`, B
+        ints; `context`, (B, T) int64, 1 for the tokens that can be in an answer; and `targets`, (B, 2) int64, the first
+        and last token of the answer, -100 for windows without targets.
         """
         return self.losses(self.logits(batch), batch)
 
@@ -150,12 +150,12 @@ class QuestionAnswering(LanguageModule):
         with torch.no_grad():
             other = self.of_places(teacher.logits(batch), batch)
         own, count = self.losses(logits, batch)
-        losses = distiller.divergence(self.of_places(logits, batch), other).mean(0)  # of start and end
+        losses = distiller.divergence(self.of_places(logits, batch), other).mean(0)  # mean of start and end
         distillation = losses.masked_fill(batch["targets"][:, 0] == -100, 0).sum()
         return distiller.mix(own, distillation), count, distillation
 
     def found(self, logits: Tensor, batch: dict) -> tuple[Tensor, Tensor]:
-        """The best span of each window: (B, 3) int64, its number, first and last token; (B, 2) float32, scores."""
+        """The best span of each window: its number, first and last token, (B, 3) int64, and scores, (B, 2) float32."""
         places, scores = best_spans(logits, batch["context"] == 1, self.max_answer)
         return torch.cat([torch.tensor(batch["id"], device=places.device)[:, None], places], 1), scores
 
@@ -172,7 +172,7 @@ class QuestionAnswering(LanguageModule):
         return modes
 
     def metrics(self, loss: Tensor, split: str) -> dict[str, Tensor]:
-        """Adds exact match and F1 over the questions with a window that was seen, and writes those of their parts."""
+        """Adds exact match and F1 over the questions that were evaluated, and writes the scores of subsets of them."""
         spans = self.joined(split, *self.spans.compute())
         self.spans.reset()
         questions = self.trainer.datamodule.questions[split]
@@ -207,17 +207,17 @@ class QuestionAnswering(LanguageModule):
         return {"loss": loss} | {name: torch.tensor(value, device=loss.device) for name, value in values.items()}
 
     def joined(self, split: str, places: list[list[int]], scores: list[list[float]]) -> dict[int, Span]:
-        """The best span of each question, by its number, of windows in any order."""
+        """The best span of each question, by its number, from the spans of windows in any order."""
         data = self.trainer.datamodule
         return join(data.questions[split], data.windows[split], places, scores)
 
     def answer(self, span: Span) -> str:
-        """The text of a span, none if it is likelier that there is no answer."""
+        """The text of a span; empty if it is more likely that there is no answer."""
         none = self.threshold is not None and span.no_answer - span.score > self.threshold
         return "" if none else span.text
 
     def predict_step(self, batch: dict, batch_idx: int) -> list[dict]:
-        """The best span of each window, from which `join_predictions` makes answers."""
+        """The best span of each window; `join_predictions` converts them to answers."""
         places, scores = self.found(self.logits(batch), batch)
         rows = zip(places.tolist(), scores.tolist())
         return [{"id": row[0][0], "place": row[0], "scores": row[1]} for row in rows]
@@ -225,8 +225,8 @@ class QuestionAnswering(LanguageModule):
     def join_predictions(self, rows: list[dict]) -> list[dict]:
         """For each question its `id`, `row`, `answer`, `score`, `start`, `end` and `no_answer_score`.
 
-        `id` is its own one or, if there is none, its number, which is `row` in any case.
-        The slice of the context from `start` to `end` is the best span, also if the answer is empty: there is none.
+        `id` is the id of the question or, if it has none, its number; `row` is always its number. The slice of the
+        context from `start` to `end` is the best span, even if `answer` is empty because no answer is predicted.
         """
         spans = self.joined("predict", [row["place"] for row in rows], [row["scores"] for row in rows])
         questions = self.trainer.datamodule.questions["predict"]
@@ -240,7 +240,7 @@ class QuestionAnswering(LanguageModule):
 
 
 def described(questions: list[Question], number: int, _: None, predicted: str) -> dict[str, str]:
-    """A question for people to read, with the context around its first answer."""
+    """A question in readable form, with the context around its first answer."""
     question = questions[number]
     start = question.answers[0].start if question.answers else max(question.context.find(predicted), 0)
     context = question.context[max(0, start - 200) : start + 400]
@@ -253,12 +253,13 @@ def best_spans(logits: Tensor, of_context: Tensor, longest: int) -> tuple[Tensor
     """The best span within the context of each window, exactly.
 
     Args:
-        logits: Of start and end, (2, B, T) float32.
-        of_context: Which tokens an answer may have, (B, T) bool.
-        longest: Tokens of an answer.
+        logits: Logits of start and end, (2, B, T) float32.
+        of_context: Which tokens can be in an answer, (B, T) bool.
+        longest: Maximum number of tokens of an answer.
 
     Returns:
-        First and last token of the span, (B, 2) int64; its score and that of no answer, (B, 2) float32.
+        First and last token of the span, (B, 2) int64; the score of the span and the score of no answer, (B, 2)
+        float32.
     """
     start, end = logits.masked_fill(~of_context, torch.finfo(logits.dtype).min / 4)
     ends = F.pad(end, (0, longest - 1), value=torch.finfo(logits.dtype).min / 4).unfold(1, longest, 1)
@@ -273,10 +274,10 @@ def join(
     """The best span of each question over its windows.
 
     Args:
-        questions: Of a split.
-        windows: Of the same split.
-        places: Number, first and last token of each window; in any order, numbers twice or `PADDING`, too.
-        scores: That of the window's best span and that of no answer.
+        questions: Questions of a split.
+        windows: Windows of the same split.
+        places: Number, first and last token of each window, in any order; numbers may occur twice or be `PADDING`.
+        scores: Scores of the window's best span and of no answer.
     """
     spans: dict[int, Span] = {}
     for (number, first, last), (score, no_answer) in sorted(zip(places, scores)):
@@ -290,19 +291,19 @@ def join(
             continue
         context, start, end = questions[question].context, int(offsets[first, 0]), int(offsets[last, 1])
         while end < len(context) and unicodedata.category(context[end])[0] == "M":
-            end += 1  # a mark that belongs to the last letter, which tokenizers may have taken off
+            end += 1  # a combining mark of the last letter, which tokenizers may have removed
         spans[question] = Span(context[start:end], start, end, score, no_answer)
     return spans
 
 
 def best_threshold(margins: dict[int, float], f1: dict[int, float]) -> tuple[float, float]:
-    """The best F1 that a threshold gives, and that threshold, as in SQuAD 2.0's script.
+    """The best F1 that any threshold gives, and this threshold, as in SQuAD 2.0's script.
 
     Args:
-        margins: By how much the score of no answer is higher than that of the best span, of each question.
-        f1: Of the best spans of those questions that have an answer.
+        margins: For each question, the score of no answer minus the score of the best span.
+        f1: F1 of the best span, for each question that has an answer.
     """
-    current = best = float(len(margins) - len(f1))  # all are said to have no answer
+    current = best = float(len(margins) - len(f1))  # no answer is predicted for any question
     threshold = 0.0
     for number in sorted(margins, key=lambda n: margins[n]):
         current += f1.get(number, -1.0)
@@ -320,11 +321,11 @@ def normalized(text: str) -> str:
 def squad(predicted: str, answers: list[str]) -> tuple[float, float]:
     """Exact match and F1 by words, the best over the correct answers, as in evaluate-v2.0.py of SQuAD.
 
-    Where all answers and the predicted one have words beside articles, they are those of evaluate-v1.1.py, too.
+    If all correct answers and the predicted one contain words other than articles, evaluate-v1.1.py gives the same.
 
     Args:
-        predicted: The answer to score, empty for none.
-        answers: The correct ones; empty if the question has none.
+        predicted: The predicted answer; empty for no answer.
+        answers: The correct answers; empty if the question has none.
     """
     words = normalized(predicted).split()
     exact = f1 = 0.0
@@ -343,7 +344,7 @@ def unpunctuated(text: str) -> str:
 def segments(text: str) -> list[str]:
     """Chinese characters, and the words between them.
 
-    Where these have marks such as a comma, CMRC's script, which uses NLTK's tokens, splits there, too.
+    CMRC's script, which uses NLTK's tokenizer, also splits these words at marks such as commas.
     """
     return re.sub("([\u4e00-\u9fa5])", r" \1 ", unpunctuated(text)).split()
 
@@ -351,11 +352,11 @@ def segments(text: str) -> list[str]:
 def cmrc(predicted: str, answers: list[str]) -> tuple[float, float]:
     """Exact match and F1 by Chinese characters, the best over the correct answers, as in CMRC 2018's script.
 
-    F1 is that of the longest run of characters that both have.
+    F1 is computed from the longest common substring.
 
     Args:
-        predicted: The answer to score, empty for none.
-        answers: The correct ones; empty if the question has none.
+        predicted: The predicted answer; empty for no answer.
+        answers: The correct answers; empty if the question has none.
     """
     characters = segments(predicted)
     exact = f1 = 0.0

@@ -1,4 +1,4 @@
-"""The format of SQuAD: a file in, its questions out, each with its context."""
+"""The format of SQuAD's JSON files: each row is a question with its context."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ from lm_lightning.errors import UserError
 
 
 class Squad(Format):
-    """The JSON files of SQuAD 1.1 and 2.0: articles with paragraphs with questions, which are numbered from 1."""
+    """The JSON files of SQuAD 1.1 and 2.0: articles with paragraphs with questions. Questions are numbered from 1."""
 
     name = "squad"
     suffixes = (".json",)
@@ -26,12 +26,12 @@ class Squad(Format):
             ]
         except (ValueError, RecursionError) as error:
             raise UserError(
-                f"{path}: not valid JSON ({error}); fix the file, or, if each line is an object, name it .jsonl or "
-                f"give {options.prefix}.format jsonl."
+                f"{path}: not valid JSON ({error}): fix the file or, if each line is a JSON object, rename it to "
+                f".jsonl or give {options.prefix}.format jsonl."
             ) from None
         except (TypeError, KeyError, AttributeError):
             raise UserError(
-                f"{path}: not in the form of SQuAD's files, with data, paragraphs and qas: convert it to JSONL, with "
+                f"{path}: not in the format of SQuAD's files, with data, paragraphs and qas: convert it to JSONL, with "
                 "an object on each line."
             ) from None
         yield from enumerate(rows, start=1)

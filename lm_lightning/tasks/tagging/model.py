@@ -1,4 +1,4 @@
-"""Tagging: the label of each word, and the spans that labels mark; semantic roles, too."""
+"""Tagging: predicts the label of each word, and the spans that labels mark, such as names or semantic roles."""
 
 from functools import partial
 from typing import Any, Optional
@@ -23,7 +23,8 @@ from lm_lightning.tasks.tagging.viterbi import decode, legal
 class Tagging(LanguageModule):
     """A network of `transformers` with a head over each token; the first token of each word predicts its label.
 
-    Where labels mark spans, the best legal sequence of them is predicted: no I- without its B-.
+    If labels mark spans, the best legal sequence of labels is predicted, for example without an I- that does not follow
+    its B-.
     """
 
     auto_class = transformers.AutoModelForTokenClassification
@@ -46,22 +47,22 @@ class Tagging(LanguageModule):
     # Steps
 
     def logits(self, batch: dict) -> Tensor:
-        """Of each word, (B, W, labels) float32; meaningless where it is truncated."""
+        """Logits of each word, (B, W, labels) float32; undefined for truncated words."""
         places = batch["words"].clamp(min=0).unsqueeze(-1)
         logits = self.network(**network_inputs(batch)).logits
         return logits.gather(1, places.expand(-1, -1, logits.shape[-1])).float()
 
     def losses(self, logits: Tensor, batch: dict) -> tuple[Tensor, Tensor]:
-        """Their sum over the words that have a label and are not truncated, () float32, and their number, () int64."""
+        """The sum of the losses of words that have a label and are not truncated, and their number, () each."""
         targets = batch["targets"].masked_fill(batch["words"] == TRUNCATED, -100)
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum"), (targets != -100).sum()
 
     def loss(self, batch: dict) -> tuple[Tensor, Tensor]:
         """The loss of a batch, summed over targets, and their number.
 
-        Batches have `input_ids`, `attention_mask` (and `token_type_ids`), (B, T) int64; `id`, B ints. `words`, (B, W)
-        int64, are the places of the words' first tokens, -1 where truncated, -100 where there is no word; `targets`,
-        (B, W) int64, their labels' numbers, -100 for none.
+        Batches have `input_ids`, `attention_mask` and, for some tokenizers, `token_type_ids`, (B, T) int64; `id`, B
+        ints; `words`, (B, W) int64, the positions of the words' first tokens, -1 for truncated words, -100 for padding;
+        and `targets`, (B, W) int64, the ids of the words' labels, -100 for words without a label.
         """
         return self.losses(self.logits(batch), batch)
 
@@ -75,9 +76,9 @@ class Tagging(LanguageModule):
         return distiller.mix(own, distillation), count, distillation
 
     def decode_predictions(self, logits: Tensor, batch: dict) -> Tensor:
-        """The label of each word, (B, W) int64: the best ones, if the labels mark spans, of all that are legal.
+        """The predicted label of each word, (B, W) int64; if labels mark spans, the best legal sequence of labels.
 
-        -100 where there is no word; where one is truncated, as well, or `O`.
+        -100 for padding; truncated words are `O` if labels mark spans, otherwise also -100.
         """
         words = batch["words"]
         if self.rules is None:
@@ -105,13 +106,13 @@ class Tagging(LanguageModule):
                 self.mistakes.add(number, loss, right, found)
 
     def described(self, split: str, row: int, right: list[Found], predicted: list[Found]) -> dict[str, str]:
-        """A row for people to read: its text, and what is right and was predicted, but not what is both."""
+        """A row in readable form: its text, and the correct and predicted labels or spans that differ."""
         data = self.trainer.datamodule
         example = data.examples[split].rows[row]
         words = words_of(data.tokenizer, example)
 
         def names(found: list[Found], others: list[Found]) -> str:
-            """The labels with their words; of a place of several parts, these one after the other."""
+            """The labels with their words; several parts of a span are joined."""
             named = []
             for kind, place in found:
                 if (kind, place) not in others:
@@ -127,7 +128,7 @@ class Tagging(LanguageModule):
         return {"loss": "min", **dict.fromkeys(("f1", "macro_f1", *names), "max")}
 
     def metrics(self, loss: Tensor, split: str) -> dict[str, Tensor]:
-        """Adds the metrics of the task, and writes the results of each label or type of spans."""
+        """Adds the metrics of the task, and writes the scores of each label or type of spans."""
         data, counts, confusion = self.trainer.datamodule, self.counts.compute(), self.confusion.compute()
         self.counts.reset()
         self.confusion.reset()
@@ -135,7 +136,7 @@ class Tagging(LanguageModule):
         title = self.title(split)
         results.write(results.label_scores(data.kinds, *counts), title, self.trainer)
         results.write_confusion(confusion, data.labels, title, self.trainer)
-        each = 2 * counts[0] / (counts[1] + counts[2])  # NaN of what is nowhere
+        each = 2 * counts[0] / (counts[1] + counts[2])  # NaN for labels that do not occur
         right, gold, predicted = counts.sum(1)
         values = {"loss": loss, "f1": 2 * right / (gold + predicted).clamp(min=1), "macro_f1": each.nanmean()}
         if data.marks_spans:
@@ -143,9 +144,9 @@ class Tagging(LanguageModule):
         return values | {"accuracy": right / gold.clamp(min=1)}
 
     def predict_step(self, batch: dict, batch_idx: int) -> list[dict]:
-        """For each row its `id` (its number), and of each word the label and its probability, None if it is truncated.
+        """For each row: its number, `id`, and the label of each word and its probability, None for truncated words.
 
-        Labels that mark spans come as `spans`, too: [first word, last word, label].
+        If labels mark spans, also `spans`: [first word, last word, label].
         """
         data, logits = self.trainer.datamodule, self.logits(batch)
         predicted = self.decode_predictions(logits, batch)

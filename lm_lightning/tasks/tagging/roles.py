@@ -1,8 +1,8 @@
-"""Data of semantic roles: sentences with frames in, each a predicate with its arguments; labels of words out.
+"""Data of semantic roles: sentences with frames, each a predicate with its arguments.
 
-A frame is one example: its sentence with the predicate between two marks, so that any network tells one frame of a
-sentence from another (Zhou and Chen, An Improved Baseline for Sentence-level Relation Extraction, 2021, mark with
-punctuation, too), and the exported model works in the `token-classification` pipeline of `transformers`.
+Each frame is an example: its sentence with the predicate between two marks. With the marks, any network can distinguish
+the frames of a sentence (Zhou and Chen, An Improved Baseline for Sentence-level Relation Extraction, 2021, also mark
+with punctuation), and the exported model works in the `token-classification` pipeline of `transformers`.
 """
 
 from collections.abc import Sequence
@@ -25,11 +25,11 @@ class RoleColumns:
     """Names of the columns.
 
     Args:
-        words: The words of the sentence: a list of them, or a string with spaces between them.
-        frames: A list of frames, each an object with the three below. Empty, if each row is a frame itself.
+        words: The words of the sentence: a list, or a string with spaces between words.
+        frames: A list of frames, each an object with the keys below. Empty if each row is a frame.
         predicate: The number of the predicate's word, from 0.
         spans: The arguments as [first word, last word, label], from 0.
-        labels: If there are no `spans`: the label of each word, by the scheme BIO.
+        labels: Instead of `spans`: the label of each word, in the scheme BIO.
     """
 
     words: str = "words"
@@ -44,8 +44,8 @@ class RoleData(TaggingData):
 
     Args:
         columns: Names of the tables' columns.
-        mark: Stands before and after the predicate.
-        options: Those of all labelled data, see `LabelledData`.
+        mark: Text that is inserted before and after the predicate.
+        options: Options of all labelled data, see `LabelledData`.
     """
 
     columns: RoleColumns  # type: ignore[assignment]
@@ -54,19 +54,19 @@ class RoleData(TaggingData):
     def __init__(self, columns: RoleColumns = RoleColumns(), mark: str = "*", **options: Any) -> None:
         super().__init__(scheme="bio", **options)
         self.columns, self.mark = columns, mark
-        self.of_frame: dict[str, list[tuple[int, int]]] = {}  # of each split's examples: row, and word of the predicate
+        self.of_frame: dict[str, list[tuple[int, int]]] = {}  # row and predicate's word of each example, by split
 
     @property
     def kinds(self) -> list[str]:
-        """What scores are computed of: the types of arguments, without C- of continuations; not the predicate."""
+        """The names for which scores are computed: the types of arguments, without the predicate and prefix C-."""
         return sorted({kind.removeprefix(CONTINUED) for kind in super().kinds} - {PREDICATE})
 
     def found(self, labels: Sequence[str]) -> list[Found]:
-        """The arguments, as the script of CoNLL-2005 counts them: C-X continues the last X before it.
+        """The arguments, as in the script of CoNLL-2005: C-X continues the last X before it.
 
-        A C-X without any is an X. An argument is right if all its parts are. The predicate does not count.
+        A C-X without a preceding X is an X. An argument is correct if all its parts are. The predicate does not count.
         """
-        arguments: dict[str, tuple] = {}  # the last of each type
+        arguments: dict[str, tuple] = {}  # the last argument of each type
         done: list[Found] = []
         for kind, place in spans_of(labels):
             own = kind.removeprefix(CONTINUED)
@@ -85,9 +85,9 @@ class RoleData(TaggingData):
         frames = row.entries(self.columns.frames)
         if frames is None or not all(isinstance(frame, dict) for frame in frames):
             raise UserError(
-                f"{row.where}: column {self.columns.frames!r} is no list of frames such as "
-                f'{{"{self.columns.predicate}": 3, "{self.columns.spans}": [[0, 2, "ARG0"]]}}; where each row is a '
-                "frame, give --data.columns.frames ''"
+                f"{row.where}: column {self.columns.frames!r} is not a list of frames such as "
+                f'{{"{self.columns.predicate}": 3, "{self.columns.spans}": [[0, 2, "ARG0"]]}}: fix the row or, if each '
+                "row is a frame, give --data.columns.frames ''"
             )
         return [Row(frame, f"{row.where}, frame {number}") for number, frame in enumerate(frames, start=1)]
 
@@ -97,7 +97,8 @@ class RoleData(TaggingData):
         number = int(value) if isinstance(value, str) and value.isdigit() else value
         if not isinstance(number, int) or not 0 <= number < len(words):
             raise UserError(
-                f"{frame.where}: the predicate is word {value!r:.40}, but the words are 0 to {len(words) - 1}"
+                f"{frame.where}: the predicate is {value!r:.40}, but must be the number of a word, 0 to "
+                f"{len(words) - 1}: fix the row"
             )
         return number
 
@@ -107,7 +108,7 @@ class RoleData(TaggingData):
         return [label for frame in self.frames(row) for label in self.labels_of_frame(frame, words)]
 
     def labels_of_frame(self, frame: Row, words: list[str]) -> list[str]:
-        """The label of each word of a frame, as its spans or its labels say."""
+        """The label of each word of a frame, from its spans or its labels."""
         if self.columns.spans not in frame:
             labels = self.labels_of(frame, self.columns.labels)
             if len(labels) != len(words):
@@ -123,15 +124,16 @@ class RoleData(TaggingData):
                 fits = False
             if not fits:
                 raise UserError(
-                    f"{frame.where}: {span!r:.60} is no span such as [0, 2, 'ARG0'] of the words 0 to {len(words) - 1}"
+                    f"{frame.where}: {span!r:.60} is not a span of the words 0 to {len(words) - 1}, such as "
+                    "[0, 2, 'ARG0']: fix the row"
                 )
             if any(label != OUTSIDE for label in labels[start : last + 1]):
-                raise UserError(f"{frame.where}: the span {span} shares words with another one: fix the row")
+                raise UserError(f"{frame.where}: the span {span} overlaps another one: fix the row")
             labels[start : last + 1] = [f"B-{kind}"] + [f"I-{kind}"] * (last - start)
         return labels
 
     def encode(self, split: str, rows: list[Row]) -> list[dict]:
-        """The frames of a split as tokens, `words` (the place of each word's first token) and `targets` (its label)."""
+        """Tokenizes the frames of a split, and adds `words` (positions of first tokens), `targets` (ids of labels)."""
         sentences, targets, self.of_frame[split] = [], [], []
         self.converted = 0
         for number, row in enumerate(rows):
@@ -146,7 +148,7 @@ class RoleData(TaggingData):
                     targets.append(self.targets(frame, self.labels_of_frame(frame, words)))
         if not sentences:
             raise UserError(
-                f"the rows of the {split} split have no frames: name their column with --data.columns.frames"
+                f"the rows of the {split} split have no frames: give the name of the column with --data.columns.frames"
             )
         examples = encode_words(self.tokenizer, sentences, self.block_size)
         for example, target, (_, predicate) in zip(examples, targets, self.of_frame[split]):
@@ -156,6 +158,6 @@ class RoleData(TaggingData):
         return examples
 
     def prediction(self, number: int) -> dict[str, Any]:
-        """The row and the predicate of a prediction."""
+        """The row number and the predicate of a prediction."""
         row, predicate = self.of_frame["predict"][number]
         return {"row": row, "predicate": predicate}

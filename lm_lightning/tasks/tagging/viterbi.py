@@ -1,4 +1,4 @@
-"""The best legal sequence of labels: scores of each word in, labels out."""
+"""Finds the best legal sequence of labels for the scores of each word."""
 
 import torch
 from torch import Tensor
@@ -10,14 +10,14 @@ def legal(labels: list[str], scheme: str) -> tuple[Tensor, Tensor, Tensor]:
     """Which labels of a scheme for spans may follow each other.
 
     Args:
-        labels: Their names.
+        labels: Names of the labels.
         scheme: `bio` or `bioes`.
 
     Returns:
-        Scores, 0 where it is legal and -inf where not: of each label as the first, (L,) float32; of each label after
-        each, (L, L); of each as the last, (L,).
+        Scores that are 0 if legal and -inf if not: of each label as the first one, (L,) float32; of each pair of
+        successive labels, (L, L); of each label as the last one, (L,).
     """
-    closed = "E" in PREFIXES[scheme]  # spans must end, by E- or S-
+    closed = "E" in PREFIXES[scheme]  # whether spans must end with E- or S-
 
     def may_follow(before: str, after: str) -> bool:
         (prefix, kind), (next_prefix, next_kind) = parts(before), parts(after)
@@ -38,14 +38,14 @@ def decode(scores: Tensor, lengths: Tensor, rules: tuple[Tensor, Tensor, Tensor]
 
     Args:
         scores: (B, W, L) float32.
-        lengths: How many words each sentence has, (B,) int64, 1 or more.
+        lengths: Number of words of each sentence, (B,) int64, 1 or more.
         rules: See `legal`.
 
     Returns:
         (B, W) int64; -100 after the end of a sentence.
     """
     first, following, last = (rule.to(scores.device) for rule in rules)
-    best = scores[:, 0] + first  # of all sequences that end in each label
+    best = scores[:, 0] + first  # score of the best sequence that ends with each label
     before = []
     for word in range(1, scores.shape[1]):
         longer, origin = (best.unsqueeze(2) + following).max(1)

@@ -86,18 +86,18 @@ def test_an_answer_longer_than_the_overlap_is_told_and_not_learned(tokenizer: Pa
     assert all(torch.equal(row["targets"], torch.tensor([-100, -100])) for row in examples)
     out = capsys.readouterr().out
     assert "train: 1 questions, 0 without an answer" in out and "1 questions are truncated to 8 tokens" in out
-    assert "1 have an answer that is longer" in out
+    assert "1 are not used, as their answer is in no window" in out
 
 
 @pytest.mark.parametrize(
     ("change", "told"),
     [
         ({"answers": [{"text": "eleven", "answer_start": 3}]}, "a:7: the answer 'eleven' is not at .* it is at "),
-        ({"answers": [{"text": "absent", "answer_start": 3}]}, "it is nowhere there"),
+        ({"answers": [{"text": "absent", "answer_start": 3}]}, "it is not in the context"),
         ({"answers": [{"text": "eleven", "answer_start": None}]}, "not at its answer_start None"),
-        ({"answers": "eleven"}, "column 'answers' has no answers, but 'eleven'"),
-        ({"answers": {"text": ["eleven"], "answer_start": []}}, "has no answers"),
-        ({"answers": None}, "has no answers, but None"),
+        ({"answers": "eleven"}, "column 'answers' is 'eleven', but must be a list of"),
+        ({"answers": {"text": ["eleven"], "answer_start": []}}, "must be a list of"),
+        ({"answers": None}, "is None, but must be a list of"),
         ({"context": " "}, "column 'context' is .* must be text"),
     ],
 )
@@ -108,8 +108,8 @@ def test_rows_that_are_wrong_are_named(tokenizer: Path, change: dict, told: str)
 
 def test_files_that_are_not_squads_are_refused(tmp_path: Path):
     for text, told in (
-        ("[]", "not in the form of SQuAD's"),
-        ('{"data": [{}]}', "not in the form of SQuAD's"),
+        ("[]", "not in the format of SQuAD's"),
+        ('{"data": [{}]}', "not in the format of SQuAD's"),
         ('{"a": 1}\n{}', "not valid JSON"),
     ):
         (tmp_path / "a.json").write_text(text)

@@ -100,13 +100,13 @@ def frame_row(frame: dict):
     [
         (
             {"predicate": 2, "spans": []},
-            "validation.jsonl:1, frame 1: the predicate is word 2, but the words are 0 to 1",
+            "validation.jsonl:1, frame 1: the predicate is 2, but must be the number of a word, 0 to 1",
         ),
         ({"spans": []}, "validation.jsonl:1, frame 1: there is no column 'predicate'"),
-        ({"predicate": 1, "spans": [[0, 2, "ARG0"]]}, "frame 1: .* is no span such as"),
-        ({"predicate": 1, "spans": [[0, 1, "ARG0"], [1, 1, "V"]]}, "frame 1: the span .* shares words with another"),
+        ({"predicate": 1, "spans": [[0, 2, "ARG0"]]}, "frame 1: .* is not a span of the words 0 to 1"),
+        ({"predicate": 1, "spans": [[0, 1, "ARG0"], [1, 1, "V"]]}, "frame 1: the span .* overlaps another"),
         ({"predicate": 1, "spans": [[0, 0, "ARG9"]]}, "frame 1: the label 'B-ARG9' is not one of the training split"),
-        ("sees", "validation.jsonl:1: column 'frames' is no list of frames"),
+        ("sees", "validation.jsonl:1: column 'frames' is not a list of frames"),
     ],
 )
 def test_bad_frames_are_named(fit, recipe: Path, frame: dict | str, message: str):
@@ -120,5 +120,5 @@ def test_a_label_of_another_scheme_has_a_remedy_that_roles_have(tmp_path: Path):
     data = RoleData()
     data.columns = RoleColumns()
     rows = [Row({"words": ["He", "ran"], "frames": [{"predicate": 1, "labels": ["E-ARG0", "B-V"]}]}, "rows.jsonl:1")]
-    with pytest.raises(UserError, match="rows.jsonl:1.*'E-ARG0' is none of the scheme bio.*: fix it$"):
+    with pytest.raises(UserError, match="rows.jsonl:1.*'E-ARG0' does not belong to the scheme bio.*: fix it$"):
         data.check_scheme({"E-ARG0", "B-V"}, rows)

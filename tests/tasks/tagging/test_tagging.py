@@ -184,7 +184,7 @@ def test_labels_i_alone_mark_spans(fit, cli, recipe: Path):
             row["labels"] = [label.replace("B-", "I-") for label in row["labels"]]
         write(recipe.parent / f"{split}.jsonl", rows)
     out = cli("fit", "--config", recipe, "--trainer.max_steps", 6, "--trainer.val_check_interval", 6)
-    assert "no label begins with B- or S- for LOC, PER: labels I- and E- alone mark these spans" in out
+    assert "no label begins with B- or S- for LOC, PER: only I- and E- mark these spans" in out
     run = Path(next(line for line in out.splitlines() if line.startswith("run folder: ")).split(": ", 1)[1])
     config = json.loads((run / "model" / "config.json").read_text())
     assert set(config["label2id"]) == {"O", "B-PER", "I-PER", "B-LOC", "I-LOC"}
@@ -216,11 +216,11 @@ def test_spans_of_any_labels_become_legal_ones_of_the_same_spans(scheme: str, pr
         ("O NOUN", "plain"),
         ("N O S E L U V", "plain"),
         ("I-1 S-2", "plain"),
-        ("B I O", "look like those of spans"),
-        ("o b-per i-per", "look like those of spans"),
-        ("O PER-B PER-I", "look like those of spans"),
-        ("O B_PER I_PER", "look like those of spans"),
-        ("O B-X I-X L-X U-X", "labels such as L-X look like those of spans"),
+        ("B I O", "look like labels of spans"),
+        ("o b-per i-per", "look like labels of spans"),
+        ("O PER-B PER-I", "look like labels of spans"),
+        ("O B_PER I_PER", "look like labels of spans"),
+        ("O B-X I-X L-X U-X", "labels such as L-X look like labels of spans"),
         ("O B-X PER", "some labels mark spans .such as B-X. and some do not .such as PER"),
     ],
 )
@@ -263,7 +263,7 @@ def test_bad_rows_are_named(fit, recipe: Path, change: dict, message: str):
     ("label", "flags", "message"),
     [
         ("PER", (), "some labels mark spans .* and some do not .such as PER"),
-        ("S-PER", ("--data.scheme", "bio"), "train.jsonl:2: the label 'S-PER' is none of the scheme bio"),
+        ("S-PER", ("--data.scheme", "bio"), "train.jsonl:2: the label 'S-PER' does not belong to the scheme bio"),
     ],
 )
 def test_labels_of_two_schemes_are_refused(fit, recipe: Path, label: str, flags: tuple, message: str):
