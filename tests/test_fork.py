@@ -318,6 +318,10 @@ def test_features_are_added_and_removed_later(template: Path, tmp_path: Path):
     mentions(folder, ["gpt", "lora"])
     assert (folder / "my_lm" / "lora").is_dir() and not (folder / "my_lm" / "reports").exists()
     assert "has all of the template already" in run(template, folder, "--update").stdout
+    assert run(template, folder, "--update", "--keep", "").returncode == 0
+    git(folder, "merge", "--no-edit", "template")
+    mentions(folder, [])
+    assert "has all of the template already" in run(template, folder, "--update").stdout
     git(folder, "switch", "template")
     result = run(template, folder, "--update")
     assert result.returncode == 2 and "is on the branch template" in result.stderr
