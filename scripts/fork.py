@@ -152,7 +152,7 @@ def update(folder: Path, keep: str | None) -> None:
 
 def message(name: str, keep: str | None, commit: str) -> str:
     """The message of a commit, which has all that an update needs."""
-    options = f"--name {name}" + (f" --keep {keep.replace(' ', '')}" if keep is not None else "")
+    options = f"--name {name}" + ("" if keep is None else f" --keep {shlex.quote(keep.replace(' ', ''))}")
     subject = f"{name}, made from {PACKAGE} {commit[:10]}"
     return f"{subject}\n\nTemplate-Commit: {commit}\nTemplate-Options: {options}\n"
 

@@ -140,7 +140,7 @@ def mentions(folder: Path, keep: list[str]) -> None:
         path: path.read_text(encoding="utf-8") for path in folder.rglob("*") if path.suffix in (".py", ".md", ".yaml")
     }
     patterns = {suffix: set(gone(kept)) for suffix in (".py", ".md", ".yaml")}
-    own = set(CLASS.findall("\n".join(texts.values())))
+    own = {name for path, text in texts.items() if folder / "my_lm" in path.parents for name in CLASS.findall(text)}
     for name in classes(set(fork.FEATURES) - set(kept)) - own:  # in Python, they may be examples in a sentence
         patterns[".md"].add(name if re.search("[a-z][A-Z]", name) else f"`{name}`")  # else it may be a word
         patterns[".yaml"] |= {name} if re.search("[a-z][A-Z]", name) else set()
@@ -318,6 +318,10 @@ def test_features_are_added_and_removed_later(template: Path, tmp_path: Path):
     mentions(folder, ["gpt", "lora"])
     assert (folder / "my_lm" / "lora").is_dir() and not (folder / "my_lm" / "reports").exists()
     assert "has all of the template already" in run(template, folder, "--update").stdout
+    assert run(template, folder, "--update", "--keep", "").returncode == 0
+    git(folder, "merge", "--no-edit", "template")
+    mentions(folder, [])
+    assert "has all of the template already" in run(template, folder, "--update").stdout
     git(folder, "switch", "template")
     result = run(template, folder, "--update")
     assert result.returncode == 2 and "is on the branch template" in result.stderr
@@ -333,6 +337,8 @@ def test_the_list_has_the_lines_of_each_feature(template: Path):
     files = (ROOT / "lm_lightning").rglob("*.py")
     assert sum(int(row[1].replace(",", "")) for row in rows) == sum(len(f.read_bytes().splitlines()) for f in files)
     assert all(len(row) == 4 for row in rows if row[0] in ("lora", "compression"))
+    page = (ROOT / "docs" / "forking.md").read_text(encoding="utf-8")
+    assert [name for name in fork.CHOICES if f"`{name}`" not in page] == []
 
 
 @pytest.mark.parametrize(
