@@ -2,6 +2,10 @@
 
 import logging
 import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lm_lightning.errors import UserError
 
 
 def hide_load_report() -> None:
@@ -38,3 +42,40 @@ def needs_remote_code(error: Exception) -> bool:
     Alternative: none, it is a ValueError like other errors.
     """
     return "trust_remote_code" in str(error)
+
+
+def render_chat(
+    tokenizer: Any, turns: Sequence[Mapping[str, Any]], template: str, prompt: bool, markers: bool
+) -> tuple[str, list[tuple[int, int]]]:
+    """Renders a conversation as `apply_chat_template` does, which returns places only as tokens of the full text.
+
+    Args:
+        tokenizer: Its special tokens are variables of the template.
+        turns: The conversation.
+        template: The chat template.
+        prompt: Whether to add the generation prompt.
+        markers: Whether the template has generation markers.
+
+    Returns:
+        The text; the places (start, end) of what is between generation markers.
+
+    Raises:
+        UserError: If the template has an error, or refuses the conversation.
+    """
+    from jinja2 import TemplateError
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    try:
+        texts, places = render_jinja_template(
+            [list(turns)],
+            chat_template=template,
+            return_assistant_tokens_mask=markers,
+            add_generation_prompt=prompt,
+            **tokenizer.special_tokens_map,
+        )
+    except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"the chat template cannot render the conversation ({' '.join(str(error).split())[:200]}): fix the "
+            "conversation, or give another template with --data.chat_template"
+        ) from error
+    return texts[0], [tuple(place) for place in places[0]] if markers else []

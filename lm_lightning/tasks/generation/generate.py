@@ -184,15 +184,17 @@ def chat_loop(
     network: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast", max_new_tokens: int, sampling: "Sampling"
 ) -> None:
     """Answers each line of the user, with the dialogue so far as context, until an empty line."""
-    from lm_lightning.tasks.generation.generation import chat_ids, context_limit, prompt_ids
+    from lm_lightning.tasks.generation.chat import ChatFormat
+    from lm_lightning.tasks.generation.generation import context_limit, prompt_ids
 
-    if tokenizer.chat_template is None:
+    chat_format = None if tokenizer.chat_template is None else ChatFormat(tokenizer)
+    if chat_format is None:
         say("this model has no chat template: the dialogue is passed to it as lines of plain text")
 
     def tokens(turns: list[dict]) -> list[int]:
-        if tokenizer.chat_template is None:
+        if chat_format is None:
             return prompt_ids(tokenizer, "".join(turn["content"] + "\n" for turn in turns))
-        return chat_ids(tokenizer, turns)
+        return chat_format.prompt(turns)
 
     turns: list[dict] = []
     while True:

@@ -106,43 +106,6 @@ def prompt_ids(tokenizer: "PreTrainedTokenizerFast", prompt: str) -> list[int]:
     return prefix + tokenizer(prompt, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
-def chat_ids(tokenizer: "PreTrainedTokenizerFast", turns: list[dict[str, str]]) -> list[int]:
-    """Tokenizes a dialogue with the chat template, up to the beginning of the model's next turn.
-
-    Only special tokens of the template are special: their strings within a turn are plain text, so that a user cannot
-    end a turn or write one as the system.
-
-    Args:
-        tokenizer: A tokenizer with a chat template.
-        turns: Turns with `role` and `content`.
-    """
-    special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    pattern = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)")
-    text = "".join(turn["content"] for turn in turns)
-    # A character that no turn contains. Inserted into strings of special tokens in turns, it distinguishes them from
-    # those of the template.
-    mark = next(chr(code) for code in range(0xFDD0, 0xFDF0) if chr(code) not in text)
-    marked = [
-        {**turn, "content": pattern.sub(lambda match: match[0][0] + mark + match[0][1:], turn["content"])}
-        for turn in turns
-    ]
-    chat = tokenizer.apply_chat_template(marked, add_generation_prompt=True, tokenize=False)
-
-    def ids(part: str, plain: bool) -> list[int]:
-        return tokenizer(part, add_special_tokens=False, split_special_tokens=plain)["input_ids"] if part else []
-
-    if mark not in chat:
-        return ids(chat, plain=False)
-    found, start, begin = [], 0, 0  # texts between special tokens of the template; those with a mark are encoded alone
-    for match in [*pattern.finditer(chat), None]:
-        end = match.start() if match else len(chat)
-        if mark in chat[begin:end]:
-            found += ids(chat[start:begin], plain=False) + ids(chat[begin:end].replace(mark, ""), plain=True)
-            start = end
-        begin = match.end() if match else end
-    return found + ids(chat[start:], plain=False)
-
-
 def end_ids(network: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast") -> list[int]:
     """The tokens that end a text: the end token of documents, and those of the network's generation config.
 
