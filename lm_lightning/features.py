@@ -16,7 +16,7 @@ from lm_lightning.errors import UserError
 
 # Packages in this one, a line each
 FEATURES = (
-    "tasks.generation",
+    "generation",
     "tasks.masked_lm",
     "tasks.classification",
     "tasks.tagging",
