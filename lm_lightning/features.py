@@ -16,7 +16,7 @@ from lm_lightning.errors import UserError
 
 # Packages in this one, a line each
 FEATURES = (
-    "tasks.generation",
+    "generation",
     "tasks.instruction",
     "tasks.masked_lm",
     "tasks.classification",

@@ -14,7 +14,8 @@ class Feature:
         summary: What it does, for `--list`.
         files: Patterns of other files that are of no use without it.
         extras: Optional dependencies in `pyproject.toml` that nothing else needs.
-        needed_by: Other features; without one of them it goes as well, and it cannot be chosen itself.
+        needed_by: Other features; each of them keeps it.
+        choosable: Whether it can be kept by name; else it goes if none of `needed_by` is kept.
     """
 
     package: str
@@ -22,11 +23,14 @@ class Feature:
     files: tuple[str, ...] = ()
     extras: tuple[str, ...] = ()
     needed_by: tuple[str, ...] = ()
+    choosable: bool = True
 
 
-TASKS = ("classification", "tagging", "parsing", "questions", "embedding")
+TASKS = ("classification", "tagging", "parsing", "questions", "embedding", "instruction")
 FEATURES = {
-    "gpt": Feature("tasks.generation", "text generation and chat (GPTs are trained without it, too)"),
+    "gpt": Feature(
+        "generation", "text generation and chat (GPTs are trained without it, too)", needed_by=("instruction",)
+    ),
     "bert": Feature("tasks.masked_lm", "pretraining of BERTs", ("configs/bert*", "configs/modernbert*"), ("bert",)),
     "classification": Feature(
         "tasks.classification",
@@ -42,18 +46,25 @@ FEATURES = {
         ("configs/embedding*", "configs/search.yaml", "docs/search.md"),
         ("search",),
     ),
+    "instruction": Feature("tasks.instruction", "instruction tuning, chat", ("configs/chat*", "docs/chat.md")),
     "finetuning": Feature(
         "finetuning",
         "tables of labelled rows",
         ("docs/finetuning.md", "examples/rating*", "tests/tables.py", "tests/clauses.py"),
         needed_by=TASKS,
+        choosable=False,
     ),
-    "lora": Feature("lora", "LoRA and QLoRA", ("docs/lora.md",), ("lora",)),
+    "lora": Feature("lora", "LoRA and QLoRA", ("docs/lora.md", "configs/chat_lora.yaml"), ("lora",)),
     "compression": Feature(
         "compression", "quantization, pruning, distillation", ("docs/compression.md",), ("compress",)
     ),
     "diagnostics": Feature("diagnostics", "samples behind spikes of the loss, histograms of gradients"),
-    "linear_layers": Feature("linear_layers", "which there are, and quantized ones", needed_by=("lora", "compression")),
+    "linear_layers": Feature(
+        "linear_layers",
+        "which there are, and quantized ones",
+        needed_by=("lora", "compression"),
+        choosable=False,
+    ),
     "tuning": Feature(
         "tuning",
         "search of hyperparameters, comparison of strategies",
@@ -66,5 +77,5 @@ FEATURES = {
     "xla": Feature("xla", "TPUs", ("scripts/test_xla.sh",), ("tpu",)),
     "profiling": Feature("profiling", "profiles of training steps"),
 }
-CHOICES = [name for name, feature in FEATURES.items() if not feature.needed_by]
+CHOICES = [name for name, feature in FEATURES.items() if feature.choosable]
 TEMPLATE_ONLY = ("scripts/fork.py", "scripts/fork_features.py", "tests/test_fork.py", "docs/forking.md", "CHANGELOG.md")

@@ -45,7 +45,7 @@ MODULES = {
     + ["transformers.models.bert.modeling_bert"],
     "lm_lightning": [
         "lm_lightning.cli.app",
-        "lm_lightning.tasks.generation.generate",  # fork: gpt
+        "lm_lightning.generation.generate",  # fork: gpt
         "lm_lightning.reports.report",  # fork: reports
         "bitsandbytes",  # fork: compression
         "torch.utils.tensorboard",

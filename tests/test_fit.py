@@ -266,10 +266,10 @@ def test_validating_a_checkpoint_with_other_sizes_names_the_mismatch(reference, 
         cli("validate", "--config", recipe, "--ckpt_path", checkpoint, "--model.network.n_embd", 64)
 
 
-@needs("tasks.generation")
+@needs("generation")
 def test_samples_are_printed_and_saved_and_padding_of_short_prompts_changes_nothing(cli, recipe: Path):
     def samples(*prompts: str) -> tuple[list[dict], str]:
-        name = "lm_lightning.tasks.generation.samples.Samples"
+        name = "lm_lightning.generation.samples.Samples"
         callback = {"class_path": name, "init_args": {"prompts": prompts, "sampling": {"temperature": 1.2}}}
         out = cli("fit", "--config", recipe, "--trainer.callbacks", json.dumps([callback]))
         run = Path(out.split("run folder: ")[1].splitlines()[0])
@@ -283,7 +283,7 @@ def test_samples_are_printed_and_saved_and_padding_of_short_prompts_changes_noth
     assert samples("7")[0] == [row for row in rows if row["prompt"] == "7"]  # the shortest one, without the others
 
 
-@needs("tasks.generation")
+@needs("generation")
 @pytest.mark.slow
 def test_end_of_text_is_learned_although_it_is_also_the_padding(fit, cli, tmp_path: Path):
     lines = ["apples are red", "the sky is blue", "grass grows green", "coal lies black", "lemons look yellow"]

@@ -166,7 +166,7 @@ def test_another_tokenizer_is_refused_wherever_a_checkpoint_is_loaded(trained, c
     assert not list(run.glob("evaluations/*"))
 
 
-@needs("tasks.masked_lm", "tasks.generation")
+@needs("tasks.masked_lm", "generation")
 def test_weights_that_would_stay_random_are_refused(trained, cli, tmp_path: Path):
     from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, BertModel
 
@@ -190,7 +190,7 @@ def test_weights_that_would_stay_random_are_refused(trained, cli, tmp_path: Path
     assert [path for path in (recipe.parent / "runs").glob("*/*") if path != run] == []
 
 
-@needs("tasks.generation")
+@needs("generation")
 def test_a_gpt_trained_to_classify_does_not_generate(tmp_path: Path, cli):
     """Though its head is tied to the embeddings, so that no weights are missing."""
     from transformers import GPT2Config, GPT2ForSequenceClassification

@@ -41,11 +41,11 @@ def in_a_terminal(columns: int, executable: str, *args: object) -> str:
     return output.decode()
 
 
-@needs("tasks.generation")
+@needs("generation")
 @pytest.mark.parametrize("columns", [80, 40, 0])
 @pytest.mark.slow
 def test_a_terminal_shows_speed_and_time_left(recipe: Path, columns: int):
-    flags = ("--trainer.callbacks+=lm_lightning.tasks.generation.samples.Samples",)
+    flags = ("--trainer.callbacks+=lm_lightning.generation.samples.Samples",)
     executable = sys.executable if columns == 80 else python("lm_lightning")  # at least one that imports all
     output = in_a_terminal(columns, executable, "fit", "--config", recipe, *flags)
     updates = [part.strip("\n") for part in re.split(r"\r\n|\r", output) if part.strip("\n").startswith("train ")]

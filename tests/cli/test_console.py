@@ -26,11 +26,11 @@ runpy.run_module("lm_lightning", run_name="__main__", alter_sys=True)
 """
 
 
-@needs("tasks.generation")
+@needs("generation")
 @pytest.mark.slow
 def test_console_without_the_characters_of_a_sample_does_not_end_training(recipe: Path, tmp_path: Path):
     prompt = "Tür 漢字 \x1b[31m\x9b"
-    samples = {"class_path": "lm_lightning.tasks.generation.samples.Samples", "init_args": {"prompts": [prompt]}}
+    samples = {"class_path": "lm_lightning.generation.samples.Samples", "init_args": {"prompts": [prompt]}}
     ascii_only = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}
     result = command(
         *("fit", "--config", recipe, "--trainer.callbacks", json.dumps([samples]), "--trainer.max_steps", 5),
@@ -120,7 +120,7 @@ def long_model(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@needs("tasks.generation")
+@needs("generation")
 def test_interrupt_ends_generate(long_model: Path):
     args = ["generate", long_model, "--prompt", "begin", "--max_new_tokens", 50_000]
     status, errors, _ = interrupt(args, lambda output, _: len(output) > 10, python("lm_lightning"))

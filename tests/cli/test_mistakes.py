@@ -10,7 +10,7 @@ from lm_lightning.__main__ import commands
 from lm_lightning.errors import UserError
 
 GPT = ROOT / "configs" / "gpt.yaml"
-TEXT = needs("tasks.generation")
+TEXT = needs("generation")
 BASE = "model: {class_path: CausalLM}\ndata: {class_path: PretrainingData}\n"
 
 FLAGS = [

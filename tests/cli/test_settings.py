@@ -90,7 +90,7 @@ def test_a_flag_with_a_whole_dict_replaces_it_and_says_so(cli, capsys):
     assert "model.network" in told and "n_embd" in told and "n_layer" not in told
 
 
-@needs("tasks.generation")
+@needs("generation")
 def test_appended_callbacks_stand_beside_those_of_earlier_files(parsed, tmp_path: Path):
     early = "[{class_path: EarlyStopping, init_args: {monitor: val/loss}}]"
     more = write(tmp_path / "more.yaml", f"trainer: {{callbacks+: {early}}}\n")

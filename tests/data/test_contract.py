@@ -211,7 +211,7 @@ def test_two_processes_share_the_samples_or_are_refused(config: Path, tmp_path: 
         (["--model.network.vocab_size", "null"], "has no tokenizer, so that model.network needs vocab_size"),
         pytest.param(
             *(["--trainer.callbacks+=Samples"], "Samples need a tokenizer, which the data module does not have"),
-            marks=needs("tasks.generation"),
+            marks=needs("generation"),
         ),
     ],
 )

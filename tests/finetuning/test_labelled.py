@@ -76,9 +76,9 @@ def test_a_corpus_without_text_for_validation(tmp_path: Path):
             data.setup("fit")
 
 
-@needs("tasks.generation")
+@needs("generation")
 def test_bytes_in_a_file_of_prompts_are_named(tmp_path: Path):
-    from lm_lightning.tasks.generation.generate import read_prompts
+    from lm_lightning.generation.generate import read_prompts
 
     file = tmp_path / "prompts.txt"
     file.write_bytes(b"one\ntwo\ncaf\xe9 and\n")

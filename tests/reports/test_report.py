@@ -82,7 +82,7 @@ def folder(tmp_path: Path) -> Path:
     return run
 
 
-@needs("tasks.generation")
+@needs("generation")
 def test_run_leaves_a_report_that_says_what_was_logged(fit):
     sampling = [{"class_path": "Samples", "init_args": {"prompts": ["The old"]}}]
     run = fit("--trainer.callbacks", json.dumps(sampling))

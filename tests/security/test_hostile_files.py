@@ -131,11 +131,11 @@ def model(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@needs("tasks.generation")
+@needs("generation")
 @mutations(200)
 def test_damaged_models_that_generate(model: Path, guard: Guard, tmp_path: Path, seeds: range):
-    from lm_lightning.tasks.generation import generate
-    from lm_lightning.tasks.generation.generation import Sampling, prompt_ids
+    from lm_lightning.generation import generate
+    from lm_lightning.generation.generation import Sampling, prompt_ids
 
     def read(folder: Path) -> None:
         network, own = generate.load(str(folder), "cpu")

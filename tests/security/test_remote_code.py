@@ -61,7 +61,7 @@ def test_code_of_a_folder_is_not_run_even_if_yes_is_typed(name: str, folder: Pat
     assert not (folder.parent / "harmed").exists()
 
 
-@needs("tasks.generation")
+@needs("generation")
 def test_code_is_run_on_request(folder: Path):
     done = command("generate", folder, "--prompt", "a", "--max_new_tokens", 2, "--trust_remote_code", "true")
     assert done.returncode == 0, done.stderr

@@ -404,12 +404,10 @@ def test_options_do_under_sharding_what_they_do_without(runs, recipe, options: t
             assert difference < OPTIONS[option][1], option
 
 
-@needs("tasks.generation")
+@needs("generation")
 @pytest.mark.slow
 def test_sharded_network_generates_predicts_and_is_exported(runs, recipe, cli):
-    callback = (
-        '[{"class_path": "lm_lightning.tasks.generation.samples.Samples", "init_args": {"prompts": ["", "The old"]}}]'
-    )
+    callback = '[{"class_path": "lm_lightning.generation.samples.Samples", "init_args": {"prompts": ["", "The old"]}}]'
     names = ["one", "fsdp2", "split"]
     runs(commands(recipe, "gpt2", names, "--trainer.callbacks", callback))
     samples = [(runs.folder / f"{name}_gpt2" / "samples.jsonl").read_text() for name in names]

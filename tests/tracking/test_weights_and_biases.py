@@ -155,7 +155,7 @@ def test_no_artifacts_if_they_are_not_wanted(fit):
     assert "artifact" not in parts(run)[0].of and not (run / "wandb" / "artifacts").exists()
 
 
-@needs("tasks.generation", "diagnostics")
+@needs("generation", "diagnostics")
 def test_samples_and_gradients_and_predictions(fit, cli, recipe: Path):
     callbacks = [{"class_path": "Samples", "init_args": {"prompts": ["", "The old"]}}, {"class_path": "Gradients"}]
     callbacks[1]["init_args"] = {"every_n_steps": 4}

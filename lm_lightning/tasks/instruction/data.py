@@ -13,8 +13,8 @@ from lm_lightning.data.tokenizer import document_ids, fingerprint, unknown_id
 from lm_lightning.errors import UserError
 from lm_lightning.finetuning.data import LabelledData, count_phrase
 from lm_lightning.finetuning.tables import Row
-from lm_lightning.tasks.generation.chat import SPECIAL_TOKENS, ChatFormat, template_text
-from lm_lightning.tasks.generation.generation import prompt_ids
+from lm_lightning.generation.chat import SPECIAL_TOKENS, ChatFormat, template_text
+from lm_lightning.generation.generation import prompt_ids
 from lm_lightning.tasks.instruction.conversations import ConversationColumns, conversation, is_answer
 from lm_lightning.tasks.instruction.examples import Packs, TokenizedConversations, collate
 

@@ -14,7 +14,7 @@ from lm_lightning.run import model_folder
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-    from lm_lightning.tasks.generation.generation import Sampling
+    from lm_lightning.generation.generation import Sampling
 
 
 def generate(
@@ -58,7 +58,7 @@ def generate(
     prompts = read_prompts(prompts_file) if prompts_file is not None else {}
     network, tokenizer = load(model, device)  # first, so that a wrong path is reported without waiting for the imports
 
-    from lm_lightning.tasks.generation.generation import Sampling, describe_generation_config
+    from lm_lightning.generation.generation import Sampling, describe_generation_config
 
     if message := describe_generation_config(network, tokenizer):
         say(message)
@@ -68,7 +68,7 @@ def generate(
     elif prompts_file is not None:
         answer(network, tokenizer, prompts, batch_size, max_new_tokens, sampling)
     else:
-        from lm_lightning.tasks.generation.generation import prompt_ids
+        from lm_lightning.generation.generation import prompt_ids
 
         ids = prompt_ids(tokenizer, prompt)
         show(prompt)
@@ -140,7 +140,7 @@ def stream(
     sampling: "Sampling",
 ) -> str:
     """Prints the generated text as it is generated, and returns it."""
-    from lm_lightning.tasks.generation.generation import generate
+    from lm_lightning.generation.generation import generate
 
     (text,) = generate(
         network, tokenizer, [ids], max_new_tokens, sampling, write=show, notice=say, names=["the prompt"]
@@ -167,7 +167,7 @@ def answer(
         max_new_tokens: Maximum number of generated tokens.
         sampling: How tokens are chosen.
     """
-    from lm_lightning.tasks.generation.generation import check, generate, prompt_ids, room
+    from lm_lightning.generation.generation import check, generate, prompt_ids, room
 
     check(list(prompts), max_new_tokens, sampling)
     rows = [(name, prompt, prompt_ids(tokenizer, prompt)) for name, prompt in prompts.items()]
@@ -184,8 +184,8 @@ def chat_loop(
     network: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast", max_new_tokens: int, sampling: "Sampling"
 ) -> None:
     """Answers each line of the user, with the dialogue so far as context, until an empty line."""
-    from lm_lightning.tasks.generation.chat import ChatFormat
-    from lm_lightning.tasks.generation.generation import context_limit, prompt_ids
+    from lm_lightning.generation.chat import ChatFormat
+    from lm_lightning.generation.generation import context_limit, prompt_ids
 
     chat_format = None if tokenizer.chat_template is None else ChatFormat(tokenizer)
     if chat_format is None:

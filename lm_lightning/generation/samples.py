@@ -11,8 +11,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lm_lightning.console import printable
 from lm_lightning.errors import UserError
 from lm_lightning.files import append
+from lm_lightning.generation.generation import Sampling, check, describe_generation_config, generate, prompt_ids
 from lm_lightning.strategies.capabilities import capabilities
-from lm_lightning.tasks.generation.generation import Sampling, check, describe_generation_config, generate, prompt_ids
 
 
 class Samples(Callback):

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast as Fast
 
 from lm_lightning.data import tokenizer as tokenizers
 from lm_lightning.errors import UserError
-from lm_lightning.tasks.generation.chat import SPECIAL_TOKENS, TEMPLATES, ChatFormat, conversation_ids, template_text
+from lm_lightning.generation.chat import SPECIAL_TOKENS, TEMPLATES, ChatFormat, conversation_ids, template_text
 
 CHATML, HEADINGS = TEMPLATES["chatml"], TEMPLATES["headings"]
 SPACED = (  # as of Llama 2: an answer begins with a space

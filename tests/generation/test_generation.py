@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerFast as Fast
 
 from lm_lightning.data import tokenizer as tokenizers
 from lm_lightning.errors import UserError
-from lm_lightning.tasks.generation.chat import chat_ids
-from lm_lightning.tasks.generation.generation import Continuation, prompt_ids
+from lm_lightning.generation.chat import chat_ids
+from lm_lightning.generation.generation import Continuation, prompt_ids
 
 PROMPTS = ["The old captain", "my neighbour painted a letter", "7", "every student carried"]
 LEFT = {"repetition_penalty": 1.7, "num_beams": 3, "no_repeat_ngram_size": 2, "suppress_tokens": list(range(20, 60))}

@@ -8,7 +8,7 @@ import pytest
 from conftest import command, refusal
 
 from lm_lightning.errors import UserError
-from lm_lightning.tasks.generation import generate
+from lm_lightning.generation import generate
 
 
 @pytest.fixture
