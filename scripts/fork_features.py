@@ -26,9 +26,11 @@ class Feature:
     choosable: bool = True
 
 
-TASKS = ("classification", "tagging", "parsing", "questions", "embedding")
+TASKS = ("classification", "tagging", "parsing", "questions", "embedding", "preference")
 FEATURES = {
-    "gpt": Feature("generation", "text generation and chat (GPTs are trained without it, too)"),
+    "gpt": Feature(
+        "generation", "text generation and chat (GPTs are trained without it, too)", needed_by=("preference",)
+    ),
     "bert": Feature("tasks.masked_lm", "pretraining of BERTs", ("configs/bert*", "configs/modernbert*"), ("bert",)),
     "classification": Feature(
         "tasks.classification",
@@ -43,6 +45,11 @@ FEATURES = {
         "embeddings and semantic search",
         ("configs/embedding*", "configs/search.yaml", "docs/search.md"),
         ("search",),
+    ),
+    "preference": Feature(
+        "tasks.preference",
+        "DPO, SimPO and ORPO from pairs of answers",
+        ("configs/preference*", "docs/preference.md"),
     ),
     "finetuning": Feature(
         "finetuning",
