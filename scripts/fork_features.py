@@ -26,10 +26,12 @@ class Feature:
     choosable: bool = True
 
 
-TASKS = ("classification", "tagging", "parsing", "questions", "embedding", "preference")
+TASKS = ("classification", "tagging", "parsing", "questions", "embedding", "instruction", "preference")
 FEATURES = {
     "gpt": Feature(
-        "generation", "text generation and chat (GPTs are trained without it, too)", needed_by=("preference",)
+        "generation",
+        "text generation and chat (GPTs are trained without it, too)",
+        needed_by=("instruction", "preference"),
     ),
     "bert": Feature("tasks.masked_lm", "pretraining of BERTs", ("configs/bert*", "configs/modernbert*"), ("bert",)),
     "classification": Feature(
@@ -46,6 +48,7 @@ FEATURES = {
         ("configs/embedding*", "configs/search.yaml", "docs/search.md"),
         ("search",),
     ),
+    "instruction": Feature("tasks.instruction", "instruction tuning, chat", ("configs/chat*", "docs/chat.md")),
     "preference": Feature(
         "tasks.preference",
         "DPO, SimPO and ORPO from pairs of answers",
@@ -58,7 +61,7 @@ FEATURES = {
         needed_by=TASKS,
         choosable=False,
     ),
-    "lora": Feature("lora", "LoRA and QLoRA", ("docs/lora.md",), ("lora",)),
+    "lora": Feature("lora", "LoRA and QLoRA", ("docs/lora.md", "configs/chat_lora.yaml"), ("lora",)),
     "compression": Feature(
         "compression", "quantization, pruning, distillation", ("docs/compression.md",), ("compress",)
     ),

@@ -7,9 +7,9 @@ of the work of `encode`.
 import functools
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -34,6 +34,9 @@ from lm_lightning.finetuning.examples import Examples, collate
 from lm_lightning.finetuning.tables import FORMATS, PREFIX, Row, Tables, read_split, sources
 from lm_lightning.finetuning.words import encode_words
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
 NEEDED = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",), "predict": ("predict",)}
 
 
@@ -52,6 +55,7 @@ class LabelledData(StreamData):
     Attributes:
         formats: File formats that have short names and are detected by the suffixes of files.
         columns: Options of the task with the names of the tables' columns, a dataclass; a subclass may set it.
+        has_labels: Whether an evaluation may have to read the labels of the training rows.
         labels: Names of the labels, in the order of their ids; `find_labels` sets it.
         examples: Examples of each split that is used.
         inputs: Rows for which `predict` computes predictions.
@@ -60,6 +64,7 @@ class LabelledData(StreamData):
     length_option = "max_length"
     formats: Sequence[Format] = FORMATS
     columns: Any = None
+    has_labels = True
 
     def __init__(
         self,
@@ -107,16 +112,13 @@ class LabelledData(StreamData):
     def setup(self, stage: str) -> None:
         self.check()
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
-        self.tokenizer = load(str(self.tokenizer_options.path))
-        self.tokenizer.padding_side = "right"
-        if self.tokenizer.pad_token is None:  # as in the published tokenizers of GPT
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-        self.collate = functools.partial(collate, self.tokenizer)
+        self.tokenizer = self.load_tokenizer()
+        self.collate = self.make_collate()
         # An evaluation needs the training rows only if the network does not have the labels.
         module = self.trainer.lightning_module
         named = stage != "fit" and (module.evaluated_network is not None or not module.keep_head)
         self.labels_known = named and bool(module.own_labels())
-        needs_train = stage == "fit" or (self.tables.train and not self.labels_known)
+        needs_train = stage == "fit" or (self.has_labels and self.tables.train and not self.labels_known)
         train = read_split(self.tables, "train", self.key, self.formats) if needs_train else []
         self.find_labels(train)
         self.label_ids = {label: number for number, label in enumerate(self.labels)}
@@ -129,6 +131,18 @@ class LabelledData(StreamData):
                 self.respelled = self.stripped = 0
                 self.examples[split] = Examples(self.encode(split, rows), self.seed if split == "train" else None)
                 self.report_labels(split)
+
+    def load_tokenizer(self) -> "PreTrainedTokenizerFast":
+        """Loads the tokenizer; a subclass may change it."""
+        tokenizer = load(str(self.tokenizer_options.path))
+        tokenizer.padding_side = "right"
+        if tokenizer.pad_token is None:  # as in the published tokenizers of GPT
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
+
+    def make_collate(self) -> Callable[[list[dict]], dict]:
+        """The function that collates examples to a batch."""
+        return functools.partial(collate, self.tokenizer)
 
     def check(self) -> None:
         """Refuses invalid options."""

@@ -192,6 +192,8 @@ class NetworkBuilder:
         except UserError:
             return  # weights alone, or nothing at all, which `load` of this class reports
         own.pad_token = own.pad_token or self.tokenizer.pad_token  # it is no part of a text
+        known = own.get_vocab()  # tokens that the data has added to it mean nothing else to the network
+        own.add_tokens([t for _, t in sorted(self.tokenizer.added_tokens_decoder.items()) if str(t) not in known])
         if fingerprint(own) != fingerprint(self.tokenizer):
             raise UserError(
                 f"{name} was trained with another tokenizer than the data's: give --data.tokenizer.path {name}, or "

@@ -1,22 +1,15 @@
 """Preference tuning: what is learned from pairs of answers, with and without a reference network."""
 
 import json
-import math
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, needs, paragraphs
-from forks import python
-from processes import Runs
-from test_fit import metrics, same, weights
-from test_resuming import snapshots
+from conftest import ROOT, paragraphs
+from test_fit import metrics
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from lm_lightning.checkpoints.loading import load_checkpoint
 from lm_lightning.data.tokenizer import Tokenizer, train
-from lm_lightning.tasks.preference.model import PreferenceTuning
 
 TEXTS = [text[: 20 + 2 * i] for i, text in enumerate(paragraphs(24))]
 
