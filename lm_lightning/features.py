@@ -24,6 +24,7 @@ FEATURES = (
     "tasks.parsing",
     "tasks.questions",
     "tasks.embedding",
+    "tasks.preference",
     "lora",
     "compression",
     "diagnostics",

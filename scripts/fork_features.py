@@ -26,10 +26,12 @@ class Feature:
     choosable: bool = True
 
 
-TASKS = ("classification", "tagging", "parsing", "questions", "embedding", "instruction")
+TASKS = ("classification", "tagging", "parsing", "questions", "embedding", "instruction", "preference")
 FEATURES = {
     "gpt": Feature(
-        "generation", "text generation and chat (GPTs are trained without it, too)", needed_by=("instruction",)
+        "generation",
+        "text generation and chat (GPTs are trained without it, too)",
+        needed_by=("instruction", "preference"),
     ),
     "bert": Feature("tasks.masked_lm", "pretraining of BERTs", ("configs/bert*", "configs/modernbert*"), ("bert",)),
     "classification": Feature(
@@ -47,6 +49,11 @@ FEATURES = {
         ("search",),
     ),
     "instruction": Feature("tasks.instruction", "instruction tuning, chat", ("configs/chat*", "docs/chat.md")),
+    "preference": Feature(
+        "tasks.preference",
+        "DPO, SimPO and ORPO from pairs of answers",
+        ("configs/preference*", "docs/preference.md"),
+    ),
     "finetuning": Feature(
         "finetuning",
         "tables of labelled rows",
