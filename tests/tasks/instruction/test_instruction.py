@@ -161,14 +161,42 @@ def test_plain_transformers_reads_the_same_and_answers_the_same(template: str, l
     ]
 
 
-def test_loss_is_that_of_the_answers_in_plain_transformers(learned, cli):
+def surprising() -> list[list[dict[str, str]]]:
+    """The conversations with other answers, which have a high loss."""
+    return [[{**turn, "content": turn["content"][::-1]} for turn in turns] for turns in conversations()]
+
+
+@pytest.fixture
+def logged(learned, cli, tmp_path: Path) -> float:
+    """The mean loss of the surprising conversations, which an evaluation of the run with `chatml` logs."""
     run = learned("chatml")
-    cli("validate", run, "--trainer.precision", "32-true")
-    logged = json.loads((evaluation(run, "validate") / "evaluation.json").read_text())["metrics"]["val/loss"]
+    file = write(tmp_path / "surprising.jsonl", [{"messages": turns} for turns in surprising()])
+    out = cli("validate", run, "--data.max_length", 256, "--data.tables.validation", file)
+    assert "not used" not in out
+    return json.loads((evaluation(run, "validate") / "evaluation.json").read_text())["metrics"]["val/loss"]
+
+
+def test_loss_is_that_of_trl(learned, logged: float, tmp_path: Path):
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    model = learned("chatml") / "model"
+    options = {"assistant_only_loss": True, "max_length": None, "per_device_train_batch_size": 20, "bf16": False}
+    trainer = trl.SFTTrainer(
+        AutoModelForCausalLM.from_pretrained(model),
+        trl.SFTConfig(str(tmp_path), report_to="none", use_cpu=True, **options),
+        train_dataset=datasets.Dataset.from_list([{"messages": turns} for turns in surprising()]),
+        processing_class=AutoTokenizer.from_pretrained(model),
+    )
+    (batch,) = trainer.get_train_dataloader()
+    assert trainer.compute_loss(trainer.model.eval(), batch).item() == pytest.approx(logged, rel=1e-5)
+    assert logged > 3
+
+
+def test_loss_is_that_of_the_answers_in_plain_transformers(learned, logged: float):
+    run = learned("chatml")
     network = AutoModelForCausalLM.from_pretrained(run / "model").eval()
     tokenizer = AutoTokenizer.from_pretrained(run / "model")
     total, count = 0.0, 0
-    for turns in conversations():
+    for turns in surprising():
         encoded = tokenizer.apply_chat_template(
             turns, return_dict=True, return_assistant_tokens_mask=True, return_tensors="pt"
         )
@@ -176,7 +204,8 @@ def test_loss_is_that_of_the_answers_in_plain_transformers(learned, cli):
         with torch.no_grad():
             loss = network(input_ids=ids, labels=ids.masked_fill(~answers, -100)).loss
         total, count = total + loss.item() * int(answers.sum()), count + int(answers.sum())
-    assert logged == pytest.approx(total / count, abs=1e-5)
+    assert logged == pytest.approx(total / count, rel=1e-5)
+    assert logged > 3
 
 
 def test_packed_batches_have_the_same_loss_and_gradients(cli, fit, recipe: Path):
