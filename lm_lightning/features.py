@@ -23,6 +23,7 @@ FEATURES = (
     "tasks.parsing",
     "tasks.questions",
     "tasks.embedding",
+    "tasks.seq2seq",
     "lora",
     "compression",
     "diagnostics",

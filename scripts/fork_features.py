@@ -26,9 +26,15 @@ class Feature:
     choosable: bool = True
 
 
-TASKS = ("classification", "tagging", "parsing", "questions", "embedding")
+TASKS = ("classification", "tagging", "parsing", "questions", "embedding", "seq2seq")
+WRITING = ("seq2seq",)  # tasks that generate text
 FEATURES = {
-    "gpt": Feature("generation", "text generation and chat (GPTs are trained without it, too)"),
+    "gpt": Feature(
+        "generation",
+        "text generation and chat (GPTs are trained without it, too)",
+        extras=("scores",),
+        needed_by=WRITING,
+    ),
     "bert": Feature("tasks.masked_lm", "pretraining of BERTs", ("configs/bert*", "configs/modernbert*"), ("bert",)),
     "classification": Feature(
         "tasks.classification",
@@ -43,6 +49,11 @@ FEATURES = {
         "embeddings and semantic search",
         ("configs/embedding*", "configs/search.yaml", "docs/search.md"),
         ("search",),
+    ),
+    "seq2seq": Feature(
+        "tasks.seq2seq",
+        "translation, summarization",
+        ("configs/translation.yaml", "configs/summarization.yaml", "docs/seq2seq.md"),
     ),
     "finetuning": Feature(
         "finetuning",

@@ -9,7 +9,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -33,6 +33,9 @@ from lm_lightning.finetuning import cells
 from lm_lightning.finetuning.examples import Examples, collate
 from lm_lightning.finetuning.tables import FORMATS, PREFIX, Row, Tables, read_split, sources
 from lm_lightning.finetuning.words import encode_words
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 NEEDED = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",), "predict": ("predict",)}
 
@@ -58,6 +61,7 @@ class LabelledData(StreamData):
     """
 
     length_option = "max_length"
+    has_labels = True  # whether there are labels, which an evaluation may have to find in the training rows
     formats: Sequence[Format] = FORMATS
     columns: Any = None
 
@@ -107,7 +111,7 @@ class LabelledData(StreamData):
     def setup(self, stage: str) -> None:
         self.check()
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
-        self.tokenizer = load(str(self.tokenizer_options.path))
+        self.tokenizer = self.make_tokenizer()
         self.tokenizer.padding_side = "right"
         if self.tokenizer.pad_token is None:  # as in the published tokenizers of GPT
             self.tokenizer.pad_token = self.tokenizer.eos_token
@@ -116,8 +120,8 @@ class LabelledData(StreamData):
         module = self.trainer.lightning_module
         named = stage != "fit" and (module.evaluated_network is not None or not module.keep_head)
         self.labels_known = named and bool(module.own_labels())
-        needs_train = stage == "fit" or (self.tables.train and not self.labels_known)
-        train = read_split(self.tables, "train", self.key, self.formats) if needs_train else []
+        needs_train = stage == "fit" or (self.has_labels and self.tables.train and not self.labels_known)
+        train = self.read("train") if needs_train else []
         self.find_labels(train)
         self.label_ids = {label: number for number, label in enumerate(self.labels)}
         self.spellings = {cells.canonical(label): number for label, number in self.label_ids.items()}
@@ -127,7 +131,7 @@ class LabelledData(StreamData):
                 if split == "predict":
                     self.inputs = rows
                 self.respelled = self.stripped = 0
-                self.examples[split] = Examples(self.encode(split, rows), self.seed if split == "train" else None)
+                self.examples[split] = self.make_examples(split, self.encode(split, rows))
                 self.report_labels(split)
 
     def check(self) -> None:
@@ -141,6 +145,14 @@ class LabelledData(StreamData):
                 raise UserError(f"data.{name} is {value}, but must be {least} or more")
         if self.tokenizer_options.path is None:
             raise UserError("there is no tokenizer: give --data.tokenizer.path, or a --model.pretrained that has one")
+
+    def make_tokenizer(self) -> "PreTrainedTokenizerFast":
+        """Loads the tokenizer."""
+        return load(str(self.tokenizer_options.path))
+
+    def make_examples(self, split: str, rows: list[dict]) -> Examples:
+        """The dataset of a split, with what `encode` returns."""
+        return Examples(rows, self.seed if split == "train" else None)
 
     def read(self, split: str) -> list[Row]:
         """The rows of a split."""

@@ -192,6 +192,9 @@ class NetworkBuilder:
         except UserError:
             return  # weights alone, or nothing at all, which `load` of this class reports
         own.pad_token = own.pad_token or self.tokenizer.pad_token  # it is no part of a text
+        for name in ("src_lang", "tgt_lang"):  # options of the data
+            if hasattr(own, name) and getattr(self.tokenizer, name, None):
+                setattr(own, name, getattr(self.tokenizer, name))
         if fingerprint(own) != fingerprint(self.tokenizer):
             raise UserError(
                 f"{name} was trained with another tokenizer than the data's: give --data.tokenizer.path {name}, or "
