@@ -17,6 +17,7 @@ from lm_lightning.errors import UserError
 # Packages in this one, a line each
 FEATURES = (
     "generation",
+    "tasks.instruction",
     "tasks.masked_lm",
     "tasks.classification",
     "tasks.tagging",
@@ -24,6 +25,7 @@ FEATURES = (
     "tasks.questions",
     "tasks.embedding",
     "tasks.seq2seq",
+    "tasks.preference",
     "lora",
     "compression",
     "diagnostics",

@@ -26,14 +26,13 @@ class Feature:
     choosable: bool = True
 
 
-TASKS = ("classification", "tagging", "parsing", "questions", "embedding", "seq2seq")
-WRITING = ("seq2seq",)  # tasks that generate text
+TASKS = ("classification", "tagging", "parsing", "questions", "embedding", "seq2seq", "instruction", "preference")
 FEATURES = {
     "gpt": Feature(
         "generation",
         "text generation and chat (GPTs are trained without it, too)",
         extras=("scores",),
-        needed_by=WRITING,
+        needed_by=("seq2seq", "instruction", "preference"),
     ),
     "bert": Feature("tasks.masked_lm", "pretraining of BERTs", ("configs/bert*", "configs/modernbert*"), ("bert",)),
     "classification": Feature(
@@ -55,6 +54,12 @@ FEATURES = {
         "translation, summarization",
         ("configs/translation.yaml", "configs/summarization.yaml", "docs/seq2seq.md"),
     ),
+    "instruction": Feature("tasks.instruction", "instruction tuning, chat", ("configs/chat*", "docs/chat.md")),
+    "preference": Feature(
+        "tasks.preference",
+        "DPO, SimPO and ORPO from pairs of answers",
+        ("configs/preference*", "docs/preference.md"),
+    ),
     "finetuning": Feature(
         "finetuning",
         "tables of labelled rows",
@@ -62,7 +67,7 @@ FEATURES = {
         needed_by=TASKS,
         choosable=False,
     ),
-    "lora": Feature("lora", "LoRA and QLoRA", ("docs/lora.md",), ("lora",)),
+    "lora": Feature("lora", "LoRA and QLoRA", ("docs/lora.md", "configs/chat_lora.yaml"), ("lora",)),
     "compression": Feature(
         "compression", "quantization, pruning, distillation", ("docs/compression.md",), ("compress",)
     ),

@@ -71,6 +71,8 @@ class DataModule(Protocol):
             `advance(rows)` increases it instead; `rows` is the number of this process's samples of the step.
         splits: Size of each split, by `train`, `validation` and `test`. Without it, there is no `bits_per_byte`.
         mask_documents: Whether `position_ids` separate packed documents; the network is then checked for support.
+        end_tokens: Tokens that end a generated text, such as the end of a turn. Exports of networks that generate text
+            have them in `generation_config.json`, beside those that the network had.
         labels: Names of the labels in the order of their numbers, for models that predict labels.
         info: Origin and number of the samples, JSON-serializable, for `data.json` in the run folder and
             `evaluation.json`. Without it, these files do not describe the data.
@@ -86,6 +88,7 @@ class DataModule(Protocol):
     consumed: Optional[int]
     splits: Mapping[str, SplitSize]
     mask_documents: bool
+    end_tokens: list[int]
     labels: list[str]
     info: Optional[dict[str, Any]]
     predict_table: bool
@@ -101,6 +104,7 @@ DEFAULTS: dict[str, Any] = {
     "consumed": None,
     "splits": {},
     "mask_documents": False,
+    "end_tokens": [],
     "labels": [],
     "info": None,
     "predict_table": False,

@@ -169,6 +169,17 @@ def fingerprint(tokenizer: "PreTrainedTokenizerFast") -> str:
     return hashlib.sha256(state.encode()).hexdigest()
 
 
+def adopt(tokenizer: "PreTrainedTokenizerFast", other: "PreTrainedTokenizerFast") -> None:
+    """Gives a tokenizer what another has, if it does not change the meaning of its tokens: padding, languages, and
+    tokens that were added."""
+    tokenizer.pad_token = tokenizer.pad_token or other.pad_token  # it is no part of a text
+    for name in ("src_lang", "tgt_lang"):
+        if hasattr(tokenizer, name) and getattr(other, name, None):
+            setattr(tokenizer, name, getattr(other, name))
+    known = tokenizer.get_vocab()
+    tokenizer.add_tokens([t for _, t in sorted(other.added_tokens_decoder.items()) if str(t) not in known])
+
+
 def text_ids(tokenizer: "PreTrainedTokenizerFast") -> tuple[list[int], list[int]]:
     """Ids that the tokenizer adds before and after a text, such as those of `[CLS]` and `[SEP]`."""
     full, text = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]

@@ -7,7 +7,7 @@ of the work of `encode`.
 import functools
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +55,7 @@ class LabelledData(StreamData):
     Attributes:
         formats: File formats that have short names and are detected by the suffixes of files.
         columns: Options of the task with the names of the tables' columns, a dataclass; a subclass may set it.
+        has_labels: Whether an evaluation may have to read the labels of the training rows.
         labels: Names of the labels, in the order of their ids; `find_labels` sets it.
         examples: Examples of each split that is used.
         inputs: Rows for which `predict` computes predictions.
@@ -111,11 +112,8 @@ class LabelledData(StreamData):
     def setup(self, stage: str) -> None:
         self.check()
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
-        self.tokenizer = self.make_tokenizer()
-        self.tokenizer.padding_side = "right"
-        if self.tokenizer.pad_token is None:  # as in the published tokenizers of GPT
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-        self.collate = functools.partial(collate, self.tokenizer)
+        self.tokenizer = self.load_tokenizer()
+        self.collate = self.make_collate()
         # An evaluation needs the training rows only if the network does not have the labels.
         module = self.trainer.lightning_module
         named = stage != "fit" and (module.evaluated_network is not None or not module.keep_head)
@@ -134,6 +132,14 @@ class LabelledData(StreamData):
                 self.examples[split] = self.make_examples(split, self.encode(split, rows))
                 self.report_labels(split)
 
+    def load_tokenizer(self) -> "PreTrainedTokenizerFast":
+        """Loads the tokenizer; a subclass may change it."""
+        return padded(load(str(self.tokenizer_options.path)))
+
+    def make_collate(self) -> Callable[[list[dict]], dict]:
+        """The function that collates examples to a batch."""
+        return functools.partial(collate, self.tokenizer)
+
     def check(self) -> None:
         """Refuses invalid options."""
         for name, value, least in (
@@ -145,10 +151,6 @@ class LabelledData(StreamData):
                 raise UserError(f"data.{name} is {value}, but must be {least} or more")
         if self.tokenizer_options.path is None:
             raise UserError("there is no tokenizer: give --data.tokenizer.path, or a --model.pretrained that has one")
-
-    def make_tokenizer(self) -> "PreTrainedTokenizerFast":
-        """Loads the tokenizer."""
-        return load(str(self.tokenizer_options.path))
 
     def make_examples(self, split: str, rows: list[dict]) -> Examples:
         """The dataset of a split, with what `encode` returns."""
@@ -338,6 +340,14 @@ class LabelledData(StreamData):
             "tokenizer": fingerprint(self.tokenizer)[:16],
             "seed_everything": self.seed,
         } | columns
+
+
+def padded(tokenizer: "PreTrainedTokenizerFast") -> "PreTrainedTokenizerFast":
+    """A tokenizer that pads on the right; one without a padding token, such as that of GPT, gets one."""
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def count_phrase(number: int, what: str) -> str:

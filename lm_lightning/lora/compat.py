@@ -1,5 +1,6 @@
 """peft, bitsandbytes and transformers: quantized layers, and the names of the tensors of an adapter."""
 
+from collections.abc import Iterable
 from typing import Any, Optional
 
 from torch import Tensor, nn
@@ -53,3 +54,13 @@ def keep_trainable(network: Any) -> None:
     for module in network.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+
+
+def set_disabled(layers: Iterable[Any], disabled: bool) -> None:
+    """Makes adapted layers compute what their base layers do, or lets them use their matrices again.
+
+    Alternative: `LoraLayer.enable_adapters`, which also changes `requires_grad` of the matrices, which DDP does not
+    expect in the middle of a step.
+    """
+    for layer in layers:
+        layer._disable_adapters = disabled

@@ -4,7 +4,8 @@ The exported network has the sums of both, like any other network; an additional
 """
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -117,6 +118,16 @@ class LoRA(Adapter):
             fan_in_fan_out=any(map(transposed, layers.values())),
             **more,
         )
+
+    @contextmanager
+    def disabled(self, network: transformers.PreTrainedModel) -> Iterator[None]:
+        kind = package("peft").tuners.lora.LoraLayer
+        layers = [module for module in network.modules() if isinstance(module, kind)]
+        compat.set_disabled(layers, True)
+        try:
+            yield
+        finally:
+            compat.set_disabled(layers, False)
 
     @torch.no_grad()
     def merge(self, network: transformers.PreTrainedModel, weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ from. An export is a network like any other, in which both are merged, with the 
 import dataclasses
 import os
 from collections.abc import Collection
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar, Optional
 
@@ -65,6 +66,10 @@ class Adapter:
         Returns:
             Names of all tensors that a checkpoint must hold, in the adapted network.
         """
+        raise NotImplementedError
+
+    def disabled(self, network: transformers.PreTrainedModel) -> AbstractContextManager[None]:
+        """Within this context, an adapted network computes what its base does, except for new tensors."""
         raise NotImplementedError
 
     def merge(self, network: transformers.PreTrainedModel, weights: dict[str, Tensor]) -> dict[str, Tensor]:

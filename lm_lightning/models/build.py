@@ -15,7 +15,7 @@ from torch import nn
 
 from lm_lightning import hub
 from lm_lightning.data import contract
-from lm_lightning.data.tokenizer import document_ids, fingerprint, load, vocabulary
+from lm_lightning.data.tokenizer import adopt, document_ids, fingerprint, load, vocabulary
 from lm_lightning.errors import UserError
 from lm_lightning.models.adapter import Adapter
 from lm_lightning.networks import blocks, positions
@@ -191,10 +191,7 @@ class NetworkBuilder:
             own = load(name)
         except UserError:
             return  # weights alone, or nothing at all, which `load` of this class reports
-        own.pad_token = own.pad_token or self.tokenizer.pad_token  # it is no part of a text
-        for name in ("src_lang", "tgt_lang"):  # options of the data
-            if hasattr(own, name) and getattr(self.tokenizer, name, None):
-                setattr(own, name, getattr(self.tokenizer, name))
+        adopt(own, self.tokenizer)
         if fingerprint(own) != fingerprint(self.tokenizer):
             raise UserError(
                 f"{name} was trained with another tokenizer than the data's: give --data.tokenizer.path {name}, or "

@@ -28,6 +28,10 @@ class CausalLM(LanguageModule):
         self.network.get_input_embeddings().padding_idx = None
         self.has_linear_head = self.head_is_last()
         self.refuse_leaks()
+        if ends := contract.optional(self.trainer.datamodule, "end_tokens"):
+            own = self.network.generation_config.eos_token_id
+            more = own if isinstance(own, list) else [] if own is None else [own]
+            self.network.generation_config.eos_token_id = list(dict.fromkeys([*ends, *more]))
 
     @torch.no_grad()
     def refuse_leaks(self) -> None:

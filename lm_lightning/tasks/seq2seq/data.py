@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from lm_lightning.data.tokenizer import load, train
 from lm_lightning.errors import UserError
-from lm_lightning.finetuning.data import LabelledData, count_phrase
+from lm_lightning.finetuning.data import LabelledData, count_phrase, padded
 from lm_lightning.finetuning.examples import Examples
 from lm_lightning.finetuning.tables import Row, part
 from lm_lightning.finetuning.token_batches import TokenBatches, TokenBatchSampler, TokenEvaluationBatches
@@ -121,7 +121,7 @@ class Seq2SeqData(LabelledData):
         if self.tokenizer_options.path is not None or self.trainer.state.fn != "fit":
             super().check()
 
-    def make_tokenizer(self) -> "PreTrainedTokenizerFast":
+    def load_tokenizer(self) -> "PreTrainedTokenizerFast":
         path = self.tokenizer_options.path
         if path is None:
             self.print("tokenizer: trained on the sources and targets of the training split")
@@ -129,7 +129,7 @@ class Seq2SeqData(LabelledData):
         tokenizer = load(path)
         if languages := with_languages(tokenizer, self.source_language, self.target_language):
             tokenizer = load(path, **languages)
-        return tokenizer
+        return padded(tokenizer)
 
     def training_texts(self) -> Iterator[str]:
         """All texts of the training split."""

@@ -1,0 +1,282 @@
+"""Data of instruction tuning: converts rows to conversations, and these to batches."""
+
+import functools
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Optional
+
+import numpy as np
+
+from lm_lightning.console import printable
+from lm_lightning.data.tokenizer import document_ids, fingerprint, unknown_id
+from lm_lightning.errors import UserError
+from lm_lightning.finetuning.data import LabelledData, count_phrase
+from lm_lightning.finetuning.tables import Row
+from lm_lightning.generation.chat import SPECIAL_TOKENS, ChatFormat, template_text
+from lm_lightning.generation.generation import prompt_ids
+from lm_lightning.tasks.instruction.conversations import ConversationColumns, conversation, is_answer
+from lm_lightning.tasks.instruction.examples import Packs, TokenizedConversations, collate
+
+PLAIN = "plain"  # the name of having no chat template
+
+
+@dataclass
+class Counts:
+    """What was left out of a split, with the first row of each kind.
+
+    Attributes:
+        unanswered: Rows without an answer.
+        too_long: Rows whose first answer does not end within `max_length` tokens.
+        cut: Answers after the last one that does.
+    """
+
+    unanswered: list[str] = field(default_factory=list)
+    too_long: list[str] = field(default_factory=list)
+    cut: int = 0
+
+    def __str__(self) -> str:
+        parts = [
+            f"{len(rows):,} {what} (such as {rows[0]})"
+            for rows, what in ((self.unanswered, "have no answer"), (self.too_long, "are longer than data.max_length"))
+            if rows
+        ]
+        return " and ".join(parts)
+
+
+class InstructionData(LabelledData):
+    """Conversations, or prompts with completions, for causal networks that learn to answer.
+
+    The loss is that of the assistant's turns and of the token that ends each of them. A conversation that is longer
+    than `max_length` keeps the turns up to the last answer that ends before it.
+
+    Args:
+        columns: What the tables' columns contain.
+        chat_template: How turns are written: `chatml`, `headings`, a file with a template in Jinja, or the template
+            itself. `plain`: prompts are directly followed by completions and the end-of-text token. Default: the
+            tokenizer's template or, for prompts and completions without one, `plain`. Exports have it.
+        special_tokens: Tokens that the template needs, to add to the tokenizer; those of `chatml` are known.
+        pack: Whether to put several conversations into a row of `max_length` tokens, without attention between them,
+            which needs no padding. `batch_size` is the number of these rows.
+        max_length: Maximum number of tokens of a conversation.
+        batch_size: Number of conversations, or of packed rows, per micro-batch and process.
+        options: Other options of all labelled data, see `LabelledData`.
+    """
+
+    has_labels = False
+
+    def __init__(
+        self,
+        columns: ConversationColumns = ConversationColumns(),
+        chat_template: Optional[str] = None,
+        special_tokens: Sequence[str] = (),
+        pack: bool = False,
+        max_length: int = 1024,
+        batch_size: int = 8,
+        **options: Any,
+    ) -> None:
+        super().__init__(max_length=max_length, batch_size=batch_size, **options)
+        self.columns, self.chat_template = columns, chat_template
+        self.special_tokens, self.pack = special_tokens, pack
+        self.chat: Optional[ChatFormat] = None
+        self.targets_per_sample = 1.0
+        self.content: dict[str, TokenizedConversations] = {}
+        self.left_out: dict[str, str] = {}
+
+    # Tokenizer
+
+    def load_tokenizer(self) -> Any:
+        tokenizer = super().load_tokenizer()
+        named = dict.fromkeys([*SPECIAL_TOKENS.get(self.chat_template or "", ()), *self.special_tokens])
+        special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+        if new := [name for name in named if name not in special]:
+            self.add_tokens(tokenizer, new)
+        if self.chat_template is not None:
+            text = None if self.chat_template == PLAIN else template_text(self.chat_template)
+            tokenizer.chat_template = text
+        self.chat = ChatFormat(tokenizer) if tokenizer.chat_template else None
+        if self.chat is not None:
+            self.print(f"chat template: answers end with {printable(self.chat.end)}")
+        return tokenizer
+
+    def add_tokens(self, tokenizer: Any, names: list[str]) -> None:
+        """Adds special tokens, whose embeddings are new."""
+        from tokenizers import AddedToken
+
+        if self.trainer is not None and getattr(self.trainer.lightning_module, "adapter", None) is not None:
+            raise UserError(
+                f"the tokenizer has no tokens {', '.join(names)}, whose new embeddings model.adapter would not train: "
+                "omit --data.chat_template and --data.special_tokens if the tokenizer has a template, use "
+                "--data.chat_template headings, which needs no new tokens, or omit model.adapter"
+            )
+        tokenizer.add_tokens([AddedToken(name, normalized=False, special=True) for name in names], special_tokens=True)
+        self.print(f"the tokenizer gets the tokens {', '.join(map(printable, names))}")
+
+    def make_collate(self) -> Callable[[list[dict]], dict]:
+        return functools.partial(collate, self.tokenizer.pad_token_id)
+
+    @property
+    def mask_documents(self) -> bool:
+        """Whether `position_ids` separate conversations."""
+        return self.pack
+
+    @property
+    def end_tokens(self) -> list[int]:
+        """The tokens that end a generated answer; empty if only the end-of-text token does."""
+        return [] if self.chat is None else list(dict.fromkeys([self.chat.end_id, document_ids(self.tokenizer)[1][-1]]))
+
+    @property
+    def tokens_per_batch(self) -> int:
+        """Number of targets of a typical micro-batch."""
+        return max(1, round(self.batch_size * self.targets_per_sample))
+
+    def print(self, text: str) -> None:
+        if self.trainer is None or self.trainer.is_global_zero:  # `prepare` has no trainer
+            print(text)
+
+    # Examples
+
+    def key(self, row: Row) -> str:
+        """What is said before the first answer, so that the same question is never in both splits."""
+        said = []
+        for turn in conversation(row, self.columns):
+            if turn["role"] == "assistant":
+                break
+            said.append(str(turn.get("content")))
+        return "\n".join(said)
+
+    def encode(self, split: str, rows: list[Row]) -> Any:
+        counts = Counts()
+        content = TokenizedConversations(
+            example for row in rows for example in self.shortened(self.tokens(row, counts), row, counts)
+        )
+        self.report_conversations(split, content, len(rows), counts)
+        self.content[split] = content
+        if not self.pack:
+            samples: Any = content
+        else:
+            samples = Packs(content, self.block_size, self.tokenizer.pad_token_id)
+            share = content.lengths.sum() / (len(samples) * self.block_size)
+            self.print(f"{split}: {len(samples):,} rows of {self.block_size} tokens, {share:.1%} full")
+        if split == "train":
+            self.targets_per_sample = float(content.is_target.sum() / len(samples))
+        return samples
+
+    def tokens(self, row: Row, counts: Counts) -> list[tuple[list[int], list[bool]]]:
+        """The ids of a row's conversation, and which of them are targets; usually one pair, see `ChatFormat`."""
+        turns = conversation(row, self.columns)
+        if not any(map(is_answer, turns)):
+            counts.unanswered.append(row.where)
+            return []
+        try:
+            return [self.plain_tokens(turns)] if self.chat is None else self.chat.examples(turns)
+        except UserError as error:
+            raise UserError(f"{row.where}: {error}") from error
+
+    def plain_tokens(self, turns: list[dict[str, Any]]) -> tuple[list[int], list[bool]]:
+        """A prompt, its completion and the end-of-text token, without a chat template."""
+        if [turn["role"] for turn in turns] != ["user", "assistant"]:
+            raise UserError(
+                "conversations of more than a prompt and a completion need a chat template: give one with "
+                "--data.chat_template, such as chatml"
+            )
+        prompt = prompt_ids(self.tokenizer, turns[0]["content"])
+        answer = self.tokenizer(turns[1]["content"], add_special_tokens=False)["input_ids"]
+        answer += document_ids(self.tokenizer)[1]
+        return prompt + answer, [False] * len(prompt) + [True] * len(answer)
+
+    def shortened(
+        self, examples: list[tuple[list[int], list[bool]]], row: Row, counts: Counts
+    ) -> list[tuple[list[int], list[bool]]]:
+        """The examples of a row up to the last answer that ends within the maximum length."""
+        found = []
+        ends_answer = {self.tokenizer.eos_token_id} if self.chat is None else self.chat.special_ids
+        for ids, is_target in examples:
+            after = [*is_target[1:], False]
+            ends = [
+                number + 1
+                for number, token in enumerate(ids)
+                if is_target[number] and not after[number] and (token in ends_answer or number + 1 == len(ids))
+            ]
+            fitting = [end for end in ends if end <= self.block_size + 1]  # the last token is only a target
+            if fitting:
+                found.append((ids[: fitting[-1]], is_target[: fitting[-1]]))
+                counts.cut += len(ends) - len(fitting)
+        if examples and not found:
+            counts.too_long.append(row.where)
+        return found
+
+    def report_conversations(self, split: str, content: TokenizedConversations, rows: int, counts: Counts) -> None:
+        """Prints the size of a split, and what was left out of it.
+
+        Raises:
+            UserError: If nothing is left.
+        """
+        self.left_out[split] = str(counts)
+        if not len(content):
+            raise UserError(
+                f"the {split} split has no targets, as of its {rows:,} rows {counts}: give other data, or increase "
+                "--data.max_length"
+            )
+        unknown = unknown_id(self.tokenizer)
+        missing = 0 if unknown is None else int((content.tokens == unknown).sum())
+        self.print(
+            f"{split}: {len(content):,} conversations, {len(content.tokens):,} tokens, "
+            f"{int(content.is_target.sum()):,} of them targets" + count_phrase(missing, "unknown")
+        )
+        if str(counts):
+            self.print(f"{split}: rows without targets are not used: {counts}")
+        if counts.cut:
+            self.print(f"{split}: {counts.cut:,} answers are not used, as they end after data.max_length")
+        if self.chat is not None and self.chat.unlocated:
+            self.print(f"{split}: {self.chat.unlocated:,} answers before the first question are no targets")
+            self.chat.unlocated = 0
+
+    # Description
+
+    @property
+    def info(self) -> dict:
+        conversations = {split: len(content) for split, content in self.content.items()}
+        return super().info | {"conversations": conversations, "rows_without_targets": self.left_out}
+
+    def identity(self) -> dict:
+        content = self.content["train"]
+        digest = hashlib.sha256()
+        for array in (content.tokens, content.is_target, content.bounds):
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return {
+            "training rows": digest.hexdigest()[:16],
+            "tokenizer": fingerprint(self.tokenizer)[:16],
+            "data.pack": self.pack and self.block_size,
+            "seed_everything": self.seed,
+            "columns": asdict(self.columns),
+        }
+
+    # Command `prepare`
+
+    def prepare_corpus(self, show: Sequence[int] = ()) -> None:
+        """Tokenizes the training split, and prints its size or, if `show` has numbers of samples, these samples.
+
+        Lines that begin with `>` are targets. The command `prepare` calls this method without a trainer.
+        """
+        self.check()
+        self.tokenizer = self.load_tokenizer()
+        samples = self.encode("train", self.read("train"))
+        for number in show:
+            if not 0 <= number < len(samples):
+                raise UserError(f"there is no sample {number}: the training split has {len(samples)} samples")
+            print(f"--- sample {number}\n{self.shown(samples[number])}")
+
+    def shown(self, sample: dict[str, Any]) -> str:
+        """A sample as text, with a `>` at the beginning of each line of targets."""
+        ids, targets = sample["input_ids"].tolist(), sample["targets"].tolist()
+        flags = [False, *(target != -100 for target in targets)]
+        last = targets[-1] if targets[-1] != -100 else None
+        ids = [*ids, *([last] if last is not None else [])]
+        pieces, start = [], 0
+        for place in range(1, len(ids) + 1):
+            if place == len(ids) or flags[place] != flags[start]:
+                text = printable(self.tokenizer.decode(ids[start:place]))
+                pieces.append("\n".join(("> " if flags[start] else "  ") + line for line in text.split("\n")))
+                start = place
+        return "\n".join(pieces)

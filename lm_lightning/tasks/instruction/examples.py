@@ -1,0 +1,130 @@
+"""Tokenized conversations, alone or packed into rows of equal length, and their batches."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+
+class TokenizedConversations:
+    """Conversations with their targets, in flat arrays, which need five bytes a token.
+
+    Args:
+        examples: Ids and whether each is a target, of each conversation.
+
+    Items are dicts of `input_ids` (T,) int64 array, all tokens except the last, and `targets` (T,) int64, the next
+    token of each, -100 where it is not one of the assistant.
+    """
+
+    def __init__(self, examples: Iterable[tuple[Sequence[int], Sequence[bool]]]) -> None:
+        tokens, flags, sizes = [], [], [0]
+        for ids, is_target in examples:
+            tokens.append(np.array(ids, dtype=np.int32))
+            flags.append(np.array(is_target, dtype=bool))
+            sizes.append(len(ids))
+        self.tokens = np.concatenate(tokens) if tokens else np.zeros(0, np.int32)
+        self.is_target = np.concatenate(flags) if flags else np.zeros(0, bool)
+        self.bounds = np.cumsum(sizes)
+
+    def __len__(self) -> int:
+        return len(self.bounds) - 1
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        begin, end = self.bounds[number], self.bounds[number + 1]
+        ids = self.tokens[begin:end].astype(np.int64)
+        targets = np.where(self.is_target[begin + 1 : end], ids[1:], -100)
+        return {"input_ids": ids[:-1], "targets": torch.from_numpy(targets)}
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Number of inputs of each conversation, (N,) int64."""
+        return np.diff(self.bounds) - 1
+
+
+class Packs:
+    """Several conversations in a row of T tokens, which do not see each other.
+
+    Args:
+        conversations: The conversations, none longer than `size`.
+        size: T.
+        padding: The token after the last conversation of a row.
+
+    Items are as those of `TokenizedConversations`, with `position_ids` (T,) int64 array, which restart at each
+    conversation, and at the padding. From these, networks of `transformers` detect packed sequences.
+    """
+
+    def __init__(self, conversations: TokenizedConversations, size: int, padding: int) -> None:
+        self.conversations, self.size, self.padding = conversations, size, padding
+        self.packs = pack(conversations.lengths, size)
+
+    def __len__(self) -> int:
+        return len(self.packs)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        parts = [self.conversations[part] for part in self.packs[number]]
+        lengths = [len(part["input_ids"]) for part in parts]
+        rest = self.size - sum(lengths)
+        positions = np.concatenate([np.arange(length) for length in [*lengths, rest]])
+        ids = np.concatenate([part["input_ids"] for part in parts] + [np.full(rest, self.padding)])
+        targets = torch.cat([part["targets"] for part in parts] + [torch.full((rest,), -100)])
+        return {"input_ids": ids, "position_ids": positions, "targets": targets}
+
+
+def pack(lengths: np.ndarray, size: int) -> list[list[int]]:
+    """Distributes samples to packs of at most `size` tokens: each, the longest first, to the fullest pack with room.
+
+    Args:
+        lengths: Length of each sample, (N,) integers up to `size`.
+        size: Maximum length of a pack.
+
+    Returns:
+        The samples of each pack, in the order of the samples.
+    """
+    packs: list[list[int]] = []
+    open_packs: dict[int, list[int]] = {}  # packs by the number of tokens for which they have room
+    rooms = 0  # bit n is set if there is a pack with room for n tokens
+    for sample in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[sample])
+        fitting = rooms >> length
+        if fitting:
+            room = length + (fitting & -fitting).bit_length() - 1
+            number = open_packs[room].pop()
+            if not open_packs[room]:
+                rooms &= ~(1 << room)
+        else:
+            room, number = size, len(packs)
+            packs.append([])
+        packs[number].append(sample)
+        open_packs.setdefault(room - length, []).append(number)
+        rooms |= 1 << (room - length)
+    return [sorted(samples) for samples in packs]
+
+
+def collate(padding: int, items: list[dict]) -> dict[str, Any]:
+    """Collates conversations or packs to a batch, padded on the right to the longest one.
+
+    Args:
+        padding: Token for padding.
+        items: The samples.
+
+    Returns:
+        `input_ids` and `targets`, (B, T) int64; `position_ids`, (B, T) int64, of packs, or `attention_mask`, (B, T)
+        int64, of conversations; other values as lists.
+    """
+    longest = max(len(item["input_ids"]) for item in items)
+    if torch.cuda.is_available() and "position_ids" not in items[0]:
+        longest = -(-longest // 8) * 8  # as tensor cores need it
+    input_ids = torch.full((len(items), longest), padding)
+    targets, mask = torch.full_like(input_ids, -100), torch.zeros_like(input_ids)
+    for row, item in enumerate(items):
+        length = len(item["input_ids"])
+        input_ids[row, :length] = torch.from_numpy(item["input_ids"])
+        targets[row, :length] = item["targets"]
+        mask[row, :length] = 1
+    batch: dict[str, Any] = {"input_ids": input_ids, "targets": targets}
+    if "position_ids" in items[0]:
+        batch["position_ids"] = torch.from_numpy(np.stack([item["position_ids"] for item in items]))
+    else:
+        batch["attention_mask"] = mask
+    return batch | {key: [item[key] for item in items] for key in items[0] if key not in batch}
