@@ -72,7 +72,7 @@ def make_recipe(folder: Path) -> Path:
     sizes = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2}
     content = {
         "model": {
-            "class_path": "CausalLM",
+            "class_path": "InstructionLM",
             "init_args": {
                 "network": {"model_type": "llama", "max_position_embeddings": 256, **sizes},
                 "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 5e-3}},
@@ -159,6 +159,17 @@ def test_plain_transformers_reads_the_same_and_answers_the_same(template: str, l
     assert json.loads(result.stdout.splitlines()[-1]) == [
         [chat.prompt(before), answer] for before, answer in questions()
     ]
+
+
+def test_predictions_are_the_answers_and_are_scored(learned, cli, tmp_path: Path):
+    run = learned("headings")
+    rows = [{"messages": before} for before, _ in questions()]
+    cli("predict", run, "--data.tables.predict", write(tmp_path / "asked.jsonl", rows), "--data.batch_size", 8)
+    lines = (evaluation(run) / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["text"] for line in lines] == [answer for _, answer in questions()]
+    cli("test", run, "--model.evaluation.scores", "[ExactMatch]", "--model.evaluation.batch_size", 7)
+    metrics = json.loads((evaluation(run, "test") / "evaluation.json").read_text())["metrics"]
+    assert metrics["test/exact_match"] == 1 and metrics["test/loss"] < 0.1
 
 
 def surprising() -> list[list[dict[str, str]]]:
