@@ -292,14 +292,14 @@ class InstructionData(LabelledData):
 
     def shown(self, sample: dict[str, Any]) -> str:
         """A sample as text, with a `>` at the beginning of each line of targets."""
-        ids, targets = sample["input_ids"].tolist(), sample["targets"].tolist()
-        flags = [False, *(target != -100 for target in targets)]
-        last = targets[-1] if targets[-1] != -100 else None
-        ids = [*ids, *([last] if last is not None else [])]
+        targets = sample["targets"].tolist()
+        end = max(place for place, target in enumerate(targets) if target != -100) + 1  # padding comes after it
+        ids = [*sample["input_ids"][:end].tolist(), targets[end - 1]]
+        flags = [False, *(target != -100 for target in targets[:end])]
         pieces, start = [], 0
         for place in range(1, len(ids) + 1):
             if place == len(ids) or flags[place] != flags[start]:
-                text = printable(self.tokenizer.decode(ids[start:place]))
+                text = printable(self.tokenizer.decode(ids[start:place])).removesuffix("\n")
                 pieces.append("\n".join(("> " if flags[start] else "  ") + line for line in text.split("\n")))
                 start = place
         return "\n".join(pieces)
