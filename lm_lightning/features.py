@@ -24,6 +24,7 @@ FEATURES = (
     "tasks.parsing",
     "tasks.questions",
     "tasks.embedding",
+    "tasks.seq2seq",
     "tasks.preference",
     "lora",
     "compression",

@@ -26,12 +26,13 @@ class Feature:
     choosable: bool = True
 
 
-TASKS = ("classification", "tagging", "parsing", "questions", "embedding", "instruction", "preference")
+TASKS = ("classification", "tagging", "parsing", "questions", "embedding", "seq2seq", "instruction", "preference")
 FEATURES = {
     "gpt": Feature(
         "generation",
         "text generation and chat (GPTs are trained without it, too)",
-        needed_by=("instruction", "preference"),
+        extras=("scores",),
+        needed_by=("seq2seq", "instruction", "preference"),
     ),
     "bert": Feature("tasks.masked_lm", "pretraining of BERTs", ("configs/bert*", "configs/modernbert*"), ("bert",)),
     "classification": Feature(
@@ -47,6 +48,11 @@ FEATURES = {
         "embeddings and semantic search",
         ("configs/embedding*", "configs/search.yaml", "docs/search.md"),
         ("search",),
+    ),
+    "seq2seq": Feature(
+        "tasks.seq2seq",
+        "translation, summarization",
+        ("configs/translation.yaml", "configs/summarization.yaml", "docs/seq2seq.md"),
     ),
     "instruction": Feature("tasks.instruction", "instruction tuning, chat", ("configs/chat*", "docs/chat.md")),
     "preference": Feature(

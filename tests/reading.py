@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ROOT, command
-from test_configs import SMALL
+from test_configs import PRETRAINING, SMALL
 
 NOT_RUN = {  # what a command begins with, and why it is not run here
     "pip install": "the packages are installed",
@@ -75,7 +75,7 @@ def shrink(configs: Path, cache_dir: Path, corpus: Path) -> None:
             content["trainer"],
         )
         trainer |= {"accelerator": "cpu", "precision": "32-true", "log_every_n_steps": 1}
-        if network := model.get("network"):
+        if content["data"]["class_path"] in PRETRAINING and (network := model.get("network")):
             model["network"] = network | SMALL[network["model_type"]]
             model |= {"schedule": {"warmup_steps": 1}, "compile": False}
             algorithm = "wordpiece" if content["data"]["class_path"] == "MaskedData" else "bpe"

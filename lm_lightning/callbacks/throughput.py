@@ -45,7 +45,8 @@ class Throughput(Callback):
         vocabulary = {network.get_input_embeddings().weight} | (set() if head is None else {head.weight})
         parameters = sum(p.numel() for p in network.parameters()) - sum(matrix.numel() for matrix in vocabulary)
         context = contract.optional(trainer.datamodule, "block_size") or 0  # unknown: attention is not counted
-        self.flops_per_token = 6 * parameters + 12 * config.num_hidden_layers * config.hidden_size * context
+        layers, size = getattr(config, "num_hidden_layers", 0), getattr(config, "hidden_size", 0)
+        self.flops_per_token = 6 * parameters + 12 * layers * size * context
         self.flops_per_target = 0 if head is None else 6 * head.weight.numel()
         self.peak = peak_flops(pl_module.device, trainer.precision_plugin.precision)
         self.begin = time.perf_counter()

@@ -175,7 +175,7 @@ def choose_run_weights(config: Any, run: Path) -> Weights:
 def files_of(config: Any) -> dict[str, Any]:
     """The options that name the data, except those that are not set."""
     options = options_of(config, "data")
-    found = {key: options[key] for key in ("corpus", "tables", "retrieval", "texts") if options.get(key)}
+    found = {key: options[key] for key in ("corpus", "tables", "parallel", "retrieval", "texts") if options.get(key)}
     plain = {key: value.as_dict() if hasattr(value, "as_dict") else value for key, value in found.items()}
     return {
         key: {name: item for name, item in value.items() if item} if isinstance(value, dict) else value

@@ -67,7 +67,8 @@ class DataModule(Protocol):
         tokens_per_batch: Number of targets of a typical micro-batch. Each micro-batch's loss is divided by it so that
             values stay near 1, which float16 needs; it does not affect the result. Default: 1.
         consumed: Number of samples that finished optimizer steps have used, over all processes. The model increases it
-            after each step; `state_dict` may save it.
+            after each step; `state_dict` may save it. Where the batches of a step may differ in size, a method
+            `advance(rows)` increases it instead; `rows` is the number of this process's samples of the step.
         splits: Size of each split, by `train`, `validation` and `test`. Without it, there is no `bits_per_byte`.
         mask_documents: Whether `position_ids` separate packed documents; the network is then checked for support.
         end_tokens: Tokens that end a generated text, such as the end of a turn. Exports of networks that generate text

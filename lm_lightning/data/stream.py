@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 
 from lm_lightning.data import contract
 from lm_lightning.data.order import SequentialBatches, StreamSampler
@@ -76,6 +76,10 @@ class StreamData(LightningDataModule):
             sampler.consumed = lambda: self.consumed % again
         return self.loader(samples, sampler)
 
+    def advance(self, rows: int) -> None:
+        """Called after each optimizer step, for which this replica has used a number of samples."""
+        self.consumed += rows * self.replicas
+
     def val_dataloader(self) -> DataLoader:
         return self.evaluation_loader("validation")
 
@@ -89,7 +93,7 @@ class StreamData(LightningDataModule):
         samples = self.samples(split)
         return self.loader(samples, SequentialBatches(len(samples), self.batch_size, self.replica, self.replicas))
 
-    def loader(self, samples: Any, sampler: StreamSampler | SequentialBatches) -> DataLoader:
+    def loader(self, samples: Any, sampler: Sampler[list[int]]) -> DataLoader:
         return DataLoader(
             samples,
             batch_sampler=sampler,

@@ -26,10 +26,11 @@ if TYPE_CHECKING:
     import tokenizers
     from transformers import PreTrainedTokenizerFast
 
-SpecialTokens = Literal["gpt", "bert"]
+SpecialTokens = Literal["gpt", "bert", "seq2seq"]
 
 END, UNKNOWN = "<|endoftext|>", "<|unk|>"
 BERT = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+SEQ2SEQ = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
 RARE = 1e-6  # characters with a smaller share of the text are omitted from a WordPiece alphabet and become unknown
 MANY = 0.03  # share of unknown tokens above which a tokenizer is not suitable for a text
 MOST = 10_000_000  # maximum size of a trained vocabulary
@@ -63,10 +64,11 @@ class Tokenizer:
 GAPS = 100_000  # maximum number of unused ids of a vocabulary
 
 
-def load(path: str) -> "PreTrainedTokenizerFast":
+def load(path: str, **options: str) -> "PreTrainedTokenizerFast":
     """Loads the tokenizer of a local folder or, if there is no such folder, of the Hub.
 
-    Python code of a tokenizer is not run, unless the command line has `--trust_remote_code true`.
+    `options` are more arguments of `from_pretrained`, such as `src_lang`. Python code of a tokenizer is not run, unless
+    the command line has `--trust_remote_code true`.
 
     Raises:
         UserError: If it does not exist, cannot be read, or has no fast implementation.
@@ -80,6 +82,7 @@ def load(path: str) -> "PreTrainedTokenizerFast":
             local_files_only=hub.local_only(path),
             trust_remote_code=trust_remote_code(),
             split_special_tokens=True,
+            **options,
         )
         tokenizer("a")  # fails if settings have wrong types
     except Exception as error:  # for a damaged file, the `tokenizers` library raises a bare `Exception`
@@ -116,7 +119,8 @@ def train(options: Tokenizer, texts: Iterator[str], special: SpecialTokens) -> "
         special: `gpt` is for causal models: `<|endoftext|>` is the token for beginning, end and padding, and algorithms
             for which characters can be unknown also have `<|unk|>`. `bert` is for masked models: `[PAD]`, `[UNK]`,
             `[CLS]`, `[SEP]` and `[MASK]` have the ids 0 to 4, and `[CLS]` and `[SEP]` are added around a text or a pair
-            of texts.
+            of texts. `seq2seq` is for encoder-decoders: `<pad>`, `</s>` and `<unk>` have the ids 0 to 2, and `</s>` is
+            added after a text.
 
     Raises:
         UserError: If the options contradict each other, or there is no text.
@@ -128,7 +132,8 @@ def train(options: Tokenizer, texts: Iterator[str], special: SpecialTokens) -> "
         raise UserError(
             f"--data.tokenizer.lowercase is only for the algorithm wordpiece, not for {options.algorithm}: omit it"
         )
-    names = BERT if special == "bert" else {"bos_token": END, "eos_token": END, "pad_token": END}
+    gpt = {"bos_token": END, "eos_token": END, "pad_token": END}
+    names = {"bert": BERT, "seq2seq": SEQ2SEQ, "gpt": gpt}[special]
     if special == "gpt" and options.algorithm in ("wordpiece", "characters"):
         names = {**names, "unk_token": UNKNOWN}
     tokens = list(dict.fromkeys(names.values()))
@@ -145,6 +150,10 @@ def train(options: Tokenizer, texts: Iterator[str], special: SpecialTokens) -> "
             pair="[CLS] $A [SEP] $B:1 [SEP]:1",
             special_tokens=[(token, backend.token_to_id(token)) for token in ("[CLS]", "[SEP]")],
         )
+    if special == "seq2seq":
+        backend.post_processor = TemplateProcessing(
+            single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", backend.token_to_id("</s>"))]
+        )
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, model_input_names=inputs, split_special_tokens=True, **names
     )
@@ -158,6 +167,17 @@ def fingerprint(tokenizer: "PreTrainedTokenizerFast") -> str:
     ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in tokenizer.special_tokens_map.items()}
     state = json.dumps([backend, ids, tokenizer.split_special_tokens], sort_keys=True)
     return hashlib.sha256(state.encode()).hexdigest()
+
+
+def adopt(tokenizer: "PreTrainedTokenizerFast", other: "PreTrainedTokenizerFast") -> None:
+    """Gives a tokenizer what another has, if it does not change the meaning of its tokens: padding, languages, and
+    tokens that were added."""
+    tokenizer.pad_token = tokenizer.pad_token or other.pad_token  # it is no part of a text
+    for name in ("src_lang", "tgt_lang"):
+        if hasattr(tokenizer, name) and getattr(other, name, None):
+            setattr(tokenizer, name, getattr(other, name))
+    known = tokenizer.get_vocab()
+    tokenizer.add_tokens([t for _, t in sorted(other.added_tokens_decoder.items()) if str(t) not in known])
 
 
 def text_ids(tokenizer: "PreTrainedTokenizerFast") -> tuple[list[int], list[int]]:
@@ -257,7 +277,7 @@ def _require(options: Tokenizer, least: int) -> None:
 
 
 def _unknown(special: list[str]) -> str:
-    return BERT["unk_token"] if BERT["unk_token"] in special else UNKNOWN
+    return next(token for token in (BERT["unk_token"], SEQ2SEQ["unk_token"], UNKNOWN) if token in special)
 
 
 def _byte_level(model: "tokenizers.models.Model", split_words: bool = True) -> "tokenizers.Tokenizer":

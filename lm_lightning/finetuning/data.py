@@ -62,9 +62,9 @@ class LabelledData(StreamData):
     """
 
     length_option = "max_length"
+    has_labels = True  # whether there are labels, which an evaluation may have to find in the training rows
     formats: Sequence[Format] = FORMATS
     columns: Any = None
-    has_labels = True
 
     def __init__(
         self,
@@ -119,7 +119,7 @@ class LabelledData(StreamData):
         named = stage != "fit" and (module.evaluated_network is not None or not module.keep_head)
         self.labels_known = named and bool(module.own_labels())
         needs_train = stage == "fit" or (self.has_labels and self.tables.train and not self.labels_known)
-        train = read_split(self.tables, "train", self.key, self.formats) if needs_train else []
+        train = self.read("train") if needs_train else []
         self.find_labels(train)
         self.label_ids = {label: number for number, label in enumerate(self.labels)}
         self.spellings = {cells.canonical(label): number for label, number in self.label_ids.items()}
@@ -129,16 +129,12 @@ class LabelledData(StreamData):
                 if split == "predict":
                     self.inputs = rows
                 self.respelled = self.stripped = 0
-                self.examples[split] = Examples(self.encode(split, rows), self.seed if split == "train" else None)
+                self.examples[split] = self.make_examples(split, self.encode(split, rows))
                 self.report_labels(split)
 
     def load_tokenizer(self) -> "PreTrainedTokenizerFast":
         """Loads the tokenizer; a subclass may change it."""
-        tokenizer = load(str(self.tokenizer_options.path))
-        tokenizer.padding_side = "right"
-        if tokenizer.pad_token is None:  # as in the published tokenizers of GPT
-            tokenizer.pad_token = tokenizer.eos_token
-        return tokenizer
+        return padded(load(str(self.tokenizer_options.path)))
 
     def make_collate(self) -> Callable[[list[dict]], dict]:
         """The function that collates examples to a batch."""
@@ -155,6 +151,10 @@ class LabelledData(StreamData):
                 raise UserError(f"data.{name} is {value}, but must be {least} or more")
         if self.tokenizer_options.path is None:
             raise UserError("there is no tokenizer: give --data.tokenizer.path, or a --model.pretrained that has one")
+
+    def make_examples(self, split: str, rows: list[dict]) -> Examples:
+        """The dataset of a split, with what `encode` returns."""
+        return Examples(rows, self.seed if split == "train" else None)
 
     def read(self, split: str) -> list[Row]:
         """The rows of a split."""
@@ -340,6 +340,14 @@ class LabelledData(StreamData):
             "tokenizer": fingerprint(self.tokenizer)[:16],
             "seed_everything": self.seed,
         } | columns
+
+
+def padded(tokenizer: "PreTrainedTokenizerFast") -> "PreTrainedTokenizerFast":
+    """A tokenizer that pads on the right; one without a padding token, such as that of GPT, gets one."""
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def count_phrase(number: int, what: str) -> str:

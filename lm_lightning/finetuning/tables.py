@@ -188,8 +188,6 @@ def read_split(tables: Tables, split: str, key: Callable[[Row], str], known: Seq
     Raises:
         UserError: If a row cannot be read; names the file and line.
     """
-    if not 0 <= tables.validation_fraction < 1:
-        raise UserError(f"--data.tables.validation_fraction is {tables.validation_fraction}, but must be from 0 to 1")
     names = sources(tables, split)
     read = read_hub if tables.hub else functools.partial(read_files, known=known)
     rows = [row for name in names for row in read(name, tables)]
@@ -198,16 +196,33 @@ def read_split(tables: Tables, split: str, key: Callable[[Row], str], known: Seq
     if not rows:
         raise UserError(f"the {split} split has no rows, as there are none in {', '.join(names)}: give other files")
     if split in ("train", "validation") and not tables.validation:
-        total = len(rows)
-        rows = [row for row in rows if held_out(key(row), tables.validation_fraction) == (split == "validation")]
-        if not rows:
-            raise UserError(
-                f"the {split} split has no rows, as with --data.tables.validation_fraction "
-                f"{tables.validation_fraction:g}, none of the {total:,} rows of --data.tables.train is "
-                f"{'held out' if split == 'validation' else 'left'}: change it, or give files with "
-                "--data.tables.validation"
-            )
+        return part(rows, split, key, tables.validation_fraction)
     return rows
+
+
+def part(rows: list[Row], split: str, key: Callable[[Row], str], fraction: float, option: str = PREFIX) -> list[Row]:
+    """The rows of `train` that are held out for validation, or the others.
+
+    Args:
+        rows: All of them.
+        split: `validation` or `train`.
+        key: See `read_split`.
+        fraction: `tables.validation_fraction`.
+        option: Prefix of the options with the files, for messages.
+
+    Raises:
+        UserError: If there are none.
+    """
+    if not 0 <= fraction < 1:
+        raise UserError(f"--data.tables.validation_fraction is {fraction}, but must be from 0 to 1")
+    found = [row for row in rows if held_out(key(row), fraction) == (split == "validation")]
+    if not found:
+        raise UserError(
+            f"the {split} split has no rows, as with --data.tables.validation_fraction {fraction:g}, none of the "
+            f"{len(rows):,} rows of {option}.train is {'held out' if split == 'validation' else 'left'}: change it, or "
+            f"give files with {option}.validation"
+        )
+    return found
 
 
 def sources(tables: Tables, split: str) -> list[str]:

@@ -6,5 +6,5 @@ FEATURE = Feature(
     commands={
         "generate": ("lm_lightning.generation.generate", "continue prompts with a trained model, or chat"),
     },
-    classes=("lm_lightning.generation.samples",),
+    classes=("lm_lightning.generation.samples", "lm_lightning.generation.scores"),
 )

@@ -15,7 +15,7 @@ from torch import nn
 
 from lm_lightning import hub
 from lm_lightning.data import contract
-from lm_lightning.data.tokenizer import document_ids, fingerprint, load, vocabulary
+from lm_lightning.data.tokenizer import adopt, document_ids, fingerprint, load, vocabulary
 from lm_lightning.errors import UserError
 from lm_lightning.models.adapter import Adapter
 from lm_lightning.networks import blocks, positions
@@ -191,9 +191,7 @@ class NetworkBuilder:
             own = load(name)
         except UserError:
             return  # weights alone, or nothing at all, which `load` of this class reports
-        own.pad_token = own.pad_token or self.tokenizer.pad_token  # it is no part of a text
-        known = own.get_vocab()  # tokens that the data has added to it mean nothing else to the network
-        own.add_tokens([t for _, t in sorted(self.tokenizer.added_tokens_decoder.items()) if str(t) not in known])
+        adopt(own, self.tokenizer)
         if fingerprint(own) != fingerprint(self.tokenizer):
             raise UserError(
                 f"{name} was trained with another tokenizer than the data's: give --data.tokenizer.path {name}, or "

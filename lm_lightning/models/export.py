@@ -62,6 +62,8 @@ def describe(
     """
     config, generation = network.config.to_dict(), getattr(network, "generation_config", None)
     config.pop("quantization_config", None)  # of an adapter's base; exports are not quantized
+    if config.get("decoder_vocab_size") is not None:  # of Marian
+        config["decoder_vocab_size"] = vocab_size
     description = {
         "class": class_name,
         "config": config | {"vocab_size": vocab_size, "pad_token_id": pad_token_id},
@@ -311,6 +313,11 @@ def write_folder(
         )
 
 
+def trimmed(weight: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """A tensor without the additional rows or columns of padding of the vocabulary."""
+    return weight[tuple(slice(size) for size in shape)].clone()
+
+
 @torch.no_grad()
 def check_logits(description: dict[str, Any], weights: dict[str, Any], folder: Path) -> None:
     """Checks that an exported network computes the logits of the weights that it was made of.
@@ -327,6 +334,8 @@ def check_logits(description: dict[str, Any], weights: dict[str, Any], folder: P
     config = network_class.config_class.from_dict(description["config"])
     tokens = torch.arange(min(16, config.vocab_size)).unsqueeze(0)
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    if config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = tokens
     after = network_class.from_pretrained(folder).eval()(**inputs)[0]
     config.vocab_size = description["rows"]
     network = network_class(config).eval()
@@ -369,7 +378,7 @@ def save_network(
         shapes = {key: tensor.shape for key, tensor in network.state_dict().items()}
         head = {key.partition(".")[2]: weight for key, weight in weights.items() if key not in shapes}
         own = {key: weight for key, weight in weights.items() if key in shapes}
-        own = {key: w if w.shape == shapes[key] else w[: shapes[key][0]].clone() for key, w in own.items()}
+        own = {key: w if w.shape == shapes[key] else trimmed(w, shapes[key]) for key, w in own.items()}
         network.load_state_dict(own, assign=True)
         network.tie_weights()
     contents: dict[str, Any] = {}

@@ -111,7 +111,9 @@ class OptimizerSteps:
         scale_gradients(module.parameters(), trainer.accumulate_grad_batches * trainer.world_size * constant / tokens)
         self.gradient_norm = gradient_norm(module.parameters())
         skipping = self.check_finite(trainer, module, optimizer, device, sums, (loss_sum, tokens))
-        if contract.optional(data, "consumed") is not None:
+        if hasattr(data, "advance"):
+            data.advance(sums.rows)
+        elif contract.optional(data, "consumed") is not None:
             data.consumed += sums.rows * contract.place(trainer)["num_replicas"]
         metrics = {
             # Lightning's name for the x-axis of the loggers: finished steps
