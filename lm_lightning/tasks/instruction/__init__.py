@@ -2,4 +2,4 @@
 
 from lm_lightning.features import Feature
 
-FEATURE = Feature(classes=("lm_lightning.tasks.instruction.data",))
+FEATURE = Feature(classes=("lm_lightning.tasks.instruction.data", "lm_lightning.tasks.instruction.model"))

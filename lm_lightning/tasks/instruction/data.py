@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Optional
 
 import numpy as np
+import torch
 
 from lm_lightning.console import printable
 from lm_lightning.data.tokenizer import document_ids, fingerprint, unknown_id
@@ -146,6 +147,10 @@ class InstructionData(LabelledData):
         return "\n".join(said)
 
     def encode(self, split: str, rows: list[Row]) -> Any:
+        if split == "predict":
+            if not hasattr(self.trainer.lightning_module, "answers"):
+                raise UserError("predict writes answers, which needs the model InstructionLM")
+            return [self.question(row) for row in rows]
         counts = Counts()
         content = TokenizedConversations(
             example for row in rows for example in self.shortened(self.tokens(row, counts), row, counts)
@@ -162,6 +167,20 @@ class InstructionData(LabelledData):
             self.targets_per_sample = float(content.is_target.sum() / len(samples))
         return samples
 
+    def question(self, row: Row) -> dict[str, Any]:
+        """A row to predict: the ids before the last answer, which it need not have, without targets."""
+        turns = conversation(row, self.columns, answered=False)
+        while turns and turns[-1]["role"] == "assistant":
+            turns.pop()
+        if not turns:
+            raise UserError(f"{row.where}: there is nothing to answer: fix or remove the row")
+        if self.chat is None:
+            self.check_plain([*turns, {"role": "assistant"}])
+            ids = prompt_ids(self.tokenizer, turns[0]["content"])
+        else:
+            ids = self.chat.prompt(turns)
+        return {"input_ids": np.array(ids), "targets": torch.full((len(ids),), -100)}
+
     def tokens(self, row: Row, counts: Counts) -> list[tuple[list[int], list[bool]]]:
         """The ids of a row's conversation, and which of them are targets; usually one pair, see `ChatFormat`."""
         turns = conversation(row, self.columns)
@@ -175,15 +194,19 @@ class InstructionData(LabelledData):
 
     def plain_tokens(self, turns: list[dict[str, Any]]) -> tuple[list[int], list[bool]]:
         """A prompt, its completion and the end-of-text token, without a chat template."""
+        self.check_plain(turns)
+        prompt = prompt_ids(self.tokenizer, turns[0]["content"])
+        answer = self.tokenizer(turns[1]["content"], add_special_tokens=False)["input_ids"]
+        answer += document_ids(self.tokenizer)[1]
+        return prompt + answer, [False] * len(prompt) + [True] * len(answer)
+
+    def check_plain(self, turns: list[dict[str, Any]]) -> None:
+        """Refuses conversations that need a chat template."""
         if [turn["role"] for turn in turns] != ["user", "assistant"]:
             raise UserError(
                 "conversations of more than a prompt and a completion need a chat template: give one with "
                 "--data.chat_template, such as chatml"
             )
-        prompt = prompt_ids(self.tokenizer, turns[0]["content"])
-        answer = self.tokenizer(turns[1]["content"], add_special_tokens=False)["input_ids"]
-        answer += document_ids(self.tokenizer)[1]
-        return prompt + answer, [False] * len(prompt) + [True] * len(answer)
 
     def shortened(
         self, examples: list[tuple[list[int], list[bool]]], row: Row, counts: Counts
@@ -269,14 +292,14 @@ class InstructionData(LabelledData):
 
     def shown(self, sample: dict[str, Any]) -> str:
         """A sample as text, with a `>` at the beginning of each line of targets."""
-        ids, targets = sample["input_ids"].tolist(), sample["targets"].tolist()
-        flags = [False, *(target != -100 for target in targets)]
-        last = targets[-1] if targets[-1] != -100 else None
-        ids = [*ids, *([last] if last is not None else [])]
+        targets = sample["targets"].tolist()
+        end = max(place for place, target in enumerate(targets) if target != -100) + 1  # padding comes after it
+        ids = [*sample["input_ids"][:end].tolist(), targets[end - 1]]
+        flags = [False, *(target != -100 for target in targets[:end])]
         pieces, start = [], 0
         for place in range(1, len(ids) + 1):
             if place == len(ids) or flags[place] != flags[start]:
-                text = printable(self.tokenizer.decode(ids[start:place]))
+                text = printable(self.tokenizer.decode(ids[start:place])).removesuffix("\n")
                 pieces.append("\n".join(("> " if flags[start] else "  ") + line for line in text.split("\n")))
                 start = place
         return "\n".join(pieces)

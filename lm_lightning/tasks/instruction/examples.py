@@ -36,6 +36,13 @@ class TokenizedConversations:
         targets = np.where(self.is_target[begin + 1 : end], ids[1:], -100)
         return {"input_ids": ids[:-1], "targets": torch.from_numpy(targets)}
 
+    def question(self, number: int) -> tuple[list[int], list[int]]:
+        """The ids before the last answer of a conversation, and those of that answer, without its end token."""
+        begin, end = self.bounds[number], self.bounds[number + 1]
+        ids, is_target = self.tokens[begin:end].tolist(), self.is_target[begin:end]
+        start = int(np.flatnonzero(~is_target)[-1]) + 1
+        return ids[:start], ids[start:-1]
+
     @property
     def lengths(self) -> np.ndarray:
         """Number of inputs of each conversation, (N,) int64."""

@@ -72,7 +72,7 @@ def make_recipe(folder: Path) -> Path:
     sizes = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2}
     content = {
         "model": {
-            "class_path": "CausalLM",
+            "class_path": "InstructionLM",
             "init_args": {
                 "network": {"model_type": "llama", "max_position_embeddings": 256, **sizes},
                 "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 5e-3}},
@@ -161,14 +161,53 @@ def test_plain_transformers_reads_the_same_and_answers_the_same(template: str, l
     ]
 
 
-def test_loss_is_that_of_the_answers_in_plain_transformers(learned, cli):
+def test_predictions_are_the_answers_and_are_scored(learned, cli, tmp_path: Path):
+    run = learned("headings")
+    rows = [{"messages": before} for before, _ in questions()]
+    cli("predict", run, "--data.tables.predict", write(tmp_path / "asked.jsonl", rows), "--data.batch_size", 8)
+    lines = (evaluation(run) / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["text"] for line in lines] == [answer for _, answer in questions()]
+    cli("test", run, "--model.evaluation.scores", "[ExactMatch]", "--model.evaluation.batch_size", 7)
+    metrics = json.loads((evaluation(run, "test") / "evaluation.json").read_text())["metrics"]
+    assert metrics["test/exact_match"] == 1 and metrics["test/loss"] < 0.1
+
+
+def surprising() -> list[list[dict[str, str]]]:
+    """The conversations with other answers, which have a high loss."""
+    return [[{**turn, "content": turn["content"][::-1]} for turn in turns] for turns in conversations()]
+
+
+@pytest.fixture
+def logged(learned, cli, tmp_path: Path) -> float:
+    """The mean loss of the surprising conversations, which an evaluation of the run with `chatml` logs."""
     run = learned("chatml")
-    cli("validate", run, "--trainer.precision", "32-true")
-    logged = json.loads((evaluation(run, "validate") / "evaluation.json").read_text())["metrics"]["val/loss"]
+    file = write(tmp_path / "surprising.jsonl", [{"messages": turns} for turns in surprising()])
+    out = cli("validate", run, "--data.max_length", 256, "--data.tables.validation", file)
+    assert "not used" not in out
+    return json.loads((evaluation(run, "validate") / "evaluation.json").read_text())["metrics"]["val/loss"]
+
+
+def test_loss_is_that_of_trl(learned, logged: float, tmp_path: Path):
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    model = learned("chatml") / "model"
+    options = {"assistant_only_loss": True, "max_length": None, "per_device_train_batch_size": 20, "bf16": False}
+    trainer = trl.SFTTrainer(
+        AutoModelForCausalLM.from_pretrained(model),
+        trl.SFTConfig(str(tmp_path), report_to="none", use_cpu=True, **options),
+        train_dataset=datasets.Dataset.from_list([{"messages": turns} for turns in surprising()]),
+        processing_class=AutoTokenizer.from_pretrained(model),
+    )
+    (batch,) = trainer.get_train_dataloader()
+    assert trainer.compute_loss(trainer.model.eval(), batch).item() == pytest.approx(logged, rel=1e-5)
+    assert logged > 3
+
+
+def test_loss_is_that_of_the_answers_in_plain_transformers(learned, logged: float):
+    run = learned("chatml")
     network = AutoModelForCausalLM.from_pretrained(run / "model").eval()
     tokenizer = AutoTokenizer.from_pretrained(run / "model")
     total, count = 0.0, 0
-    for turns in conversations():
+    for turns in surprising():
         encoded = tokenizer.apply_chat_template(
             turns, return_dict=True, return_assistant_tokens_mask=True, return_tensors="pt"
         )
@@ -176,7 +215,8 @@ def test_loss_is_that_of_the_answers_in_plain_transformers(learned, cli):
         with torch.no_grad():
             loss = network(input_ids=ids, labels=ids.masked_fill(~answers, -100)).loss
         total, count = total + loss.item() * int(answers.sum()), count + int(answers.sum())
-    assert logged == pytest.approx(total / count, abs=1e-5)
+    assert logged == pytest.approx(total / count, rel=1e-5)
+    assert logged > 3
 
 
 def test_packed_batches_have_the_same_loss_and_gradients(cli, fit, recipe: Path):
