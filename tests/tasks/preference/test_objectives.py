@@ -189,7 +189,8 @@ def test_answers_are_what_the_assistant_writes_after_the_prompt(data: Preference
         data.tokenizer.decode(chosen[:-1]) == "A letter.<|endoftext|>" and data.tokenizer.decode(rejected[:-1]) == "No."
     )
     assert chosen.tolist().count(end) == 1 and chosen[-1] == rejected[-1] == end
-    texts = Row({"prompt": "The sky", "chosen": " is blue", "rejected": ""}, "rows.jsonl:2")
+    texts = Row({"prompt": "The sky", "chosen": " is<|endoftext|>", "rejected": ""}, "rows.jsonl:2")
     example = data.example(texts, pair_of(texts, PreferenceColumns()))
     chosen, rejected = (part[part != -100] for part in example["targets"].split(example["lengths"]))
-    assert data.tokenizer.decode(chosen[:-1]) == " is blue" and chosen[-1] == end and rejected.tolist() == [end]
+    assert data.tokenizer.decode(chosen[:-1]) == " is<|endoftext|>" and rejected.tolist() == [end]
+    assert chosen.tolist().count(end) == 1 and chosen[-1] == end
