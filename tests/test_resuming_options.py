@@ -89,12 +89,12 @@ ELSEWHERE = {
     "names and times of checkpoints, read anew": "filename dirpath save_last save_on_exception save_weights_only "
     "auto_insert_metric_name train_time_interval every_n_epochs save_on_train_epoch_end enable_version_counter",
     "another metric begins anew, with its own state": "monitor mode",
-    "where training has begun, before the checkpoint": "pretrained unigram_start keep_head adapter",
+    "where training has begun, before the checkpoint": "pretrained unigram_start keep_head adapter decoder",
     "part of the fingerprint of the training rows or of the data's identity": "tables columns max_length language "
     "masking next_sentence kind separator scheme mark overlap max_question retrieval hard_negatives min_score "
-    "max_score",
+    "max_score parallel max_target_length max_tokens source_language target_language",
     "of the loss or the evaluation, read anew": "top_k class_weights label_smoothing dropout max_answer threshold "
-    "scoring scale pooling",
+    "scoring scale pooling decoding evaluation",
     "sizes of the network, which a checkpoint does not fit otherwise": "arc_size relation_size",
     "settings with options of their own, which are checked": "schedule network",
     "of the schedule, read anew": "warmup_ratio warmup_steps min_lr_ratio decay_ratio",
@@ -122,7 +122,13 @@ def options(cls: type) -> set[str]:
 
 
 @needs(
-    "tasks.masked_lm", "tasks.classification", "tasks.tagging", "tasks.parsing", "tasks.questions", "tasks.embedding"
+    "tasks.masked_lm",
+    "tasks.classification",
+    "tasks.tagging",
+    "tasks.parsing",
+    "tasks.questions",
+    "tasks.embedding",
+    "tasks.seq2seq",
 )
 def test_every_option_is_in_a_class_of_those_that_are_checked():
     features.import_classes()

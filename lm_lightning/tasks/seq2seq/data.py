@@ -124,6 +124,8 @@ class Seq2SeqData(LabelledData):
     def load_tokenizer(self) -> "PreTrainedTokenizerFast":
         path = self.tokenizer_options.path
         if path is None:
+            if language := self.source_language or self.target_language:
+                raise UserError(f"a new tokenizer has no languages, but data has {language}: omit it")
             self.print("tokenizer: trained on the sources and targets of the training split")
             return train(self.tokenizer_options, self.training_texts(), "seq2seq")
         tokenizer = load(path)
