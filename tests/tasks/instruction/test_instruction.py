@@ -375,9 +375,13 @@ def test_recipe_trains_and_exports(name: str, template: str, cli, tmp_path: Path
     out = cli(
         *("fit", "--config", ROOT / "configs" / f"{name}.yaml", *pretrained, "--data.tables.train", file),
         *("--data.chat_template", template, "--runs_dir", tmp_path, "--trainer.max_epochs", 1),
-        *("--data.tables.validation_fraction", 0.3, "--trainer.log_every_n_steps", 1),
+        *("--data.tables.validation_fraction", 0.3, "--trainer.log_every_n_steps", 1, "--model.max_new_tokens", 5),
+        *("--model.evaluation.scores", "[ExactMatch]", "--best.monitor", "val/exact_match"),
     )
     run = Path(out.split("run folder: ")[1].splitlines()[0])
+    assert losses(run, "val/exact_match") and "val/exact_match 0" in out
+    sample = json.loads((run / "samples.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    assert sample["reference"] in [answer for _, answer in questions()] and sample["text"] is not None
     assert losses(run) and all(np.isfinite(losses(run) + losses(run, "val/loss")))
     tokenizer, network = (kind.from_pretrained(run / "model") for kind in (AutoTokenizer, AutoModelForCausalLM))
     assert tokenizer.chat_template == TEMPLATES[template]
