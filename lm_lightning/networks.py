@@ -90,3 +90,10 @@ def local_norm(tensors: list[Tensor]) -> Tensor:
     # error of 1e-4. Row by row, there is none.
     norms = [torch.linalg.vector_norm(torch.linalg.vector_norm(tensor, dim=-1)) for tensor in tensors]
     return torch.linalg.vector_norm(torch.stack(norms))
+
+
+def add_end_tokens(network: transformers.PreTrainedModel, ends: Iterable[int]) -> None:
+    """Makes tokens end the texts that a network generates, beside those that do already."""
+    own = network.generation_config.eos_token_id
+    more = own if isinstance(own, list) else [] if own is None else [own]
+    network.generation_config.eos_token_id = list(dict.fromkeys([*ends, *more]))

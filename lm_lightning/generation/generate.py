@@ -1,5 +1,6 @@
 """`generate`: continues prompts with a causal language model."""
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ def generate(
     prompt: str = "",
     prompts_file: Optional[str] = None,
     chat: bool = False,
+    system: str = "",
     max_new_tokens: int = 200,
     greedy: bool = False,
     temperature: float = 0.8,
@@ -42,6 +44,7 @@ def generate(
         prompts_file: File with one prompt per line, instead of `prompt`. One line of JSON is printed per prompt; the
             batch size does not affect the output.
         chat: Chat in the terminal; an empty line ends it.
+        system: System message of the chat, if the model was trained with one.
         max_new_tokens: Maximum number of generated tokens.
         greedy: Always choose the most probable token instead of sampling.
         temperature: Sampling temperature: values below 1 favor probable tokens, values above 1 improbable ones.
@@ -53,6 +56,8 @@ def generate(
     """
     if (prompt != "") + (prompts_file is not None) + chat > 1:
         raise UserError("give only one of --prompt, --prompts_file and --chat")
+    if system and not chat:
+        raise UserError("--system is only for --chat true: omit it")
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}, but must be 1 or more")
     prompts = read_prompts(prompts_file) if prompts_file is not None else {}
@@ -64,7 +69,7 @@ def generate(
         say(message)
     sampling = Sampling(greedy, temperature, top_k, top_p, seed)
     if chat:
-        chat_loop(network, tokenizer, max_new_tokens, sampling)
+        chat_loop(network, tokenizer, max_new_tokens, sampling, system)
     elif prompts_file is not None:
         answer(network, tokenizer, prompts, batch_size, max_new_tokens, sampling)
     else:
@@ -181,20 +186,29 @@ def answer(
 
 
 def chat_loop(
-    network: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast", max_new_tokens: int, sampling: "Sampling"
+    network: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerFast",
+    max_new_tokens: int,
+    sampling: "Sampling",
+    system: str,
 ) -> None:
     """Answers each line of the user, with the dialogue so far as context, until an empty line."""
     from lm_lightning.generation.chat import ChatFormat
     from lm_lightning.generation.generation import context_limit, prompt_ids
+    from lm_lightning.networks import add_end_tokens
 
     chat_format = None if tokenizer.chat_template is None else ChatFormat(tokenizer)
     if chat_format is None:
         say("this model has no chat template: the dialogue is passed to it as lines of plain text")
+    else:
+        with contextlib.suppress(UserError):  # a template without an end token
+            add_end_tokens(network, [chat_format.end_id])
+    first = [{"role": "system", "content": system}] if system else []
 
     def tokens(turns: list[dict]) -> list[int]:
         if chat_format is None:
-            return prompt_ids(tokenizer, "".join(turn["content"] + "\n" for turn in turns))
-        return chat_format.prompt(turns)
+            return prompt_ids(tokenizer, "".join(turn["content"] + "\n" for turn in [*first, *turns]))
+        return chat_format.prompt([*first, *turns])
 
     turns: list[dict] = []
     while True:

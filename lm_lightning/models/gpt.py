@@ -13,7 +13,7 @@ from lm_lightning.errors import UserError
 from lm_lightning.losses import cross_entropy, linear_cross_entropy
 from lm_lightning.models.metrics import Mode
 from lm_lightning.models.module import LanguageModule
-from lm_lightning.networks import headless
+from lm_lightning.networks import add_end_tokens, headless
 
 
 class CausalLM(LanguageModule):
@@ -29,9 +29,7 @@ class CausalLM(LanguageModule):
         self.has_linear_head = self.head_is_last()
         self.refuse_leaks()
         if ends := contract.optional(self.trainer.datamodule, "end_tokens"):
-            own = self.network.generation_config.eos_token_id
-            more = own if isinstance(own, list) else [] if own is None else [own]
-            self.network.generation_config.eos_token_id = list(dict.fromkeys([*ends, *more]))
+            add_end_tokens(self.network, ends)
 
     @torch.no_grad()
     def refuse_leaks(self) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any, Optional
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
+import torch.nn.functional as F
 
 from lm_lightning.data.order import sequence_key
 from lm_lightning.data.tokenizer import document_ids
@@ -144,20 +144,19 @@ def collate_pairs(padding: int, items: list[dict]) -> dict:
         items: Examples, see `PreferenceData.example`.
 
     Returns:
-        `input_ids` of prompts with their better answers, and `rejected_ids` of those with the worse ones;
-        `attention_mask` and `rejected_mask`; `targets` and `rejected_targets`, -100 outside of the answers: all (B, T)
-        int64, with the same T. `id`, B numbers.
+        `input_ids`, `attention_mask` and `targets`, -100 outside of the answers: (B, 2, T) int64, for the better and
+        the worse answer with their prompt; `id`, B numbers.
     """
     multiple = 8 if torch.cuda.is_available() else 1  # tensor cores need multiples of 8, CPUs do not
     longest = -(-max(max(item["lengths"]) for item in items) // multiple) * multiple
-    batch: dict[str, Any] = {}
-    for number, name in enumerate(("", "rejected_")):
-        parts = [(torch.tensor(item["input_ids"]), item["targets"], item["lengths"]) for item in items]
-        ids, targets = (
-            [row[part].split(row[2])[number] for row in parts] + [torch.zeros(longest, dtype=torch.long)]
-            for part in (0, 1)
-        )
-        batch[f"{name or 'input_'}ids"] = pad_sequence(ids, True, padding)[:-1]
-        batch[f"{name or 'attention_'}mask"] = pad_sequence([torch.ones_like(row) for row in ids], True)[:-1]
-        batch[f"{name}targets"] = pad_sequence(targets, True, -100)[:-1]
+    ids, targets = list[torch.Tensor](), list[torch.Tensor]()
+    for item in items:
+        ids += torch.tensor(item["input_ids"]).split(item["lengths"])
+        targets += item["targets"].split(item["lengths"])
+
+    def padded(rows: list[torch.Tensor], value: int) -> torch.Tensor:
+        return torch.stack([F.pad(row, (0, longest - len(row)), value=value) for row in rows]).view(len(items), 2, -1)
+
+    batch: dict[str, Any] = {"input_ids": padded(ids, padding), "targets": padded(targets, -100)}
+    batch["attention_mask"] = padded([torch.ones_like(row) for row in ids], 0)
     return batch | {"id": [item["id"] for item in items]}

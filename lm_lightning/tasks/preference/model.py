@@ -194,14 +194,7 @@ class PreferenceTuning(CausalLM):
             int64.
         """
         network = network or self.network
-        ids, mask, targets = (
-            torch.cat([batch[name], batch[other]])
-            for name, other in (
-                ("input_ids", "rejected_ids"),
-                ("attention_mask", "rejected_mask"),
-                ("targets", "rejected_targets"),
-            )
-        )
+        ids, mask, targets = (batch[name].flatten(0, 1) for name in ("input_ids", "attention_mask", "targets"))
         answered = targets != -100
         linear = self.has_linear_head and type(network) is type(self.network)
         inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
@@ -214,7 +207,7 @@ class PreferenceTuning(CausalLM):
             logits = network(**inputs).logits[answered][:, : self.vocab_size].float()
             found = -nn.functional.cross_entropy(logits, targets[answered], reduction="none")
         log_probs = found.new_zeros(targets.shape).masked_scatter(answered, found).sum(1)
-        return torch.stack(log_probs.chunk(2), 1), torch.stack(answered.sum(1).chunk(2), 1)
+        return log_probs.view(-1, 2), answered.sum(1).view(-1, 2)
 
     def scores(self, batch: dict) -> tuple[Scores, Tensor]:
         """The results of a batch, and the number of tokens of the answers, (B, 2) int64."""

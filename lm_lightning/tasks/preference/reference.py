@@ -129,8 +129,11 @@ def saved_values(saved: Any, split: str, keys: Tensor) -> Tensor:
         UserError: If the checkpoint does not have all rows.
     """
     known: dict[int, Tensor] = {}
-    for part in (saved or {}).values():
-        known |= dict(zip(part["keys"].tolist(), part["log_probs"]))
+    try:
+        for part in (saved or {}).values():
+            known |= dict(zip(part["keys"].tolist(), part["log_probs"].float().view(-1, 2), strict=True))
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"the checkpoint is damaged: its reference cannot be read ({error})") from error
     missing = sum(key not in known for key in keys.tolist())
     if missing:
         raise UserError(

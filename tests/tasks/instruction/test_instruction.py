@@ -147,6 +147,26 @@ def test_a_chat_reproduces_learned_conversations_and_stops(
         assert out.split("> ") == ["", *(f"{answer}\n" for answer in expected), ""]
 
 
+def test_a_chat_has_the_system_message_and_ends_answers_whatever_the_generation_config_says(
+    learned, cli, monkeypatch: pytest.MonkeyPatch
+):
+    from lm_lightning.generation import generate
+
+    network, tokenizer = generate.load(str(learned("chatml")), "cpu")
+    network.generation_config.eos_token_id = tokenizer.eos_token_id
+    prompts, stream = [], generate.stream
+    monkeypatch.setattr(generate, "load", lambda *_: (network, tokenizer))
+    monkeypatch.setattr(generate, "stream", lambda *args: prompts.append(args[2]) or stream(*args))
+    turns = conversations()[0]
+    for system in ("", "Be <|im_end|>brief."):
+        monkeypatch.setattr("sys.stdin", io.StringIO(f"{turns[0]['content']}\n\n"))
+        flags = ("--chat", "true", "--greedy", "true", "--max_new_tokens", 60)
+        out = cli("generate", "RUN", *flags, *(("--system", system) if system else ()))
+        said = [{"role": "system", "content": system}] if system else []
+        assert prompts[-1] == ChatFormat(tokenizer).prompt([*said, turns[0]])
+        assert system or out == f"> {turns[1]['content']}\n> "
+
+
 @pytest.mark.parametrize("template", ["chatml", "headings"])
 def test_plain_transformers_reads_the_same_and_answers_the_same(template: str, learned):
     run = learned(template)

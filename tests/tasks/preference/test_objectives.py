@@ -70,7 +70,7 @@ def test_equal_answers_teach_nothing(objective, data: PreferenceData):
 def test_rows_that_pad_a_batch_do_not_count(data: PreferenceData):
     module = module_of(DPO(), torch.zeros(2, 2))
     batch = batch_of(data, *ROWS)
-    batch["targets"][1] = batch["rejected_targets"][1] = -100
+    batch["targets"][1] = -100
     loss, count = module.loss(batch)
     alone = module_of(DPO(), torch.zeros(1, 2)).loss(batch_of(data, ROWS[0]))[0]
     assert count == 1 and loss.item() == pytest.approx(alone.item(), rel=1e-5)
@@ -189,7 +189,8 @@ def test_answers_are_what_the_assistant_writes_after_the_prompt(data: Preference
         data.tokenizer.decode(chosen[:-1]) == "A letter.<|endoftext|>" and data.tokenizer.decode(rejected[:-1]) == "No."
     )
     assert chosen.tolist().count(end) == 1 and chosen[-1] == rejected[-1] == end
-    texts = Row({"prompt": "The sky", "chosen": " is blue", "rejected": ""}, "rows.jsonl:2")
+    texts = Row({"prompt": "The sky", "chosen": " is<|endoftext|>", "rejected": ""}, "rows.jsonl:2")
     example = data.example(texts, pair_of(texts, PreferenceColumns()))
     chosen, rejected = (part[part != -100] for part in example["targets"].split(example["lengths"]))
-    assert data.tokenizer.decode(chosen[:-1]) == " is blue" and chosen[-1] == end and rejected.tolist() == [end]
+    assert data.tokenizer.decode(chosen[:-1]) == " is<|endoftext|>" and rejected.tolist() == [end]
+    assert chosen.tolist().count(end) == 1 and chosen[-1] == end

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, exists, paragraphs
+from conftest import ROOT, evaluation, exists, paragraphs
 from processes import Runs
 from test_fit import metrics, same, weights
 from test_resuming import snapshots
@@ -103,7 +103,7 @@ def test_predictions_are_log_probabilities_of_plain_networks(kind: str, base: Pa
         assert logged[0]["train/loss"] == pytest.approx(math.log(2), abs=1e-6)
         assert abs(logged[0]["train/margin"]) < 1e-5
     cli("validate", run)
-    record = json.loads((max(run.glob("evaluations/*-validate*")) / "evaluation.json").read_text())["metrics"]
+    record = json.loads((evaluation(run, "validate") / "evaluation.json").read_text())["metrics"]
     last = {name: value for name, value in logged[-1].items() if name.startswith("val/")}
     assert len(last) == 7 and record == pytest.approx(last, abs=2e-4)
     assert last["val/margin"] > 0.1 and last["val/accuracy"] > 0.5
@@ -152,9 +152,10 @@ def test_reference_that_does_not_exist_any_more_is_named(base: Path, cli, refuse
     shutil.rmtree(given)
     message = refused("validate", run)
     assert str(given) in message and "--model.reference" in message
-    cli("validate", run, "--model.reference", start)
-    record = json.loads((max(run.glob("evaluations/*-validate*")) / "evaluation.json").read_text())["metrics"]
-    assert record["val/margin"] == pytest.approx(rows_of(run)[-1]["val/margin"], abs=1e-4)
+    for weights_of in ((), ("--ckpt_path", "last")):
+        cli("validate", run, "--model.reference", start, *weights_of)
+        record = json.loads((evaluation(run, "validate") / "evaluation.json").read_text())["metrics"]
+        assert record["val/margin"] == pytest.approx(rows_of(run)[-1]["val/margin"], abs=1e-4)
 
 
 def test_long_and_empty_pairs_are_reported(base: Path, cli, refused, tmp_path: Path):

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from conftest import needs
 from reading import Reader, under
 from test_preference import base, pairs  # noqa: F401 (a fixture)
 
@@ -34,9 +35,9 @@ def test_another_objective(user: Reader, typed: list[list[str]]):
     assert "beta: 2.5" in (user.fitted[-1] / "config.yaml").read_text()
 
 
+@needs("lora")
 @pytest.mark.slow
 @under("docs/preference.md", "LoRA")
 def test_lora(user: Reader, typed: list[list[str]]):
-    pytest.importorskip("peft")
     user.type_all(typed)
     assert (user.fitted[-1] / "adapter" / "adapter_model.safetensors").is_file()
