@@ -76,9 +76,7 @@ class Length(TextScore):
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_each_row_is_scored_once_in_the_same_batches_for_any_number_of_processes(
-    size: int, monkeypatch, tmp_path: Path
-):
+def test_each_row_is_scored_once_in_the_same_batches_for_any_number_of_processes(size: int, monkeypatch):
     """As in `size` processes, one after the other; what each would get of the others is what these return."""
     texts = [f"text {'long ' * (i % 5)}{i}" for i in range(23)]
     generated: list[list[list[int]]] = [[] for _ in range(size)]
@@ -128,9 +126,9 @@ def test_baselines_of_real_corpora():
     rows = [json.loads(line) for line in (DATA / "scitldr" / "test.jsonl").read_text().splitlines()]
     values = Rouge().compute([row["source"][0] for row in rows], [row["target"] for row in rows])
     assert 0.2 < values["rougeL"] < values["rouge1"] < 0.5
-    sides = [
-        gzip.open(DATA / "multi30k" / f"test_2016_flickr.{side}.gz", "rt", encoding="utf-8").read().splitlines()
-        for side in ("de", "en")
-    ]
+    sides = []
+    for side in ("de", "en"):
+        with gzip.open(DATA / "multi30k" / f"test_2016_flickr.{side}.gz", "rt", encoding="utf-8") as file:
+            sides.append(file.read().splitlines())
     assert Bleu().compute(sides[0], [[text] for text in sides[1]])["bleu"] < 5
     assert Bleu().compute(sides[1], [[text] for text in sides[1]])["bleu"] == pytest.approx(100)
