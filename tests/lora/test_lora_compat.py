@@ -51,3 +51,18 @@ def test_quantized_layers_know_whether_they_repack_their_weights():
     compat.keep_trainable(torch.nn.Sequential(layer))
     assert hasattr(bitsandbytes.nn.Linear4bit(64, 64), "support_avx512bf16_for_cpu")
     assert layer.support_avx512bf16_for_cpu is False
+
+
+@torch.no_grad()
+def test_adapted_layers_can_be_disabled():
+    tokens, full = torch.arange(8).unsqueeze(0), gpt().eval()
+    before = full(tokens).logits
+    settings = peft.LoraConfig(r=2, target_modules="all-linear", fan_in_fan_out=True, init_lora_weights=False)
+    network = peft.inject_adapter_in_model(settings, full)
+    layers = [module for module in network.modules() if isinstance(module, peft.tuners.lora.LoraLayer)]
+    adapted, trained = network(tokens).logits, [p.requires_grad for p in network.parameters()]
+    compat.set_disabled(layers, True)
+    assert torch.equal(network(tokens).logits, before) and not torch.allclose(adapted, before, atol=1e-3)
+    assert [p.requires_grad for p in network.parameters()] == trained
+    compat.set_disabled(layers, False)
+    assert torch.equal(network(tokens).logits, adapted)

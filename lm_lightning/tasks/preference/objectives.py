@@ -120,7 +120,8 @@ class ORPO(Objective):
 
     The loss of a pair is the mean cross entropy of the tokens of the better answer, and `beta` times the cross entropy
     of which answer is the better one, whose logit is the logarithm of the ratio of their odds. The probability of an
-    answer is the geometric mean of those of its tokens.
+    answer is the geometric mean of those of its tokens. (In TRL, the first term is a mean over the tokens of a batch,
+    prompts included, so that it depends on how pairs are divided into batches.)
 
     Args:
         beta: Weight of the second term (lambda in the paper).
