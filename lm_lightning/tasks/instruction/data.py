@@ -27,7 +27,7 @@ class Counts:
     """What was left out of a split, with the first row of each kind.
 
     Attributes:
-        unanswered: Rows without an answer.
+        unanswered: Rows without an answer to something.
         too_long: Rows whose first answer does not end within `max_length` tokens.
         cut: Answers after the last one that does.
     """
@@ -184,7 +184,8 @@ class InstructionData(LabelledData):
     def tokens(self, row: Row, counts: Counts) -> list[tuple[list[int], list[bool]]]:
         """The ids of a row's conversation, and which of them are targets; usually one pair, see `ChatFormat`."""
         turns = conversation(row, self.columns)
-        if not any(map(is_answer, turns)):
+        asked = next((number for number, turn in enumerate(turns) if turn["role"] != "assistant"), len(turns))
+        if not any(map(is_answer, turns[asked:])):
             counts.unanswered.append(row.where)
             return []
         try:
@@ -225,8 +226,10 @@ class InstructionData(LabelledData):
             if fitting:
                 found.append((ids[: fitting[-1]], is_target[: fitting[-1]]))
                 counts.cut += len(ends) - len(fitting)
-        if examples and not found:
-            counts.too_long.append(row.where)
+        if examples and not found:  # a template's generation markers can also omit all answers
+            (counts.too_long if any(any(is_target) for _, is_target in examples) else counts.unanswered).append(
+                row.where
+            )
         return found
 
     def report_conversations(self, split: str, content: TokenizedConversations, rows: int, counts: Counts) -> None:

@@ -295,12 +295,13 @@ def test_rows_without_targets_are_counted_and_refused_if_no_other_is_left(cli, f
         turns[:1],
         [turns[0], {**turns[1], "content": " "}],
         [{**turns[0], "content": "why " * 300}, turns[1]],
+        turns[1:2],
     ]
     write(file, [{"messages": row} for row in rows])
     out = cli("prepare", "--config", recipe, "--data.tables.train", file, "--show", 0)
     assert "train: 1 conversations" in out
     assert (
-        f"not used: 2 have no answer (such as {file}:2) and 1 are longer than data.max_length (such as {file}:4)" in out
+        f"not used: 3 have no answer (such as {file}:2) and 1 are longer than data.max_length (such as {file}:4)" in out
     )
     shown = out.split("--- sample 0")[1]
     assert [line[2:] for line in shown.splitlines() if line.startswith("> ")] == [
