@@ -54,6 +54,9 @@ class TextEvaluation:
     batch_size: int = 32
     samples: int = 4
 
+    def __post_init__(self) -> None:
+        self.printed: set[str] = set()  # signatures
+
     def check(self) -> None:
         """Refuses invalid options, and scores whose packages are missing."""
         for name, least in {"rows": 1, "batch_size": 1, "samples": 0}.items():
@@ -116,9 +119,9 @@ class TextEvaluation:
         """Prints the signatures of the scores, and writes samples of training beside the correct texts."""
         trainer = module.trainer
         for signature in filter(None, (score.signature() for score in self.scores)):
-            if signature not in printed:
+            if signature not in self.printed:
                 print(f"score: {signature}, {len(texts):,} texts")
-                printed.add(signature)
+                self.printed.add(signature)
         if trainer.state.fn != "fit":
             return
         rows = [
@@ -130,9 +133,6 @@ class TextEvaluation:
             append(file, json.dumps(row, ensure_ascii=False) + "\n")
             print(f"sample: {printable(str(row['prompt']))[:200]}|{printable(str(row['text']))}")
         log_samples(trainer, rows)
-
-
-printed: set[str] = set()  # signatures that this process has printed
 
 
 def log_samples(trainer: Any, rows: list[dict[str, Any]]) -> None:

@@ -113,8 +113,8 @@ class Chrf(_SacreBleu):
 class Rouge(TextScore):
     """ROUGE-1, ROUGE-2, ROUGE-L and ROUGE-Lsum of rouge-score: the mean F-measure, from 0 to 1 (Lin, 2004).
 
-    Of several correct texts, the one with the best F-measure counts. ROUGE-Lsum compares lines, so it is that of
-    ROUGE-L if texts have one line each. rouge-score knows Latin letters and digits only.
+    Of several correct texts, the one with the best F-measure counts. ROUGE-Lsum compares line by line. rouge-score
+    knows Latin letters and digits only.
 
     Args:
         use_stemmer: Whether English words are reduced to their stems.

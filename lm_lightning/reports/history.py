@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,8 @@ def read(folder: Path) -> Run:
     run.environment = read_options(folder / "environment.json", run.notes)
     data = read_options(folder / "data.json", run.notes)
     run.data = {name: text for name, text in data.items() if text != "null"}  # without options that were not given
-    run.samples = read_lines(folder / "samples.jsonl", {"step": int, "prompt": str, "text": str}, run.notes)
+    sample: dict[str, Callable[[Any], Any]] = {"step": int, "prompt": str, "text": str}
+    run.samples = read_lines(folder / "samples.jsonl", sample, run.notes, ["reference"])
     run.spikes = read_lines(folder / "spikes.jsonl", {"step": int, "loss": float, "samples": whole_numbers}, run.notes)
     run.results = read_table(folder / "results.csv", run.notes)
     run.confusion = read_table(folder / "confusion.csv", run.notes)
@@ -172,8 +173,10 @@ def flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
         yield name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
-def read_lines(file: Path, fields: dict[str, Callable[[Any], Any]], notes: list[str]) -> list[dict[str, Any]]:
-    """The lines of a JSONL file that have these fields."""
+def read_lines(
+    file: Path, fields: dict[str, Callable[[Any], Any]], notes: list[str], optional: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """The lines of a JSONL file that have these fields; texts that only some lines have are `optional`."""
     rows, bad = [], 0
     lines = [line for line in text_of(file, notes, last=True).split("\n") if line.strip()]
     if len(lines) > LINES:
@@ -182,6 +185,7 @@ def read_lines(file: Path, fields: dict[str, Callable[[Any], Any]], notes: list[
         try:
             row = json.loads(line)
             values = {name: step_of(row[name]) if name == "step" else kind(row[name]) for name, kind in fields.items()}
+            values |= {name: str(row[name]) for name in optional if name in row}
             rows.append({name: cut(value, TEXT) if isinstance(value, str) else value for name, value in values.items()})
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             bad += 1

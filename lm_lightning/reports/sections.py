@@ -96,19 +96,25 @@ def spikes(run: Run) -> str:
 def samples(run: Run) -> str:
     """The generated text for each prompt, from the first step to the last."""
     prompts: dict[str, dict[int, str]] = {}
+    references: dict[str, str] = {}  # correct texts, where there are any
     for row in run.samples:  # a repeated step has another line
         prompts.setdefault(row["prompt"], {})[row["step"]] = row["text"]
+        if "reference" in row:
+            references[row["prompt"]] = row["reference"]
     blocks = []
     for prompt, texts in itertools.islice(prompts.items(), PROMPTS):
         steps = sorted(texts)
         last = max(1, min(SAMPLES, len(steps)) - 1)
         shown = dict.fromkeys(steps[i * (len(steps) - 1) // last] for i in range(last + 1))
-        rows = ""
+        rows, begin = "", "" if prompt in references else f"<b>{escape(prompt)}</b>"
         for step in shown:
             text = re.sub(r"\n{4,}", lambda blank: f"\n<i>[{len(blank[0])} line breaks]</i>\n", escape(texts[step]))
-            rows += f'<dt>step {step:,}</dt><dd dir="auto"><b>{escape(prompt)}</b>{text}</dd>'
+            rows += f'<dt>step {step:,}</dt><dd dir="auto">{begin}{text}</dd>'
+        if prompt in references:
+            rows += f'<dt>correct</dt><dd dir="auto">{escape(references[prompt])}</dd>'
         left = f"<p>{len(steps) - len(shown)} more in samples.jsonl.</p>" if len(shown) < len(steps) else ""
-        heading = f"after “{escape(prompt)}”" if prompt else "a new document"
+        preposition = "for" if prompt in references else "after"
+        heading = f"{preposition} “{escape(prompt)}”" if prompt else "a new document"
         blocks.append(f"<h3>{heading}</h3><dl>{rows}</dl>{left}")
     if len(prompts) > PROMPTS:
         blocks.append(f"<p>{len(prompts) - PROMPTS:,} more prompts in samples.jsonl.</p>")

@@ -29,6 +29,15 @@ ENCODER = {
     "*.intermediate.dense": "colwise",
     "*layer.*.output.dense": "rowwise",
 }
+# Encoder-decoders like BART; their vocabulary is not split, as both parts have an embedding of it.
+ENCODER_DECODER = {
+    "*.layers.*.q_proj": "colwise",
+    "*.layers.*.k_proj": "colwise",
+    "*.layers.*.v_proj": "colwise",
+    "*.layers.*.out_proj": "rowwise",
+    "*.layers.*.fc1": "colwise",
+    "*.layers.*.fc2": "rowwise",
+}
 # Where query, key and value (or gate and input) are one matrix, its output is gathered and attention computed by all.
 PLANS: dict[str, dict[str, str]] = {
     "gpt2": {
@@ -51,6 +60,7 @@ PLANS: dict[str, dict[str, str]] = {
         "*.ffn.lin1": "colwise",
         "*.ffn.lin2": "rowwise",
     },
+    **dict.fromkeys(("bart", "mbart", "marian", "m2m_100"), ENCODER_DECODER),
     **dict.fromkeys(("bert", "roberta", "electra", "xlm-roberta", "camembert"), ENCODER),
 }
 
@@ -111,7 +121,8 @@ def split(network: PreTrainedModel, mesh: DeviceMesh) -> None:
     ties = tied(network)
     parallelize_module(network.base_model, mesh, {name: STYLES[style] for name, style in plan.items()})
     head, embedding = network.get_output_embeddings(), network.get_input_embeddings()
-    if head is not None and len(head.weight) % mesh.size() == 0:
+    whole = network.config.is_encoder_decoder
+    if head is not None and not whole and len(head.weight) % mesh.size() == 0:
         parallelize_module(head, mesh, STYLES["colwise_gather_output"])
         parallelize_module(embedding, mesh, RowwiseParallel(input_layouts=Replicate()))
     for places in ties:  # each place now has a tensor of its own
@@ -141,7 +152,9 @@ def check(config: PreTrainedConfig, size: int) -> None:
             + (f" ({', '.join(sorted(strange))})" if strange else "")
             + f": use --trainer.strategy fsdp2, or one of {', '.join(PLANS)}, llama, mistral, qwen2, qwen3 and gemma2"
         )
-    for name in ("num_attention_heads", "num_key_value_heads", "hidden_size", "intermediate_size"):
+    names = ["num_attention_heads", "num_key_value_heads", "hidden_size", "intermediate_size"]
+    names += ["decoder_attention_heads", "encoder_ffn_dim", "decoder_ffn_dim"]
+    for name in names:
         value = getattr(config, name, None)
         if isinstance(value, int) and value % size:
             raise UserError(

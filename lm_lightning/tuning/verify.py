@@ -112,6 +112,9 @@ def shared_settings(fit_flags: list[str], steps: int, folder: Path, timeout: flo
     }
     if isinstance(settings["seed_everything"], bool):  # random in each run, or no seed
         settings["seed_everything"] = 1
+    data = settings["data"]["init_args"]
+    if data.get("max_tokens") is not None:  # the variants divide batches by rows
+        data["max_tokens"] = None
     plain = {"compile": False, "activation_checkpointing": 0}
     model |= {name: value for name, value in plain.items() if name in model}
     write_text(folder / "config.yaml", yaml_text.dump(settings))

@@ -107,6 +107,14 @@ def test_run_leaves_a_report_that_says_what_was_logged(fit):
     assert first["text"].strip().split("\n")[0] in page.text and "after “The old”" in page.text
 
 
+def test_correct_texts_are_shown_beside_samples(folder: Path, cli):
+    rows = [{"step": step, "prompt": "Hallo", "text": f"text {step}", "reference": "<Hello>"} for step in (1, 2)]
+    (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cli("report", folder)
+    text = Page(folder / "report.html").text
+    assert "for “Hallo”" in text and text.count("<Hello>") == 1 and "text 2" in text
+
+
 def test_page_needs_no_network(folder: Path, cli):
     assert cli("report", folder).strip() == str(folder / "report.html")
     page = Page(folder / "report.html")

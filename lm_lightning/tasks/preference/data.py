@@ -60,7 +60,8 @@ class PreferenceData(LabelledData):
         pairs = [pair_of(row, self.columns) for row in rows]
         examples = [self.example(row, pair) for row, pair in zip(rows, pairs)]
         truncated = sum(example.pop("truncated") for example in examples)
-        empty = [bool((example["targets"] == -100).all()) for example in examples]
+        answers = (example["targets"].split(example["lengths"]) for example in examples)
+        empty = [any(bool((answer == -100).all()) for answer in pair) for pair in answers]
         if all(empty):
             raise UserError(
                 f"no pair of the {split} split has an answer within data.max_length, {self.block_size} tokens: "

@@ -106,9 +106,9 @@ class PreferenceTuning(CausalLM):
                 f"reference: {references.REMEDY}"
             )
         if self.trainer.state.fn != "fit" and not self.uses_base:
-            name = self.evaluated_reference()
-            if name is None or name != self.pretrained or self.evaluated_network is not None:
-                self.reference_network = (references.load(self, name or ""),)
+            name, own = self.evaluated_reference() or "", self.pretrained
+            if self.evaluated_network is not None or name != own:  # else the network is its own reference
+                self.reference_network = (references.load(self, name),)
 
     @property
     def uses_base(self) -> bool:

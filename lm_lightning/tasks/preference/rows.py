@@ -22,7 +22,7 @@ class PreferenceColumns:
     """Names of the columns. Each contains a text, or messages: a list of dicts with `role` and `content`.
 
     Args:
-        prompt: The prompt. If the tables have no such column, it is the beginning that both answers have in common.
+        prompt: The prompt. If there is none, it is the beginning that both answers have in common.
         chosen: The better answer; messages may include those of the prompt.
         rejected: The worse answer, like the better one.
     """
@@ -45,11 +45,6 @@ class Pair(NamedTuple):
     chosen: Any
     rejected: Any
 
-    @property
-    def is_chat(self) -> bool:
-        """Whether the prompt and the answers are messages."""
-        return isinstance(self.prompt, list)
-
 
 def pair_of(row: Row, columns: PreferenceColumns) -> Pair:
     """The pair in a row.
@@ -57,11 +52,13 @@ def pair_of(row: Row, columns: PreferenceColumns) -> Pair:
     Raises:
         UserError: If a column has neither a text nor messages, or there is no answer after the prompt.
     """
-    prompt = content(row, columns.prompt) if columns.prompt in row else None
+    if columns.prompt != PreferenceColumns.prompt:
+        row.value(columns.prompt)  # a name that was given must exist
+    prompt = None if row.get(columns.prompt) is None else content(row, columns.prompt)
     chosen, rejected = content(row, columns.chosen), content(row, columns.rejected)
     if isinstance(chosen, str) and isinstance(rejected, str):
         if prompt is None:
-            return split_texts(row, chosen, rejected)
+            return split_texts(row, chosen, rejected, columns)
         if isinstance(prompt, str):
             return Pair(prompt, chosen, rejected)
     chosen, rejected = (as_messages(answer, "assistant") for answer in (chosen, rejected))
@@ -110,13 +107,23 @@ def as_messages(value: str | list[Message], role: str) -> list[Message]:
     return [{"role": role, "content": value}] if isinstance(value, str) else value
 
 
-def split_texts(row: Row, chosen: str, rejected: str) -> Pair:
-    """Separates two texts from their common beginning, at white space, which then belongs to the answers."""
+def split_texts(row: Row, chosen: str, rejected: str, columns: PreferenceColumns) -> Pair:
+    """Separates two texts from their common beginning, at white space, which then belongs to the answers.
+
+    Raises:
+        UserError: If they have none.
+    """
     common = os.path.commonprefix([chosen, rejected])
     if common in (chosen, rejected) or not all(text[len(common) :][:1].isspace() for text in (chosen, rejected)):
         while common and not common[-1].isspace():
             common = common[:-1]
         common = common.rstrip()
+    if not common:
+        raise UserError(
+            f"{row.where}: there is no prompt: {columns.chosen!r} and {columns.rejected!r} do not begin with the same "
+            f"words, and there is no column {columns.prompt!r}: give the column of the prompt with "
+            "--data.columns.prompt, or fix the row"
+        )
     return Pair(common, chosen[len(common) :], rejected[len(common) :])
 
 

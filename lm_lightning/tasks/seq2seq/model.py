@@ -215,6 +215,9 @@ class Seq2Seq(LanguageModule):
     def texts(self, batch: dict) -> list[str]:
         """The texts that the network writes for a batch; all processes call it."""
         together = self.trainer.world_size > 1 and capabilities(self.trainer.strategy).shards_parameters
+        if together:  # `generate` calls the encoder by itself; FSDP gathers what is in no block for the full network
+            first = {name: batch[name][:1, :1] for name in ("input_ids", "attention_mask")}
+            self.logits(first | {"targets": first["input_ids"]})
         return write_texts(
             self.network, self.tokenizer, batch["input_ids"], batch["attention_mask"], self.vocab_size, together
         )
