@@ -130,7 +130,10 @@ def losses(run: Path, name: str = "train/loss") -> list[float]:
         return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
 
 
-@pytest.mark.parametrize("template", ["chatml", "headings"])  # with generation markers, and without
+BOTH = ["chatml", pytest.param("headings", marks=pytest.mark.slow)]  # with generation markers, and without
+
+
+@pytest.mark.parametrize("template", BOTH)
 def test_a_chat_reproduces_learned_conversations_and_stops(
     template: str, learned, cli, monkeypatch: pytest.MonkeyPatch
 ):
@@ -167,7 +170,7 @@ def test_a_chat_has_the_system_message_and_ends_answers_whatever_the_generation_
         assert system or out == f"> {turns[1]['content']}\n> "
 
 
-@pytest.mark.parametrize("template", ["chatml", "headings"])
+@pytest.mark.parametrize("template", BOTH)
 def test_plain_transformers_reads_the_same_and_answers_the_same(template: str, learned):
     run = learned(template)
     asked = [before for before, _ in questions()]
@@ -182,7 +185,7 @@ def test_plain_transformers_reads_the_same_and_answers_the_same(template: str, l
 
 
 def test_predictions_are_the_answers_and_are_scored(learned, cli, tmp_path: Path):
-    run = learned("headings")
+    run = learned("chatml")
     rows = [{"messages": before} for before, _ in questions()]
     cli("predict", run, "--data.tables.predict", write(tmp_path / "asked.jsonl", rows), "--data.batch_size", 8)
     lines = (evaluation(run) / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
