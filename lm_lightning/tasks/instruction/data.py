@@ -114,7 +114,12 @@ class InstructionData(LabelledData):
         self.print(f"the tokenizer gets the tokens {', '.join(map(printable, names))}")
 
     def make_collate(self) -> Callable[[list[dict]], dict]:
-        return functools.partial(collate, self.tokenizer.pad_token_id)
+        return functools.partial(collate, self.padding)
+
+    @property
+    def padding(self) -> int:
+        """The token after the end of a row; no other sees it, so that any will do."""
+        return self.tokenizer.pad_token_id or 0
 
     @property
     def mask_documents(self) -> bool:
@@ -160,7 +165,7 @@ class InstructionData(LabelledData):
         if not self.pack:
             samples: Any = content
         else:
-            samples = Packs(content, self.block_size, self.tokenizer.pad_token_id)
+            samples = Packs(content, self.block_size, self.padding)
             share = content.lengths.sum() / (len(samples) * self.block_size)
             self.print(f"{split}: {len(samples):,} rows of {self.block_size} tokens, {share:.1%} full")
         if split == "train":
