@@ -130,6 +130,8 @@ def options(cls: type) -> set[str]:
     "tasks.questions",
     "tasks.embedding",
     "tasks.seq2seq",
+    "tasks.instruction",
+    "tasks.preference",
 )
 def test_every_option_is_in_a_class_of_those_that_are_checked():
     features.import_classes()
