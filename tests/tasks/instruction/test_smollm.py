@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, needs
+from conftest import ROOT, exists, needs
 from forks import python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -59,7 +59,9 @@ def test_it_chats(smollm: Path, cli, monkeypatch: pytest.MonkeyPatch):
 
 
 @needs("lora")
-def test_lora_teaches_it_an_answer_and_is_merged(smollm: Path, cli, tmp_path: Path):
+def test_lora_teaches_it_an_answer_and_is_merged_and_quantized(
+    smollm: Path, cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     peft = pytest.importorskip("peft")
     turns = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
     file = tmp_path / "chats.jsonl"
@@ -78,6 +80,11 @@ def test_lora_teaches_it_an_answer_and_is_merged(smollm: Path, cli, tmp_path: Pa
     )
     assert answer.stdout.strip() == ANSWER, answer.stderr
     assert cli("generate", run, "--prompt", "The sea is", "--max_new_tokens", 5).startswith("The sea is")
+    if exists("compression") and importlib.util.find_spec("torchao"):
+        cli("compress", run, "--recipe", "int8", "--measure", "false", "--output", tmp_path / "compressed")
+        monkeypatch.setattr("sys.stdin", io.StringIO(f"{QUESTION}\n\n"))
+        flags = ("--chat", "true", "--greedy", "true", "--max_new_tokens", 30)
+        assert cli("generate", tmp_path / "compressed" / "int8", *flags) == f"> {ANSWER}\n> "
     # the merged weights, with the mask of the chat, are those of the base and the adapter
     chat = ChatFormat(tokenizers.load(str(run)))
     assert chat.end == "<|im_end|>"
