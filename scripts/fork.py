@@ -32,7 +32,7 @@ from fork_features import CHOICES, FEATURES, PACKAGE, TEMPLATE_ONLY, Feature
 ROOT = Path(__file__).resolve().parent.parent
 # Files that list packages, one a line: the lines of removed ones go
 LISTS = ("features.py", "pyproject.toml", ".importlinter", "package-data")
-MARKER = re.compile(r"[ \t]*(?:#|<!--) fork: ([a-z, ]+?)(?: -->)?$")
+MARKER = re.compile(r"[ \t]*(?:#|<!--) fork: ([a-z0-9, ]+?)(?: -->)?$")
 
 
 class Refusal(Exception):

@@ -92,9 +92,10 @@ ELSEWHERE = {
     "where training has begun, before the checkpoint": "pretrained unigram_start keep_head adapter decoder",
     "part of the fingerprint of the training rows or of the data's identity": "tables columns max_length language "
     "masking next_sentence kind separator scheme mark overlap max_question retrieval hard_negatives min_score "
-    "max_score parallel max_target_length max_tokens source_language target_language",
+    "max_score parallel max_target_length max_tokens source_language target_language "
+    "pack special_tokens chat_template",
     "of the loss or the evaluation, read anew": "top_k class_weights label_smoothing dropout max_answer threshold "
-    "scoring scale pooling decoding evaluation",
+    "scoring scale pooling decoding evaluation objective reference sampling max_new_tokens",
     "sizes of the network, which a checkpoint does not fit otherwise": "arc_size relation_size",
     "settings with options of their own, which are checked": "schedule network",
     "of the schedule, read anew": "warmup_ratio warmup_steps min_lr_ratio decay_ratio",
@@ -129,6 +130,8 @@ def options(cls: type) -> set[str]:
     "tasks.questions",
     "tasks.embedding",
     "tasks.seq2seq",
+    "tasks.instruction",
+    "tasks.preference",
 )
 def test_every_option_is_in_a_class_of_those_that_are_checked():
     features.import_classes()
