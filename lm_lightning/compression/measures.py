@@ -114,13 +114,15 @@ class Bench:
             ids = torch.randint(vocabulary, (size, self.tokens), generator=torch.Generator().manual_seed(0))
             ids = ids.to(self.device) if network else ids
             inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-            found[f"latency_{size}"] = torch.no_grad()(partial(running, **inputs))
+            own = {"decoder_input_ids": ids} if network and running.config.is_encoder_decoder else {}
+            found[f"latency_{size}"] = torch.no_grad()(partial(running, **inputs, **own))
             if network and running.can_generate() and self.limit >= 8 + NEW_TOKENS:
                 settings = {
                     "do_sample": False,
                     "min_new_tokens": NEW_TOKENS,
                     "max_new_tokens": NEW_TOKENS,
                     "pad_token_id": 0,
+                    **dict.fromkeys(["decoder_start_token_id"] if own else [], 0),
                 }
                 prompts = {name: tensor[:, :8] for name, tensor in inputs.items()}
                 found[f"decode_{size}"] = partial(running.generate, **prompts, **settings)

@@ -106,6 +106,8 @@ def load(model: str, device: str) -> "tuple[PreTrainedModel, PreTrainedTokenizer
     from lm_lightning.data import tokenizer as tokenizers
 
     hide_load_report()
+    if getattr(hub.config(folder), "is_encoder_decoder", False):
+        raise UserError(f"{model} is an encoder-decoder, which writes a text for a text: use predict")
     network = hub.load(transformers.AutoModelForCausalLM, folder)
     named = network.config.architectures
     name = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else ""

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import evaluation, unchanged
+from conftest import evaluation, exists, unchanged
 from forks import python
 from lightning.pytorch import Callback, Trainer
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
@@ -121,6 +121,16 @@ def test_what_is_learned_is_written_scored_and_exported(learned: Path, cli, tmp_
     words = [python("transformers"), "-c", code, learned / "model", json.dumps([source for source, _ in new])]
     result = subprocess.run(list(map(str, words)), capture_output=True, text=True, cwd=tmp_path, timeout=200)
     assert json.loads(result.stdout.splitlines()[-1]) == [row["text"] for row in predicted], result.stderr
+
+
+@pytest.mark.slow
+def test_commands_for_other_networks_refuse_encoder_decoders_or_work(fit, refused, cli, tmp_path: Path):
+    run = fit("--trainer.max_steps", 3, "--trainer.val_check_interval", 3)
+    assert "is an encoder-decoder, which writes a text for a text" in refused("generate", run, "--prompt", "anna")
+    cli("export", run)
+    if exists("compression"):
+        out = cli("compress", run, "--recipe", "sparse=0.5", "--output", tmp_path / "c", "--seconds", 0.01)
+        assert "sparse=0.5: measured" in out
 
 
 @pytest.mark.slow
