@@ -125,7 +125,13 @@ class ChatFormat:
         if template is None and not tokenizer.chat_template:
             raise UserError("the tokenizer has no chat template: give one with --data.chat_template, such as chatml")
         self.tokenizer = tokenizer
-        self.template: str = template or tokenizer.get_chat_template()  # there may be several
+        try:
+            self.template: str = template or tokenizer.get_chat_template()
+        except ValueError as error:  # there are several, none of which is the default
+            names = ", ".join(tokenizer.chat_template)
+            raise UserError(
+                f"the tokenizer has several chat templates ({names}), none of them default: {REMEDY}"
+            ) from error
         self.has_markers = re.search(r"\{%-?\s*generation\s*-?%\}", self.template) is not None
         added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
         special = sorted({*added, *tokenizer.all_special_tokens}, key=len, reverse=True)

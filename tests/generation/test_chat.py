@@ -1,5 +1,6 @@
 """Conversations as tokens: what a network reads in training and in a chat, and which tokens are targets."""
 
+import copy
 import functools
 
 import pytest
@@ -141,5 +142,11 @@ def test_templates_that_cannot_be_trained_with_are_refused():
             conversation_ids(own, TURNS, template)
     with pytest.raises(UserError, match="has no chat template"):
         conversation_ids(own, TURNS)
+    several = copy.deepcopy(own)
+    several.chat_template = {"tool_use": CHATML, "rag": CHATML}
+    with pytest.raises(UserError, match="several chat templates .tool_use, rag., none of them default"):
+        conversation_ids(several, TURNS)
+    several.chat_template["default"] = CHATML
+    assert conversation_ids(several, TURNS) == conversation_ids(own, TURNS, CHATML)
     with pytest.raises(UserError, match="neither chatml, headings nor a readable file"):
         template_text("chatlm")
