@@ -55,6 +55,8 @@ def test_languages_are_those_of_the_data_in_training_and_export(fit, tmp_path: P
     language = tokenizer.convert_tokens_to_ids(target)
     inputs = tokenizer([text for text, _ in pairs(3, 1)], return_tensors="pt", padding=True)
     assert tokenizer.convert_tokens_to_ids(source) in inputs["input_ids"][0]
+    if kind != "mbart":
+        assert network.generation_config.forced_bos_token_id == language
     written = network.generate(**inputs)
     started = [language] if kind == "mbart" else [tokenizer.eos_token_id, language]
     assert all(row[: len(started)] == started for row in written.tolist())

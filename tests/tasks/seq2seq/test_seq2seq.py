@@ -7,6 +7,7 @@ import json
 import random
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from lm_lightning.data.order import PADDING
 from lm_lightning.errors import UserError
 from lm_lightning.finetuning.token_batches import TokenBatches, TokenBatchSampler, TokenEvaluationBatches
 from lm_lightning.losses import linear_losses
+from lm_lightning.tasks.seq2seq.data import PairExamples, Seq2SeqData
 from lm_lightning.tasks.seq2seq.smoothing import Smoothing
 
 WORDS = {"anna": "ANA", "boris": "BORI", "sees": "SI", "the": "LA", "red": "RUGE", "house": "HUS", "river": "FLU"}
@@ -210,6 +212,22 @@ def test_batches_have_a_budget_and_resume_anywhere():
     one = list(TokenBatchSampler(batches, 2, 0, 1, lambda: stream[4].start))
     two = [list(TokenBatchSampler(batches, 1, rank, 2, lambda: stream[4].start)) for rank in range(2)]
     assert one == [batch for pair in zip(*two) for batch in pair]
+
+
+def test_position_after_a_step_is_that_of_all_processes():
+    """Although another process has had other numbers of rows."""
+    data = Seq2SeqData(max_tokens=60)
+    data.collate = dict
+    draw = np.random.default_rng(0)
+    rows = [{"input_ids": [1] * draw.integers(1, 20), "targets": torch.zeros(draw.integers(1, 20))} for _ in range(90)]
+    data.examples["train"] = PairExamples(rows, 1, 60)
+    strategy = SimpleNamespace(distributed_sampler_kwargs={"num_replicas": 2, "rank": 0})
+    data.trainer = SimpleNamespace(strategy=strategy, accumulate_grad_batches=2, overfit_batches=0)
+    sampler = data.train_dataloader().batch_sampler
+    stream = list(itertools.islice(sampler.batches.after(0), 80))
+    for step in range(1, 15):
+        data.advance(len(stream[4 * step - 4]) + len(stream[4 * step - 2]))
+        assert data.consumed == stream[4 * step - 1].stop
 
 
 def test_evaluation_batches_have_each_row_once():
