@@ -22,6 +22,7 @@ from lm_lightning.compression import calibration, evaluation, formats, measures,
 from lm_lightning.compression.folder import load
 from lm_lightning.data.tokenizer import Tokenizer, train
 from lm_lightning.errors import UserError
+from lm_lightning.linear_layers.blocks import by_rows, linear_layers
 
 SIZES = {
     "gpt2": {"n_layer": 4, "n_embd": 64, "n_head": 2, "n_positions": 64},
@@ -171,8 +172,6 @@ def test_shallow_model_has_the_named_blocks(folders, kind: str, tmp_path: Path):
 
 @pytest.mark.parametrize("kind", SIZES)
 def test_sparse_models_have_as_many_zeros_as_were_asked_for(folders, kind: str, tmp_path: Path):
-    from lm_lightning.networks import by_rows, linear_layers
-
     recipes.compress(folders[kind], "sparse=0.7", tmp_path / "sparse")
     recipes.compress(folders[kind], "2:4", tmp_path / "two")
     for layer in linear_layers(AutoModel.from_pretrained(tmp_path / "sparse")).values():
