@@ -551,7 +551,7 @@ def test_recipe_that_fails_is_a_row_and_the_others_are_finished(folders, cli, tm
         return real(self, recipe, *rest)
 
     monkeypatch.setattr(measures.Bench, "measure", measure)
-    message = r"1 of 3 failed, .*tries again: width=0.5: RuntimeError: mat1 and mat2 \| cannot be multiplied"
+    message = r"1 of 3 models failed .*try them again\): width=0.5: RuntimeError: mat1 and mat2 \| cannot be multiplied"
     with pytest.raises(UserError, match=message):
         cli("compress", folders["gpt2"], *recipe, *flags)
     before = table_of(output)
