@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--name", help="the name of its package")
     parser.add_argument("--keep", help="features to keep, separated by commas; default: all, with --update as before")
     parser.add_argument("--list", action="store_true", help="print the features and exit")
-    parser.add_argument("--update", action="store_true", help="commit the present template to its branch `template`")
+    parser.add_argument("--update", action="store_true", help="commit the current template to its branch `template`")
     try:
         arguments = parser.parse_args()
         if arguments.list:

@@ -1,10 +1,10 @@
-"""Kills a run at random moments, goes on with it each time, and compares it in the end with one that was never killed.
+"""Kills a run at random moments, resumes it each time, and compares it at the end with a run that was never killed.
 
     python scripts/kill.py --kills 20 --config configs/gpt.yaml --trainer.max_steps 30 --last.every_n_train_steps 1
 
-All but `--kills`, `--seed` and `--processes` goes to `fit`. Exits with 1 if no whole checkpoint is left, or if samples,
-metrics or weights differ. The processes are forks of this one, which has imported all that they need, so a kill costs a
-second.
+All options except `--kills`, `--seed` and `--processes` are passed to `fit`. Exits with 1 if no complete checkpoint is
+left, or if samples, metrics or weights differ. The processes are forks of this one, which has imported all that they
+need, so a kill costs a second.
 """
 
 import argparse
@@ -111,9 +111,11 @@ def metrics(run: Path) -> list[dict]:
 def main() -> None:
     """Runs, kills, compares."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--processes", type=int, default=1, help="one of which is killed, at random")
+    parser.add_argument("--kills", type=int, default=20, help="number of times that the run is killed")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
+    parser.add_argument(
+        "--processes", type=int, default=1, help="number of processes of the run, one of which is killed at random"
+    )
     options, flags = parser.parse_known_args()
     draw = random.Random(options.seed)
     folder = Path(tempfile.mkdtemp(prefix="kill-"))

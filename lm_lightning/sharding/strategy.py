@@ -37,12 +37,12 @@ class FSDP2(ModelParallelStrategy):
     """Fully sharded data parallelism: each process keeps its share of weights, gradients and optimizer state.
 
     Args:
-        within_node: Shards over the processes of a node only and repeats that on each node ("hybrid"), which spares
-            the slower connection between them.
+        within_node: Whether to shard only over the processes of a node and to replicate across nodes ("hybrid"), which
+            reduces the traffic over the slower connection between nodes.
         cpu_offload: Keeps the shards in the host's memory while they are not used. Slow; for GPUs only.
         sharded_checkpoints: Whether a checkpoint is a folder to which each process writes its share, instead of one
             file that the first process gathers in its memory. Either can be resumed with any strategy.
-        process_group_backend: Of torch.distributed. Default: nccl on GPUs, gloo on CPUs.
+        process_group_backend: Backend of torch.distributed. Default: nccl on GPUs, gloo on CPUs.
     """
 
     # Capabilities, see `lm_lightning/strategies/capabilities.py`
@@ -169,10 +169,10 @@ class TensorParallel(FSDP2):
     With more processes than a group has, the groups share the work as in FSDP2.
 
     Args:
-        size: Processes of a group. Default: all of a node.
+        size: Number of processes in a group. Default: all of a node.
         cpu_offload: As in FSDP2, where there are several groups.
         sharded_checkpoints: As in FSDP2.
-        process_group_backend: Of torch.distributed. Default: nccl on GPUs, gloo on CPUs.
+        process_group_backend: Backend of torch.distributed. Default: nccl on GPUs, gloo on CPUs.
     """
 
     splits_matrices = True
