@@ -32,6 +32,18 @@ def refused_settings(error: ValueError) -> list[str]:
     return re.findall(r"^- `(\w+)`", text, re.MULTILINE) or re.findall(r"`(\w+)`", text)[:1]
 
 
+def network_error(error: Exception) -> str:
+    """Why a network cannot be made, in one sentence; without the names of the hundreds of networks that could be.
+
+    Alternative: the private `_model_mapping` of the auto classes.
+    """
+    text = " ".join(str(error).split())
+    found = re.search(r"^Unrecognized configuration class <class '[\w.]*?(\w+)'> for .*AutoModel: (\w+)", text)
+    if found:
+        return f"transformers has no {found[2]} with a {found[1]}: choose another model_type or other weights"
+    return text[:300]
+
+
 def needs_remote_code(error: Exception) -> bool:
     """Whether `from_pretrained` failed because the folder has Python code that it was not allowed to run.
 
