@@ -21,12 +21,8 @@ from lm_lightning.security.trust import trusted_packages
 
 T = TypeVar("T")
 PACKAGES = ("lm_lightning", "lightning", "torch", "torchmetrics", "transformers", "bitsandbytes")
-FOLDERS = (
-    "dirpath",
-    "save_dir",
-    "folder",
-    "filename",
-)  # options of classes of Lightning and this package that write files
+# Options that say where classes of Lightning and of this package write files
+FOLDERS = ("dirpath", "save_dir", "folder", "filename")
 PATH = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)+")  # an import path
 
 
@@ -136,16 +132,8 @@ def harmless(found: Any) -> bool:
     from lightning.pytorch.strategies import Strategy as TrainerStrategy
     from torch.distributed import fsdp
 
-    bases: tuple[type, ...] = (
-        Accelerator,
-        CheckpointIO,
-        ClusterEnvironment,
-        Precision,
-        Strategy,
-        TrainerStrategy,
-        LayerSync,
-        Profiler,
-    )
+    bases: tuple[type, ...] = (Accelerator, CheckpointIO, ClusterEnvironment, Precision, LayerSync, Profiler)
+    bases += (Strategy, TrainerStrategy)
     bases += (Callback, LightningDataModule, Logger, torch.nn.Module, torch.optim.Optimizer)
     bases += (fsdp.MixedPrecision, fsdp.CPUOffload, fsdp.MixedPrecisionPolicy, fsdp.OffloadPolicy)
     if isinstance(found, torch.dtype):
