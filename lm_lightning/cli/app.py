@@ -28,7 +28,7 @@ from lm_lightning.callbacks.resuming import Resuming
 from lm_lightning.callbacks.throughput import Throughput
 from lm_lightning.checkpoints.callback import Checkpoints
 from lm_lightning.checkpoints.loading import checkpoint_folder, find_checkpoint, run_of
-from lm_lightning.checkpoints.plugins import BackgroundCheckpoints, CheckpointFiles  # noqa: F401
+from lm_lightning.checkpoints.plugins import CheckpointFiles
 from lm_lightning.cli import checks, defaults, evaluation, explain, guide, saving, settings
 from lm_lightning.cli.defaults import as_list
 from lm_lightning.cli.options import HELP, TRAINER_DEFAULTS, OptionParser, add_options
@@ -37,9 +37,7 @@ from lm_lightning.compat.jsonargparse import set_help
 from lm_lightning.compat.lightning import hide_expected_warnings, subcommand_parser
 from lm_lightning.compat.transformers import hide_load_report
 from lm_lightning.console import printable
-from lm_lightning.data.pretraining import PretrainingData  # noqa: F401
 from lm_lightning.errors import UserError
-from lm_lightning.models.gpt import CausalLM  # noqa: F401
 from lm_lightning.models.module import LanguageModule
 from lm_lightning.security import imports, untrusted
 from lm_lightning.security.redaction import REDACTED, find_redacted

@@ -42,7 +42,10 @@ def export(
     if reason := files.unwritable(folder):
         raise UserError(f"cannot create the folder {folder} ({reason}): give another --output")
     adapter = None if output else folder_of_run / "adapter"
-    write(saved, folder_of_run / "tokenizer", folder, about, adapter, max_shard_size)
+    try:
+        write(saved, folder_of_run / "tokenizer", folder, about, adapter, max_shard_size)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
     print(f"checkpoint: {file}, {runs.describe_weights(about)}")
     print(folder)
 

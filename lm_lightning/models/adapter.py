@@ -22,6 +22,23 @@ from lm_lightning.files import checksum
 from lm_lightning.security import imports, untrusted
 
 
+@dataclasses.dataclass
+class Adapted:
+    """An adapted network that is to be exported.
+
+    Args:
+        network: The network.
+        weights: Its state dict: full tensors on the CPU.
+        record: The description of its adapter, see `record_of`.
+        description: The description of the network, see `export.describe`.
+    """
+
+    network: transformers.PreTrainedModel
+    weights: dict[str, Tensor]
+    record: dict[str, Any]
+    description: dict[str, Any]
+
+
 class Adapter:
     """Base of all adapters, chosen by `--model.adapter CLASS` with its options, such as `--model.adapter.rank 8`.
 
@@ -67,32 +84,12 @@ class Adapter:
         """
         raise NotImplementedError
 
-    def merge(self, network: transformers.PreTrainedModel, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The weights of a plain network with the same outputs, by the names of its class, float32 on the CPU.
-
-        Args:
-            network: The adapted network.
-            weights: Its state dict: full tensors on the CPU.
-        """
+    def merge(self, adapted: Adapted) -> dict[str, Tensor]:
+        """The weights of a network without an adapter and with the same outputs: its state dict, float32 on the CPU."""
         raise NotImplementedError
 
-    def save(
-        self,
-        network: transformers.PreTrainedModel,
-        weights: dict[str, Tensor],
-        record: dict[str, Any],
-        description: dict[str, Any],
-        folder: Path,
-    ) -> None:
-        """Writes what was trained as files of its own.
-
-        Args:
-            network: The adapted network.
-            weights: As in `merge`.
-            record: As from `record_of`.
-            description: Of the network, see `export.describe`.
-            folder: Is created if it does not exist.
-        """
+    def save(self, adapted: Adapted, folder: Path) -> None:
+        """Writes the trained tensors to files of their own, in a folder that is created if it does not exist."""
         raise NotImplementedError
 
     def summary(self, network: transformers.PreTrainedModel) -> str:
@@ -139,9 +136,10 @@ def from_record(record: dict[str, Any]) -> Adapter:
     """The adapter of a record in a checkpoint.
 
     Raises:
-        UserError: If its class is no adapter of this project and its package is not trusted.
+        UserError: If its class is not an adapter of this project or of a trusted package, or does not accept the
+            recorded options.
     """
-    return imports.recorded_class(record["class"], Adapter, "adapter")(**record["options"])
+    return imports.recorded_instance(record, Adapter, "adapter")
 
 
 def checksums(pretrained: str) -> dict[str, int]:
@@ -192,12 +190,11 @@ def refuse_other(saved: Optional[dict[str, Any]], own: Optional[dict[str, Any]],
         )
 
 
-def restore(checkpoint: dict[str, Any]) -> tuple[Adapter, transformers.PreTrainedModel, dict[str, Tensor]]:
-    """Loads the base of a checkpoint with an adapter and adapts it.
+def restore(checkpoint: dict[str, Any]) -> tuple[Adapter, Adapted]:
+    """Loads the base of a checkpoint with an adapter, and adapts it.
 
     Returns:
-        The adapter; the adapted network; its full state dict, with the trained tensors of the checkpoint. What
-        `Adapter.merge` and `Adapter.save` need.
+        The adapter, and the adapted network with the trained tensors of the checkpoint.
 
     Raises:
         UserError: If the base does not exist any more, or has changed.
@@ -223,4 +220,5 @@ def restore(checkpoint: dict[str, Any]) -> tuple[Adapter, transformers.PreTraine
     refuse_other(record, record_of(adapter, base, record["new"]))
     adapter.adapt(network, record["new"])
     own = {k.removeprefix("network."): w for k, w in checkpoint["state_dict"].items() if k.startswith("network.")}
-    return adapter, network, {name: tensor.cpu() for name, tensor in network.state_dict().items()} | own
+    weights = {name: tensor.cpu() for name, tensor in network.state_dict().items()} | own
+    return adapter, Adapted(network, weights, record, description)

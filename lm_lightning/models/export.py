@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
@@ -18,7 +19,7 @@ from lm_lightning.console import printable
 from lm_lightning.data.tokenizer import fingerprint, load
 from lm_lightning.data.tokenizer import save as save_tokenizer
 from lm_lightning.errors import UserError
-from lm_lightning.models.adapter import Adapter, restore
+from lm_lightning.models.adapter import Adapted, Adapter, restore
 from lm_lightning.run import TRAINING
 from lm_lightning.security import imports, untrusted
 
@@ -196,7 +197,8 @@ class Exporter:
             return None
         if self.adapter is None or self.record is None:
             return Model(self.description, weights, self.tokenizer)
-        return adapted_model(self.adapter, self.network, weights, self.record, self.description, self.tokenizer)
+        adapted = Adapted(self.network, weights, self.record, self.description)
+        return adapted_model(self.adapter, adapted, self.tokenizer)
 
     def weights(self, saved: Optional[dict[str, Any]]) -> dict[str, Any]:
         """The state dict, or that of a checkpoint: full tensors on the CPU, in the first process."""
@@ -210,19 +212,10 @@ class Exporter:
 
 
 def adapted_model(
-    adapter: Adapter,
-    network: transformers.PreTrainedModel,
-    weights: dict[str, Any],
-    record: dict[str, Any],
-    description: dict[str, Any],
-    tokenizer: Optional[transformers.PreTrainedTokenizerBase],
+    adapter: Adapter, adapted: Adapted, tokenizer: Optional[transformers.PreTrainedTokenizerBase]
 ) -> Model:
     """The model of an adapted network, into whose weights the adapter is merged."""
-
-    def save_adapter(folder: Path) -> None:
-        adapter.save(network, weights, record, description, folder)
-
-    return Model(description, adapter.merge(network, weights), tokenizer, save_adapter)
+    return Model(adapted.description, adapter.merge(adapted), tokenizer, partial(adapter.save, adapted))
 
 
 def model_of(saved: dict[str, Any], tokenizer: Optional[transformers.PreTrainedTokenizerBase]) -> Model:
@@ -234,8 +227,7 @@ def model_of(saved: dict[str, Any], tokenizer: Optional[transformers.PreTrainedT
     """
     if "adapter" not in saved:
         return Model(saved["network"], network_weights(saved), tokenizer)
-    adapter, network, weights = restore(saved)
-    return adapted_model(adapter, network, weights, saved["adapter"], saved["network"], tokenizer)
+    return adapted_model(*restore(saved), tokenizer)
 
 
 def network_weights(saved: dict[str, Any]) -> dict[str, Any]:
@@ -374,9 +366,7 @@ def save_network(
         network.tie_weights()
     contents: dict[str, Any] = {}
     if extra := description.get("extra"):
-        known = LIVE.get(str(extra["class"]))
-        files_class = known or imports.recorded_class(extra["class"], ExtraFiles, "class of files")
-        contents = files_class(**extra["options"]).files()
+        contents = imports.recorded_instance(extra, ExtraFiles, "class of files", LIVE).files()
     try:
         options: dict[str, Any] = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
         network.save_pretrained(folder, **options | ({"state_dict": {}} if weights is None else {}))
