@@ -20,7 +20,7 @@ from lm_lightning.console import printable
 from lm_lightning.data import contract
 from lm_lightning.data.order import seed_of
 from lm_lightning.data.tokenizer import vocabulary
-from lm_lightning.errors import UserError
+from lm_lightning.errors import UserError, one_line
 from lm_lightning.models import adapter as adapters
 from lm_lightning.models import build, export, resuming
 from lm_lightning.models.adapter import Adapter
@@ -155,7 +155,7 @@ class LanguageModule(LightningModule):
 
     @hook
     def metrics(self, loss: Tensor, split: str) -> dict[str, Tensor]:
-        """The metrics of an evaluation of a split, () float32 each, by name; `loss` is its mean, in nats per token."""
+        """The metrics of an evaluation of a split, by name: () float32 each. `loss` is in nats per token."""
         return {"loss": loss}
 
     @hook
@@ -205,7 +205,7 @@ class LanguageModule(LightningModule):
         try:
             self.network = self.new_network() if self.settings is not None else self.pretrained_network()
         except (ValueError, TypeError, ImportError, StrictDataclassError) as error:  # transformers refuses the settings
-            reason = " ".join(str(error).split())[:300]
+            reason = one_line(error, 300)
             raise UserError(f"the network of model.network or model.pretrained cannot be created: {reason}") from error
         self.network.train()  # `from_pretrained` leaves it in evaluation mode
         if self.adapter is not None:
