@@ -66,6 +66,9 @@ def compress(
     from lm_lightning.cli.command import split_list
     from lm_lightning.compression import evaluation, recipes
 
+    for name, value, least in (("calibration_batches", calibration_batches, 0), ("tokens", tokens, 1)):
+        if value < least:
+            raise UserError(f"--{name} is {value}, but must be {least} or more")
     hide_load_report()
     source = model_folder(model)
     recipe, modules = split_list(recipe), split_list(modules)

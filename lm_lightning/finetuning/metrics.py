@@ -1,19 +1,10 @@
 """Metrics of labelled data that torchmetrics lacks: sums over batches and processes in, numbers out."""
 
-from typing import Optional
-
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.functional import pearson_corrcoef, spearman_corrcoef
 from torchmetrics.utilities import dim_zero_cat
-
-from lm_lightning.models.metrics import Mode
-
-
-def mode_of(metric: Metric) -> Optional[Mode]:
-    """The direction in which a metric of torchmetrics is better, None if it has none."""
-    return None if metric.higher_is_better is None else "max" if metric.higher_is_better else "min"
 
 
 class Agreement(Metric):

@@ -12,14 +12,14 @@ from lm_lightning.networks import blocks
 
 
 def linear_layers(network: Any, patterns: Sequence[str] = ()) -> dict[str, nn.Linear]:
-    """The linear layers of a network's blocks, GPT-2's `Conv1D` among them, by their names.
+    """The linear layers of a network's blocks by their names, including GPT-2's `Conv1D`.
 
     Args:
-        network: Of `transformers`.
-        patterns: Only those whose names match one, such as `*mlp*`; none for all.
+        network: A network of `transformers`.
+        patterns: Patterns of names, such as `*mlp*`; only matching layers are returned. Default: all.
 
     Raises:
-        UserError: If there are none.
+        UserError: If no layer matches.
     """
     inside = {id(module) for block in blocks(network) for module in block.modules()}
     found = {

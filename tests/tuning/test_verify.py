@@ -101,6 +101,12 @@ def test_what_cannot_be_run_here_says_why(name: str, machine: dict, reason: str)
     assert reason in found and bool(found) == bool(reason)
 
 
+@pytest.mark.parametrize(("name", "reason"), [("ddp", "Plain has no batch_size"), ("checkpointing", "")])
+def test_variants_that_divide_batches_need_a_batch_size(name: str, reason: str):
+    data = {"class_path": "own.Plain", "init_args": {}}
+    assert skip_reason(VARIANTS[name], data, {"plain": Outcome(environment={"device": "cpu", "gpus": []})}) == reason
+
+
 def test_interrupted_verify_prints_what_was_finished(monkeypatch, capsys):
     done = Outcome(losses=[1.0], gradient_norms=[2.0], environment={"device": "cpu", "gpus": []})
 

@@ -110,10 +110,7 @@ class RoleData(TaggingData):
     def labels_of_frame(self, frame: Row, words: list[str]) -> list[str]:
         """The label of each word of a frame, from its spans or its labels."""
         if self.columns.spans not in frame:
-            labels = self.labels_of(frame, self.columns.labels)
-            if len(labels) != len(words):
-                raise UserError(f"{frame.where}: there are {len(words)} words, but {len(labels)} labels: fix the row")
-            return labels
+            return self.labels_of(frame, self.columns.labels, len(words))
         spans = frame.entries(self.columns.spans)
         labels = [OUTSIDE] * len(words)
         for span in [frame[self.columns.spans]] if spans is None else spans:

@@ -531,6 +531,18 @@ def test_wrong_columns_and_numbers_are_refused(fit):
         fit("--model.freeze", '["*nothing*"]')
 
 
+@pytest.mark.parametrize("option", [("label_smoothing", 0.1), ("class_weights", "balanced")])
+def test_options_for_single_labels_are_refused_for_other_kinds(fit, option: tuple):
+    flags = ("--data.kind", "regression", "--data.columns.label", "number", "--best.monitor", "val/loss")
+    with pytest.raises(UserError, match=f"model.{option[0]} is only for data.kind multiclass: omit it"):
+        fit(*flags, f"--model.{option[0]}", option[1])
+
+
+def test_smoothing_must_leave_something_to_learn(fit):
+    with pytest.raises(UserError, match="model.label_smoothing is 1.5, but must be from 0 to below 1"):
+        fit("--model.label_smoothing", 1.5)
+
+
 def test_what_is_cut_is_counted(cli, recipe: Path):
     out = cli("fit", "--config", recipe, "--data.max_length", 8, "--trainer.max_steps", 3)
     tokens = [len(row["text"].split()) + 2 for row in rows(300, 0)]  # each word is one, by this tokenizer
