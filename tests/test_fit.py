@@ -245,9 +245,9 @@ def test_changed_flags_of_a_resumed_run_are_honoured(fit):
     ("flags", "reason"),
     [
         (("--model.network.n_layer", 3), "n_layer 2 (here 3)"),
-        (("--data.block_size", 16), "data.block_size 32, this run has 16"),
+        (("--data.block_size", 16), "data.block_size 32, but this run has 16"),
         (("--data.tokenizer.vocab_size", 310), "vocab_size 300 (here 310)"),
-        (("--seed_everything", 7), "seed_everything 1, this run has 7"),
+        (("--seed_everything", 7), "seed_everything 1, but this run has 7"),
         (("--trainer.max_steps", 5), "raise trainer.max_steps"),
         (("--model.optimizer", "lm_lightning.optim.MuonAdamW"), "optimizer"),
     ],

@@ -230,5 +230,5 @@ def test_weights_of_another_tokenizer_are_refused(tokenizer, tmp_path):
 
     transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_embd=32, n_head=2)).save_pretrained(tmp_path)
     train(Tokenizer(algorithm="characters", vocab_size=20), iter(["abc"]), "gpt").save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="another tokenizer"):
+    with pytest.raises(UserError, match="was not trained with the data.s tokenizer"):
         made(CausalLM(pretrained=str(tmp_path)), tokenizer)
