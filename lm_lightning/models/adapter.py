@@ -1,7 +1,7 @@
-"""Adapters: methods that train a few new tensors beside those of a pretrained network, which stay as they are.
+"""Adapters: methods that train a few new tensors in addition to those of a pretrained network, which are frozen.
 
-A checkpoint then holds the trained tensors only, and which base they belong to; the base is loaded from where it came
-from. An export is a network like any other, in which both are merged, with the adapter's own files beside it.
+A checkpoint then contains only the trained tensors and a description of the base, which is loaded from its original
+location. An export is a network like any other, into which the adapter is merged; the adapter is also saved by itself.
 """
 
 import dataclasses
@@ -40,14 +40,14 @@ class Adapted:
 
 
 class Adapter:
-    """Base of all adapters, chosen by `--model.adapter CLASS` with its options, such as `--model.adapter.rank 8`.
+    """Base class of all adapters; `--model.adapter CLASS` chooses one, with options such as `--model.adapter.rank 8`.
 
-    A subclass is a dataclass. Its fields are its options, JSON-able values, which checkpoints keep.
+    A subclass is a dataclass. Its fields are its options, JSON-serializable values, which checkpoints contain.
 
     Attributes:
         training_options: Names of the options that affect training only; a resumed run may change these.
-        quantized: Whether the base has tensors that are not PyTorch's own. Its state dict is then read directly, and it
-            is never sharded.
+        quantized: Whether the base has tensors of other types than PyTorch's own. Its state dict is then read directly,
+            and it is never sharded.
     """
 
     training_options: ClassVar[tuple[str, ...]] = ()
@@ -63,11 +63,11 @@ class Adapter:
     def loading_options(
         self, skeleton: transformers.PreTrainedModel, device: torch.device, precision: str
     ) -> dict[str, Any]:
-        """More arguments of `from_pretrained` for loading the base, for example to quantize it.
+        """Additional arguments of `from_pretrained` for loading the base, for example to quantize it.
 
         Args:
             skeleton: A network of the same sizes on the meta device.
-            device: Where the network will be.
+            device: The device on which the network will be.
             precision: The trainer's, such as `bf16-mixed`.
         """
         return {}
@@ -80,7 +80,7 @@ class Adapter:
             new: Names of tensors that the pretrained weights do not have, such as a new head.
 
         Returns:
-            Names of all tensors that a checkpoint must hold, in the adapted network.
+            The names, in the adapted network, of all tensors that a checkpoint must contain.
         """
         raise NotImplementedError
 
@@ -93,29 +93,29 @@ class Adapter:
         raise NotImplementedError
 
     def summary(self, network: transformers.PreTrainedModel) -> str:
-        """What is trained, in a few words, to be printed when the network is there."""
+        """A short description of what is trained, which is printed when the network has been created."""
         return type(self).__name__
 
 
 def summary(adapter: Adapter, network: transformers.PreTrainedModel) -> str:
-    """What is trained of an adapted network, and how much of it."""
+    """Which parameters of an adapted network are trained, and how many, as text."""
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     share = trained / network.num_parameters()
     return f"{adapter.summary(network)}, {trained:,} parameters are trained ({share:.2%})"
 
 
 def without_base(state: dict[str, Tensor], own: Collection[str]) -> dict[str, Tensor]:
-    """The state dict of a `LanguageModule` without those tensors of its network that are not its own."""
+    """The state dict of a `LanguageModule` without the base: the tensors of its network that are not in `own`."""
     own = {f"network.{name}" for name in own}
     return {name: tensor for name, tensor in state.items() if name in own or not name.startswith("network.")}
 
 
 def record_of(adapter: Adapter, pretrained: str, new: Collection[str]) -> dict[str, Any]:
-    """What a checkpoint holds of an adapter beside its tensors, JSON-able.
+    """The description of an adapter in a checkpoint, JSON-serializable.
 
     Returns:
         `class`, its import path; `options`; `pretrained`, folder or Hub name of the base; `checksums` of its weights;
-        `new`, names of the tensors that the base does not have.
+        `new`, names of the tensors that the base lacks.
     """
     return {
         "class": f"{type(adapter).__module__}.{type(adapter).__qualname__}",
@@ -143,7 +143,7 @@ def from_record(record: dict[str, Any]) -> Adapter:
 
 
 def checksums(pretrained: str) -> dict[str, int]:
-    """CRC-32 of each file of weights of a folder or a Hub name, which has been loaded before."""
+    """CRC-32 of each file of weights of a folder, or of a Hub model that has been downloaded."""
     folder = Path(pretrained if os.path.isdir(pretrained) else snapshot_download(pretrained, local_files_only=True))
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     return {file.name: checksum(file) for file in files}
@@ -172,7 +172,7 @@ def refuse_other(saved: Optional[dict[str, Any]], own: Optional[dict[str, Any]],
         raise UserError(
             "the checkpoint has no adapter: omit model.adapter"
             if saved is None
-            else f"the checkpoint is of an adapter: give --model.pretrained {saved['pretrained']} {flags_of(saved)}"
+            else f"the checkpoint has an adapter: give --model.pretrained {saved['pretrained']} {flags_of(saved)}"
         )
     if saved["class"] != own["class"]:
         raise UserError(f"the checkpoint's model.adapter is {saved['class']} (here {own['class']}): use the same")
@@ -186,7 +186,7 @@ def refuse_other(saved: Optional[dict[str, Any]], own: Optional[dict[str, Any]],
     if saved["checksums"] != own["checksums"]:
         raise UserError(
             f"the weights of {own['pretrained']} are not those that the checkpoint's adapter was trained on "
-            f"({saved['pretrained']}, as it was then): give these as model.pretrained"
+            f"(the content of {saved['pretrained']} at that time): give those as model.pretrained"
         )
 
 
@@ -197,7 +197,7 @@ def restore(checkpoint: dict[str, Any]) -> tuple[Adapter, Adapted]:
         The adapter, and the adapted network with the trained tensors of the checkpoint.
 
     Raises:
-        UserError: If the base does not exist any more, or has changed.
+        UserError: If the base no longer exists, or has changed.
     """
     record, description = checkpoint["adapter"], checkpoint["network"]
     adapter, base = from_record(record), record["pretrained"]

@@ -127,7 +127,7 @@ assert "lm_lightning" not in sys.modules
 def test_quantized_model_is_not_trained(fit, folders, tmp_path: Path):
     recipes.compress(folders["llama"], "int8", tmp_path / "target")
     weights = ("--model.network", "null", "--model.pretrained", tmp_path / "target")
-    with pytest.raises(UserError, match="is quantized, and can be evaluated, but not trained"):
+    with pytest.raises(UserError, match="is quantized, so it can be evaluated but not trained"):
         fit(*weights, "--data.tokenizer.path", tmp_path / "target")
 
 

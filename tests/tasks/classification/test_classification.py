@@ -530,7 +530,7 @@ def test_wrong_columns_and_numbers_are_refused(fit):
         fit("--data.tables.train", "[]")
     with pytest.raises(UserError, match="data.max_length is 512, but this network has positions for 64"):
         fit("--data.max_length", 512)
-    with pytest.raises(UserError, match="matches no parameter, such as bert.embed"):
+    with pytest.raises(UserError, match="matches no parameter; the first one is bert.embed"):
         fit("--model.freeze", '["*nothing*"]')
 
 
