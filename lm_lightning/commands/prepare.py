@@ -1,5 +1,6 @@
 """`prepare`: tokenizes a corpus to shards, and prints statistics and samples of them."""
 
+import inspect
 import sys
 from typing import Any
 
@@ -55,7 +56,11 @@ def data_section(recipe: dict[str, Any], files: str) -> tuple[str, dict[str, Any
 
 
 def class_named(name: str) -> Any:
-    """The data module with a class path or short name; None if it does not exist."""
+    """The data module with a class path or short name.
+
+    Raises:
+        UserError: If there is none.
+    """
     from lightning.pytorch import LightningDataModule
 
     from lm_lightning import features
@@ -65,7 +70,11 @@ def class_named(name: str) -> Any:
 
     if name.rpartition(".")[2] == DEFAULT:
         return PretrainingData  # without importing all tasks, which takes seconds
-    if "." in name:
-        return imports.locate(name)
     features.import_classes()
-    return explain.subclasses(LightningDataModule).get(name)
+    found = imports.locate(name) if "." in name else explain.subclasses(LightningDataModule).get(name)
+    if not (inspect.isclass(found) and issubclass(found, LightningDataModule)):
+        raise UserError(
+            f"data.class_path is {name!r:.200}, which is not a subclass of LightningDataModule: use one of "
+            f"{', '.join(explain.own_classes(LightningDataModule))}"
+        )
+    return found

@@ -43,6 +43,7 @@ FLAGS = [
     ("--trainer fast", "--trainer is 'fast'", "options by name"),
     ("--model GPT", "--model is 'GPT'", "CausalLM"),
     ("--model torch.nn.Linear", "not a subclass of LanguageModule"),
+    ("--data no.Such", "not a subclass of LightningDataModule", "use one of PretrainingData"),
     ("--data PretrainingDat", "did you mean PretrainingData?"),
     ("--trainer.callbacks EarlyStoping", "did you mean EarlyStopping?"),
     ("--trainer.callbacks EarlyStopping", "needs --trainer.callbacks.monitor"),
