@@ -36,6 +36,7 @@ TRAINER_DEFAULTS = {
 }
 HELP = {  # where this project differs from Lightning, or Lightning's help is too short
     "config": "Config file in YAML. May be repeated: files are merged, and later ones override earlier ones.",
+    "print_config": "Print all settings in YAML and exit.",
     "seed_everything": "Seed of new weights, dropout and the order of samples; `true` chooses one at random.",
     "ckpt_path": "Checkpoint from which `fit` resumes, or which the other commands evaluate: `last`, the newest "
     "checkpoint of the newest run of this name; `best`, the best one (not for `fit`); or the path of a checkpoint or a "
@@ -81,6 +82,7 @@ SECTIONS = {  # titles of the options in the help, instead of the first line of 
     "best": "Checkpoint with the best validation metric, in checkpoints/best.ckpt",
     "last": "Newest checkpoint, from which a run is resumed, in checkpoints/last.ckpt",
     "predictions": "Files that `predict` and evaluations write",
+    **dict.fromkeys(("fit", "validate", "test", "predict"), "Checkpoint to load"),
 }
 
 

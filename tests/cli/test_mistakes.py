@@ -191,7 +191,12 @@ def test_the_help_of_fit_begins_with_examples(cli: Callable[..., str], capsys, m
         assert phrase in begin
     for option in ("--trainer.max_steps", "--model.optimizer.lr", "--data.batch_size", "--ckpt_path last"):
         assert option in begin
-    for title in ("Model:", "Data:", "Newest checkpoint, from which a run is resumed, in checkpoints/last.ckpt:"):
+    for title in (
+        "Model:",
+        "Data:",
+        "Checkpoint to load:",
+        "Newest checkpoint, from which a run is resumed, in checkpoints/last.ckpt:",
+    ):
         assert title in lines
     assert "Default: ``'32-true'``" not in out and "natively" in out  # the default of Lightning is another
 
