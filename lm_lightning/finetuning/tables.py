@@ -189,7 +189,9 @@ def read_split(tables: Tables, split: str, key: Callable[[Row], str], known: Seq
         UserError: If a row cannot be read; names the file and line.
     """
     if not 0 <= tables.validation_fraction < 1:
-        raise UserError(f"--data.tables.validation_fraction is {tables.validation_fraction}, but must be from 0 to 1")
+        raise UserError(
+            f"--data.tables.validation_fraction is {tables.validation_fraction}, but must be from 0 to below 1"
+        )
     names = sources(tables, split)
     read = read_hub if tables.hub else functools.partial(read_files, known=known)
     rows = [row for name in names for row in read(name, tables)]

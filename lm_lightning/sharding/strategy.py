@@ -193,8 +193,8 @@ class TensorParallel(FSDP2):
         processes, size = self.num_processes * self.num_nodes, self.size or self.num_processes
         if size < 1 or processes % size:
             raise UserError(
-                f"trainer.strategy.size is {size}, but must divide the number of processes, {processes}: choose "
-                "another size"
+                f"the strategy has size {size}, but must have one that divides the number of processes, {processes}: "
+                "choose another size"
             )
         return size
 

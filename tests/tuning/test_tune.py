@@ -66,7 +66,7 @@ def test_study_that_was_killed_goes_on_to_the_number_of_trials(cli, recipe: Path
     assert trials(study)[2].params["data.block_size"] == 32 and not list(study.glob("trial-002/*/model"))
 
     out = cli(*command)
-    assert "2 trials have ended, 1 were interrupted" in out
+    assert "2 trials are done, 1 were interrupted" in out
     found = trials(study)
     cut, ended = found[2], found[:2] + found[3:]
     assert cut.state.name == "FAIL" and "reason" not in cut.user_attrs

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
-from conftest import needs
+from conftest import ROOT, needs
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lm_lightning.errors import UserError
@@ -46,7 +46,7 @@ def test_ways_that_are_equal_are_within_tolerance(cli, recipe: Path, tmp_path: P
 
 
 def test_wrong_gradient_is_found_and_a_failure_is_a_row(cli, recipe: Path, capsys, monkeypatch):
-    path = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    path = [str(Path(__file__).parent), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
     with pytest.raises(SystemExit) as end:
         cli(

@@ -102,6 +102,11 @@ class RoleData(TaggingData):
             )
         return number
 
+    def find_labels(self, train: list[Row]) -> None:
+        super().find_labels(train)
+        if not self.kinds:
+            raise UserError("the labels of the frames mark no arguments, only predicates (V): use data with arguments")
+
     def labels_in(self, row: Row) -> list[str]:
         """The labels of all frames of a row."""
         words = row.words(self.columns.words)

@@ -497,6 +497,9 @@ def test_a_text_is_not_in_training_and_validation(tmp_path: Path):
     train, held = ({row["text"] for row in data.read(split)} for split in ("train", "validation"))
     assert not train & held and train | held == {row["text"] for row in content}
     assert 0.15 < len(held) / len(train | held) < 0.45
+    data.tables.validation_fraction = 1
+    with pytest.raises(UserError, match="validation_fraction is 1, but must be from 0 to below 1"):
+        data.read("train")
 
 
 @pytest.mark.parametrize(
