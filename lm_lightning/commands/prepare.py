@@ -76,7 +76,7 @@ def class_named(name: str) -> Any:
     found = imports.locate(name) if "." in name else explain.subclasses(LightningDataModule).get(name)
     if not (inspect.isclass(found) and issubclass(found, LightningDataModule)):
         raise UserError(
-            f"data.class_path is {name!r:.200}, which is not a subclass of LightningDataModule: use one of "
+            f"data is {name!r:.200}, which is not a subclass of LightningDataModule: use one of "
             f"{', '.join(explain.own_classes(LightningDataModule))}"
         )
     return found

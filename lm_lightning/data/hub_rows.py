@@ -40,6 +40,6 @@ def hub_rows(
     except Exception as error:  # the packages pass on any error of their dependencies
         reason = one_line(error, 300)
         raise UserError(
-            f"The data set {name!r} cannot be read from the Hugging Face Hub ({reason}): check its name and "
-            f"the network connection (a downloaded data set needs no connection: {remedy})."
+            f"the data set {name!r} cannot be read from the Hugging Face Hub ({reason}): check its name and "
+            f"the network connection (a downloaded data set needs no connection: {remedy})"
         ) from error
