@@ -4,6 +4,7 @@ import ast
 import contextlib
 import inspect
 import json
+import sys
 from typing import Any, Optional
 
 from lightning.pytorch.cli import LightningArgumentParser
@@ -13,6 +14,7 @@ from lm_lightning import run as runs
 from lm_lightning.callbacks.export import Weights
 from lm_lightning.callbacks.predictions import Predictions
 from lm_lightning.checkpoints.callback import Checkpoints
+from lm_lightning.cli import explain
 from lm_lightning.compat.jsonargparse import parses_class_options
 
 CHECKPOINTS = {
@@ -90,6 +92,7 @@ class OptionParser(LightningArgumentParser):
     """The parser of the CLI: no abbreviated options, and loggers write into the run folder by default."""
 
     def __init__(self, *args: Any, allow_abbrev: bool = False, **kwargs: Any) -> None:
+        kwargs.setdefault("prog", explain.program(" ".join(sys.argv[1:2])))  # of the parsers for options of classes
         super().__init__(*args, allow_abbrev=allow_abbrev, **kwargs)
 
     def parse_args(self, args: Any = None, *more: Any, **kwargs: Any) -> Any:  # noqa: D102

@@ -208,6 +208,13 @@ def test_every_help_has_the_name_that_a_user_types(cli: Callable[..., str], caps
     assert capsys.readouterr().out.startswith(f"usage: python -m lm_lightning {name} ")
 
 
+@pytest.mark.parametrize("section", ["model", "data"])
+def test_the_help_of_a_class_has_the_name_that_a_user_types(cli: Callable[..., str], capsys, section: str):
+    with pytest.raises(SystemExit):
+        cli("fit", f"--{section}.help", {"model": "CausalLM", "data": "PretrainingData"}[section])
+    assert capsys.readouterr().out.startswith(f"usage: python -m lm_lightning fit [--{section}.")
+
+
 def test_the_console_script_has_its_own_name(cli: Callable[..., str], monkeypatch: pytest.MonkeyPatch):
     from lm_lightning.cli import explain
 
