@@ -297,9 +297,10 @@ def check_options(
     if checkpointing < 0:
         raise UserError(f"model.activation_checkpointing is {checkpointing}, but must be 0 or more")
     if (network is None) == (pretrained is None):
+        both = ", not both: --model.network null drops the one of a config"
         raise UserError(
             "give either model.network (a new network, such as {model_type: gpt2, n_layer: 4}) or model.pretrained "
-            f"(weights to start from){', not both' if network else ''}"
+            f"(weights to start from){both if network else ''}"
         )
     if adapter is not None and pretrained is None:
         raise UserError(

@@ -191,7 +191,7 @@ def test_mistakes_in_the_network_are_named(tokenizer, tmp_path):
         ({"network": {"model_type": "gpt2", "n_positions": 8}}, "positions for 8 tokens"),
         ({"pretrained": str(tmp_path / "nowhere")}, "does not exist"),
         ({}, "give either model.network"),
-        ({"network": {"model_type": "gpt2"}, "pretrained": "gpt2"}, "not both"),
+        ({"network": {"model_type": "gpt2"}, "pretrained": "gpt2"}, "not both: --model.network null drops"),
     ):
         with pytest.raises(UserError) as refused:
             made(CausalLM(**arguments), tokenizer)
