@@ -201,7 +201,8 @@ def model_folder(name: str | Path) -> Path:
     """
     folder = Path(pretrained_name(name))
     if not folder.is_dir():
-        raise UserError(f"the folder {name} does not exist")
+        what = "is a file, but must be the folder of a run or a model" if folder.exists() else "does not exist"
+        raise UserError(f"{name} {what}")
     if not (folder / "config.json").is_file():
         raise UserError(
             f"{name} is neither a run folder nor a from_pretrained folder: it has no model/config.json and no "

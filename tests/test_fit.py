@@ -210,6 +210,7 @@ def test_srun_makes_one_run_folder_and_says_everything_once(recipe: Path):
         (("--name", "../up"), "without slashes"),
         (("--model.network", "null"), "give either model.network"),
         (("--model.network.n_embd", 33), "cannot be created"),
+        (("--model.network", "{model_type: t5}"), "transformers has no AutoModelForCausalLM with a T5Config: choose"),
         (("--model.attn_implementation", "banana"), "cannot be created"),
         (("--model.optimizer.init_args.lr", -1), "does not accept its settings"),
         (("--trainer.strategy", "fsdp"), "superseded by its second: use --trainer.strategy"),

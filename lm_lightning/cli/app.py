@@ -31,7 +31,7 @@ from lm_lightning.checkpoints.loading import checkpoint_folder, find_checkpoint,
 from lm_lightning.checkpoints.plugins import CheckpointFiles
 from lm_lightning.cli import checks, defaults, evaluation, explain, guide, saving, settings
 from lm_lightning.cli.defaults import as_list
-from lm_lightning.cli.options import HELP, TRAINER_DEFAULTS, OptionParser, add_options
+from lm_lightning.cli.options import HELP, SECTIONS, TRAINER_DEFAULTS, OptionParser, add_options
 from lm_lightning.cli.run_folder import RunFolder
 from lm_lightning.compat.jsonargparse import set_help
 from lm_lightning.compat.lightning import hide_expected_warnings, subcommand_parser
@@ -91,7 +91,7 @@ class CLI(LightningCLI):
             return super().parse_arguments(parser, args)
         self.arguments = list(sys.argv[1:] if args is None else args)
         for name in self.subcommands():
-            set_help(subcommand_parser(self, name), HELP)  # here, as Lightning adds options after ours
+            set_help(subcommand_parser(self, name), HELP, SECTIONS)  # here, as Lightning adds options after ours
         self.evaluated, arguments = evaluation.replace_run_argument(self.arguments)
         config = self.parse(parser, arguments, self.evaluated)
         if self.config.subcommand not in evaluation.COMMANDS or self.evaluated is not None:

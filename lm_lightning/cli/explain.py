@@ -41,6 +41,7 @@ SYNONYMS = {
     "seed": "seed_everything",
     "resume": "ckpt_path",
 }
+EVALUATIONS = ("validate", "test", "predict")  # commands that evaluate a run
 TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null"}
 TYPES |= dict.fromkeys(("list", "Sequence", "Iterable", "set", "frozenset"), "a list")
 TYPES |= {"dict": "options by name, such as {name: value}", "timedelta": "a time, such as 00:12:00:00"}
@@ -319,20 +320,18 @@ def required(text: str, match: re.Match, arguments: list[str]) -> str:
     if option:
         return f"{place(option, arguments)} needs {join_or([f'--{option}.{name}' for name in names])}"
     missing = {name.rpartition(".")[2] for name in names}
-    if missing <= {"model", "data"} and not config_files(arguments):
+    if arguments[0] not in ("fit", *EVALUATIONS) or not missing <= {"model", "data"}:
+        return f"{arguments[0]} needs {', '.join(map(str.upper, names))}: see `{program(arguments[0])} --help`"
+    if not config_files(arguments):
+        if arguments[0] in EVALUATIONS:
+            return f"{arguments[0]} needs a run: {program(arguments[0])} RUN"
         found = [str(file) for file in sorted(Path("configs").glob("*.yaml"))]
         there = f"; available: {', '.join(found)}" if found else " (the project has some in configs/)"
         example = "configs/gpt.yaml" if "configs/gpt.yaml" in found else (found or ["FILE"])[0]
         return f"{arguments[0]} needs a config: {program(arguments[0])} --config {example}{there}"
-    if missing <= {"model", "data"}:
-        return (
-            f"{' and '.join(config_files(arguments))} has no {join_or(sorted(missing))} section: add "
-            + " and ".join(
-                f"`{name}: {{class_path: {'CausalLM' if name == 'model' else 'PretrainingData'}}}`"
-                for name in sorted(missing)
-            )
-        )
-    return f"{arguments[0]} needs {', '.join(sorted(missing))}: see `{program(arguments[0])} --help`"
+    return f"{' and '.join(config_files(arguments))} has no {join_or(sorted(missing))} section: add " + " and ".join(
+        f"`{name}: {{class_path: {'CausalLM' if name == 'model' else 'PretrainingData'}}}`" for name in sorted(missing)
+    )
 
 
 def wrong_value(text: str, match: re.Match, arguments: list[str]) -> str:

@@ -10,10 +10,7 @@ DEFAULT = "PretrainingData"
 
 
 def prepare() -> None:
-    """Tokenizes a corpus, so that later runs start at once, and prints its statistics.
-
-    The data module does the work, see `PretrainingData.prepare_corpus`.
-    """
+    """Tokenizes a corpus, so that later runs start at once, and prints its statistics."""
 
 
 def main() -> None:
@@ -22,11 +19,12 @@ def main() -> None:
 
     recipe, files, rest = settings.read_layered(sys.argv[2:])
     parser = command.make_parser(prepare, options=False)
-    parser.add_argument("-c", "--config", type=str, help="Config file, as for fit; only its data section is used.")
-    parser.add_argument("--show", type=int, nargs="+", default=[], help="Training samples to print, by number.")
+    parser.add_argument("-c", "--config", type=str, help="Config file of a run; only its data section is used.")
+    parser.add_argument("--show", type=int, nargs="+", default=[], help="Numbers of training samples to print instead.")
     name, section = data_section(recipe, " and ".join(files))
     if {"-h", "--help"} & set(rest):  # before the data module is imported, which takes seconds
-        parser.epilog = f"all flags --data.* of fit: {explain.program('fit')} --data.help {name.rpartition('.')[2]}"
+        shown = f"{explain.program('fit')} --data.help {name.rpartition('.')[2]}"
+        parser.epilog = f"All flags --data.* of fit are options, too: {shown}"
         parser.parse_args(["--help"])
     data_class = class_named(name)
     if not hasattr(data_class, "prepare_corpus"):

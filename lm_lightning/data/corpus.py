@@ -5,6 +5,7 @@ huge document has to fit into memory (a row of a JSON, CSV or Parquet file does)
 """
 
 import contextlib
+import difflib
 import glob
 import hashlib
 import itertools
@@ -43,8 +44,8 @@ class Corpus:
 
     The suffix of a file determines its format, unless `format` does: .jsonl and .ndjson, .csv, .tsv, .parquet; all
     others are plain text. Each may be compressed as .gz or .zst. Documents are assigned to splits by a hash of their
-    name (of whole files, rows with a name, and the built-in corpus) or of their text, so that the same text is never in
-    two splits.
+    name (of whole files, rows with a name, and the built-in corpus), otherwise of their text, so that documents with
+    the same text are in the same split.
 
     Args:
         paths: Files, folders (read recursively, without hidden files) and patterns such as `books/**/*.txt`. If neither
@@ -287,7 +288,11 @@ def expand(pattern: str) -> list[tuple[str, Path]]:
         steps = Path(given).parts
         fixed = list(itertools.takewhile(lambda step: not re.search(r"[*?[]", step), steps))
         if len(fixed) == len(steps):
-            raise UserError(f"{pattern} does not exist")
+            near = [other.name for other in Path(given).parent.iterdir()] if Path(given).parent.is_dir() else []
+            close = difflib.get_close_matches(Path(given).name, near, n=1)
+            raise UserError(
+                f"{pattern} does not exist" + (f": did you mean {Path(given).parent / close[0]}?" if close else "")
+            )
         root, pattern_below = Path(*fixed), os.path.join(*steps[len(fixed) :])
     names = sorted(set(glob.glob(pattern_below, root_dir=root, recursive=True)))
     files = [(Path(name).as_posix(), root / name) for name in names if os.path.isfile(root / name)]

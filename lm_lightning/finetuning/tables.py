@@ -107,9 +107,9 @@ class Row(Mapping):
         """
         if column not in self:
             raise UserError(
-                f"{self.where}: there is no column {column!r}; the columns are {', '.join(map(str, self))}: choose one "
-                "with --data.columns"
-                + (", or name the columns with --data.tables.header" if self.header else "")
+                f"{self.where}: there is no column {column!r}; the columns are {', '.join(map(str, self))}: set the "
+                f"option of --data.columns that has the value {column!r} to one of them"
+                + (", or name the columns of a file without a header by --data.tables.header" if self.header else "")
                 + (delimiter_hint(self, PREFIX) if self.header else "")
             )
         return self[column]

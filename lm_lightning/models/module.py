@@ -16,11 +16,12 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lm_lightning import hub
+from lm_lightning.compat.transformers import network_error
 from lm_lightning.console import printable
 from lm_lightning.data import contract
 from lm_lightning.data.order import seed_of
 from lm_lightning.data.tokenizer import vocabulary
-from lm_lightning.errors import UserError, one_line
+from lm_lightning.errors import UserError
 from lm_lightning.models import adapter as adapters
 from lm_lightning.models import build, export, resuming
 from lm_lightning.models.adapter import Adapter
@@ -45,7 +46,7 @@ class LanguageModule(LightningModule):
     Args:
         network: Settings of a new `transformers` network, such as `{model_type: gpt2, n_layer: 4}`; settings that are
             omitted have that model type's defaults. The vocabulary and its special tokens come from the tokenizer.
-        pretrained: Folder or Hub name of weights to start from, instead of `network`.
+        pretrained: Run folder, `from_pretrained` folder or Hub name of weights to start from, instead of `network`.
         optimizer: A `torch.optim.Optimizer` class with its settings; it gets the groups of `parameter_groups`. If you
             choose a class other than the default, its own default settings apply.
         schedule: Learning rate over the steps.
@@ -55,8 +56,8 @@ class LanguageModule(LightningModule):
         activation_checkpointing: Recomputes the activations of every n-th block in the backward pass instead of keeping
             them, which needs less memory but more time: 1 for all blocks, 2 for every second, ... 0 for none.
         on_nonfinite: What to do when the loss or gradient of an optimizer step is not finite: `stop` the run, or `skip`
-            the step, which leaves weights and optimizer as they are. To skip, the host waits for an accelerator at each
-            step, unless the optimizer is a fused one of torch (`fused: true`).
+            the step, which leaves weights and optimizer as they are. With `skip`, the host waits for an accelerator at
+            each step, unless the optimizer is a fused one of torch (`fused: true`).
         skip_limit: Maximum number of consecutive steps that are skipped; at the next one, the run stops.
         freeze: Patterns of names of parameters that are not trained, such as `*embeddings*`.
         layer_decay: Factor of the learning rate from each layer to the one below it; the head has the full rate.
@@ -205,7 +206,7 @@ class LanguageModule(LightningModule):
         try:
             self.network = self.new_network() if self.settings is not None else self.pretrained_network()
         except (ValueError, TypeError, ImportError, StrictDataclassError) as error:  # transformers refuses the settings
-            reason = one_line(error, 300)
+            reason = network_error(error)
             raise UserError(f"the network of model.network or model.pretrained cannot be created: {reason}") from error
         self.network.train()  # `from_pretrained` leaves it in evaluation mode
         if self.adapter is not None:

@@ -97,7 +97,9 @@ def batch_size(fit_flags: list[str], memory: Optional[float] = None) -> int:
         settings = read_settings(fit_flags, folder)
         data, trainer = settings["data"]["init_args"], settings["trainer"]
         if "batch_size" not in data:
-            raise UserError(f"{settings['data']['class_path']} has no option batch_size, so it cannot be searched for")
+            raise UserError(
+                f"{settings['data']['class_path']} has no option batch_size, which --find batch_size sets: add one"
+            )
         samples = data["batch_size"] * trainer["accumulate_grad_batches"]  # samples per optimizer step and process
         sizes = [size for size in range(1, samples + 1) if samples % size == 0]
         shorten(settings, 3, [])
