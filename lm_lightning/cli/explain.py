@@ -201,7 +201,7 @@ def unknown_option(text: str, match: re.Match, arguments: list[str], names: list
     name = name.lstrip("-").partition("=")[0]
     if name == "class_path":
         return (
-            f"{place(option, arguments)} has options beside class_path: put them under init_args, as "
+            f"{place(option, arguments)} has options next to class_path: put them under init_args, as "
             "`{class_path: NAME, init_args: {option: value}}`"
         )
     full = f"{option}.{name}" if option else name
