@@ -1,4 +1,4 @@
-"""What a project that `fork.py` makes can do without."""
+"""The features that `fork.py` can omit from a project."""
 
 from dataclasses import dataclass
 
@@ -7,14 +7,14 @@ PACKAGE = "lm_lightning"
 
 @dataclass(frozen=True)
 class Feature:
-    """What can be removed.
+    """A feature, which can be omitted from a project.
 
     Attributes:
-        package: Its name below `lm_lightning`; `tests/` has a folder of the same place.
+        package: Name of its package within `lm_lightning`; its tests are in the folder of `tests/` with the same path.
         summary: What it does, for `--list`.
-        files: Patterns of other files that are of no use without it.
+        files: Patterns of other files that are useless without it.
         extras: Optional dependencies in `pyproject.toml` that nothing else needs.
-        needed_by: Other features; without one of them it goes as well, and it cannot be chosen itself.
+        needed_by: Features that need it. It cannot be chosen itself: it is kept if at least one of these is kept.
     """
 
     package: str
@@ -26,7 +26,7 @@ class Feature:
 
 TASKS = ("classification", "tagging", "parsing", "questions", "embedding")
 FEATURES = {
-    "gpt": Feature("tasks.generation", "text generation and chat (GPTs are trained without it, too)"),
+    "gpt": Feature("tasks.generation", "text generation and chat (GPTs can be trained without it)"),
     "bert": Feature("tasks.masked_lm", "pretraining of BERTs", ("configs/bert*", "configs/modernbert*"), ("bert",)),
     "classification": Feature(
         "tasks.classification",
@@ -53,7 +53,7 @@ FEATURES = {
         "compression", "quantization, pruning, distillation", ("docs/compression.md",), ("compress",)
     ),
     "diagnostics": Feature("diagnostics", "samples behind spikes of the loss, histograms of gradients"),
-    "linear_layers": Feature("linear_layers", "which there are, and quantized ones", needed_by=("lora", "compression")),
+    "linear_layers": Feature("linear_layers", "linear layers of networks", needed_by=("lora", "compression")),
     "tuning": Feature(
         "tuning",
         "search of hyperparameters, comparison of strategies",

@@ -33,6 +33,7 @@ BERT = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_t
 RARE = 1e-6  # characters with a smaller share of the text are omitted from a WordPiece alphabet and become unknown
 MANY = 0.03  # share of unknown tokens above which a tokenizer is not suitable for a text
 MOST = 10_000_000  # maximum size of a trained vocabulary
+GAPS = 100_000  # maximum number of unused ids of a vocabulary
 CHUNK = 100_000  # characters that are passed to the trainers at a time, as they need many times that size in memory
 
 logger = logging.getLogger(__name__)
@@ -58,9 +59,6 @@ class Tokenizer:
     vocab_size: int = 4096
     lowercase: bool = False
     training_megabytes: int = 200
-
-
-GAPS = 100_000  # maximum number of unused ids of a vocabulary
 
 
 def load(path: str) -> "PreTrainedTokenizerFast":
