@@ -1,1 +1,1 @@
-"""Additions from outside of the package, each chosen by its class path: see docs/extending.md."""
+"""Extensions outside of the package, each selected by its class path; see docs/extending.md."""

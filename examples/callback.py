@@ -1,4 +1,4 @@
-"""A callback: logs how far the weights have moved."""
+"""A callback: logs how far training has moved the weights."""
 
 from typing import Any
 
@@ -7,10 +7,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 
 class Distance(Callback):
-    """Logs `train/distance`, the norm of the difference between the weights and those at the start of this process.
+    """Logs `train/distance`, the distance of the weights from those at the start of this process.
 
     Args:
-        every_n_steps: Optimizer steps between two values.
+        every_n_steps: Number of optimizer steps between two values.
     """
 
     def __init__(self, every_n_steps: int = 10) -> None:

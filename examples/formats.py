@@ -1,4 +1,4 @@
-"""A file format: reviews with their stars before them, such as `4/5 A lovely film.`"""
+"""A file format: reviews that begin with their stars, such as `4/5 A lovely film.`"""
 
 import re
 from pathlib import Path
@@ -9,10 +9,10 @@ from lm_lightning.errors import UserError
 
 
 class Reviews(Format):
-    """One review in each line; gives rows with the columns `stars` and `text`."""
+    """Each line is a review; its row has the columns `stars` and `text`."""
 
     def rows(self, path: Path, options: ReadOptions, report: ReadReport) -> Rows:
-        for line in row_lines(path, options, report):  # which may be compressed, or of another encoding
+        for line in row_lines(path, options, report):  # decompresses and decodes the file
             if line.blank:
                 continue
             found = re.fullmatch(r"([1-5])/5 (.+)", line.text.strip())

@@ -1,4 +1,4 @@
-"""A task, its model: the head gives logits of more than 1, 2, 3 and 4 stars, and the positive ones are counted."""
+"""The model of a task: its head has a logit each for more than 1, 2, 3 and 4 stars; positive ones add a star."""
 
 from typing import Any, Optional
 
@@ -27,14 +27,14 @@ class Rating(LanguageModule):
         return len(self.own_labels()) == 4
 
     def network_made(self) -> None:
-        self.error = Ratio()  # summed over batches and processes
+        self.error = Ratio()  # sums over batches and processes
 
     def logits(self, batch: dict) -> Tensor:
         """(B, 4) float32."""
         return self.network(**network_inputs(batch)).logits.float()
 
     def loss(self, batch: dict) -> tuple[Tensor, Tensor]:
-        targets, counts = batch["targets"].nan_to_num(), ~batch["targets"].isnan()  # NaN fills up the last batch
+        targets, counts = batch["targets"].nan_to_num(), ~batch["targets"].isnan()  # rows that only pad a batch are NaN
         losses = torch.nn.functional.binary_cross_entropy_with_logits(self.logits(batch), targets, reduction="none")
         return (losses * counts).sum() / 4, counts[:, 0].sum()
 

@@ -1,4 +1,4 @@
-"""A task, its data: rows of reviews in, batches of tokens and targets out."""
+"""The data of a task: converts rows of reviews to tokens and targets."""
 
 import torch
 
@@ -7,7 +7,7 @@ from lm_lightning.finetuning.tables import Row
 
 
 class RatingData(LabelledData):
-    """Rows with `text` and, except to predict, `stars` from 1 to 5."""
+    """Rows with `text` and, except for `predict`, `stars` from 1 to 5."""
 
     def key(self, row: Row) -> str:
         return row.text("text")

@@ -1,4 +1,4 @@
-"""A strategy: DDP that sends gradients in half precision, for slow networks between machines."""
+"""A strategy: DDP that sends gradients in float16, for slow connections between machines."""
 
 from typing import Any
 
@@ -7,13 +7,13 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compr
 
 
 class HalfPrecisionDDP(DDPStrategy):
-    """Averages gradients in float16, which halves what the processes send to each other.
+    """Averages gradients in float16, so that processes send half as many bytes to each other.
 
     Args:
-        options: Those of Lightning's `DDPStrategy`.
+        options: Options of Lightning's `DDPStrategy`.
     """
 
-    # What the rest of the project asks of a strategy, see lm_lightning/strategies/capabilities.py
+    # A capability, see lm_lightning/strategies/capabilities.py
     averages_gradients = True
 
     def __init__(self, **options: Any) -> None:

@@ -28,6 +28,16 @@ def package(name: str, what: str, extra: str = "") -> Any:
         raise UserError(f"{what} needs the package {package}: pip install {remedy}") from error
 
 
+def one_line(error: BaseException, most: int = 500) -> str:
+    """The text of an error in one line, for a message; the name of its class if it has no text.
+
+    Args:
+        error: The error.
+        most: Maximum number of characters.
+    """
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
 def first_process() -> bool:
     """Whether this is the first process of a run, the only one that reports problems: the others have the same ones."""
     return {os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID")} == {"0"}

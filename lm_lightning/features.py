@@ -37,6 +37,14 @@ FEATURES = (
     "profiling",
 )
 
+# Modules of the core whose classes can be chosen by their short names
+CORE = (
+    "lm_lightning.callbacks.dropout",
+    "lm_lightning.checkpoints.plugins",
+    "lm_lightning.data.pretraining",
+    "lm_lightning.models.gpt",
+)
+
 
 @dataclass(frozen=True)
 class Feature:
@@ -94,6 +102,8 @@ def commands() -> dict[str, tuple[str, str]]:
 
 def import_classes() -> None:
     """Imports the modules whose classes can be chosen by their short names, and those of the callbacks."""
+    for module in CORE:
+        importlib.import_module(module)
     for feature in features().values():
         for module in (*feature.classes, *(path.rpartition(".")[0] for path in feature.callbacks)):
             importlib.import_module(module)

@@ -8,7 +8,6 @@ import contextlib
 import functools
 import os
 import socket
-import textwrap
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from lm_lightning.compat.transformers import needs_remote_code
-from lm_lightning.errors import UserError
+from lm_lightning.errors import UserError, one_line
 from lm_lightning.security.trust import trust_remote_code
 
 if TYPE_CHECKING:
@@ -50,7 +49,7 @@ def explain(name: str, error: Exception) -> UserError:
             f"{name!r} is a model or tokenizer with its own Python code, which is not run by default: read that code, "
             "and if you trust it, add --trust_remote_code true to the command"
         )
-    return UserError(f"{name!r} cannot be loaded: {textwrap.shorten(str(error), 300) or type(error).__name__}")
+    return UserError(f"{name!r} cannot be loaded: {one_line(error, 300)}")
 
 
 def config(name: str) -> "PreTrainedConfig":

@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-CHUNK_LOGITS = 1 << 26  # held at once: enough for large matrix products, little beside the gradients
+CHUNK_LOGITS = 1 << 26  # held at once: enough for large matrix products, but little compared to the gradients
 SLICE_LOGITS = 1 << 20  # processed at a time on a CPU, so that they stay in its cache between the passes
 
 
 class SecondLoss(Protocol):
-    """Another loss of the same logits, which `linear_losses` mixes with the cross entropy.
+    """Another loss of the same logits, with which `linear_losses` mixes the cross entropy.
 
     Attributes:
         share: Its weight in the loss; that of the cross entropy is 1 - share.
@@ -22,13 +22,13 @@ class SecondLoss(Protocol):
     share: float
 
     def prepared(self, dtype: torch.dtype, vocab_size: int) -> "SecondLoss":
-        """The same with its tensors in the type of the logits, and for tokens below `vocab_size` only."""
+        """A copy with its tensors in the data type of the logits, and only for tokens below `vocab_size`."""
 
     def inputs(self, start: int, stop: int) -> Tensor:
-        """What it compares the logits of some rows with: (rows, ...)."""
+        """The values with which the logits of these rows are compared: (rows, ...)."""
 
     def losses(self, logits: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss of each row of (N, V) logits, (N, 1), and its gradient, of the first V' logits: (N, V')."""
+        """The loss of each row of (N, V) logits, (N, 1), and its gradient with respect to the first V': (N, V')."""
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -68,10 +68,10 @@ def linear_losses(
     vocab_size: Optional[int] = None,
     second: Optional[SecondLoss] = None,
 ) -> tuple[Tensor, Tensor]:
-    """`linear_cross_entropy` mixed with a second loss of the same logits, for which no head may be sharded.
+    """`linear_cross_entropy` mixed with a second loss of the same logits; with one, the head must not be sharded.
 
     Returns:
-        The mixed loss, and the second loss by itself, without gradients; both summed over the rows that have a target,
+        The mixed loss, and the second loss alone, without gradients; both summed over the rows that have a target,
         () float32.
     """
     device = hidden.device.type
@@ -81,7 +81,7 @@ def linear_losses(
         mesh, weight = weight.device_mesh, weight.to_local()
         bias = bias.to_local() if isinstance(bias, DTensor) else None
         first, group = mesh.get_local_rank() * len(weight), mesh.get_group()
-    if not torch.is_grad_enabled():  # which an autograd function cannot know
+    if not torch.is_grad_enabled():  # an autograd function cannot know this itself
         hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
     if second is not None:
         second = second.prepared(dtype, vocab_size)

@@ -1,4 +1,4 @@
-"""Functions for networks of `transformers`, beside their forward pass."""
+"""Functions for networks of `transformers`."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -28,13 +28,13 @@ def headless(network: transformers.PreTrainedModel) -> Iterator[None]:
 
 
 def positions(network: Any) -> Optional[int]:
-    """Tokens of the longest text that a network has positions for; None if there is no limit.
+    """The number of tokens for which a network has positions; None if there is no limit.
 
-    The config may have more of them than can be used: RoBERTa's positions begin after the row of the padding token
-    (as in Longformer, MPNet, ESM, ...), and those of BART and OPT after an offset.
+    The config may state more than can be used: RoBERTa's positions begin after the row of the padding token (as in
+    Longformer, MPNet, ESM, ...), and those of BART and OPT after an offset.
 
     Args:
-        network: Of `transformers`.
+        network: A network of `transformers`.
     """
     named = getattr(network.config, "max_position_embeddings", None)
     limits = [] if named is None else [named]
@@ -86,8 +86,8 @@ def local_norm(tensors: list[Tensor]) -> Tensor:
     """The norm of all elements of some tensors, () float32."""
     if tensors[0].device.type != "cpu":
         return torch.nn.utils.get_total_norm(tensors)
-    # On a CPU, PyTorch adds up all squares of a tensor one after the other, which for five million elements makes an
-    # error of 1e-4. Row by row, there is none.
+    # On a CPU, PyTorch adds all squares of a tensor one after the other, which causes a relative error of 1e-4 for five
+    # million elements. Row by row, there is none.
     norms = [torch.linalg.vector_norm(torch.linalg.vector_norm(tensor, dim=-1)) for tensor in tensors]
     return torch.linalg.vector_norm(torch.stack(norms))
 

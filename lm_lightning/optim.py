@@ -114,11 +114,11 @@ class MuonAdamW(torch.optim.Optimizer):
 
     Args:
         params: Parameter groups; the one with the name `hidden` goes to Muon.
-        lr: Learning rate, of both.
+        lr: Learning rate of both.
         weight_decay: Decoupled weight decay of matrices.
-        momentum: Of Muon.
+        momentum: Momentum of Muon.
         betas: Decay rates of AdamW's running averages.
-        eps: Of AdamW.
+        eps: Term that AdamW adds to the denominator.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Run folder: `runs/<name>/<time>/`, which contains all files of a run.
+"""Run folder: `runs/<name>/<time>/`, which contains all files of a run; features add the ones in docs/checkpoints.md.
 
 config.yaml        all settings except secrets; `fit --config RUN/config.yaml` repeats the run, and `validate RUN`,
                    `test RUN` and `predict RUN` use it
@@ -7,21 +7,13 @@ environment.json   versions, machine and git commit
 tokenizer/         from_pretrained folder
 checkpoints/       last.ckpt to resume from, best.ckpt of the best validation
 metrics.csv        and tensorboard/: the logged metrics
-wandb/             with Weights & Biases: the ID of its run, and the files that are or will be uploaded
-samples.jsonl      texts that a GPT generated at each validation
-spikes.jsonl       steps whose loss was far above the losses before, with their training samples
-results.csv        and results.md, confusion.csv, confusion.png: scores per label or answer in the last validation of
-                   the training
 model/             from_pretrained folder: the network of the best (or last) checkpoint, its tokenizer, and
                    training.json, which names the training step
-adapter/           with LoRA: the trained adapters, as a folder that peft loads
-report.html        a page about the run
+adapter/           with model.adapter: the trained adapter by itself
 evaluations/       a folder for each `validate`, `test` or `predict` of this run, named `<time>-<command>`:
     config.yaml        its complete settings
     evaluation.json    weights, checkpoint, split, data and metrics
-    predictions.jsonl  from `predict`; also predictions.csv for rows of CSV and TSV files, and index/ with a
-                       SentenceEncoder
-    results.csv        and the other tables, from `validate` and `test`
+    predictions.jsonl  from `predict`; also predictions.csv for rows of CSV and TSV files
 
 An evaluation of weights that do not belong to a run, or with a different `--runs_dir` or `--name`, writes the same
 files to `<runs_dir>/<name>/<time>-<command>/`.
@@ -209,7 +201,8 @@ def model_folder(name: str | Path) -> Path:
     """
     folder = Path(pretrained_name(name))
     if not folder.is_dir():
-        raise UserError(f"the folder {name} does not exist")
+        what = "is a file, but must be the folder of a run or a model" if folder.exists() else "does not exist"
+        raise UserError(f"{name} {what}")
     if not (folder / "config.json").is_file():
         raise UserError(
             f"{name} is neither a run folder nor a from_pretrained folder: it has no model/config.json and no "

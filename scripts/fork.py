@@ -1,13 +1,13 @@
-"""Makes a project of your own from this template: `python scripts/fork.py ../my_lm --name my_lm --keep gpt,lora`.
+"""Creates your own project from this template: `python scripts/fork.py ../my_lm --name my_lm --keep gpt,lora`.
 
-The new folder gets the files of the last commit with the package renamed, without the features that are not kept, and a
-git history of its own, whose first commit names the template's commit. `--update` brings later changes of the template
-into such a project, on its branch `template`, to be merged there. See docs/forking.md.
+The new folder has the files of the template's last commit, with the package renamed and without the features that are
+not kept, and its own git history, whose first commit names the template's commit. `--update` commits later changes of
+the template to the branch `template` of such a project, which can then be merged. See docs/forking.md.
 
-A file belongs to a feature by the table in `fork_features.py`, a line of any text file by a comment at its end, such as
-`# fork: lora` or `<!-- fork: lora -->`, several lines by such a comment before them and `fork: end` after them, and a
-test by its decorator, such as `@needs("tasks.tagging")`. `fork: tagging, parsing` needs one of both, `fork: template`
-is never kept.
+The table in `fork_features.py` lists the files of each feature. In any text file, a comment at the end of a line, such
+as `# fork: lora` or `<!-- fork: lora -->`, marks the line as a part of a feature; such a comment on a line of its own
+marks all lines until `fork: end`. Lines with `fork: tagging, parsing` are kept if at least one of these features is
+kept; lines with `fork: template` are never kept. A test is marked by its decorator, such as `@needs("tasks.tagging")`.
 """
 
 import argparse
@@ -30,30 +30,30 @@ from typing import NoReturn
 from fork_features import CHOICES, FEATURES, PACKAGE, TEMPLATE_ONLY, Feature
 
 ROOT = Path(__file__).resolve().parent.parent
-# Files that list packages, one a line: the lines of removed ones go
+# Files that list packages, one per line; the lines of removed packages are deleted
 LISTS = ("features.py", "pyproject.toml", ".importlinter", "package-data")
 MARKER = re.compile(r"[ \t]*(?:#|<!--) fork: ([a-z0-9, ]+?)(?: -->)?$")
 
 
 class Refusal(Exception):
-    """A user-correctable error, in one sentence."""
+    """An error that the user can correct, in one sentence."""
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports an error in one line, as all commands do."""
+    """Raises errors as `Refusal`, so that they are printed in one line, as by all commands."""
 
     def error(self, message: str) -> NoReturn:  # noqa: D102
         raise Refusal(message)
 
 
 def main() -> None:
-    """Reads the command line and makes or updates a project."""
+    """Reads the command line, and creates or updates a project."""
     parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("folder", nargs="?", type=Path, help="the new project, or with --update an existing one")
-    parser.add_argument("--name", help="the name of its package")
-    parser.add_argument("--keep", help="features to keep, separated by commas; default: all, with --update as before")
+    parser.add_argument("folder", nargs="?", type=Path, help="the new project; with --update, an existing one")
+    parser.add_argument("--name", help="name of its package; default: the name of the folder")
+    parser.add_argument("--keep", help="features to keep, separated by commas; default: all; with --update: as before")
     parser.add_argument("--list", action="store_true", help="print the features and exit")
-    parser.add_argument("--update", action="store_true", help="commit the present template to its branch `template`")
+    parser.add_argument("--update", action="store_true", help="commit the current template to its branch `template`")
     try:
         arguments = parser.parse_args()
         if arguments.list:
@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def listing() -> str:
-    """The table of features, with the lines of their packages, tests not included."""
+    """The table of features, with the number of lines of their packages, without tests."""
 
     def count(package: str) -> int:
         return sum(len(file.read_bytes().splitlines()) for file in (ROOT / PACKAGE / package).rglob("*.py"))
@@ -88,16 +88,16 @@ def listing() -> str:
 
 
 def create(folder: Path, name: str, keep: str | None) -> None:
-    """Makes a project in a new folder.
+    """Creates a project in a new folder.
 
     Raises:
-        Refusal: The folder exists, a feature is unknown, or this is no clean checkout of the template.
+        Refusal: If the folder exists, a feature is unknown, or this is not a clean checkout of the template.
     """
     kept, commit = features(keep), template_commit()
     if folder.exists():
         raise Refusal(f"{folder} exists already: choose a new folder")
     if folder.resolve() == ROOT or ROOT in folder.resolve().parents:
-        raise Refusal(f"{folder} is inside the template: choose a folder beside it, such as ../{name}")
+        raise Refusal(f"{folder} is inside the template: choose a folder next to it, such as ../{name}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         made = Path(scratch) / "project"
@@ -113,14 +113,15 @@ def create(folder: Path, name: str, keep: str | None) -> None:
 
 
 def update(folder: Path, keep: str | None) -> None:
-    """Commits what the present template makes of an existing project, with the same or other features, to `template`.
+    """Commits the current template, with the name and the features of an existing project, to its branch `template`.
 
     Raises:
-        Refusal: The folder is no project that this script has made, or this is no clean checkout of the template.
+        Refusal: If the folder is not a project that this script has created, or this is not a clean checkout of the
+            template.
     """
     commit = template_commit()
     try:
-        # the last template that was merged is an ancestor, on whatever branch
+        # The last merged commit of the template is an ancestor of the current commit of any branch.
         parent = git("log", "-1", "--grep", "^Template-Commit: ", "--format=%H", "HEAD", at=folder)
         body = git("log", "-1", "--format=%B", parent, at=folder) if parent else ""
     except (subprocess.CalledProcessError, FileNotFoundError, NotADirectoryError):
@@ -133,7 +134,7 @@ def update(folder: Path, keep: str | None) -> None:
     given = options.parse_args(shlex.split(found[1]))
     keep = given.keep if keep is None else keep
     if git("rev-parse", "--abbrev-ref", "HEAD", at=folder) == "template":
-        raise Refusal(f"{folder} is on the branch template, which is to be updated: git switch main")
+        raise Refusal(f"{folder} is on the branch template, but must be on another one: run git switch main")
     with tempfile.TemporaryDirectory() as scratch:
         made = Path(scratch) / "project"
         write(made, given.name, features(keep))
@@ -151,17 +152,17 @@ def update(folder: Path, keep: str | None) -> None:
 
 
 def message(name: str, keep: str | None, commit: str) -> str:
-    """The message of a commit, which has all that an update needs."""
+    """The message of a commit, which contains everything that an update needs."""
     options = f"--name {name}" + ("" if keep is None else f" --keep {shlex.quote(keep.replace(' ', ''))}")
     subject = f"{name}, made from {PACKAGE} {commit[:10]}"
     return f"{subject}\n\nTemplate-Commit: {commit}\nTemplate-Options: {options}\n"
 
 
 def check_name(name: str) -> str:
-    """The name of a package, if it can be one.
+    """Returns the name if it can be the name of a package.
 
     Raises:
-        Refusal: It is not an identifier, or taken.
+        Refusal: If it is not an identifier, or already the name of another module.
     """
     if not name.isidentifier() or not name.isascii():
         raise Refusal(f"the name {name} is not an identifier: use letters, digits and _, such as --name my_lm")
@@ -174,10 +175,10 @@ def check_name(name: str) -> str:
 
 
 def features(keep: str | None) -> list[str]:
-    """The features to keep, and those that these need.
+    """The features to keep, including those that they need.
 
     Raises:
-        Refusal: There is no such feature.
+        Refusal: If a feature does not exist.
     """
     names = CHOICES if keep is None else [name for name in re.split(r"[\s,]+", keep) if name]
     if unknown := [name for name in names if name not in CHOICES]:
@@ -186,10 +187,10 @@ def features(keep: str | None) -> list[str]:
 
 
 def template_commit() -> str:
-    """The commit of the template.
+    """The current commit of the template.
 
     Raises:
-        Refusal: This is no checkout, or its files are not those of the commit.
+        Refusal: If this is not a git checkout, or files have changes that are not committed.
     """
     try:
         if Path(git("rev-parse", "--show-toplevel", at=ROOT)).resolve() != ROOT:
@@ -198,16 +199,16 @@ def template_commit() -> str:
         changed = git("status", "--porcelain", "--untracked-files=no", at=ROOT)
     except (subprocess.CalledProcessError, FileNotFoundError):
         raise Refusal(
-            f"{ROOT} is not a git checkout: clone the template with git, so that updates can follow"
+            f"{ROOT} is not a git checkout: clone the template with git, so that projects can be updated later"
         ) from None
     if changed:
-        raise Refusal(f"{changed.split()[1]} has changes that are not committed, and only commits go into the project")
+        raise Refusal(f"{changed.split()[1]} has changes that are not committed: commit or discard them")
     return commit
 
 
 def git(*arguments: str, at: Path, **variables: str) -> str:
-    """What a git command prints."""
-    names = {"GIT_AUTHOR_NAME": PACKAGE, "GIT_COMMITTER_NAME": PACKAGE}  # where git knows no user
+    """Runs a git command in a folder, and returns its output."""
+    names = {"GIT_AUTHOR_NAME": PACKAGE, "GIT_COMMITTER_NAME": PACKAGE}  # if git has no user
     names |= {key.replace("NAME", "EMAIL"): f"{PACKAGE}@localhost" for key in names}
     known = subprocess.run(["git", "config", "user.email"], cwd=at, capture_output=True).returncode == 0
     clean = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
@@ -219,7 +220,7 @@ def git(*arguments: str, at: Path, **variables: str) -> str:
 
 
 def write(folder: Path, name: str, kept: list[str]) -> None:
-    """Writes the files of the template's last commit, of what is kept, with another name."""
+    """Writes the files of the template's last commit with the new name, without the features that are not kept."""
     archive = subprocess.run(["git", "archive", "HEAD"], cwd=ROOT, check=True, capture_output=True).stdout
     removed = [feature for key, feature in FEATURES.items() if key not in kept]
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
@@ -235,7 +236,7 @@ def write(folder: Path, name: str, kept: list[str]) -> None:
 
 
 def is_kept(path: str, removed: Iterable[Feature]) -> bool:
-    """Whether a file, whose path is relative to the repository, stays."""
+    """Whether a file is kept; its path is relative to the repository."""
     if path in TEMPLATE_ONLY:
         return False
     for feature in removed:
@@ -247,7 +248,7 @@ def is_kept(path: str, removed: Iterable[Feature]) -> bool:
 
 
 def edited(path: str, content: bytes, name: str, kept: list[str], removed: list[Feature]) -> bytes:
-    """The content of a file in the new project; what is not text stays as it is."""
+    """The content of a file in the new project; files that are not text are not changed."""
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError:
@@ -259,7 +260,7 @@ def edited(path: str, content: bytes, name: str, kept: list[str], removed: list[
         text = without_tests(text, {feature.package for feature in removed})
     if Path(path).name in LISTS:
         packages = "|".join(re.escape(feature.package) for feature in removed) or "(?!)"
-        text = re.sub(rf"\((?:{packages})\) : | : \((?:{packages})\)", "", text)  # import layers, several in a line
+        text = re.sub(rf"\((?:{packages})\) : | : \((?:{packages})\)", "", text)  # several import layers in a line
         listed = re.compile(rf"(\b{PACKAGE}\.|[\"']\(?)({packages})\b(?!/)")
         text = "".join(line for line in text.splitlines(keepends=True) if not listed.search(line))
     if path == "pyproject.toml":
@@ -270,15 +271,15 @@ def edited(path: str, content: bytes, name: str, kept: list[str], removed: list[
 
 
 def renamed(text: str, name: str) -> str:
-    """A text or path with the name of the new package in all its forms."""
+    """A text or a path with the name of the new package, in all of its forms."""
     dashed, capitals = PACKAGE.replace("_", "-"), PACKAGE.upper()
     text = text.replace(PACKAGE, name).replace(dashed, name.replace("_", "-"))
     return text.replace(capitals, name.upper())
 
 
 def without_marked(text: str, kept: list[str], path: str) -> Iterator[str]:
-    """The lines of a text but those that a comment `fork: FEATURE` gives to features that are not kept."""
-    block: bool | None = None  # whether the present block stays, if there is one
+    """The lines of a text without those that a comment `fork: FEATURE` marks as parts of features that are not kept."""
+    block: bool | None = None  # whether the lines of the current block are kept; None outside of blocks
     for number, line in enumerate(text.splitlines(keepends=True), start=1):
         found = MARKER.search(line.rstrip("\r\n"))
         if not found:
@@ -296,7 +297,7 @@ def without_marked(text: str, kept: list[str], path: str) -> Iterator[str]:
         elif block is not False and any(name in kept for name in names):
             yield MARKER.sub("", line)
     if block is not None:
-        raise Refusal(f"{path} has a block of a feature without an end")
+        raise Refusal(f"{path} has a block of a feature without an end: add a line with fork: end")
 
 
 def without_tests(text: str, packages: set[str]) -> str:
@@ -329,7 +330,7 @@ def without_extras(text: str, extras: list[str]) -> str:
 
 
 def without_empty(text: str) -> str:
-    """A Markdown text without tables that have no rows, headings that have nothing below, and extra blank lines."""
+    """A Markdown text without tables that have no rows, headings of empty sections, and repeated blank lines."""
     text = re.sub(r"^\|.*\n\|[-:| ]+\n(?!\|)", "", text, flags=re.M)
     text = re.sub(r"\n{3,}", "\n\n", text).rstrip("\n") + "\n"
     shorter = re.sub(r"^(##+) .*\n\s*(?=\Z|##)(?!\1#)", "", text, flags=re.M)
@@ -337,9 +338,12 @@ def without_empty(text: str) -> str:
 
 
 def tidy(folder: Path) -> None:
-    """Sorts imports, removes those that nothing uses any more, and wraps lines, if ruff is installed."""
+    """Sorts imports, removes imports that are no longer used, and wraps lines, if ruff is installed."""
     if shutil.which("ruff") is None:
-        print("warning: without ruff, imports are not sorted and lines not wrapped: pip install ruff", file=sys.stderr)
+        print(
+            "warning: ruff is not installed, so imports are not sorted and lines are not wrapped: pip install ruff",
+            file=sys.stderr,
+        )
         return
     for command in (["check", "--fix", "--quiet", "--exit-zero"], ["format", "--quiet"]):
         subprocess.run(["ruff", *command, "--no-cache", "."], cwd=folder, check=False, stdout=subprocess.DEVNULL)

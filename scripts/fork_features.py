@@ -1,4 +1,4 @@
-"""What a project that `fork.py` makes can do without."""
+"""The features that `fork.py` can omit from a project."""
 
 from dataclasses import dataclass
 
@@ -7,15 +7,15 @@ PACKAGE = "lm_lightning"
 
 @dataclass(frozen=True)
 class Feature:
-    """What can be removed.
+    """A feature, which can be omitted from a project.
 
     Attributes:
-        package: Its name below `lm_lightning`; `tests/` has a folder of the same place.
+        package: Name of its package within `lm_lightning`; its tests are in the folder of `tests/` with the same path.
         summary: What it does, for `--list`.
-        files: Patterns of other files that are of no use without it.
+        files: Patterns of other files that are useless without it.
         extras: Optional dependencies in `pyproject.toml` that nothing else needs.
-        needed_by: Other features; each of them keeps it.
-        choosable: Whether it can be kept by name; else it goes if none of `needed_by` is kept.
+        needed_by: Features that need it. It is kept if at least one of these is kept.
+        choosable: Whether it can also be kept by its own name.
     """
 
     package: str
@@ -30,7 +30,7 @@ TASKS = ("classification", "tagging", "parsing", "questions", "embedding", "seq2
 FEATURES = {
     "gpt": Feature(
         "generation",
-        "text generation and chat (GPTs are trained without it, too)",
+        "text generation and chat (GPTs can be trained without it)",
         extras=("scores",),
         needed_by=("seq2seq", "instruction", "preference"),
     ),
@@ -74,7 +74,7 @@ FEATURES = {
     "diagnostics": Feature("diagnostics", "samples behind spikes of the loss, histograms of gradients"),
     "linear_layers": Feature(
         "linear_layers",
-        "which there are, and quantized ones",
+        "linear layers of networks",
         needed_by=("lora", "compression"),
         choosable=False,
     ),

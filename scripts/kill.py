@@ -1,10 +1,10 @@
-"""Kills a run at random moments, goes on with it each time, and compares it in the end with one that was never killed.
+"""Kills a run at random times, resumes it each time, and compares the result with a run that was never killed.
 
     python scripts/kill.py --kills 20 --config configs/gpt.yaml --trainer.max_steps 30 --last.every_n_train_steps 1
 
-All but `--kills`, `--seed` and `--processes` goes to `fit`. Exits with 1 if no whole checkpoint is left, or if samples,
-metrics or weights differ. The processes are forks of this one, which has imported all that they need, so a kill costs a
-second.
+All other flags are passed to `fit`. The exit status is 1 if there is no complete checkpoint after a kill, or if
+samples, metrics or weights differ. The processes are forks of this one, which has imported everything that they need,
+so that a run starts within a second.
 """
 
 import argparse
@@ -22,10 +22,10 @@ import traceback
 from pathlib import Path
 
 import torch
-import torch.utils.tensorboard  # noqa: F401 (so that the forks need not)
+import torch.utils.tensorboard  # noqa: F401 (imported here, so that the forks need not import it)
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-import lm_lightning.cli.app  # noqa: F401 (so that the forks need not)
+import lm_lightning.cli.app  # noqa: F401 (imported here, so that the forks need not import it)
 from lm_lightning import run as runs
 from lm_lightning.__main__ import main as command_line
 from lm_lightning.checkpoints.files import OLD
@@ -33,7 +33,7 @@ from lm_lightning.checkpoints.loading import load_checkpoint
 
 
 class Samples(Callback):
-    """Writes to `order.jsonl` of the run folder which samples each micro-batch of each process has."""
+    """Writes the samples of each micro-batch of each process to `order.jsonl` in the run folder."""
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: dict, batch_idx: int) -> None:
         place = [trainer.global_step, batch_idx % trainer.accumulate_grad_batches, trainer.global_rank]
@@ -42,7 +42,7 @@ class Samples(Callback):
 
 
 def start(processes: int, folder: Path, name: str, *flags: str) -> set[int]:
-    """Starts `fit` in forks, as a launcher does, and returns their process numbers."""
+    """Starts `fit` in forks, as a launcher does, and returns their process IDs."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     if "--ckpt_path" not in flags:
@@ -71,7 +71,7 @@ def start(processes: int, folder: Path, name: str, *flags: str) -> set[int]:
 
 
 def wait(processes: set[int], seconds: float) -> list[int]:
-    """The exit statuses of those processes that end within some seconds; `processes` keeps the others."""
+    """Waits for processes, and returns the exit statuses of those that end in time; the others stay in `processes`."""
     end, statuses = time.monotonic() + seconds, []
     while processes and time.monotonic() < end:
         for process in list(processes):
@@ -84,24 +84,24 @@ def wait(processes: set[int], seconds: float) -> list[int]:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of all runs of a name; that which is being replaced by a folder counts until this is there."""
+    """The checkpoints of all runs with a name, including one that was renamed and has not been replaced yet."""
     found = [*folder.glob("*/checkpoints/*.ckpt")]
     return found + [p for p in folder.glob(f"*/checkpoints/*.ckpt{OLD}") if p.with_suffix("") not in found]
 
 
 def order(run: Path) -> dict[tuple, list[int]]:
-    """The samples of each step, micro-batch and process; those of steps that were done twice have to be the same."""
+    """The samples of each step, micro-batch and process; a repeated step must have the same samples."""
     result: dict[tuple, list[int]] = {}
     for line in (run / "order.jsonl").read_text(encoding="utf-8").splitlines():
         place, samples = json.loads(line)
         before = result.setdefault(tuple(place), samples)
         if before != samples:
-            raise SystemExit(f"step {place[0]} had samples {before}, and {samples} when it was done again")
+            raise SystemExit(f"step {place[0]} had the samples {before}, but {samples} when it was repeated")
     return result
 
 
 def metrics(run: Path) -> list[dict]:
-    """What was logged, without what depends on the clock."""
+    """The logged metrics, without those that depend on the clock."""
     with open(run / "metrics.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     clock = ("tokens_per_second", "seconds", "mfu", "memory", "epoch")
@@ -109,40 +109,40 @@ def metrics(run: Path) -> list[dict]:
 
 
 def main() -> None:
-    """Runs, kills, compares."""
+    """Reads the command line, runs and kills processes, and compares the runs."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--processes", type=int, default=1, help="one of which is killed, at random")
+    parser.add_argument("--processes", type=int, default=1, help="number of processes; a random one is killed")
     options, flags = parser.parse_known_args()
     draw = random.Random(options.seed)
     folder = Path(tempfile.mkdtemp(prefix="kill-"))
     flags += ["--runs_dir", str(folder)]
 
     gc.collect()
-    gc.freeze()  # else a collection in a fork would copy all pages of what is imported here
+    gc.freeze()  # otherwise garbage collection in a fork would copy all pages of the imported modules
     begin = time.monotonic()
-    whole_run = start(options.processes, folder, "whole", *flags)
-    if any(wait(whole_run, 3600)) or whole_run:
-        raise SystemExit(f"the run fails without being killed: see {folder}/whole.log")
+    running = start(options.processes, folder, "uninterrupted", *flags)
+    if any(wait(running, 3600)) or running:
+        raise SystemExit(f"the run fails even if it is not killed: see {folder}/uninterrupted.log")
     duration = time.monotonic() - begin
-    (whole,) = (folder / "whole").iterdir()
+    (uninterrupted,) = (folder / "uninterrupted").iterdir()
 
-    kills, ended, names = 0, 0, ["cut1"]
+    kills, ended, names = 0, 0, ["killed1"]
     while True:
         name = names[-1]
         if list((folder / name).glob("*/model")):  # this run is complete
             if kills >= options.kills:
                 break
-            name = f"cut{len(names) + 1}"
+            name = f"killed{len(names) + 1}"
             names.append(name)
-        goes_on = ["--ckpt_path", "last"] if checkpoints(folder / name) else []
-        running = start(options.processes, folder, name, *flags, *goes_on)
+        resume = ["--ckpt_path", "last"] if checkpoints(folder / name) else []
+        running = start(options.processes, folder, name, *flags, *resume)
         statuses = wait(running, draw.uniform(0.1, 1) * duration if kills < options.kills else 3600)
         if running:
             os.kill(draw.choice(sorted(running)), signal.SIGKILL)
             wait(running, 5)
-            ended += bool(running)  # they were waiting for the other to start: their launcher ends them
+            ended += bool(running)  # they wait for the killed process; a launcher would end them
             for process in running:
                 os.kill(process, signal.SIGKILL)
             wait(running, 20)
@@ -150,20 +150,20 @@ def main() -> None:
             for checkpoint in checkpoints(folder / name):
                 load_checkpoint(checkpoint)
         elif any(statuses) or not list((folder / name).glob("*/model")):
-            raise SystemExit(f"the run does not go on: see {folder}/{name}.log")
+            raise SystemExit(f"the run cannot be resumed: see {folder}/{name}.log")
 
     for name in names:
-        cut = max((folder / name).iterdir())  # those before were killed before they had a checkpoint
-        if order(cut) != order(whole):
-            raise SystemExit(f"{cut} has other samples than {whole}")
-        if metrics(cut) != metrics(whole):
-            raise SystemExit(f"{cut} has other metrics than {whole}")
-        states = [load_checkpoint(run / "checkpoints" / "last.ckpt")["state_dict"] for run in (cut, whole)]
+        killed = max((folder / name).iterdir())  # earlier ones were killed before they had a checkpoint
+        if order(killed) != order(uninterrupted):
+            raise SystemExit(f"the samples of {killed} differ from those of {uninterrupted}")
+        if metrics(killed) != metrics(uninterrupted):
+            raise SystemExit(f"the metrics of {killed} differ from those of {uninterrupted}")
+        states = [load_checkpoint(run / "checkpoints" / "last.ckpt")["state_dict"] for run in (killed, uninterrupted)]
         if not all(torch.equal(states[0][key], states[1][key]) for key in states[1]):
-            raise SystemExit(f"{cut} has other weights than {whole}")
-    print(f"{kills} kills in {len(names)} runs: samples, metrics and weights are those of a run that was never killed")
+            raise SystemExit(f"the weights of {killed} differ from those of {uninterrupted}")
+    print(f"{kills} kills in {len(names)} runs: samples, metrics and weights equal those of an uninterrupted run")
     if ended:
-        print(f"after {ended} of the kills, the other processes went on waiting for the killed one, and were ended")
+        print(f"after {ended} of the kills, the other processes still waited for the killed one, and were ended")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Tests XLA on the CPU, in an environment of its own, as torch_xla needs its own torch. 8 GB of disk.
-# PIP_EXTRA_INDEX_URL can point to torch's CPU wheels, which are smaller.
+# Tests XLA on the CPU, in a separate environment, since torch_xla needs a specific version of torch. Needs 8 GB of disk
+# space; less with torch's CPU wheels, whose URL can be given by PIP_EXTRA_INDEX_URL.
 set -e
 cd "$(dirname "$0")/.."
 environment=${1:-.venv-xla}

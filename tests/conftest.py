@@ -190,8 +190,7 @@ def cli(announced_metrics: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
     def run_here(*args: object) -> str:
         monkeypatch.setattr(sys, "argv", ["lm_lightning", *map(str, args)])
-        if args[0] in ("tune", "verify", "compress"):  # which start `sys.executable -m lm_lightning`
-            monkeypatch.setattr(sys, "executable", python("lm_lightning"))
+        monkeypatch.setattr(sys, "executable", python("lm_lightning"))  # some start `sys.executable -m lm_lightning`
         monkeypatch.setattr("lm_lightning.processes.sys", Forking())
         capsys.readouterr()
         run(str(args[0]))

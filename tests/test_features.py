@@ -5,7 +5,7 @@ import pkgutil
 import re
 
 import pytest
-from conftest import needs, optional
+from conftest import ROOT, needs, optional
 
 import lm_lightning
 from lm_lightning import features
@@ -40,6 +40,15 @@ def test_each_import_path_of_a_feature_exists(name: str):
         importlib.import_module(module)
     for path in (*feature.callbacks, *feature.trainer_settings):
         assert callable(features.resolve(path))
+
+
+def test_the_callbacks_of_the_readme_can_be_chosen_by_their_short_names():
+    chosen = [*features.CORE, *(module for feature in features.features().values() for module in feature.classes)]
+    chosen += [path.rpartition(".")[0] for feature in features.features().values() for path in feature.callbacks]
+    known = {name for module in chosen for name in vars(importlib.import_module(module))}
+    table = (ROOT / "README.md").read_text().partition("| `--trainer.callbacks+=` |")[2].partition("\n\n")[0]
+    named = {name for row in table.splitlines() for name in re.findall(r"`(\w+)`", row.split(" | ")[0])}
+    assert "NoDropout" in named and named - known == {"EarlyStopping"}  # which is Lightning's
 
 
 def test_a_deleted_folder_whose_line_stays_is_explained(cli, registered):

@@ -38,7 +38,7 @@ def test_options_of_the_pages_exist():
                 assert re.search(rf"\b{name}\b", sources), (page, option)
 
 
-@under("README.md", "lm_lightning")
+@under("README.md", "Quick start")
 def test_first_command(reader: Reader, typed: list[list[str]]):
     reader.type_all(typed)
     reader.validate()

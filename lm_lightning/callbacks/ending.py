@@ -1,4 +1,4 @@
-"""Prints why a run ended, and prevents that it is accidentally trained further."""
+"""Prints why a run ended, and refuses to resume a run that has ended."""
 
 from collections.abc import Iterable
 from datetime import timedelta

@@ -42,9 +42,8 @@ class Rows(ExperimentWriter):
         self.earlier: list[dict[str, Any]] = []  # rows of the resumed run
         if os.path.exists(self.metrics_file_path):
             columns, rows = self.read_rows()
-            self.earlier = [
-                row for row in rows if row.get("step", "").isdecimal()
-            ]  # a killed run may have left an incomplete last row
+            # A killed run may have left an incomplete last row.
+            self.earlier = [row for row in rows if row.get("step", "").isdecimal()]
             self.metrics_keys = columns if self.earlier else []
 
         if not self.earlier and os.path.islink(self.metrics_file_path):  # its target would be changed

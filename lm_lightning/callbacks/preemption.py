@@ -36,10 +36,8 @@ class Preemption(Callback):
         self.received = 0  # number of the signal that this process has received
         self.owner = 0  # ID of this process; forked processes inherit the handlers
         self.group: Any = None  # process group of all processes, on CPUs
-        self.votes, self.vote = (
-            torch.zeros(1, dtype=torch.int64),
-            None,
-        )  # the signal that the processes have received, and the operation that exchanges it
+        # The signal that the processes have received, and the operation that exchanges it
+        self.votes, self.vote = torch.zeros(1, dtype=torch.int64), None
 
     # Signals
 
@@ -87,9 +85,8 @@ class Preemption(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.listen(trainer)
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: dict, batch_idx: int
-    ) -> None:  # the previous step is complete, including its logging and validation
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: dict, batch_idx: int) -> None:
+        # The previous step is complete, including its logging and validation.
         if batch_idx % trainer.accumulate_grad_batches == 0 and (number := self.agreed()):
             self.stop(trainer, pl_module, number)
 

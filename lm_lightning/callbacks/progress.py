@@ -3,15 +3,15 @@
 import io
 import shutil
 import sys
-from typing import Any
+from typing import Any, Optional
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
-FORMAT = (
-    "{desc} {n_fmt}/{total_fmt} {percentage:.0f}%, {remaining} left, {rate_fmt}{postfix}"  # (tqdm adds a comma before)
-)
+# (tqdm adds a comma before the postfix)
+FORMAT = "{desc} {n_fmt}/{total_fmt} {percentage:.0f}%, {remaining} left, {speed}{postfix}"
+PLURALS = {"step": "steps", "batch": "batches"}
 # Training metrics, the most important first; those that do not fit into the terminal are not shown.
 NUMBERS = {
     "loss": "loss {:.4g}",
@@ -24,6 +24,19 @@ NUMBERS = {
 }
 
 
+class Line(tqdm):
+    """A line of tqdm. (tqdm itself would write `0.31 step/s` as `3.19s/step`.)"""
+
+    @staticmethod
+    def format_meter(
+        n: float, total: Optional[float], elapsed: float, *, rate: Optional[float] = None, unit: str, **settings: Any
+    ) -> str:
+        """As tqdm's, with `speed` as a field of `bar_format`."""
+        if rate is None and elapsed:
+            rate = (n - settings["initial"]) / elapsed
+        return tqdm.format_meter(n, total, elapsed, rate=rate, unit=unit, speed=speed(rate, unit), **settings)
+
+
 class RunProgress(ProgressBar):
     """Shows a line with the optimizer steps of the run and the latest logged metrics, and a line for each evaluation.
 
@@ -34,7 +47,7 @@ class RunProgress(ProgressBar):
     def __init__(self) -> None:
         super().__init__()
         self.is_enabled = True  # Lightning's name, read by LightningModule.print
-        self.steps = self.batches = tqdm(disable=True)
+        self.steps = self.batches = Line(disable=True)
         self.printed = -1  # the step of the last line
 
     def enable(self) -> None:
@@ -48,9 +61,9 @@ class RunProgress(ProgressBar):
             with tqdm.external_write_mode(file=sys.stdout):
                 print(*args, flush=True, **kwargs)
 
-    def bar(self, **settings: Any) -> tqdm:
+    def bar(self, **settings: Any) -> Line:
         terminal = sys.stdout.isatty()
-        bar = tqdm(
+        bar = Line(
             file=sys.stdout if terminal else io.StringIO(),
             ncols=columns() if terminal else None,
             nrows=20,  # else nothing is shown if the terminal does not report its height
@@ -65,7 +78,7 @@ class RunProgress(ProgressBar):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         total = pl_module.total_steps()
         total = int(total) if total != float("inf") else None
-        self.steps = self.bar(total=total, initial=trainer.global_step, unit=" steps", desc="train")
+        self.steps = self.bar(total=total, initial=trainer.global_step, unit="step", desc="train")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         # The metrics of a step are complete only after its last hook, so they are shown at the start of the next step.
@@ -102,7 +115,7 @@ class RunProgress(ProgressBar):
         if not sys.stdout.isatty():
             return ", ".join(parts)
         meter = self.steps.format_dict | {"n": trainer.global_step, "rate": None, "postfix": None, "ncols": None}
-        room = columns() - len(tqdm.format_meter(**meter)) - 4  # 2 for the comma, 2 because the line may get longer
+        room = columns() - len(Line.format_meter(**meter)) - 4  # 2 for the comma, 2 because the line may get longer
         while parts and len(", ".join(parts)) > room:
             parts.pop()
         return ", ".join(parts)
@@ -141,7 +154,19 @@ class RunProgress(ProgressBar):
         self.batches.close()
 
     def start(self, total: int, name: str) -> None:
-        self.batches = self.bar(total=total, unit=" batches", desc=name, leave=False)
+        self.batches = self.bar(total=total, unit="batch", desc=name, leave=False)
+
+
+def speed(rate: Optional[float], unit: str) -> str:
+    """A speed as text, such as `3.20 steps/s`, or `3.20 s/step` if a step takes more than a second.
+
+    Args:
+        rate: Steps or batches per second; None if unknown.
+        unit: `step` or `batch`.
+    """
+    if not rate:
+        return f"? {PLURALS[unit]}/s"
+    return f"{rate:.2f} {PLURALS[unit]}/s" if rate >= 1 else f"{1 / rate:.2f} s/{unit}"
 
 
 def columns() -> int:

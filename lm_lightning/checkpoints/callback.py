@@ -47,9 +47,8 @@ class Checkpoints(ModelCheckpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         worst_first = sorted(self.best_k_models, key=lambda path: self.best_k_models[path], reverse=self.mode == "min")
-        for path in (
-            worst_first[: -self.save_top_k] if self.save_top_k > 0 else ()
-        ):  # with a lower save_top_k than before
+        # With a lower save_top_k than before, some are too many.
+        for path in worst_first[: -self.save_top_k] if self.save_top_k > 0 else ():
             del self.best_k_models[path]
             trainer.strategy.remove_checkpoint(path)
         if self.best_k_models:

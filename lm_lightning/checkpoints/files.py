@@ -92,7 +92,7 @@ def check_loads(written: Path, path: Path) -> None:
     """
     try:
         torch.load(written, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
+    except Exception as error:  # torch.load raises any type of error, as objects may do when they are loaded
         classes = torch.serialization.get_unsafe_globals_in_checkpoint(written)
         raise UserError(
             f"the checkpoint {path} could not be loaded again: the state of a callback or module contains "

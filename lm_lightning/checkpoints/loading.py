@@ -12,7 +12,7 @@ import torch
 
 from lm_lightning import features
 from lm_lightning.checkpoints.files import OLD
-from lm_lightning.errors import UserError
+from lm_lightning.errors import UserError, one_line
 from lm_lightning.run import experiment_folder
 from lm_lightning.security import untrusted
 
@@ -110,7 +110,7 @@ def readable(path: Path) -> Iterator[None]:
         raise
     except Exception as error:  # zipfile and pickle raise any type of error for damaged files
         size = f" ({path.stat().st_size:,} bytes)" if path.is_file() else ""
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise UserError(
             f"the checkpoint {path}{size} is cut short, damaged, or not a checkpoint ({reason}): {remedy(path)}"
         ) from error

@@ -28,18 +28,16 @@ from lm_lightning.callbacks.resuming import Resuming
 from lm_lightning.callbacks.throughput import Throughput
 from lm_lightning.checkpoints.callback import Checkpoints
 from lm_lightning.checkpoints.loading import checkpoint_folder, find_checkpoint, run_of
-from lm_lightning.checkpoints.plugins import BackgroundCheckpoints, CheckpointFiles  # noqa: F401
+from lm_lightning.checkpoints.plugins import CheckpointFiles
 from lm_lightning.cli import checks, defaults, evaluation, explain, guide, saving, settings
 from lm_lightning.cli.defaults import as_list
-from lm_lightning.cli.options import HELP, TRAINER_DEFAULTS, OptionParser, add_options
+from lm_lightning.cli.options import HELP, SECTIONS, TRAINER_DEFAULTS, OptionParser, add_options
 from lm_lightning.cli.run_folder import RunFolder
 from lm_lightning.compat.jsonargparse import set_help
 from lm_lightning.compat.lightning import hide_expected_warnings, subcommand_parser
 from lm_lightning.compat.transformers import hide_load_report
 from lm_lightning.console import printable
-from lm_lightning.data.pretraining import PretrainingData  # noqa: F401
-from lm_lightning.errors import UserError
-from lm_lightning.models.gpt import CausalLM  # noqa: F401
+from lm_lightning.errors import UserError, one_line
 from lm_lightning.models.module import LanguageModule
 from lm_lightning.security import imports, untrusted
 from lm_lightning.security.redaction import REDACTED, find_redacted
@@ -93,7 +91,7 @@ class CLI(LightningCLI):
             return super().parse_arguments(parser, args)
         self.arguments = list(sys.argv[1:] if args is None else args)
         for name in self.subcommands():
-            set_help(subcommand_parser(self, name), HELP)  # here, as Lightning adds options after ours
+            set_help(subcommand_parser(self, name), HELP, SECTIONS)  # here, as Lightning adds options after ours
         self.evaluated, arguments = evaluation.replace_run_argument(self.arguments)
         config = self.parse(parser, arguments, self.evaluated)
         if self.config.subcommand not in evaluation.COMMANDS or self.evaluated is not None:
@@ -295,11 +293,11 @@ def main() -> None:
         try:
             CLI()
         except MisconfigurationException as error:
-            raise UserError(" ".join(str(error).split())) from error
+            raise UserError(one_line(error, 1000)) from error
         except (ValueError, TypeError, RuntimeError) as error:
             if not refused_by_lightning(error):
                 raise
-            raise UserError(f"Lightning refuses these settings: {' '.join(str(error).split())}") from error
+            raise UserError(f"Lightning refuses these settings: {one_line(error, 1000)}") from error
 
 
 def refused_by_lightning(error: BaseException) -> bool:

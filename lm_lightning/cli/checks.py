@@ -109,9 +109,8 @@ def refuse_null(value: Any, name: str, target: Any) -> None:
     if "class_path" in value:
         target, value = imports.locate(value["class_path"]), value.get("init_args") or {}
     hints: dict[str, Any] = {}
-    for base in (
-        reversed(inspect.getmro(target)) if inspect.isclass(target) else ()
-    ):  # `**options` are passed on to a base class
+    # `**options` are passed on to a base class.
+    for base in reversed(inspect.getmro(target)) if inspect.isclass(target) else ():
         with contextlib.suppress(NameError):  # types that are imported for type checkers only
             hints |= typing.get_type_hints(base.__init__)  # type: ignore[misc]
     for key, option in (value if isinstance(value, dict) else vars(value)).items():

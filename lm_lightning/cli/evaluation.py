@@ -16,6 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lm_lightning import run as runs
 from lm_lightning.checkpoints.loading import Checkpoint, CheckpointFolder, checkpoint_folder, find_checkpoint, run_of
 from lm_lightning.cli import saving, settings
+from lm_lightning.cli.explain import EVALUATIONS as COMMANDS
 from lm_lightning.console import printable
 from lm_lightning.data import contract
 from lm_lightning.errors import UserError
@@ -23,7 +24,6 @@ from lm_lightning.files import write_text
 from lm_lightning.security.redaction import redact
 from lm_lightning.security.untrusted import read_json
 
-COMMANDS = ("validate", "test", "predict")
 RECORD = "evaluation.json"
 SPLITS = {"validate": "validation", "test": "test", "predict": "predict"}
 

@@ -41,6 +41,7 @@ SYNONYMS = {
     "seed": "seed_everything",
     "resume": "ckpt_path",
 }
+EVALUATIONS = ("validate", "test", "predict")  # commands that evaluate a run
 TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null"}
 TYPES |= dict.fromkeys(("list", "Sequence", "Iterable", "set", "frozenset"), "a list")
 TYPES |= {"dict": "options by name, such as {name: value}", "timedelta": "a time, such as 00:12:00:00"}
@@ -200,7 +201,7 @@ def unknown_option(text: str, match: re.Match, arguments: list[str], names: list
     name = name.lstrip("-").partition("=")[0]
     if name == "class_path":
         return (
-            f"{place(option, arguments)} has options beside class_path: put them under init_args, as "
+            f"{place(option, arguments)} has options next to class_path: put them under init_args, as "
             "`{class_path: NAME, init_args: {option: value}}`"
         )
     full = f"{option}.{name}" if option else name
@@ -224,11 +225,8 @@ def unknown_option(text: str, match: re.Match, arguments: list[str], names: list
 def classes_with_option(option: str) -> list[str]:
     """The classes of models or data modules that have an option."""
     section = option.partition(".")[0]
-    base = pydoc.locate(BASES[section])
-    kinds = subclasses(base) if inspect.isclass(base) else {}
-    own = {name: kind for name, kind in kinds.items() if kind.__module__.startswith("lm_lightning.")}
-    bases = ("LabelledData", "StreamData")
-    return sorted(name for name, kind in own.items() if name not in bases and option in options_of(kind, section))
+    base: Any = pydoc.locate(BASES[section])
+    return sorted(name for name, kind in own_classes(base).items() if option in options_of(kind, section))
 
 
 def options_of(kind: Any, prefix: str) -> list[str]:
@@ -290,6 +288,12 @@ def subclasses(base: type) -> dict[str, type]:
     return found
 
 
+def own_classes(base: type) -> dict[str, type]:
+    """The subclasses of a class that this project has for users, by their names, without those that are only bases."""
+    own = {name: kind for name, kind in subclasses(base).items() if kind.__module__.startswith("lm_lightning.")}
+    return {name: kind for name, kind in own.items() if not name.startswith(("Labelled", "Stream"))}
+
+
 def wrong_class(text: str, match: re.Match, arguments: list[str]) -> str:
     """The sentence for a class that does not exist or cannot be used."""
     option = option_of(text, match.start())
@@ -297,16 +301,14 @@ def wrong_class(text: str, match: re.Match, arguments: list[str]) -> str:
     name = next((given[key] for key in ("name", "path", "value", "kind", "other") if given[key]), "")
     name = name or given_value(text[match.start() :])
     known_base = BASES.get(option.rpartition(".")[2])
-    base = pydoc.locate(known_base) if known_base else None
-    known = subclasses(base) if inspect.isclass(base) else {}
-    close = difflib.get_close_matches(name.rpartition(".")[2], known, n=1)
-    own = [kind for kind, made in known.items() if made.__module__.startswith("lm_lightning")]
-    hint = f"use one of {', '.join(own)}" if option in ("model", "data") else ""
+    base: Any = pydoc.locate(known_base) if known_base else None
+    close = difflib.get_close_matches(name.rpartition(".")[2], subclasses(base) if base else (), n=1)
+    hint = f"use one of {', '.join(own_classes(base))}" if option in ("model", "data") else ""
     hint = f"did you mean {close[0]}?" if close else hint
     why = "" if close or not given["why"] else f" ({' '.join(given['why'].split())})"
     if base is None and option.rpartition(".")[2] not in ("plugins", "strategy", "accelerator"):
         return f"{place(option, arguments)} is {shown(name)}, but must have options by name, such as {{name: value}}"
-    what = f"subclass of {base.__name__}" if inspect.isclass(base) else "class"
+    what = f"subclass of {base.__name__}" if base else "class"
     return f"{place(option, arguments)} is {shown(name)}, which is not a {what}{why}: " + (
         hint or "give the name of a class, or its import path, such as package.module.Class"
     )
@@ -318,20 +320,18 @@ def required(text: str, match: re.Match, arguments: list[str]) -> str:
     if option:
         return f"{place(option, arguments)} needs {join_or([f'--{option}.{name}' for name in names])}"
     missing = {name.rpartition(".")[2] for name in names}
-    if missing <= {"model", "data"} and not config_files(arguments):
+    if arguments[0] not in ("fit", *EVALUATIONS) or not missing <= {"model", "data"}:
+        return f"{arguments[0]} needs {', '.join(map(str.upper, names))}: see `{program(arguments[0])} --help`"
+    if not config_files(arguments):
+        if arguments[0] in EVALUATIONS:
+            return f"{arguments[0]} needs a run: {program(arguments[0])} RUN"
         found = [str(file) for file in sorted(Path("configs").glob("*.yaml"))]
         there = f"; available: {', '.join(found)}" if found else " (the project has some in configs/)"
         example = "configs/gpt.yaml" if "configs/gpt.yaml" in found else (found or ["FILE"])[0]
         return f"{arguments[0]} needs a config: {program(arguments[0])} --config {example}{there}"
-    if missing <= {"model", "data"}:
-        return (
-            f"{' and '.join(config_files(arguments))} has no {join_or(sorted(missing))} section: add "
-            + " and ".join(
-                f"`{name}: {{class_path: {'CausalLM' if name == 'model' else 'PretrainingData'}}}`"
-                for name in sorted(missing)
-            )
-        )
-    return f"{arguments[0]} needs {', '.join(sorted(missing))}: see `{program(arguments[0])} --help`"
+    return f"{' and '.join(config_files(arguments))} has no {join_or(sorted(missing))} section: add " + " and ".join(
+        f"`{name}: {{class_path: {'CausalLM' if name == 'model' else 'PretrainingData'}}}`" for name in sorted(missing)
+    )
 
 
 def wrong_value(text: str, match: re.Match, arguments: list[str]) -> str:

@@ -103,6 +103,4 @@ def command_texts(commands: Iterable[str], model: type, data: type) -> dict[str,
 
 def class_names(base: type, first: str) -> str:
     """The names of this project's subclasses of a class, in one line that begins with `first`."""
-    own = [name for name, kind in explain.subclasses(base).items() if kind.__module__.startswith("lm_lightning.")]
-    own = [name for name in own if not name.startswith(("Labelled", "Stream"))]
-    return f"{first}  (or {', '.join(sorted(set(own) - {first}))})"
+    return f"{first}  (or {', '.join(sorted(explain.own_classes(base).keys() - {first}))})"

@@ -4,6 +4,7 @@ import ast
 import contextlib
 import inspect
 import json
+import sys
 from typing import Any, Optional
 
 from lightning.pytorch.cli import LightningArgumentParser
@@ -13,6 +14,7 @@ from lm_lightning import run as runs
 from lm_lightning.callbacks.export import Weights
 from lm_lightning.callbacks.predictions import Predictions
 from lm_lightning.checkpoints.callback import Checkpoints
+from lm_lightning.cli import explain
 from lm_lightning.compat.jsonargparse import parses_class_options
 
 CHECKPOINTS = {
@@ -35,11 +37,24 @@ TRAINER_DEFAULTS = {
     ],
 }
 HELP = {  # where this project differs from Lightning, or Lightning's help is too short
+    "config": "Config file in YAML. May be repeated: files are merged, and later ones override earlier ones.",
+    "print_config": "Print all settings in YAML and exit.",
+    "seed_everything": "Seed of new weights, dropout and the order of samples; `true` chooses one at random.",
     "ckpt_path": "Checkpoint from which `fit` resumes, or which the other commands evaluate: `last`, the newest "
     "checkpoint of the newest run of this name; `best`, the best one (not for `fit`); or the path of a checkpoint or a "
     "run folder.",
     "weights_only": "Has no effect: checkpoints are always loaded as tensors and plain values.",
     "trainer.default_root_dir": "Cannot be changed: it is the run folder, see --runs_dir and --name.",
+    "trainer.precision": "Precision of the computation, such as `32-true`, `bf16-mixed` or `16-mixed`. Default: "
+    "`bf16-mixed` on devices that compute bf16 natively, otherwise `32-true`.",
+    "trainer.strategy": "How the processes share the work, such as `ddp` or the class path of a strategy; see "
+    "docs/devices.md.",
+    "trainer.logger": "Loggers. Default: metrics.csv and TensorBoard in the run folder. `--trainer.logger+=NAME` adds "
+    "one, `false` disables all.",
+    "trainer.gradient_clip_val": "Maximum norm of the gradient; a larger gradient is scaled down to it. 0 or null "
+    "disables this.",
+    "trainer.enable_checkpointing": "Whether to write checkpoints and, at the end, model/. Default: true.",
+    "trainer.enable_progress_bar": "Whether to show the progress. Default: true.",
     "trainer.enable_model_summary": "Whether to print Lightning's table of the network's layers.",
     "trainer.log_every_n_steps": "Number of optimizer steps between two rows of the training metrics.",
     "trainer.accumulate_grad_batches": "Number of micro-batches whose gradients are added up for one optimizer step.",
@@ -62,11 +77,22 @@ HELP = {  # where this project differs from Lightning, or Lightning's help is to
     "trains, in the same order. Validation uses the same number of batches of the validation split.",
 }
 
+SECTIONS = {  # titles of the options in the help, instead of the first line of a docstring
+    "trainer": "Lightning's Trainer",
+    "model": "Model",
+    "data": "Data",
+    "best": "Checkpoint with the best validation metric, in checkpoints/best.ckpt",
+    "last": "Newest checkpoint, from which a run is resumed, in checkpoints/last.ckpt",
+    "predictions": "Files that `predict` and evaluations write",
+    **dict.fromkeys(("fit", "validate", "test", "predict"), "Checkpoint to load"),
+}
+
 
 class OptionParser(LightningArgumentParser):
     """The parser of the CLI: no abbreviated options, and loggers write into the run folder by default."""
 
     def __init__(self, *args: Any, allow_abbrev: bool = False, **kwargs: Any) -> None:
+        kwargs.setdefault("prog", explain.program(" ".join(sys.argv[1:2])))  # of the parsers for options of classes
         super().__init__(*args, allow_abbrev=allow_abbrev, **kwargs)
 
     def parse_args(self, args: Any = None, *more: Any, **kwargs: Any) -> Any:  # noqa: D102

@@ -10,7 +10,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from lm_lightning import yaml_text
 from lm_lightning.compat.jsonargparse import UNSAVEABLE
-from lm_lightning.errors import UserError
+from lm_lightning.errors import UserError, one_line
 from lm_lightning.files import write_text
 from lm_lightning.security.redaction import redact
 
@@ -39,7 +39,7 @@ def checked(parser: LightningArgumentParser, config: Any) -> Any:
                 remove(saved, name)
             again = parser.parse_string(dumped(parser, saved))
     except Exception as error:  # of any class that checks its own options
-        raise refusal(lost, f"cannot be read again: {' '.join(str(error).split())[:200]}") from error
+        raise refusal(lost, f"cannot be read again: {one_line(error, 200)}") from error
     if changed := different(config, again):
         raise refusal(changed, "would have another value when it is read again")
     return saved

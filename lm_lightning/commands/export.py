@@ -6,7 +6,7 @@ from typing import Any, Optional
 from lm_lightning import files
 from lm_lightning import run as runs
 from lm_lightning.compat.transformers import hide_load_report
-from lm_lightning.errors import UserError
+from lm_lightning.errors import UserError, one_line
 from lm_lightning.security import untrusted
 
 
@@ -42,7 +42,10 @@ def export(
     if reason := files.unwritable(folder):
         raise UserError(f"cannot create the folder {folder} ({reason}): give another --output")
     adapter = None if output else folder_of_run / "adapter"
-    write(saved, folder_of_run / "tokenizer", folder, about, adapter, max_shard_size)
+    try:
+        write(saved, folder_of_run / "tokenizer", folder, about, adapter, max_shard_size)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
     print(f"checkpoint: {file}, {runs.describe_weights(about)}")
     print(folder)
 
@@ -88,7 +91,7 @@ def write(
     except UserError:
         raise
     except Exception as error:  # classes of transformers raise any type of error for invalid settings
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error, 300)
         raise UserError(
             "the checkpoint cannot be exported, as its description does not match its weights "
             f"({type(error).__name__}: {reason}): the file is damaged or was changed"

@@ -1,5 +1,6 @@
 """`prepare`: tokenizes a corpus to shards, and prints statistics and samples of them."""
 
+import inspect
 import sys
 from typing import Any
 
@@ -9,10 +10,7 @@ DEFAULT = "PretrainingData"
 
 
 def prepare() -> None:
-    """Tokenizes a corpus, so that later runs start at once, and prints its statistics.
-
-    The data module does the work, see `PretrainingData.prepare_corpus`.
-    """
+    """Tokenizes a corpus, so that later runs start at once, and prints its statistics."""
 
 
 def main() -> None:
@@ -21,11 +19,12 @@ def main() -> None:
 
     recipe, files, rest = settings.read_layered(sys.argv[2:])
     parser = command.make_parser(prepare, options=False)
-    parser.add_argument("-c", "--config", type=str, help="Config file, as for fit; only its data section is used.")
-    parser.add_argument("--show", type=int, nargs="+", default=[], help="Training samples to print, by number.")
+    parser.add_argument("-c", "--config", type=str, help="Config file of a run; only its data section is used.")
+    parser.add_argument("--show", type=int, nargs="+", default=[], help="Numbers of training samples to print instead.")
     name, section = data_section(recipe, " and ".join(files))
     if {"-h", "--help"} & set(rest):  # before the data module is imported, which takes seconds
-        parser.epilog = f"all flags --data.* of fit: {explain.program('fit')} --data.help {name.rpartition('.')[2]}"
+        shown = f"{explain.program('fit')} --data.help {name.rpartition('.')[2]}"
+        parser.epilog = f"All flags --data.* of fit are options, too: {shown}"
         parser.parse_args(["--help"])
     data_class = class_named(name)
     if not hasattr(data_class, "prepare_corpus"):
@@ -57,7 +56,11 @@ def data_section(recipe: dict[str, Any], files: str) -> tuple[str, dict[str, Any
 
 
 def class_named(name: str) -> Any:
-    """The data module with a class path or short name; None if it does not exist."""
+    """The data module with a class path or short name.
+
+    Raises:
+        UserError: If there is none.
+    """
     from lightning.pytorch import LightningDataModule
 
     from lm_lightning import features
@@ -67,7 +70,11 @@ def class_named(name: str) -> Any:
 
     if name.rpartition(".")[2] == DEFAULT:
         return PretrainingData  # without importing all tasks, which takes seconds
-    if "." in name:
-        return imports.locate(name)
     features.import_classes()
-    return explain.subclasses(LightningDataModule).get(name)
+    found = imports.locate(name) if "." in name else explain.subclasses(LightningDataModule).get(name)
+    if not (inspect.isclass(found) and issubclass(found, LightningDataModule)):
+        raise UserError(
+            f"data is {name!r:.200}, which is not a subclass of LightningDataModule: use one of "
+            f"{', '.join(explain.own_classes(LightningDataModule))}"
+        )
+    return found

@@ -1,7 +1,7 @@
 """jsonargparse: parsers for the options of classes, and the import of classes."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Optional
 
 from jsonargparse import ArgumentParser, _actions, _typehints
 
@@ -20,11 +20,13 @@ def option_names(parser: ArgumentParser) -> list[str]:
     return list(parser._option_string_actions)
 
 
-def set_help(parser: ArgumentParser, help_of: Mapping[str, str]) -> None:
-    """Replaces the help of options that were added for a class, by their names.
+def set_help(parser: ArgumentParser, help_of: Mapping[str, str], title_of: Optional[Mapping[str, str]] = None) -> None:
+    """Replaces the help of options that were added for a class, by their names, and the titles of their groups.
 
     Alternative: adding each option individually, without its class.
     """
+    for name, group in (parser.groups or {}).items():
+        group.title = (title_of or {}).get(name, group.title)
     for action in parser._actions:
         action.help = help_of.get(action.dest, action.help)
 

@@ -76,7 +76,7 @@ EXPECTED_WARNINGS = {
     "The '.*' does not have many workers": "blocks are read from a memory map",
     "The dirpath has changed": "a run that starts from an earlier checkpoint has its own folder",
     "It is recommended to use `self.log": "the logged values are equal on all ranks",
-    "LightningCLI's args parameter is intended": "`compress` uses it",
+    "LightningCLI's args parameter is intended": "commands that evaluate several models use it",
     "The number of training batches .* is smaller than the logging interval": "steps are logged across epochs",
     "You are using a custom batch sampler": "SequentialBatches omits no sample",
 }

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lm_lightning.errors import UserError
+from lm_lightning.errors import UserError, one_line
 
 
 def hide_load_report() -> None:
@@ -34,6 +34,18 @@ def refused_settings(error: ValueError) -> list[str]:
     """
     text = str(error)
     return re.findall(r"^- `(\w+)`", text, re.MULTILINE) or re.findall(r"`(\w+)`", text)[:1]
+
+
+def network_error(error: Exception) -> str:
+    """Why a network cannot be created, in one sentence, without the names of the hundreds of networks that can be.
+
+    Alternative: the private `_model_mapping` of the auto classes.
+    """
+    text = one_line(error, 300)
+    found = re.search(r"^Unrecognized configuration class <class '[\w.]*?(\w+)'> for .*AutoModel: (\w+)", text)
+    if found:
+        return f"transformers has no {found[2]} with a {found[1]}: choose another model_type or other weights"
+    return text
 
 
 def needs_remote_code(error: Exception) -> bool:

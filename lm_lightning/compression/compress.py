@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal, Optional
 from lm_lightning.compat.transformers import hide_load_report
 from lm_lightning.compression.results import Results, Row, files_of
 from lm_lightning.console import printable
-from lm_lightning.errors import UserError
+from lm_lightning.errors import UserError, one_line
 from lm_lightning.run import model_folder
 from lm_lightning.security import imports
 from lm_lightning.security.untrusted import refuse_links
@@ -66,6 +66,9 @@ def compress(
     from lm_lightning.cli.command import split_list
     from lm_lightning.compression import evaluation, recipes
 
+    for name, value, least in (("calibration_batches", calibration_batches, 0), ("tokens", tokens, 1)):
+        if value < least:
+            raise UserError(f"--{name} is {value}, but must be {least} or more")
     hide_load_report()
     source = model_folder(model)
     recipe, modules = split_list(recipe), split_list(modules)
@@ -184,7 +187,7 @@ class Job:
     def failed(self, one: str, error: Exception) -> None:
         """Prints and stores the reason why a model could not be made or measured."""
         imports.check()
-        reason = " ".join(str(error).split())[:500]
+        reason = one_line(error)
         if isinstance(error, UserError) and self.skip_misfits and one in self.targets:
             print(printable(f"{one}: skipped: {reason}"), flush=True)
             self.skipped.append(one)

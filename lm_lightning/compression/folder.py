@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor
 
 from lm_lightning import errors, hub
-from lm_lightning.errors import UserError
+from lm_lightning.errors import UserError, one_line
 from lm_lightning.models.export import HEAD_FILE
 from lm_lightning.security import untrusted
 
@@ -57,7 +57,7 @@ def save_as(
         smaller = type(network)(config)
     except (ValueError, TypeError) as error:
         raise UserError(
-            f"{type(network).__name__} cannot have {changes} ({' '.join(str(error).split())[:200]}): use another share"
+            f"{type(network).__name__} cannot have {changes} ({one_line(error, 200)}): use another share"
         ) from error
     smaller.load_state_dict(weights)
     if network.can_generate():

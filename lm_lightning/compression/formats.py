@@ -19,7 +19,7 @@ from lm_lightning.compression.calibration import Calibration
 from lm_lightning.compression.folder import load, package
 from lm_lightning.compression.quantization import Rounding
 from lm_lightning.data import tokenizer as tokenizers
-from lm_lightning.errors import UserError
+from lm_lightning.errors import UserError, one_line
 from lm_lightning.linear_layers.blocks import linear_layers
 
 ONNX, PROGRAM = "model.onnx", "model.pt2"
@@ -99,7 +99,7 @@ class Format:
         except UserError:
             raise
         except Exception as error:  # tracing raises all types of errors for unsupported operations
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error, 200)
             raise UserError(
                 f"torch {torch.__version__} cannot trace {type(network).__name__} ({type(error).__name__}: {reason}): "
                 "use a newer torch, or another recipe"

@@ -67,7 +67,6 @@ def csv_text(rows: list[Row], measured: dict[str, Measures], metrics: list[str],
 def markdown_cells(row: Row, own: Measures, baseline: Measures, metrics: list[str], bold: bool) -> list[str]:
     """The cells of a measured model in the Markdown table; NaN becomes an empty cell."""
     cells = [
-        f"**{row.recipe}**" if bold else row.recipe,
         f"{own.parameters:,}" if own.parameters else "",
         f"{own.zeros:.1%}",
         *(f"{value:.1f} ({value / other:.2f})" for value, other in zip(own[3:6], baseline[3:6])),
@@ -75,7 +74,7 @@ def markdown_cells(row: Row, own: Measures, baseline: Measures, metrics: list[st
         f"{own.loss:.4f}",
         *(f"{row.metrics[name]:.4f}" if name in row.metrics else "" for name in metrics),
     ]
-    return ["" if "nan" in cell else cell for cell in cells]
+    return [f"**{row.recipe}**" if bold else row.recipe, *("" if "nan" in cell else cell for cell in cells)]
 
 
 def plot(rows: list[Row], folder: Path) -> None:

@@ -69,8 +69,8 @@ def _modules() -> list[tuple[str, Path]]:
         found += [(f"stdlib/{path.relative_to(root).as_posix()}", path) for path in paths]
     if not found:
         raise UserError(
-            f"The built-in corpus needs the sources of the standard library, but there are none in {root}: give your "
-            "own text with --data.corpus.paths."
+            f"the built-in corpus needs the sources of the standard library, but there are none in {root}: give your "
+            "own text with --data.corpus.paths"
         )
     return sorted(found)
 
@@ -80,8 +80,8 @@ def _extract(modules: list[tuple[str, Path]]) -> Iterator[tuple[str, str]]:
         from pydoc_data.topics import topics
     except ImportError:
         raise UserError(
-            "The built-in corpus needs the module pydoc_data, which this Python installation does not have: give your "
-            "own text with --data.corpus.paths."
+            "the built-in corpus needs the module pydoc_data, which this Python installation does not have: give your "
+            "own text with --data.corpus.paths"
         ) from None
     sources = [(f"topics/{name}", [text]) for name, text in sorted(topics.items())]
     sources += [(name, _docstrings(path)) for name, path in modules]

@@ -5,6 +5,7 @@ huge document has to fit into memory (a row of a JSON, CSV or Parquet file does)
 """
 
 import contextlib
+import difflib
 import glob
 import hashlib
 import itertools
@@ -43,8 +44,8 @@ class Corpus:
 
     The suffix of a file determines its format, unless `format` does: .jsonl and .ndjson, .csv, .tsv, .parquet; all
     others are plain text. Each may be compressed as .gz or .zst. Documents are assigned to splits by a hash of their
-    name (of whole files, rows with a name, and the built-in corpus) or of their text, so that the same text is never in
-    two splits.
+    name (of whole files, rows with a name, and the built-in corpus), otherwise of their text, so that documents with
+    the same text are in the same split.
 
     Args:
         paths: Files, folders (read recursively, without hidden files) and patterns such as `books/**/*.txt`. If neither
@@ -163,7 +164,7 @@ def read(corpus: Corpus, cache_dir: Path) -> Iterator[Piece]:
             empty = False
             yield Piece(split, document.name, text, last)
     if empty:
-        raise UserError("The corpus contains no text: check --data.corpus.paths.")
+        raise UserError("the corpus contains no text: check --data.corpus.paths")
     for note in report.notes:
         print(printable(note), file=sys.stderr)
     if report.replaced_bytes:
@@ -221,7 +222,7 @@ def _check(corpus: Corpus) -> None:
     if not (validation >= 0 and test >= 0 and validation + test < 1):
         raise UserError(
             f"--data.corpus.validation_fraction ({validation}) and --data.corpus.test_fraction ({test}) "
-            "must not be negative, and their sum must be less than 1."
+            "must not be negative, and their sum must be less than 1"
         )
 
 
@@ -272,7 +273,7 @@ def _files(corpus: Corpus) -> list[_File]:
         for name, path in itertools.chain.from_iterable(map(expand, patterns)):
             first = found.setdefault(os.path.realpath(path), _File(path, name, split))
             if split and first.split != split:
-                raise UserError(f"{path} is in both --data.corpus.validation_paths and --data.corpus.test_paths.")
+                raise UserError(f"{path} is in both --data.corpus.validation_paths and --data.corpus.test_paths")
     return list(found.values())
 
 
@@ -287,12 +288,16 @@ def expand(pattern: str) -> list[tuple[str, Path]]:
         steps = Path(given).parts
         fixed = list(itertools.takewhile(lambda step: not re.search(r"[*?[]", step), steps))
         if len(fixed) == len(steps):
-            raise UserError(f"{pattern} does not exist.")
+            near = [other.name for other in Path(given).parent.iterdir()] if Path(given).parent.is_dir() else []
+            close = difflib.get_close_matches(Path(given).name, near, n=1)
+            raise UserError(
+                f"{pattern} does not exist" + (f": did you mean {Path(given).parent / close[0]}?" if close else "")
+            )
         root, pattern_below = Path(*fixed), os.path.join(*steps[len(fixed) :])
     names = sorted(set(glob.glob(pattern_below, root_dir=root, recursive=True)))
     files = [(Path(name).as_posix(), root / name) for name in names if os.path.isfile(root / name)]
     if not files:
-        raise UserError(f"{pattern} contains no files (hidden files are not read).")
+        raise UserError(f"{pattern} contains no files (hidden files are not read)")
     return files
 
 
@@ -359,6 +364,6 @@ def _string(row: Mapping[str, Any], column: str, option: str, where: str) -> str
     if not isinstance(value, str):
         raise UserError(
             f"{where}: column {column!r} of the row is {value!r:.40}, not a string; the columns are "
-            f"{', '.join(map(str, row))}: choose one with --data.corpus.{option}{formats.delimiter_hint(row, PREFIX)}."
+            f"{', '.join(map(str, row))}: choose one with --data.corpus.{option}{formats.delimiter_hint(row, PREFIX)}"
         )
     return value

@@ -120,11 +120,11 @@ class Jsonl(Format):
             try:
                 row = json.loads(line.text)
             except (ValueError, RecursionError) as error:
-                raise UserError(f"{path}:{line.number}: not valid JSON ({error}): fix or remove the line.") from None
+                raise UserError(f"{path}:{line.number}: not valid JSON ({error}): fix or remove the line") from None
             if not isinstance(row, dict):
                 example = (options.columns or ["text"])[0]
                 raise UserError(
-                    f'{path}:{line.number}: not a JSON object such as {{"{example}": "..."}}: fix or remove the line.'
+                    f'{path}:{line.number}: not a JSON object such as {{"{example}": "..."}}: fix or remove the line'
                 )
             yield line.number, row
 
@@ -273,7 +273,7 @@ class Parquet(Format):
                 rows = (row for batch in file.iter_batches(256, columns=known) for row in batch.to_pylist())
                 yield from enumerate(rows, start=1)
             except pyarrow.ArrowException as error:
-                raise UserError(f"{path} is not a readable Parquet file ({error}).") from None
+                raise UserError(f"{path} is not a readable Parquet file ({error})") from None
 
 
 FORMATS: tuple[Format, ...] = (Jsonl(), Csv(), Tsv(), Parquet())

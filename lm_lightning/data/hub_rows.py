@@ -4,7 +4,7 @@ from typing import Any, Optional
 
 from lm_lightning.data.formats import Rows
 from lm_lightning.data.reading import package
-from lm_lightning.errors import UserError
+from lm_lightning.errors import UserError, one_line
 
 
 def _named(label: Any, names: list[str]) -> Any:
@@ -38,8 +38,8 @@ def hub_rows(
         for number, row in enumerate(dataset, start=1):
             yield number, row | {column: _named(row[column], names[column]) for column in names}
     except Exception as error:  # the packages pass on any error of their dependencies
-        reason = " ".join(str(error).split())
+        reason = one_line(error, 300)
         raise UserError(
-            f"The data set {name!r} cannot be read from the Hugging Face Hub ({reason:.300}): check its name and "
-            f"the network connection (a downloaded data set needs no connection: {remedy})."
+            f"the data set {name!r} cannot be read from the Hugging Face Hub ({reason}): check its name and "
+            f"the network connection (a downloaded data set needs no connection: {remedy})"
         ) from error

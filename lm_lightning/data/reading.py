@@ -97,7 +97,7 @@ def encodable(text: str, where: str, options: ReadOptions, report: ReadReport, c
         raise UserError(
             f"{where}: {what} at column {column + bad.start() + 1} is not {name}: give the encoding of the file, such "
             f"as {options.prefix}.encoding cp1252 (or utf-16, gb18030), or replace invalid bytes with "
-            f"{options.prefix}.encoding_errors replace."
+            f"{options.prefix}.encoding_errors replace"
         )
     text, replaced = _SURROGATE.subn("\ufffd", text)
     report.replaced_bytes += replaced
@@ -168,7 +168,7 @@ def lines(path: Path, options: ReadOptions, report: ReadReport, plain: bool = Fa
                     raise UserError(
                         f"{path}:{number}: a NUL byte at column {length + part.index(chr(0)) + 1}, which text does not "
                         f"have: if the file is UTF-16, give {options.prefix}.encoding utf-16; otherwise replace such "
-                        f"bytes with {options.prefix}.encoding_errors replace."
+                        f"bytes with {options.prefix}.encoding_errors replace"
                     )
                 report.replaced_bytes += part.count("\0")
                 part = part.replace("\0", "\ufffd")
@@ -183,7 +183,7 @@ def lines(path: Path, options: ReadOptions, report: ReadReport, plain: bool = Fa
                     length += len(part) - ended
                 raise UserError(
                     f"{path}:{number}: the line has {length} characters, more than {options.prefix}.max_line "
-                    f"({options.max_line}){hint or f'; if it is text, give {options.prefix}.max_line 0'}."
+                    f"({options.max_line}){hint or f'; if it is text, give {options.prefix}.max_line 0'}"
                 )
             yield Line(number, part, blank)
             if ended:

@@ -236,9 +236,7 @@ def tokenize(
     frequencies = {split: np.zeros(vocabulary, np.int64) for split in SPLITS}
     unknown = tokenizers.unknown_id(tokenizer)
     examples = dict.fromkeys(SPLITS, "")  # examples of unknown text
-    inside: dict[str, bool] = dict.fromkeys(
-        SPLITS, False
-    )  # whether a document has begun whose last piece has not been read yet
+    inside = dict.fromkeys(SPLITS, False)  # whether a document has begun whose last piece has not been read yet
     # Offsets, which show white space, cost time.
     encode = backend.encode_batch if layout.words else backend.encode_batch_fast
 

@@ -34,6 +34,7 @@ SEQ2SEQ = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
 RARE = 1e-6  # characters with a smaller share of the text are omitted from a WordPiece alphabet and become unknown
 MANY = 0.03  # share of unknown tokens above which a tokenizer is not suitable for a text
 MOST = 10_000_000  # maximum size of a trained vocabulary
+GAPS = 100_000  # maximum number of unused ids of a vocabulary
 CHUNK = 100_000  # characters that are passed to the trainers at a time, as they need many times that size in memory
 
 logger = logging.getLogger(__name__)

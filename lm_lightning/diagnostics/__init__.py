@@ -1,4 +1,4 @@
-"""What helps to find out why a run does not train well: spikes of the loss, and histograms of gradients."""
+"""Diagnoses of training: samples that cause spikes of the loss, and histograms of gradients."""
 
 from lm_lightning.features import Feature
 

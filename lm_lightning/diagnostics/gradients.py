@@ -7,6 +7,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch.distributed.tensor import DTensor
 
+from lm_lightning.errors import UserError
+
 
 class Gradients(Callback):
     """Logs a histogram of the gradient of each parameter, as the optimizer uses it: over all micro-batches and
@@ -19,6 +21,8 @@ class Gradients(Callback):
     """
 
     def __init__(self, every_n_steps: int = 100, bins: int = 64) -> None:
+        if every_n_steps < 1 or bins < 1:
+            raise UserError(f"Gradients has every_n_steps {every_n_steps} and bins {bins}, but both must be 1 or more")
         self.every_n_steps, self.bins = every_n_steps, bins
 
     def on_train_batch_end(

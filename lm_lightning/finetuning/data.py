@@ -222,11 +222,16 @@ class LabelledData(StreamData):
 
     # Labels
 
-    def labels_of(self, row: Row, column: str) -> list[str]:
+    def labels_of(self, row: Row, column: str, words: int | None = None) -> list[str]:
         """The labels in a column of a row. Unlike words, they may be numbers; surrounding white space is removed.
 
+        Args:
+            row: The row.
+            column: Name of the column.
+            words: The number of labels that there must be, one for each word. Default: any number.
+
         Raises:
-            UserError: If there are none, or one is empty.
+            UserError: If there are none or too few or too many, or one is empty.
         """
         values = row.entries(column)
         names = row.words(column) if values is None else [cells.label(value) for value in values]
@@ -234,6 +239,10 @@ class LabelledData(StreamData):
             raise UserError(
                 f"{row.where}: column {column!r} is {row[column]!r:.40}, but must be a list of labels: fix or remove "
                 "the row"
+            )
+        if words not in (None, len(names)):
+            raise UserError(
+                f"{row.where}: there are {words} words, but {len(names)} labels in the column {column!r}: fix the row"
             )
         self.stripped += sum(map(cells.has_outer_space, values or []))
         return names

@@ -1,6 +1,4 @@
-"""Metrics of labelled data that torchmetrics lacks: sums over batches and processes in, numbers out."""
-
-from typing import Optional
+"""Metrics of labelled data that torchmetrics does not have."""
 
 import torch
 from torch import Tensor
@@ -8,16 +6,9 @@ from torchmetrics import Metric
 from torchmetrics.functional import pearson_corrcoef, spearman_corrcoef
 from torchmetrics.utilities import dim_zero_cat
 
-from lm_lightning.models.metrics import Mode
-
-
-def mode_of(metric: Metric) -> Optional[Mode]:
-    """The direction in which a metric of torchmetrics is better, None if it has none."""
-    return None if metric.higher_is_better is None else "max" if metric.higher_is_better else "min"
-
 
 class Agreement(Metric):
-    """How predicted numbers agree with the right ones: Pearson's and Spearman's correlation, mean absolute error.
+    """How predicted numbers agree with the correct ones: Pearson's and Spearman's correlation, mean absolute error.
 
     All rows are kept until the end and computed with in float64. (torchmetrics' PearsonCorrCoef updates its sums in
     float32, so that its value depends on the size of the batches.)
@@ -45,7 +36,7 @@ class Agreement(Metric):
 
 
 def correlations(predicted: Tensor, right: Tensor) -> dict[str, Tensor]:
-    """Pearson's and Spearman's correlation of two rows of numbers, (N,) each, computed in float64: () float32."""
+    """Pearson's and Spearman's correlation of two tensors, (N,) each, computed in float64: () float32 each."""
     device = predicted.device
     predicted, right = predicted.cpu().double(), right.cpu().double()
     values = {"pearson": pearson_corrcoef(predicted, right), "spearman": spearman_corrcoef(predicted, right)}

@@ -107,9 +107,9 @@ class Row(Mapping):
         """
         if column not in self:
             raise UserError(
-                f"{self.where}: there is no column {column!r}; the columns are {', '.join(map(str, self))}: choose one "
-                "with --data.columns"
-                + (", or name the columns with --data.tables.header" if self.header else "")
+                f"{self.where}: there is no column {column!r}; the columns are {', '.join(map(str, self))}: set the "
+                f"option of --data.columns that has the value {column!r} to one of them"
+                + (", or name the columns of a file without a header by --data.tables.header" if self.header else "")
                 + (delimiter_hint(self, PREFIX) if self.header else "")
             )
         return self[column]
@@ -188,6 +188,10 @@ def read_split(tables: Tables, split: str, key: Callable[[Row], str], known: Seq
     Raises:
         UserError: If a row cannot be read; names the file and line.
     """
+    if not 0 <= tables.validation_fraction < 1:
+        raise UserError(
+            f"--data.tables.validation_fraction is {tables.validation_fraction}, but must be from 0 to below 1"
+        )
     names = sources(tables, split)
     read = read_hub if tables.hub else functools.partial(read_files, known=known)
     rows = [row for name in names for row in read(name, tables)]

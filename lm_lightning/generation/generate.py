@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Optional
 from lm_lightning import hub
 from lm_lightning.compat.transformers import hide_load_report
 from lm_lightning.console import printable
-from lm_lightning.errors import UserError
+from lm_lightning.errors import UserError, one_line
 from lm_lightning.run import model_folder
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def load(model: str, device: str) -> "tuple[PreTrainedModel, PreTrainedTokenizer
     try:
         network.to(device)
     except (RuntimeError, AssertionError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise UserError(f"--device {device} cannot be used on this machine ({reason}): use cpu or auto") from error
     return network, tokenizers.load(folder)
 

@@ -12,14 +12,14 @@ from lm_lightning.networks import blocks
 
 
 def linear_layers(network: Any, patterns: Sequence[str] = ()) -> dict[str, nn.Linear]:
-    """The linear layers of a network's blocks, GPT-2's `Conv1D` among them, by their names.
+    """The linear layers of a network's blocks by their names, including GPT-2's `Conv1D`.
 
     Args:
-        network: Of `transformers`.
-        patterns: Only those whose names match one, such as `*mlp*`; none for all.
+        network: A network of `transformers`.
+        patterns: Patterns of names, such as `*mlp*`; only matching layers are returned. Default: all.
 
     Raises:
-        UserError: If there are none.
+        UserError: If there are none, or a pattern matches none.
     """
     inside = {id(module) for block in blocks(network) for module in block.modules()}
     found = {
@@ -27,12 +27,11 @@ def linear_layers(network: Any, patterns: Sequence[str] = ()) -> dict[str, nn.Li
         for name, module in network.named_modules()
         if id(module) in inside and isinstance(module, (nn.Linear, Conv1D))
     }
-    chosen = {
-        name: m for name, m in found.items() if not patterns or any(fnmatch.fnmatchcase(name, p) for p in patterns)
-    }
-    if not chosen:
-        raise UserError(f"{', '.join(patterns)} matches no linear layer, such as {', '.join(list(found)[:3])}")
-    return chosen
+    if not found:
+        raise UserError(f"the blocks of {type(network).__name__} have no linear layers: use another network")
+    if wrong := [pattern for pattern in patterns if not any(fnmatch.fnmatchcase(name, pattern) for name in found)]:
+        raise UserError(f"{', '.join(wrong)} matches no linear layer, such as {', '.join(list(found)[:3])}")
+    return {name: m for name, m in found.items() if not patterns or any(fnmatch.fnmatchcase(name, p) for p in patterns)}
 
 
 def by_rows(module: nn.Linear, weight: Tensor) -> Tensor:

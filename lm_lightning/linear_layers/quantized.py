@@ -64,7 +64,7 @@ def refuse_other_classes(network: nn.Module, layers: Collection[str], classes: A
         remedy: What the user can do, for the message.
 
     Raises:
-        UserError: Names the first of them.
+        UserError: Names the first such layer.
     """
     modules = dict(network.named_modules())
     refuse_skipped(network, layers, [name for name in layers if not isinstance(modules[name], classes)], what, remedy)
@@ -86,7 +86,7 @@ def refuse_unpackable(network: nn.Module, layers: dict[str, nn.Linear], what: st
     On CPUs with bf16 instructions, it packs the weights of `PACKED` outputs together at the first evaluation.
 
     Raises:
-        UserError: Names the first of them.
+        UserError: Names the first such layer.
     """
     functional = package("bitsandbytes.functional", what)
     if torch.cuda.is_available() or not getattr(functional, "has_avx512bf16", lambda: False)():

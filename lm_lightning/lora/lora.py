@@ -23,7 +23,7 @@ from lm_lightning.errors import UserError
 from lm_lightning.linear_layers.blocks import linear_layers
 from lm_lightning.linear_layers.quantized import bitsandbytes_config, bitsandbytes_layers, refuse_other_classes
 from lm_lightning.lora import compat
-from lm_lightning.models.adapter import Adapter
+from lm_lightning.models.adapter import Adapted, Adapter
 from lm_lightning.models.export import HEAD_FILE
 from lm_lightning.security import untrusted
 from lm_lightning.strategies.capabilities import capabilities
@@ -130,18 +130,19 @@ class LoRA(Adapter):
             compat.set_disabled(layers, False)
 
     @torch.no_grad()
-    def merge(self, network: transformers.PreTrainedModel, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        weights, adapted = dict(weights), adapted_layers(network)
-        inner = {id(layer) for layer in adapted.values()}
+    def merge(self, adapted: Adapted) -> dict[str, Tensor]:
+        network, weights = adapted.network, dict(adapted.weights)
+        layers = adapted_layers(network)
+        inner = {id(layer) for layer in layers.values()}
         quantized = {n: m for n, m in network.named_modules() if compat.original_class(m) and id(m) not in inner}
-        for name, layer in (adapted | quantized).items():
+        for name, layer in (layers | quantized).items():
             own = {key: weights.pop(key) for key in list(weights) if key.startswith(f"{name}.")}
-            prefix = compat.BASE_LAYER.format(name) if name in adapted else name
+            prefix = compat.BASE_LAYER.format(name) if name in layers else name
             if compat.original_class(layer):
                 rows = compat.dequantized(layer)
             else:
                 rows = own[f"{prefix}.weight"].T if transposed(layer) else own[f"{prefix}.weight"]
-            if name in adapted:
+            if name in layers:
                 a, b = compat.matrices(name, own)
                 rows = rows + self.alpha / self.rank * (b @ a)
             weights[f"{name}.weight"] = rows.T.contiguous() if transposed(layer) else rows
@@ -149,14 +150,8 @@ class LoRA(Adapter):
                 weights[f"{name}.bias"] = own[f"{prefix}.bias"]
         return weights
 
-    def save(
-        self,
-        network: transformers.PreTrainedModel,
-        weights: dict[str, Tensor],
-        record: dict[str, Any],
-        description: dict[str, Any],
-        folder: Path,
-    ) -> None:
+    def save(self, adapted: Adapted, folder: Path) -> None:
+        description, record, weights = adapted.description, adapted.record, adapted.weights
         network_class = untrusted.network_class(description["class"])
         with torch.device("meta"):
             skeleton = network_class(network_class.config_class.from_dict(description["config"]))
@@ -165,7 +160,9 @@ class LoRA(Adapter):
         for module in sorted({name.rpartition(".")[0] for name in record["new"] if name in known}):
             modules += [] if f"{module}.".startswith(tuple(f"{outer}." for outer in modules)) else [module]
         settings = self.peft_config(
-            adapted_layers(network), modules_to_save=modules or None, base_model_name_or_path=record["pretrained"]
+            adapted_layers(adapted.network),
+            modules_to_save=modules or None,
+            base_model_name_or_path=record["pretrained"],
         )
         settings.inference_mode = True  # as in peft's own files
         settings.save_pretrained(folder)

@@ -1,7 +1,7 @@
-"""Adapters: methods that train a few new tensors beside those of a pretrained network, which stay as they are.
+"""Adapters: methods that train a few new tensors in addition to those of a pretrained network, which are frozen.
 
-A checkpoint then holds the trained tensors only, and which base they belong to; the base is loaded from where it came
-from. An export is a network like any other, in which both are merged, with the adapter's own files beside it.
+A checkpoint then contains only the trained tensors and a description of the base, which is loaded from its original
+location. An export is a network like any other, into which the adapter is merged; the adapter is also saved by itself.
 """
 
 import dataclasses
@@ -23,15 +23,32 @@ from lm_lightning.files import checksum
 from lm_lightning.security import imports, untrusted
 
 
-class Adapter:
-    """Base of all adapters, chosen by `--model.adapter CLASS` with its options, such as `--model.adapter.rank 8`.
+@dataclasses.dataclass
+class Adapted:
+    """An adapted network that is to be exported.
 
-    A subclass is a dataclass. Its fields are its options, JSON-able values, which checkpoints keep.
+    Args:
+        network: The network.
+        weights: Its state dict: full tensors on the CPU.
+        record: The description of its adapter, see `record_of`.
+        description: The description of the network, see `export.describe`.
+    """
+
+    network: transformers.PreTrainedModel
+    weights: dict[str, Tensor]
+    record: dict[str, Any]
+    description: dict[str, Any]
+
+
+class Adapter:
+    """Base class of all adapters; `--model.adapter CLASS` chooses one, with options such as `--model.adapter.rank 8`.
+
+    A subclass is a dataclass. Its fields are its options, JSON-serializable values, which checkpoints contain.
 
     Attributes:
         training_options: Names of the options that affect training only; a resumed run may change these.
-        quantized: Whether the base has tensors that are not PyTorch's own. Its state dict is then read directly, and it
-            is never sharded.
+        quantized: Whether the base has tensors of other types than PyTorch's own. Its state dict is then read directly,
+            and it is never sharded.
     """
 
     training_options: ClassVar[tuple[str, ...]] = ()
@@ -47,11 +64,11 @@ class Adapter:
     def loading_options(
         self, skeleton: transformers.PreTrainedModel, device: torch.device, precision: str
     ) -> dict[str, Any]:
-        """More arguments of `from_pretrained` for loading the base, for example to quantize it.
+        """Additional arguments of `from_pretrained` for loading the base, for example to quantize it.
 
         Args:
             skeleton: A network of the same sizes on the meta device.
-            device: Where the network will be.
+            device: The device on which the network will be.
             precision: The trainer's, such as `bf16-mixed`.
         """
         return {}
@@ -64,7 +81,7 @@ class Adapter:
             new: Names of tensors that the pretrained weights do not have, such as a new head.
 
         Returns:
-            Names of all tensors that a checkpoint must hold, in the adapted network.
+            The names, in the adapted network, of all tensors that a checkpoint must contain.
         """
         raise NotImplementedError
 
@@ -72,58 +89,38 @@ class Adapter:
         """Within this context, an adapted network computes what its base does, except for new tensors."""
         raise NotImplementedError
 
-    def merge(self, network: transformers.PreTrainedModel, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The weights of a plain network with the same outputs, by the names of its class, float32 on the CPU.
-
-        Args:
-            network: The adapted network.
-            weights: Its state dict: full tensors on the CPU.
-        """
+    def merge(self, adapted: Adapted) -> dict[str, Tensor]:
+        """The weights of a network without an adapter and with the same outputs: its state dict, float32 on the CPU."""
         raise NotImplementedError
 
-    def save(
-        self,
-        network: transformers.PreTrainedModel,
-        weights: dict[str, Tensor],
-        record: dict[str, Any],
-        description: dict[str, Any],
-        folder: Path,
-    ) -> None:
-        """Writes what was trained as files of its own.
-
-        Args:
-            network: The adapted network.
-            weights: As in `merge`.
-            record: As from `record_of`.
-            description: Of the network, see `export.describe`.
-            folder: Is created if it does not exist.
-        """
+    def save(self, adapted: Adapted, folder: Path) -> None:
+        """Writes the trained tensors to files of their own, in a folder that is created if it does not exist."""
         raise NotImplementedError
 
     def summary(self, network: transformers.PreTrainedModel) -> str:
-        """What is trained, in a few words, to be printed when the network is there."""
+        """A short description of what is trained, which is printed when the network has been created."""
         return type(self).__name__
 
 
 def summary(adapter: Adapter, network: transformers.PreTrainedModel) -> str:
-    """What is trained of an adapted network, and how much of it."""
+    """Which parameters of an adapted network are trained, and how many, as text."""
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     share = trained / network.num_parameters()
     return f"{adapter.summary(network)}, {trained:,} parameters are trained ({share:.2%})"
 
 
 def without_base(state: dict[str, Tensor], own: Collection[str]) -> dict[str, Tensor]:
-    """The state dict of a `LanguageModule` without those tensors of its network that are not its own."""
+    """The state dict of a `LanguageModule` without the base: the tensors of its network that are not in `own`."""
     own = {f"network.{name}" for name in own}
     return {name: tensor for name, tensor in state.items() if name in own or not name.startswith("network.")}
 
 
 def record_of(adapter: Adapter, pretrained: str, new: Collection[str]) -> dict[str, Any]:
-    """What a checkpoint holds of an adapter beside its tensors, JSON-able.
+    """The description of an adapter in a checkpoint, JSON-serializable.
 
     Returns:
         `class`, its import path; `options`; `pretrained`, folder or Hub name of the base; `checksums` of its weights;
-        `new`, names of the tensors that the base does not have.
+        `new`, names of the tensors that the base lacks.
     """
     return {
         "class": f"{type(adapter).__module__}.{type(adapter).__qualname__}",
@@ -144,13 +141,14 @@ def from_record(record: dict[str, Any]) -> Adapter:
     """The adapter of a record in a checkpoint.
 
     Raises:
-        UserError: If its class is no adapter of this project and its package is not trusted.
+        UserError: If its class is not an adapter of this project or of a trusted package, or does not accept the
+            recorded options.
     """
-    return imports.recorded_class(record["class"], Adapter, "adapter")(**record["options"])
+    return imports.recorded_instance(record, Adapter, "adapter")
 
 
 def checksums(pretrained: str) -> dict[str, int]:
-    """CRC-32 of each file of weights of a folder or a Hub name, which has been loaded before."""
+    """CRC-32 of each file of weights of a folder, or of a Hub model that has been downloaded."""
     folder = Path(pretrained if os.path.isdir(pretrained) else snapshot_download(pretrained, local_files_only=True))
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     return {file.name: checksum(file) for file in files}
@@ -179,7 +177,7 @@ def refuse_other(saved: Optional[dict[str, Any]], own: Optional[dict[str, Any]],
         raise UserError(
             "the checkpoint has no adapter: omit model.adapter"
             if saved is None
-            else f"the checkpoint is of an adapter: give --model.pretrained {saved['pretrained']} {flags_of(saved)}"
+            else f"the checkpoint has an adapter: give --model.pretrained {saved['pretrained']} {flags_of(saved)}"
         )
     if saved["class"] != own["class"]:
         raise UserError(f"the checkpoint's model.adapter is {saved['class']} (here {own['class']}): use the same")
@@ -193,19 +191,18 @@ def refuse_other(saved: Optional[dict[str, Any]], own: Optional[dict[str, Any]],
     if saved["checksums"] != own["checksums"]:
         raise UserError(
             f"the weights of {own['pretrained']} are not those that the checkpoint's adapter was trained on "
-            f"({saved['pretrained']}, as it was then): give these as model.pretrained"
+            f"(the content of {saved['pretrained']} at that time): give those as model.pretrained"
         )
 
 
-def restore(checkpoint: dict[str, Any]) -> tuple[Adapter, transformers.PreTrainedModel, dict[str, Tensor]]:
-    """Loads the base of a checkpoint with an adapter and adapts it.
+def restore(checkpoint: dict[str, Any]) -> tuple[Adapter, Adapted]:
+    """Loads the base of a checkpoint with an adapter, and adapts it.
 
     Returns:
-        The adapter; the adapted network; its full state dict, with the trained tensors of the checkpoint. What
-        `Adapter.merge` and `Adapter.save` need.
+        The adapter, and the adapted network with the trained tensors of the checkpoint.
 
     Raises:
-        UserError: If the base does not exist any more, or has changed.
+        UserError: If the base no longer exists, or has changed.
     """
     record, description = checkpoint["adapter"], checkpoint["network"]
     adapter, base = from_record(record), record["pretrained"]
@@ -228,4 +225,5 @@ def restore(checkpoint: dict[str, Any]) -> tuple[Adapter, transformers.PreTraine
     refuse_other(record, record_of(adapter, base, record["new"]))
     adapter.adapt(network, record["new"])
     own = {k.removeprefix("network."): w for k, w in checkpoint["state_dict"].items() if k.startswith("network.")}
-    return adapter, network, {name: tensor.cpu() for name, tensor in network.state_dict().items()} | own
+    weights = {name: tensor.cpu() for name, tensor in network.state_dict().items()} | own
+    return adapter, Adapted(network, weights, record, description)

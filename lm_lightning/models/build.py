@@ -30,11 +30,11 @@ class NetworkBuilder:
     """Makes networks for the data and the trainer of a run.
 
     Args:
-        auto_class: Of `transformers`, such as AutoModelForCausalLM.
-        strategy: Of the trainer, which may refuse networks.
-        tokenizer: Of the data; None if it has none.
-        block_size: Tokens of the longest sample; None if unknown.
-        length_option: Option of the data that sets it, for messages.
+        auto_class: A class of `transformers`, such as AutoModelForCausalLM.
+        strategy: The trainer's strategy, which may refuse networks.
+        tokenizer: The data's tokenizer; None if it has none.
+        block_size: Number of tokens of the longest sample; None if unknown.
+        length_option: The option of the data that sets `block_size`, for messages.
         head_settings: Settings of the network's config that its head needs.
         attn_implementation: Attention implementation of `transformers`. Default: the best that it finds.
         adapter: The adapter that will be added to a pretrained network.
@@ -78,8 +78,7 @@ class NetworkBuilder:
         if self.tokenizer is None:
             if not isinstance(size := settings.get("vocab_size"), int):
                 raise UserError(
-                    "the data module has no tokenizer, so that model.network needs vocab_size: the number of different "
-                    "tokens"
+                    "the data module has no tokenizer, so model.network needs vocab_size, the number of tokens"
                 )
             default = transformers.AutoConfig.for_model(model_type)
             own = {name: getattr(default, name, None) for name in SPECIAL_TOKENS}
@@ -98,7 +97,7 @@ class NetworkBuilder:
         }
 
     def refuse_mismatched_tokenizer(self, config: transformers.PreTrainedConfig) -> None:
-        """Refuses a type of network beside which `transformers` would load the tokenizer as another one."""
+        """Refuses a type of network for which `transformers` would load the saved tokenizer as a different one."""
         if self.tokenizer is None:
             return
         with tempfile.TemporaryDirectory() as folder:
@@ -106,19 +105,19 @@ class NetworkBuilder:
             self.tokenizer.save_pretrained(folder)
             if fingerprint(load(folder)) != fingerprint(self.tokenizer):
                 raise UserError(
-                    f"transformers would load this tokenizer, saved beside a network of type {config.model_type}, as "
-                    f"another one: use {config.model_type}'s own (data.tokenizer.path), or another "
+                    f"for a network of type {config.model_type}, transformers would load this tokenizer as a different "
+                    f"one: use a tokenizer of {config.model_type} (data.tokenizer.path), or another "
                     "model.network.model_type"
                 )
 
-    # Both
+    # New and pretrained networks
 
     def check(self, config: transformers.PreTrainedConfig) -> None:
-        """Refuses a network that this run could not train, before its weights are made or loaded."""
+        """Refuses a network that this run could not train, before its weights are created or loaded."""
         self.refuse_length(getattr(config, "max_position_embeddings", None))
         if self.adapter is not None:
             self.adapter.check(self.strategy)
-        if hasattr(self.strategy, "check"):  # one of this project
+        if hasattr(self.strategy, "check"):  # a strategy of this project
             self.strategy.check(config)
 
     def refuse_length(self, limit: Optional[int]) -> None:
@@ -139,15 +138,17 @@ class NetworkBuilder:
             training: Whether it will be trained, which a quantized one cannot be.
 
         Returns:
-            The network, in evaluation mode, float32; names of its tensors that have no pretrained weights or not in
-            this size, which are new.
+            The network, float32, in evaluation mode; and the names of its new tensors, which the pretrained weights
+            lack or have in another size.
         """
         self.refuse_other_tokenizer(name)
         try:
             config = hub.config(name)
             self.check(config)
             if training and getattr(config, "quantization_config", None) is not None:
-                raise UserError(f"{name} is quantized, and can be evaluated, but not trained: train its original")
+                raise UserError(
+                    f"{name} is quantized, so it can be evaluated but not trained: train the original model"
+                )
             network, info = self.auto_class.from_pretrained(
                 name,
                 local_files_only=hub.local_only(name),
@@ -184,25 +185,25 @@ class NetworkBuilder:
             return self.auto_class.from_config(config, trust_remote_code=trust_remote_code())
 
     def refuse_other_tokenizer(self, name: str) -> None:
-        """Refuses pretrained weights whose tokens mean something else than the data's."""
+        """Refuses pretrained weights that were trained with a different tokenizer."""
         if self.tokenizer is None:
             return
         try:
             own = load(name)
         except UserError:
-            return  # weights alone, or nothing at all, which `load` of this class reports
+            return  # the folder has only weights, or does not exist, which `load` of this class reports
         adopt(own, self.tokenizer)
         if fingerprint(own) != fingerprint(self.tokenizer):
             raise UserError(
-                f"{name} was trained with another tokenizer than the data's: give --data.tokenizer.path {name}, or "
-                "remove the tokenizer from that folder if this is intended"
+                f"{name} was not trained with the data's tokenizer: give --data.tokenizer.path {name}, or remove the "
+                "tokenizer from that folder if this is intended"
             )
 
     def add_tokens(self, network: transformers.PreTrainedModel) -> list[str]:
-        """Adds embeddings of tokens of the data's tokenizer that a pretrained network does not have, in place.
+        """Adds embeddings for those tokens of the data's tokenizer that a pretrained network lacks, in place.
 
         Returns:
-            What is new.
+            Descriptions of what is new.
         """
         name = network.config.name_or_path
         rows = network.get_input_embeddings().weight.shape[0]
@@ -210,10 +211,10 @@ class NetworkBuilder:
             return []
         if self.adapter is not None:
             raise UserError(
-                f"{name} has {rows} tokens and the tokenizer {tokens}, whose rows model.adapter would not train: give "
-                f"--data.tokenizer.path {name}, or omit model.adapter"
+                f"{name} has {rows} tokens, the tokenizer {tokens}, and model.adapter would not train the additional "
+                f"embeddings: give --data.tokenizer.path {name}, or omit model.adapter"
             )
-        self.print(f"{name} has {rows} tokens, the tokenizer {tokens}: the rows of the others are new")
+        self.print(f"{name} has {rows} tokens, the tokenizer {tokens}: the additional embeddings are new")
         network.resize_token_embeddings(tokens)
         return [f"{tokens - rows} tokens of the data's tokenizer"]
 
@@ -225,20 +226,20 @@ class NetworkBuilder:
         new: Sequence[str],
         keep: bool,
     ) -> list[str]:
-        """Gives new weights to the pretrained head of a network, in place, because it is one for other labels.
+        """Replaces the weights of a pretrained head by new ones, in place, as the head is for other labels.
 
         Args:
             network: The network.
-            own: The labels that its head predicts; empty if there are none.
+            own: The labels that its head predicts; empty if it predicts none.
             labels: The labels of the data; empty for numbers.
             new: Names of tensors that are new already.
-            keep: Keeps the head nevertheless.
+            keep: Whether to keep the head anyway.
 
         Returns:
             Names of the tensors that got new weights: those whose sizes depend on the number of labels.
 
         Raises:
-            UserError: If a head that has to be kept has another number of labels.
+            UserError: If the head is to be kept, but has a different number of labels.
         """
         name = network.config.name_or_path
         if keep:
@@ -296,9 +297,10 @@ def check_options(
     if checkpointing < 0:
         raise UserError(f"model.activation_checkpointing is {checkpointing}, but must be 0 or more")
     if (network is None) == (pretrained is None):
+        both = ", not both: --model.network null drops the one of a config"
         raise UserError(
-            "give one of model.network (a new network, such as {model_type: gpt2, n_layer: 4}) and "
-            f"model.pretrained (weights to start from), not {'both' if network else 'neither'}"
+            "give either model.network (a new network, such as {model_type: gpt2, n_layer: 4}) or model.pretrained "
+            f"(weights to start from){both if network else ''}"
         )
     if adapter is not None and pretrained is None:
         raise UserError(
@@ -323,13 +325,13 @@ def refuse_unknown(model_type: Any, settings: Mapping[str, Any]) -> None:
     known = transformers.AutoConfig.for_model(model_type)
     if known.get_text_config() is not known:
         text_type = known.get_text_config().model_type
-        raise UserError(f"model_type {model_type} is a network of more than text: use {text_type}")
+        raise UserError(f"model_type {model_type} is not a network for text alone: use {text_type}")
     for key in settings:
         if not hasattr(known, key):
             names = [*known.to_dict(), *known.attribute_map]
             close = difflib.get_close_matches(key, names, n=1)
             raise UserError(
-                f"model.network has {key}, which is no setting of {model_type}"
+                f"model.network has {key}, which is not a setting of {model_type}"
                 + (f": did you mean {close[0]}?" if close else "")
             )
 
@@ -344,7 +346,7 @@ def freeze(network: nn.Module, patterns: Sequence[str], print: Callable[[str], A
         found = [p for name, p in network.named_parameters() if fnmatch.fnmatchcase(name, pattern)]
         if not found:
             names = [name for name, _ in network.named_parameters()]
-            raise UserError(f"model.freeze has {pattern}, which matches no parameter, such as {names[0]}")
+            raise UserError(f"model.freeze has {pattern}, which matches no parameter; the first one is {names[0]}")
         for parameter in found:
             parameter.requires_grad_(False)
         print(f"frozen: {len(found)} tensors with {sum(p.numel() for p in found):,} parameters ({pattern})")
@@ -366,7 +368,7 @@ def refuse_untrained(network: transformers.PreTrainedModel, name: str, new: list
 
     Args:
         network: The network.
-        name: Where its other weights are from.
+        name: Origin of its other weights, for messages.
         new: Names of its tensors without pretrained weights.
         training: Whether it will be trained.
     """

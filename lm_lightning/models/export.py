@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
@@ -18,7 +19,7 @@ from lm_lightning.console import printable
 from lm_lightning.data.tokenizer import fingerprint, load
 from lm_lightning.data.tokenizer import save as save_tokenizer
 from lm_lightning.errors import UserError
-from lm_lightning.models.adapter import Adapter, restore
+from lm_lightning.models.adapter import Adapted, Adapter, restore
 from lm_lightning.run import TRAINING
 from lm_lightning.security import imports, untrusted
 
@@ -26,10 +27,10 @@ HEAD_FILE = "head.safetensors"  # in an exported folder: weights of a head that 
 
 
 class ExtraFiles:
-    """Base of what a model writes beside an exported network, for other programs that load it.
+    """Base class of additional files of an exported network, for other programs that load it.
 
-    A subclass is a dataclass whose fields are JSON-able: checkpoints keep them, so that `export` can write the files.
-    Names of files are never taken from a checkpoint.
+    A subclass is a dataclass whose fields are JSON-serializable: checkpoints contain them, so that `export` can write
+    the files. The names of the files are never read from a checkpoint.
     """
 
     def files(self) -> dict[str, Any]:
@@ -37,7 +38,7 @@ class ExtraFiles:
         raise NotImplementedError
 
 
-LIVE: dict[str, type[ExtraFiles]] = {}  # those of models of this process, whose code the user has imported anyway
+LIVE: dict[str, type[ExtraFiles]] = {}  # classes of this process's models, by import path: these need no trust
 
 
 def describe(
@@ -47,18 +48,18 @@ def describe(
     pad_token_id: Optional[int],
     extra: Optional[ExtraFiles] = None,
 ) -> dict[str, Any]:
-    """All that is needed to make a network again, except the weights, JSON-able.
+    """Everything that is needed to create a network again, except the weights, JSON-serializable.
 
     Args:
         network: The network, perhaps sharded or adapted.
         class_name: Its class in `transformers`.
-        vocab_size: Tokens; the network may have more rows, which are not exported.
-        pad_token_id: Of the tokenizer.
-        extra: Files to write beside it.
+        vocab_size: Number of tokens; the network may have more rows, which are not exported.
+        pad_token_id: Padding token of the tokenizer.
+        extra: Additional files to write.
 
     Returns:
         `class`, its class; `config` and `generation` (None for networks that do not generate), as they are exported;
-        `rows`, the network's own number of tokens; `extra`, class and options of `ExtraFiles`, if there are any.
+        `rows`, the number of rows of its vocabulary; `extra`, class and options of `ExtraFiles`, if there are any.
     """
     config, generation = network.config.to_dict(), getattr(network, "generation_config", None)
     config.pop("quantization_config", None)  # of an adapter's base; exports are not quantized
@@ -78,9 +79,9 @@ def describe(
 
 
 class ChangesExport(Callback):
-    """Base of callbacks that change an exported model, for example remove pruned units.
+    """Base class of callbacks that change an exported model, for example remove pruned units.
 
-    They are applied at the end of training, and by `export` to the state that a checkpoint has of them.
+    They do so at the end of training, and when `export` converts a checkpoint, which contains their state.
     """
 
     @classmethod
@@ -89,7 +90,7 @@ class ChangesExport(Callback):
 
         Args:
             folder: `from_pretrained` folder, which is changed in place.
-            state: As from `state_dict`; that of a checkpoint may have been made by anybody.
+            state: The value of `state_dict`. If it is from a checkpoint, it is untrusted.
         """
         raise NotImplementedError
 
@@ -102,10 +103,10 @@ Changes = Sequence[tuple[type[ChangesExport], dict[str, Any]]]
 
 
 def changes_of(checkpoint: dict[str, Any]) -> Changes:
-    """The changes of callbacks that a checkpoint asks for.
+    """The callbacks in a checkpoint that change an export, with their states.
 
     Raises:
-        UserError: If it names a class that is not one of this project, nor of a trusted package.
+        UserError: If the checkpoint names a class that is neither of this project nor of a trusted package.
     """
     paths = checkpoint.get("export_changes", {})
     return [
@@ -121,8 +122,8 @@ class Model:
     Args:
         description: See `describe`.
         weights: State dict of the network without an adapter: full tensors on the CPU.
-        tokenizer: Is written beside the network, if there is one.
-        save_adapter: Writes the files of its adapter into a folder, if it has one.
+        tokenizer: Its tokenizer, which is written to the same folder; None if there is none.
+        save_adapter: Writes the adapter into a folder; None if the network has none.
     """
 
     description: dict[str, Any]
@@ -142,15 +143,15 @@ class Model:
         """Writes a `from_pretrained` folder, which is complete or absent, and replaces an earlier one.
 
         Args:
-            folder: To write.
+            folder: The folder.
             about: Checkpoint, step and score of the weights, for `training.json`.
-            changes: Are applied to the folder.
-            adapter: Folder for the files of the adapter, if there is one.
+            changes: Callbacks that change the folder.
+            adapter: Folder for the adapter, if there is one.
             max_shard_size: See `save_network`.
-            check: Whether to check that the folder reloads to the same logits, which needs memory for two networks.
+            check: Whether to check that the exported network has the same logits, which needs memory for two networks.
 
         Raises:
-            UserError: If the network or its tokenizer would not be loaded as they were.
+            UserError: If another network or tokenizer would be loaded from the folder.
         """
         with files.replacing_folder(folder) as partial:
             write_folder(self.description, self.weights, self.tokenizer, partial, max_shard_size)
@@ -172,9 +173,9 @@ class Exporter:
     Args:
         network: The network, perhaps sharded or adapted.
         description: See `describe`.
-        tokenizer: Of the data, if it has one.
-        adapter: Of the network, if it has one.
-        record: Of the adapter, see `adapter.record_of`.
+        tokenizer: The data's tokenizer, if it has one.
+        adapter: The network's adapter, if it has one.
+        record: The description of the adapter, see `adapter.record_of`.
         first: Whether this is the first process, the one that writes.
     """
 
@@ -186,19 +187,20 @@ class Exporter:
     first: bool
 
     def model(self, saved: Optional[dict[str, Any]] = None) -> Optional[Model]:
-        """The network as it is now, in the first process; None in the others, which have to call this, too.
+        """The network as it is now, in the first process; None in the others, which must call this, too.
 
         Where the weights are sharded, the first process gathers them in the host's memory.
 
         Args:
-            saved: A checkpoint of this network, whose weights are used instead of the present ones.
+            saved: A checkpoint of this network, whose weights are used instead of the current ones.
         """
         weights = self.weights(saved)
         if not self.first:
             return None
         if self.adapter is None or self.record is None:
             return Model(self.description, weights, self.tokenizer)
-        return adapted_model(self.adapter, self.network, weights, self.record, self.description, self.tokenizer)
+        adapted = Adapted(self.network, weights, self.record, self.description)
+        return adapted_model(self.adapter, adapted, self.tokenizer)
 
     def weights(self, saved: Optional[dict[str, Any]]) -> dict[str, Any]:
         """The state dict, or that of a checkpoint: full tensors on the CPU, in the first process."""
@@ -208,36 +210,26 @@ class Exporter:
         if self.adapter is not None and self.adapter.quantized:  # never sharded, and its tensors are not PyTorch's
             return {name: tensor.cpu() for name, tensor in self.network.state_dict().items()} | weights
         full = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        return get_model_state_dict(self.network, options=full) | weights  # (checkpoints of adapters lack the base)
+        return get_model_state_dict(self.network, options=full) | weights  # (a checkpoint of an adapter lacks the base)
 
 
 def adapted_model(
-    adapter: Adapter,
-    network: transformers.PreTrainedModel,
-    weights: dict[str, Any],
-    record: dict[str, Any],
-    description: dict[str, Any],
-    tokenizer: Optional[transformers.PreTrainedTokenizerBase],
+    adapter: Adapter, adapted: Adapted, tokenizer: Optional[transformers.PreTrainedTokenizerBase]
 ) -> Model:
     """The model of an adapted network, into whose weights the adapter is merged."""
-
-    def save_adapter(folder: Path) -> None:
-        adapter.save(network, weights, record, description, folder)
-
-    return Model(description, adapter.merge(network, weights), tokenizer, save_adapter)
+    return Model(adapted.description, adapter.merge(adapted), tokenizer, partial(adapter.save, adapted))
 
 
 def model_of(saved: dict[str, Any], tokenizer: Optional[transformers.PreTrainedTokenizerBase]) -> Model:
-    """The model in a checkpoint; the base of an adapter is loaded from where it came from.
+    """The model in a checkpoint; the base of an adapter is loaded from its original location.
 
     Args:
         saved: The checkpoint.
-        tokenizer: Of its run, if the data has one.
+        tokenizer: The tokenizer of its run, if the data has one.
     """
     if "adapter" not in saved:
         return Model(saved["network"], network_weights(saved), tokenizer)
-    adapter, network, weights = restore(saved)
-    return adapted_model(adapter, network, weights, saved["adapter"], saved["network"], tokenizer)
+    return adapted_model(*restore(saved), tokenizer)
 
 
 def network_weights(saved: dict[str, Any]) -> dict[str, Any]:
@@ -247,12 +239,12 @@ def network_weights(saved: dict[str, Any]) -> dict[str, Any]:
 
 
 def generation_config(settings: dict[str, Any]) -> tuple[transformers.GenerationConfig, list[str]]:
-    """The generation config of some settings, without those that `transformers` refuses to save.
+    """The generation config with these settings, except for those that `transformers` refuses to save.
 
-    Published models have contradictory ones, such as a temperature although nothing is sampled, which have no effect.
+    Published models have contradictory settings, such as a temperature without sampling, which have no effect.
 
     Returns:
-        The config; what it lacks of the settings, such as `temperature 0.7`.
+        The config, and the omitted settings, such as `temperature 0.7`.
     """
     kept, removed = dict(settings), list[str]()
     while True:
@@ -273,18 +265,18 @@ def check_export(
     """Writes all but the weights of an export, so that problems are found before training.
 
     Args:
-        description: Of the network, see `describe`.
-        tokenizer: That is exported with it, if there is one.
+        description: The description of the network, see `describe`.
+        tokenizer: The tokenizer that is exported with it, if there is one.
         folder: An existing folder to write into.
 
     Raises:
-        UserError: If the network or its tokenizer could not be exported, or not be loaded again.
+        UserError: If the network or its tokenizer could not be exported, or could not be loaded again.
     """
     name = str(description["class"])
     if getattr(transformers, name, None) is None:
         raise UserError(
-            f"the network's class {name} is not one of transformers, which therefore could not load model/: use a "
-            "network of transformers, or switch the export off with --trainer.enable_checkpointing false"
+            f"the network's class {name} is not part of transformers, which could therefore not load model/: use a "
+            "network of transformers, or disable the export with --trainer.enable_checkpointing false"
         )
     write_folder(description, None, tokenizer, folder)
     hub.config(str(folder))
@@ -297,10 +289,10 @@ def write_folder(
     folder: Path,
     max_shard_size: Optional[str] = None,
 ) -> None:
-    """Writes a network, as `save_network`, and its tokenizer.
+    """Writes a network, see `save_network`, and its tokenizer.
 
     Raises:
-        UserError: As in `save_network`, or if the tokenizer would be loaded as another one.
+        UserError: As `save_network`, or if the tokenizer would be loaded as a different one.
     """
     save_network(description, weights, folder, max_shard_size)
     if tokenizer is None:
@@ -308,7 +300,7 @@ def write_folder(
     save_tokenizer(tokenizer, folder)
     if fingerprint(load(str(folder))) != fingerprint(tokenizer):
         raise UserError(
-            "the tokenizer, saved beside this network, would be loaded as another one: give the network's own "
+            "for this network, transformers would load the saved tokenizer as a different one: give the network's own "
             "tokenizer (data.tokenizer.path)"
         )
 
@@ -320,11 +312,11 @@ def trimmed(weight: torch.Tensor, shape: torch.Size) -> torch.Tensor:
 
 @torch.no_grad()
 def check_logits(description: dict[str, Any], weights: dict[str, Any], folder: Path) -> None:
-    """Checks that an exported network computes the logits of the weights that it was made of.
+    """Checks that an exported network computes the same logits as the weights from which it was written.
 
     Args:
         description: See `describe`.
-        weights: Of the network.
+        weights: The state dict of the network.
         folder: `from_pretrained` folder.
 
     Raises:
@@ -339,7 +331,7 @@ def check_logits(description: dict[str, Any], weights: dict[str, Any], folder: P
     after = network_class.from_pretrained(folder).eval()(**inputs)[0]
     config.vocab_size = description["rows"]
     network = network_class(config).eval()
-    network.load_state_dict({key: weights[key] for key in network.state_dict()})  # without a head of this project
+    network.load_state_dict({key: weights[key] for key in network.state_dict()})  # (not a head of this project)
     before = network(**inputs)[0][..., : after.shape[-1]]
     difference = (before - after).abs().max().item()
     if not difference < 1e-5:
@@ -354,25 +346,25 @@ def save_network(
     """Writes weights as a `from_pretrained` folder.
 
     Args:
-        description: Of the network, see `describe`.
+        description: The description of the network, see `describe`.
         weights: State dict of the network. Additional rows of its vocabulary are padding and are not written. Tensors
-            that its class does not have are those of a head of this project, which get a file of their own. None:
-            everything but the weights is written.
-        folder: Is created if it does not exist.
-        max_shard_size: Largest file of weights, such as `5GB`; larger ones are written in parts. Default: that of
-            `transformers`.
+            that its class lacks belong to a head of this project, and get a file of their own. None: everything but the
+            weights is written.
+        folder: The folder, which is created if it does not exist.
+        max_shard_size: Maximum size of a weights file, such as `5GB`; larger weights are split into several files.
+            Default: the one of `transformers`.
 
     Raises:
-        UserError: If `max_shard_size` is no size, or the description names classes that are not trusted.
+        UserError: If `max_shard_size` is not a size, or the description names classes that are not trusted.
     """
     network_class = untrusted.network_class(description["class"])
-    with torch.device("meta"):  # the tensors come from `weights`
+    with torch.device("meta"):  # its tensors are replaced by those of `weights`
         network = network_class(network_class.config_class.from_dict(description["config"]))
     if description["generation"] is not None:
         network.generation_config, removed = generation_config(description["generation"])
         if removed:
             names = printable(", ".join(removed))
-            print(f"generation_config.json is written without {names}: not valid with its other settings")
+            print(f"generation_config.json is written without {names}, which contradicts its other settings")
     head: dict[str, Any] = {}
     if weights is not None:
         shapes = {key: tensor.shape for key, tensor in network.state_dict().items()}
@@ -383,9 +375,7 @@ def save_network(
         network.tie_weights()
     contents: dict[str, Any] = {}
     if extra := description.get("extra"):
-        known = LIVE.get(str(extra["class"]))
-        files_class = known or imports.recorded_class(extra["class"], ExtraFiles, "class of files")
-        contents = files_class(**extra["options"]).files()
+        contents = imports.recorded_instance(extra, ExtraFiles, "class of files", LIVE).files()
     try:
         options: dict[str, Any] = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
         network.save_pretrained(folder, **options | ({"state_dict": {}} if weights is None else {}))

@@ -22,8 +22,8 @@ class CausalLM(LanguageModule):
     auto_class = transformers.AutoModelForCausalLM
 
     def network_made(self) -> None:
-        # Blocks have no padding. With a padding token, which often is also the end of text, a network would search for
-        # it in every batch, which makes the host wait for a GPU, and its embedding would get no gradient.
+        # Blocks have no padding. With a padding token, which is often also the end-of-text token, a network would
+        # search for it in every batch, which makes the host wait for a GPU, and its embedding would get no gradient.
         self.network.config.pad_token_id = None
         self.network.get_input_embeddings().padding_idx = None
         self.has_linear_head = self.head_is_last()
@@ -33,7 +33,7 @@ class CausalLM(LanguageModule):
 
     @torch.no_grad()
     def refuse_leaks(self) -> None:
-        """Refuses networks that see following tokens, or other documents although these are masked.
+        """Refuses networks that attend to following tokens, or to other documents although these are masked.
 
         Raises:
             UserError: Names the type of network.
@@ -45,12 +45,14 @@ class CausalLM(LanguageModule):
         first_changed[0, 0] += 1
 
         def same(other: Tensor, places: slice, **inputs: Tensor) -> bool:
-            """Whether `other` has the logits of `first` at some positions."""
+            """Whether `other` has the same logits as `first` at these positions."""
             ours, theirs = (network(input_ids=t, use_cache=False, **inputs).logits[:, places] for t in (first, other))
             return torch.allclose(ours, theirs, atol=1e-5)
 
         if not same(last_changed, slice(0, 7)):
-            raise UserError(f"networks of type {name} see following tokens: use a causal one, such as gpt2 or llama")
+            raise UserError(
+                f"networks of type {name} attend to following tokens: use a causal one, such as gpt2 or llama"
+            )
         if contract.optional(self.trainer.datamodule, "mask_documents"):
             positions = torch.arange(8, device=network.device).unsqueeze(0) % 4  # two documents
             try:
@@ -74,7 +76,7 @@ class CausalLM(LanguageModule):
         try:
             expected = network(**inputs, use_cache=False).logits
             return torch.equal(network.get_output_embeddings()(self.hidden(inputs)), expected)
-        except (AttributeError, TypeError, RuntimeError):  # of another structure: its own logits are used
+        except (AttributeError, TypeError, RuntimeError):  # it has another structure: its own logits are used
             return False
         finally:
             network.train()
@@ -111,7 +113,7 @@ class CausalLM(LanguageModule):
         return modes | ({"bits_per_byte": "min"} if contract.optional(self.trainer.datamodule, "splits") else {})
 
     def predict_step(self, batch: dict, batch_idx: int) -> list[dict]:
-        """How well each sample is predicted: its `id`, `tokens`, mean `loss` in nats a token, and `text`.
+        """How well each sample is predicted: its `id`, `tokens`, mean `loss` in nats per token, and `text`.
 
         Without ids, samples are numbered in the order of the batches; without a tokenizer, there is no `text`.
         """
@@ -119,7 +121,7 @@ class CausalLM(LanguageModule):
         self.predicted_rows = max(size, getattr(self, "predicted_rows", 0))  # of a full batch
         first = (batch_idx * place["num_replicas"] + place["rank"]) * self.predicted_rows
         for i, sample in enumerate(contract.sample_ids(batch) or range(first, first + size)):
-            # (padding, too: a sharded network is called by all processes or none)
+            # (also for padding, as all processes must call a sharded network together)
             loss, tokens = self.loss({key: value[i : i + 1] for key, value in batch.items()})
             if sample != PADDING:
                 row = {"id": sample, "tokens": tokens.item(), "loss": (loss / tokens).item()}
@@ -128,7 +130,7 @@ class CausalLM(LanguageModule):
         return rows
 
     def metrics(self, loss: Tensor, split: str) -> dict[str, Tensor]:
-        """Adds perplexity, and bits per UTF-8 byte of the text, by which networks with other tokenizers compare."""
+        """Adds perplexity, and bits per UTF-8 byte of the text, which are comparable between different tokenizers."""
         values = {"loss": loss, "perplexity": loss.exp()}
         if (counts := contract.optional(self.trainer.datamodule, "splits").get(split)) is not None:
             values["bits_per_byte"] = loss / math.log(2) * ((len(counts.tokens) - 1) / max(1, counts.bytes))

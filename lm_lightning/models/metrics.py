@@ -12,8 +12,8 @@ Mode = Literal["min", "max"]
 class Ratio(Metric):
     """A sum divided by another, such as losses by tokens, over all batches and processes.
 
-    NaN stays NaN. (torchmetrics' MeanMetric waits for the device at each batch to look for NaN, and omits it; if it is
-    set not to, its version 1.9 ignores the weights.)
+    If a value is NaN, so is the result. (torchmetrics' MeanMetric omits NaN, and waits for the device at each batch to
+    find it; if this is switched off, its version 1.9 ignores the weights.)
     """
 
     full_state_update = False
@@ -30,19 +30,19 @@ class Ratio(Metric):
     def update(self, total: Tensor, count: Tensor) -> None:
         """Adds to both sums, () each.
 
-        The rounding errors are summed beside them (Kahan, 1965): in float32, the result would depend on how many rows
-        a batch has, and a count stays at 2^24. Not every device has float64.
+        Their rounding errors are also summed (Kahan, 1965). Otherwise, in float32, the result would depend on the
+        number of rows in a batch, and a count could not exceed 2^24. Not every device has float64.
         """
         self.total, self.total_error = added(self.total, self.total_error, total)
         self.count, self.count_error = added(self.count, self.count_error, count)
 
     def compute(self) -> Tensor:
-        """Their ratio, () float32."""
+        """The ratio of the sums, () float32."""
         return (self.total + self.total_error) / (self.count + self.count_error)
 
 
 def added(total: Tensor, error: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """A sum with one more value, and the sum of what rounding has lost so far (Neumaier, 1974)."""
+    """A sum with a value added, and the sum of all rounding errors so far (Neumaier, 1974)."""
     value = value.to(total.dtype)
     new = total + value
     lost = torch.where(total.abs() >= value.abs(), (total - new) + value, (value - new) + total)

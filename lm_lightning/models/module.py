@@ -1,6 +1,6 @@
 """The LightningModule that all models share: training, evaluation, optimizer and checkpoints.
 
-Networks are made in `build.py` and exported in `export.py`; gradients are scaled in `steps.py`.
+Networks are created in `build.py` and exported in `export.py`; gradients are scaled in `steps.py`.
 """
 
 import os
@@ -16,6 +16,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lm_lightning import hub
+from lm_lightning.compat.transformers import network_error
 from lm_lightning.console import printable
 from lm_lightning.data import contract
 from lm_lightning.data.order import seed_of
@@ -38,32 +39,33 @@ class LanguageModule(LightningModule):
     `main_metric`, `metrics` with `metric_modes`, `validation_step` and `join_predictions` (what is measured);
     `head_settings`, `head_fits`, `own_labels`, `new_network`, `pretrained_network`, `replace_head` and `network_made`,
     with the attribute `unused` (the network and its head); `distillation_loss`; `extra_files`. It may define
-    `predict_step`, and Lightning's hooks, such as `on_save_checkpoint`, if these call those of this class. Another
-    name of this class that it overwrites is refused. docs/extending.md describes all of these; `data/contract.py`, what
-    is read from the data module and its batches.
+    `predict_step`, and override Lightning's hooks, such as `on_save_checkpoint`, if it calls those of this class. All
+    other names of this class are refused. docs/extending.md describes these methods, and `data/contract.py` what is
+    read from the data module and its batches.
 
     Args:
         network: Settings of a new `transformers` network, such as `{model_type: gpt2, n_layer: 4}`; settings that are
             omitted have that model type's defaults. The vocabulary and its special tokens come from the tokenizer.
-        pretrained: Folder or Hub name of weights to start from, instead of `network`.
-        optimizer: A `torch.optim.Optimizer` class with its settings; it gets the groups of `parameter_groups`. Another
-            class than the default has its own default settings.
+        pretrained: Run folder, `from_pretrained` folder or Hub name of weights to start from, instead of `network`.
+        optimizer: A `torch.optim.Optimizer` class with its settings; it gets the groups of `parameter_groups`. If you
+            choose a class other than the default, its own default settings apply.
         schedule: Learning rate over the steps.
         attn_implementation: Attention implementation of `transformers` (`sdpa`, `eager`, `flash_attention_2`, ...).
             Default: the best that `transformers` finds.
         compile: Whether to compile the network's body with `torch.compile`: slower to start, then faster.
         activation_checkpointing: Recomputes the activations of every n-th block in the backward pass instead of keeping
-            them: 1 for all blocks, 2 for every second, ... 0 for none. Less memory, more time.
+            them, which needs less memory but more time: 1 for all blocks, 2 for every second, ... 0 for none.
         on_nonfinite: What to do when the loss or gradient of an optimizer step is not finite: `stop` the run, or `skip`
-            the step, which leaves weights and optimizer as they are. To skip, the host waits for an accelerator at each
-            step, unless the optimizer is a fused one of torch (`fused: true`).
-        skip_limit: Steps in a row that may be skipped; at one more, the run stops.
+            the step, which leaves weights and optimizer as they are. With `skip`, the host waits for an accelerator at
+            each step, unless the optimizer is a fused one of torch (`fused: true`).
+        skip_limit: Maximum number of consecutive steps that are skipped; at the next one, the run stops.
         freeze: Patterns of names of parameters that are not trained, such as `*embeddings*`.
         layer_decay: Factor of the learning rate from each layer to the one below it; the head has the full rate.
-        adapter: Trains a few new tensors beside those of `pretrained`, which stay frozen, such as `LoRA`. Default:
-            trains all weights.
-        keep_head: Keeps the head of `pretrained` although its labels have other names than the data's, such as LABEL_0
-            and LABEL_1; they then mean the data's labels in sorted order. Default: such a head is replaced.
+        adapter: A method, such as `LoRA`, that trains a few new tensors in addition to those of `pretrained`, which are
+            frozen. Default: all weights are trained.
+        keep_head: Whether to keep the head of `pretrained` although its labels have other names than the data's, such
+            as LABEL_0 and LABEL_1; they then stand for the data's labels in sorted order. Default: such a head is
+            replaced.
     """
 
     auto_class: Any  # of transformers, such as AutoModelForCausalLM
@@ -96,13 +98,13 @@ class LanguageModule(LightningModule):
         self.optimizer_factory, self.schedule = optimizer, schedule
         self.attn_implementation, self.compile_body = attn_implementation, compile
         self.activation_checkpointing = activation_checkpointing
-        self.network: transformers.PreTrainedModel = None  # made by `configure_model`
+        self.network: transformers.PreTrainedModel = None  # created by `configure_model`
         self.val_loss = Ratio()
         self.freeze_patterns, self.layer_decay, self.keep_head = freeze, layer_decay, keep_head
         self.optimizer_steps = OptimizerSteps(on_nonfinite, skip_limit, partial(gather_samples, self), self.print)
         self.resumed_at = 0  # optimizer step of the checkpoint that this run resumed from
         self.checked = set[str]()  # stages whose batches were checked
-        self.training_loss: Optional[Callable[[dict], tuple[Tensor, Tensor]]] = None  # of a callback, instead of `loss`
+        self.training_loss: Optional[Callable[[dict], tuple[Tensor, Tensor]]] = None  # set by a callback
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -140,7 +142,7 @@ class LanguageModule(LightningModule):
 
     @hook
     def head_settings(self) -> dict[str, Any]:
-        """Settings of the network's config that its head needs, beside those of the user."""
+        """Settings of the network's config that its head needs, in addition to the user's."""
         return {}
 
     @hook
@@ -150,24 +152,24 @@ class LanguageModule(LightningModule):
 
     @hook
     def network_made(self) -> None:
-        """Called once, by `configure_model`, when the network exists."""
+        """Called once, when `configure_model` has created the network."""
 
     @hook
     def metrics(self, loss: Tensor, split: str) -> dict[str, Tensor]:
-        """The metrics of an evaluation of a split, with its mean loss in nats a token: () float32 each, by name."""
+        """The metrics of an evaluation of a split, by name: () float32 each. `loss` is in nats per token."""
         return {"loss": loss}
 
     @hook
     def metric_modes(self) -> dict[str, Optional[Mode]]:
-        """The names in `metrics`, each with the direction that is better, `min` or `max`; None if neither is.
+        """The names in `metrics`, each with the better direction, `min` or `max`; None if neither is better.
 
-        It is called when the data is set up, before there is a network.
+        It is called when the data is set up, before the network is created.
         """
         return {"loss": "min"}
 
     @hook
     def join_predictions(self, rows: list[dict]) -> list[dict]:
-        """Turns all dicts from `predict_step`, in the order of the samples, into those that are written."""
+        """Converts all dicts from `predict_step`, in the order of the samples, to those that are written."""
         return rows
 
     @hook
@@ -177,11 +179,11 @@ class LanguageModule(LightningModule):
         Args:
             batch: As for `loss`.
             teacher: A model of the same class, without gradients and in evaluation mode.
-            distiller: Computes the losses: `divergence(logits, the teacher's)` of each row, `mix(own, distillation)`
-                of the two losses, and all of it with `token_losses` for a model that predicts tokens.
+            distiller: Computes the losses: `divergence(logits, teacher_logits)` of each row, `mix(own, distillation)`
+                of both losses, and `token_losses` does all of this for a model that predicts tokens.
 
         Returns:
-            The loss, summed over targets, () float32; the number of targets, () int64; the distillation loss by itself,
+            The loss, summed over targets, () float32; the number of targets, () int64; the distillation loss alone,
             summed over targets, () float32.
 
         Raises:
@@ -191,21 +193,21 @@ class LanguageModule(LightningModule):
 
     @hook
     def extra_files(self) -> Optional[export.ExtraFiles]:
-        """Files that are written beside an exported network."""
+        """Additional files of an exported network."""
         return None
 
     # Network
 
     def configure_model(self) -> None:
-        """Makes the network, which needs the tokenizer; Lightning calls it once the data is set up."""
+        """Creates the network, which needs the tokenizer; Lightning calls this after the data is set up."""
         if self.network is not None:
             refuse_early_network(self)
             return
         try:
             self.network = self.new_network() if self.settings is not None else self.pretrained_network()
-        except (ValueError, TypeError, ImportError, StrictDataclassError) as error:  # of transformers, for the settings
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(f"the network of model.network or model.pretrained cannot be made: {reason}") from error
+        except (ValueError, TypeError, ImportError, StrictDataclassError) as error:  # transformers refuses the settings
+            reason = network_error(error)
+            raise UserError(f"the network of model.network or model.pretrained cannot be created: {reason}") from error
         self.network.train()  # `from_pretrained` leaves it in evaluation mode
         if self.adapter is not None:
             self.own_tensors = self.adapter.adapt(self.network, self.new_tensors)
@@ -225,7 +227,7 @@ class LanguageModule(LightningModule):
             self.print(adapters.summary(self.adapter, self.network))
 
     def builder(self) -> build.NetworkBuilder:
-        """Makes networks for this run's data and trainer."""
+        """Creates networks for this run's data and trainer."""
         return build.builder_of(self)
 
     @hook
@@ -244,7 +246,7 @@ class LanguageModule(LightningModule):
 
     @hook
     def replace_head(self, builder: build.NetworkBuilder, network: transformers.PreTrainedModel) -> None:
-        """Gives new weights to the head of `pretrained` if it belongs to other labels than the data's."""
+        """Replaces the weights of the head of `pretrained` by new ones if it is for other labels than the data's."""
         if builder.head_settings and not self.head_fits():
             own, labels = self.own_labels(), self.trainer.datamodule.labels
             reset = builder.replace_head(network, own, labels, self.new_tensors, self.keep_head)
@@ -266,7 +268,7 @@ class LanguageModule(LightningModule):
         return [] if self.pretrained is None else build.labels_of(hub.config(self.pretrained_folder()), self.auto_class)
 
     def pretrained_folder(self) -> str:
-        """What `pretrained` names: a folder, that of a run's model, or a download of the Hub."""
+        """The folder or Hub name for `pretrained`, which may also be a run."""
         return pretrained_name(str(self.pretrained))
 
     @property
@@ -279,12 +281,12 @@ class LanguageModule(LightningModule):
     # Export
 
     def description(self) -> dict[str, Any]:
-        """What is needed to make the network again, except for the weights, see `export.describe`."""
+        """Everything that is needed to create the network again, except the weights, see `export.describe`."""
         padding = None if self.tokenizer is None else self.tokenizer.pad_token_id
         return export.describe(self.network, self.network_class, self.vocab_size, padding, self.extra_files())
 
     def exporter(self) -> export.Exporter:
-        """Writes the network as it is now, or with the weights of a checkpoint."""
+        """Prepares the network for export, as it is now or with the weights of a checkpoint."""
         record = None if self.adapter is None else self.adapter_record
         first = self.trainer.is_global_zero
         return export.Exporter(self.network, self.description(), self.tokenizer, self.adapter, record, first)
@@ -301,7 +303,7 @@ class LanguageModule(LightningModule):
         return self.optimizer_steps.add(self.trainer, batch, *(self.training_loss or self.loss)(batch))
 
     def check_batch(self, batch: Any, stage: str) -> None:
-        """Refuses batches that this model cannot read, once a stage."""
+        """Refuses batches that this model cannot use; only the first batch of each stage is checked."""
         if stage not in self.checked:
             self.checked.add(stage)
             contract.check_batch(batch, self.trainer.datamodule, self.vocab_size)
@@ -341,7 +343,7 @@ class LanguageModule(LightningModule):
 
     def on_train_start(self) -> None:
         contract.check_loader(self.trainer)
-        # A checkpoint restores the optimizer settings of its run, but those of this run were requested.
+        # A checkpoint restores the optimizer settings of its run; those of this run replace them.
         for group, settings in zip(self.optimizers().param_groups, self.group_settings):
             group.update(settings)
             group["lr"] = group["initial_lr"] * self.schedule.factor(self.trainer.global_step, self.total_steps())

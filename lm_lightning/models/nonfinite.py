@@ -15,8 +15,8 @@ class Step(NamedTuple):
     Attributes:
         number: Counted from 1.
         samples: Ids of this process's training samples in it.
-        loss: Its mean loss over all processes, NaN or infinite also if only its gradient is: () float32, or a float
-            once the host has read it.
+        loss: Its mean loss over all processes, also NaN or infinite if only its gradient is; () float32, or a float
+            after the host has read it.
     """
 
     number: int
@@ -25,19 +25,19 @@ class Step(NamedTuple):
 
 
 class NonFiniteGuard:
-    """Checks the losses of optimizer steps some time after them, because reading a value waits for the device.
+    """Checks the losses of optimizer steps with a delay, because reading a value waits for the device.
 
     Args:
         on_nonfinite: Whether a non-finite step stops the run (`stop`), or was skipped and is counted (`skip`).
         limit: How many steps in a row may be skipped.
-        gather: Returns the sample ids of all processes, given those of this one; a collective call.
+        gather: Returns the sample ids of all processes, given those of this one; all processes call it together.
         print: Prints a line in the first process.
 
     Attributes:
         pending: Steps that have not been checked yet, oldest first; append new ones here.
-        checked: Finite steps that have been checked, for a callback that watches the loss, which makes this list and
-            removes them; None without one.
-        skipped: Skipped steps of the full run.
+        checked: Finite steps that have been checked, for a callback that watches the loss, which creates this list and
+            removes them; None without such a callback.
+        skipped: Number of skipped steps of the run, including those before it was resumed.
     """
 
     def __init__(

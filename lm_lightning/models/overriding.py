@@ -1,6 +1,6 @@
-"""Overriding: what a subclass of `LanguageModule` overwrites is a hook that it may override, or is refused.
+"""Overriding: a subclass of `LanguageModule` may override hooks only; anything else is refused.
 
-A task that by accident names something of its own as the base class does would otherwise break training silently.
+Otherwise, a task that accidentally reuses a name of the base class would break training silently.
 """
 
 import inspect
@@ -30,15 +30,15 @@ def hooks(base: type) -> list[str]:
 
 
 def check_class(cls: type, base: type, lightning: type) -> None:
-    """Checks what a class overrides of its base class.
+    """Checks which names of its base class a class overrides.
 
     Args:
         cls: The class.
         base: Its base class.
-        lightning: The base class of `base`. Its own hooks may be overridden if the override calls that of `base`.
+        lightning: The base class of `base`. Its hooks may be overridden if the override calls the method of `base`.
 
     Raises:
-        UserError: Names what must not be overridden.
+        UserError: Names the method or attribute that must not be overridden.
     """
     free = {*hooks(base), "auto_class", "unused"}
     for name in vars(base).keys() - free:
@@ -48,15 +48,15 @@ def check_class(cls: type, base: type, lightning: type) -> None:
             where, code = f"{owner.__name__}.{name}", getattr(inspect.unwrap(vars(owner)[name]), "__code__", None)
             if not hasattr(lightning, name) or code is None:
                 raise UserError(
-                    f"{where} overrides {base.__name__}.{name}, which is not made for it: choose another name (what "
-                    "may be overridden is in docs/extending.md)"
+                    f"{where} overrides {base.__name__}.{name}, which must not be overridden: choose another name "
+                    "(docs/extending.md lists what may be overridden)"
                 )
             if name not in code.co_names:
-                raise UserError(f"{where} must call super().{name}(...), as {base.__name__} needs it itself")
+                raise UserError(f"{where} must call super().{name}(...), as {base.__name__} needs it")
 
 
 def check_attribute(module: Any, base: type, name: str) -> None:
-    """Checks that an attribute that is being set does not replace one that the base class needs.
+    """Checks that setting an attribute does not replace one that the base class needs.
 
     Raises:
         UserError: Names it.
@@ -70,10 +70,10 @@ def check_attribute(module: Any, base: type, name: str) -> None:
 
 
 def refuse_early_network(module: Any) -> None:
-    """Refuses a module whose network a subclass has set, as freezing, adapters and checkpoints would not know of it.
+    """Refuses a module whose subclass has set the network itself, to which freezing and adapters would not be applied.
 
     Raises:
-        UserError: Names the hook for it.
+        UserError: Names the hook to use.
     """
-    if "network_class" not in vars(module):  # which `configure_model` sets
+    if "network_class" not in vars(module):  # `configure_model` sets it
         raise UserError(f"{type(module).__name__} sets self.network: override new_network instead, which returns it")

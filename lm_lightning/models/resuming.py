@@ -12,13 +12,13 @@ from lm_lightning.errors import UserError
 from lm_lightning.models import adapter as adapters
 from lm_lightning.optim import parameter_groups
 
-# Parts of names of network settings that may change on resuming: they affect neither weights nor outputs in evaluation.
+# Network settings with these parts in their names may change on resuming: they affect neither weights nor evaluations.
 HARMLESS_KEYS = ("drop", "use_cache", "transformers_version", "dtype", "_name_or_path", "token_id", "architectures")
 NEW_RUN = "or start a new run from the weights with --model.pretrained RUN/model"
 
 
 def state_of(module: Any) -> dict[str, Any]:
-    """What a checkpoint has of a `LanguageModule` beside Lightning's own entries."""
+    """The entries of a `LanguageModule` in a checkpoint, in addition to Lightning's own."""
     state = {
         "network": module.description(),
         "tokenizer": None if module.tokenizer is None else fingerprint(module.tokenizer),
@@ -30,7 +30,7 @@ def state_of(module: Any) -> dict[str, Any]:
 
 
 def check(module: Any, checkpoint: dict[str, Any]) -> None:
-    """Refuses a checkpoint that a `LanguageModule` cannot load, or, to train it, not resume from.
+    """Refuses a checkpoint that a `LanguageModule` cannot load or, in training, cannot resume from.
 
     Raises:
         UserError: Names the difference.
@@ -55,8 +55,8 @@ def refuse_other_network(saved: dict[str, Any], own: dict[str, Any]) -> None:
     """Refuses a checkpoint of another network.
 
     Args:
-        saved: The config of its network.
-        own: That of this run's network.
+        saved: The config of the checkpoint's network.
+        own: The config of this run's network.
 
     Raises:
         UserError: Names the settings that differ.
@@ -67,24 +67,30 @@ def refuse_other_network(saved: dict[str, Any], own: dict[str, Any]) -> None:
         if saved.get(key) != own.get(key) and not any(part in key for part in HARMLESS_KEYS)
     ]
     if different:
-        raise UserError(f"the checkpoint's network has {', '.join(different)}: use the model.network it was made with")
+        raise UserError(
+            f"the checkpoint's network has {', '.join(different)}: use the model.network with which it was made"
+        )
 
 
 def refuse_other_tokenizer(saved: Optional[str], own: Optional[str]) -> None:
-    """Refuses a checkpoint of another tokenizer, by their fingerprints; None where the data has no tokenizer.
+    """Refuses a checkpoint that was trained with another tokenizer.
+
+    Args:
+        saved: Fingerprint of the checkpoint's tokenizer; None if its data had none.
+        own: The same of this run.
 
     Raises:
-        UserError: Says which tokenizer to use.
+        UserError: Names the tokenizer to use.
     """
     if saved != own:
         raise UserError(
-            "the checkpoint was made with another tokenizer than the data's, so that its tokens mean other texts: give "
+            "the checkpoint was made with another tokenizer than the data's, so its tokens have other meanings: give "
             "the tokenizer/ of its run folder as data.tokenizer.path"
         )
 
 
 def grouping(network: transformers.PreTrainedModel, layer_decay: float, frozen: Sequence[str]) -> dict[str, Any]:
-    """How the optimizer's state belongs to the parameters, JSON-able.
+    """How the parameters are grouped in the optimizer's state, JSON-serializable.
 
     Args:
         network: The network.
@@ -92,7 +98,7 @@ def grouping(network: transformers.PreTrainedModel, layer_decay: float, frozen: 
         frozen: Patterns of names of frozen parameters.
 
     Returns:
-        The options that decide it, by their names, and `groups`, a hash of the names in each group.
+        The options that determine it, by their names, and `groups`, a hash of the names in each group.
     """
     names = {id(parameter): name for name, parameter in network.named_parameters()}
     groups = [[names[id(p)] for p in group["params"]] for group in parameter_groups(network, layer_decay)]

@@ -1,4 +1,4 @@
-"""HTML elements of which the sections of a report consist."""
+"""HTML elements of the sections of a report."""
 
 import html
 import re
@@ -47,7 +47,7 @@ def table(
 
 
 def folded(blocks: Sequence[tuple[str, str]]) -> str:
-    """Collapsible blocks of several runs, of which the first is open; a single block is not collapsible."""
+    """Collapsible blocks of several runs, the first one open; a single block is not collapsible."""
     if len(blocks) == 1:
         return blocks[0][1]
     return "".join(

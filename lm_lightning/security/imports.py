@@ -9,7 +9,7 @@ import functools
 import inspect
 import pydoc
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional, TypeVar
@@ -21,12 +21,8 @@ from lm_lightning.security.trust import trusted_packages
 
 T = TypeVar("T")
 PACKAGES = ("lm_lightning", "lightning", "torch", "torchmetrics", "transformers", "bitsandbytes")
-FOLDERS = (
-    "dirpath",
-    "save_dir",
-    "folder",
-    "filename",
-)  # options of classes of Lightning and this package that write files
+# Options that say where classes of Lightning and of this package write files
+FOLDERS = ("dirpath", "save_dir", "folder", "filename")
 PATH = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)+")  # an import path
 
 
@@ -136,16 +132,8 @@ def harmless(found: Any) -> bool:
     from lightning.pytorch.strategies import Strategy as TrainerStrategy
     from torch.distributed import fsdp
 
-    bases: tuple[type, ...] = (
-        Accelerator,
-        CheckpointIO,
-        ClusterEnvironment,
-        Precision,
-        Strategy,
-        TrainerStrategy,
-        LayerSync,
-        Profiler,
-    )
+    bases: tuple[type, ...] = (Accelerator, CheckpointIO, ClusterEnvironment, Precision, LayerSync, Profiler)
+    bases += (Strategy, TrainerStrategy)
     bases += (Callback, LightningDataModule, Logger, torch.nn.Module, torch.optim.Optimizer)
     bases += (fsdp.MixedPrecision, fsdp.CPUOffload, fsdp.MixedPrecisionPolicy, fsdp.OffloadPolicy)
     if isinstance(found, torch.dtype):
@@ -225,6 +213,33 @@ def recorded_class(path: Any, base: type[T], what: str) -> type[T]:
             f"the checkpoint's {what} {name} does not exist: the checkpoint is damaged, or from another version"
         )
     return found
+
+
+def recorded_instance(record: Any, base: type[T], what: str, live: Mapping[str, type[T]] = {}) -> T:
+    """The object of which a checkpoint has the `class` and the `options`.
+
+    Args:
+        record: A dict of both, of any type.
+        base: The class from which its class must be derived.
+        what: What such a class is called in messages.
+        live: Classes that may be used in any case, as this process has imported them already, by their import paths.
+
+    Raises:
+        UserError: If its class is not allowed, see `recorded_class`, or does not accept these options.
+    """
+    options = record.get("options") if isinstance(record, dict) else None
+    if not isinstance(options, dict):
+        raise UserError(f"the checkpoint's {what} is recorded without its class and options: the checkpoint is damaged")
+    path = record.get("class")
+    found = live.get(str(path)) or recorded_class(path, base, what)
+    try:
+        return found(**options)
+    except (TypeError, ValueError) as error:
+        given = ", ".join(f"{name} {value!r}" for name, value in options.items())
+        raise UserError(
+            f"the checkpoint's {what} {found.__module__}.{found.__qualname__} does not accept its options {given:.300} "
+            f"({error}): use the version of this class that wrote the checkpoint"
+        ) from error
 
 
 guard_imports(guarded)

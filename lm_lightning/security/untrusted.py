@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_lightning.console import printable
-from lm_lightning.errors import UserError
+from lm_lightning.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -98,7 +98,7 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise UserError(f"{printable(str(file))} cannot be read: it is damaged, remove it ({reason})") from error
     if not isinstance(content, dict):
         raise UserError(f"{printable(str(file))} cannot be read: it is damaged, remove it (not a JSON object)")

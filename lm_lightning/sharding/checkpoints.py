@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Stora
 
 from lm_lightning.checkpoints.files import OLD, check_loads, remove_partial, write_error
 from lm_lightning.console import printable
-from lm_lightning.errors import UserError
+from lm_lightning.errors import UserError, one_line
 from lm_lightning.files import PARTIAL, checksum, put, remove, sync
 from lm_lightning.security.untrusted import plain_name, refuse_expanding_zip
 from lm_lightning.sharding import compat
@@ -160,7 +160,7 @@ def readable(path: Path) -> Iterator[None]:
         raise
     except (Exception, dcp.CheckpointException) as error:  # damaged files make torch and pickle raise anything
         cause = next(iter(error.failures.values()))[0] if isinstance(error, dcp.CheckpointException) else error
-        reason = " ".join(str(cause).split())[:300]
+        reason = one_line(cause, 300)
         raise UserError(f"the checkpoint {path} is damaged or cannot be read ({reason}): use another one") from error
 
 

@@ -1,11 +1,12 @@
 """Sharded strategies: distribute the weights of a network over all processes.
 
-`FSDP2` keeps each process's share of each tensor and gathers a block's when it is needed. `TensorParallel` splits the
-matrices themselves, so that the processes of a group compute a block together (see `tensor_parallel.py`), and shards
-the rest over the groups. Both are PyTorch's DTensors; Lightning's `ModelParallelStrategy` launches and sets up.
+With `FSDP2`, each process stores a shard of each tensor, and the full tensors of a block are gathered when the block is
+computed. `TensorParallel` splits the matrices themselves, so that the processes of a group compute a block together
+(see `tensor_parallel.py`), and shards the tensors over the groups. Both use PyTorch's DTensors, and Lightning's
+`ModelParallelStrategy` launches the processes.
 
-A network is made in the host's memory and goes to its devices a block at a time, sharded, so that it may be larger than
-a device's memory.
+A network is created in the memory of the CPU, and is sharded and moved to its devices block by block, so that it may be
+larger than the memory of a device.
 """
 
 from pathlib import Path
@@ -34,15 +35,15 @@ from lm_lightning.strategies import register
 
 
 class FSDP2(ModelParallelStrategy):
-    """Fully sharded data parallelism: each process keeps its share of weights, gradients and optimizer state.
+    """Fully sharded data parallelism: each process stores a shard of weights, gradients and optimizer state.
 
     Args:
-        within_node: Shards over the processes of a node only and repeats that on each node ("hybrid"), which spares
-            the slower connection between them.
-        cpu_offload: Keeps the shards in the host's memory while they are not used. Slow; for GPUs only.
-        sharded_checkpoints: Whether a checkpoint is a folder to which each process writes its share, instead of one
-            file that the first process gathers in its memory. Either can be resumed with any strategy.
-        process_group_backend: Of torch.distributed. Default: nccl on GPUs, gloo on CPUs.
+        within_node: Whether to shard over the processes of each node, and to replicate the shards across nodes
+            (hybrid), which needs less communication between nodes.
+        cpu_offload: Whether to keep the shards in the memory of the CPU while they are not used. Slow; only for GPUs.
+        sharded_checkpoints: Whether a checkpoint is a folder into which each process writes its shards, instead of a
+            single file that the first process gathers in its memory. Both can be resumed with any strategy.
+        process_group_backend: Backend of `torch.distributed`. Default: nccl on GPUs, gloo on CPUs.
     """
 
     # Capabilities, see `lm_lightning/strategies/capabilities.py`
@@ -64,30 +65,30 @@ class FSDP2(ModelParallelStrategy):
         )
         self.within_node, self.cpu_offload, self.sharded_checkpoints = within_node, cpu_offload, sharded_checkpoints
 
-    # Set-up
+    # Setup
 
     def check_processes(self) -> None:
-        """Refuses processes that cannot do this, before they are started."""
+        """Refuses devices and plugins with which this strategy does not work, before the processes are started."""
         if self.num_processes * self.num_nodes == 1 and not self.cpu_offload:
             raise UserError(
-                "this strategy distributes a network over processes, and there is only one: raise --trainer.devices "
+                "this strategy distributes a network over processes, but there is only one: increase --trainer.devices "
                 "(or --trainer.num_nodes), or omit --trainer.strategy"
             )
         if self.cpu_offload and self.root_device.type == "cpu":
-            raise UserError("cpu_offload moves weights from GPUs to the host, and there is no GPU: omit it")
+            raise UserError("cpu_offload moves weights from GPUs to the CPU, but there is no GPU: omit it")
         if self.sharded_checkpoints and isinstance(self.checkpoint_io, BackgroundCheckpoints):
             raise UserError(
-                "BackgroundCheckpoints (--trainer.plugins) writes files from one process, but the folder of "
-                "sharded_checkpoints is written by all processes at once: omit one of the two"
+                "BackgroundCheckpoints (--trainer.plugins) writes files in one process, but sharded_checkpoints are "
+                "written by all processes: omit one of the two"
             )
         size = self.group_size()
         compat.set_parallel_sizes(self, size, self.num_processes * self.num_nodes // size)
 
     def check(self, config: PreTrainedConfig) -> None:
-        """Refuses networks that cannot be sharded, before their weights are made."""
+        """Refuses networks that cannot be sharded, before their weights are created."""
 
     def group_size(self) -> int:
-        """How many processes compute a block together."""
+        """Number of processes that compute a block together."""
         return 1
 
     def setup_environment(self) -> None:
@@ -102,13 +103,14 @@ class FSDP2(ModelParallelStrategy):
         super().setup(trainer)
 
     def shard(self, network: PreTrainedModel) -> None:
-        """Shards a network, block by block, over `shard_mesh`.
+        """Shards a network over `shard_mesh`, block by block.
 
-        What is outside the blocks (embeddings, last norm, head; tied or not) is one more unit.
+        Everything outside of the blocks (embeddings, last norm, head) is one more unit, so that its weights may be
+        tied.
         """
         offload = CPUOffloadPolicy() if self.cpu_offload else OffloadPolicy()
-        # Blocks are gathered in bf16, in which autocast would compute them anyway; all sums are float32. (On a CPU,
-        # layer norm does not accept bf16 weights.)
+        # Blocks are gathered in bf16, since autocast would compute them in bf16 anyway; gradients are summed in
+        # float32. (On a CPU, layer norm does not accept bf16 weights.)
         mixed = self.precision_plugin.precision == "bf16-mixed" and self.root_device.type != "cpu"
         half = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
         policy = half if mixed else MixedPrecisionPolicy()
@@ -119,7 +121,7 @@ class FSDP2(ModelParallelStrategy):
     # Checkpoints
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """The state of the optimizer: by names of parameters if sharded, else complete and numbered as by PyTorch."""
+        """The state of the optimizer: sharded, by names of parameters; or full, by PyTorch's numbers of parameters."""
         optimizer = getattr(optimizer, "optimizer", optimizer)  # Lightning's wrapper
         options = StateDictOptions(full_state_dict=not self.sharded_checkpoints, cpu_offload=True)
         state = get_optimizer_state_dict(self.model, optimizer, options=options)
@@ -140,7 +142,7 @@ class FSDP2(ModelParallelStrategy):
         self.lightning_module.on_load_checkpoint(checkpoint)  # refuses another network, before its weights are loaded
         optimizer = self.optimizers[0] if self.optimizers else None
         state: Any
-        strict = self.lightning_module.strict_loading  # of LoRA, the base is in no checkpoint
+        strict = self.lightning_module.strict_loading  # checkpoints of LoRA do not have the base
         if path.is_dir():
             weights = get_model_state_dict(self.model)
             if not strict:
@@ -166,13 +168,13 @@ class FSDP2(ModelParallelStrategy):
 class TensorParallel(FSDP2):
     """Tensor parallelism: the processes of a group compute each block together, on the same batches.
 
-    With more processes than a group has, the groups share the work as in FSDP2.
+    If there are several groups, the batches and the shards of all tensors are distributed over them, as in FSDP2.
 
     Args:
-        size: Processes of a group. Default: all of a node.
-        cpu_offload: As in FSDP2, where there are several groups.
-        sharded_checkpoints: As in FSDP2.
-        process_group_backend: Of torch.distributed. Default: nccl on GPUs, gloo on CPUs.
+        size: Number of processes of a group. Default: all processes of a node.
+        cpu_offload: See `FSDP2`; only if there are several groups.
+        sharded_checkpoints: See `FSDP2`.
+        process_group_backend: Backend of `torch.distributed`. Default: nccl on GPUs, gloo on CPUs.
     """
 
     splits_matrices = True
@@ -190,7 +192,10 @@ class TensorParallel(FSDP2):
     def group_size(self) -> int:
         processes, size = self.num_processes * self.num_nodes, self.size or self.num_processes
         if size < 1 or processes % size:
-            raise UserError(f"groups of {size} processes do not divide {processes}: choose another size")
+            raise UserError(
+                f"the strategy has size {size}, but must have one that divides the number of processes, {processes}: "
+                "choose another size"
+            )
         return size
 
     def check(self, config: PreTrainedConfig) -> None:

@@ -1,11 +1,11 @@
 """Tensor parallelism: how each type of network is split over processes that compute it together.
 
-The first matrix of a pair is split by columns (outputs), the second by rows (inputs), so that a block needs one sum
-over the processes for its attention and one for its feed-forward part (Shoeybi et al., 2019, arXiv:1909.08053). The
-vocabulary is split, too, in the embedding and the head.
+The first matrix of a pair is split by columns (outputs), the second by rows (inputs), so that a block needs only one
+sum over the processes for its attention and one for its feed-forward part (Shoeybi et al., 2019, arXiv:1909.08053). The
+embedding and the head are also split, by tokens.
 
-The configs of many networks in `transformers` have a plan (`base_model_tp_plan`); `PLANS` has those of others. A type
-of network without a plan is refused: a guess would train, with wrong results.
+The configs of many networks in `transformers` contain a plan (`base_model_tp_plan`); `PLANS` has plans for others.
+Types of networks without a plan are refused: with a wrong plan, a network would train, but with wrong results.
 """
 
 import fnmatch
@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lm_lightning.errors import UserError
 
-# Encoders like BERT: each module of a layer by the end of its name.
+# For encoders like BERT: patterns of the names of modules, and how the modules are split; see `STYLES`.
 ENCODER = {
     "*.attention.self.query": "colwise",
     "*.attention.self.key": "colwise",
@@ -38,7 +38,8 @@ ENCODER_DECODER = {
     "*.layers.*.fc1": "colwise",
     "*.layers.*.fc2": "rowwise",
 }
-# Where query, key and value (or gate and input) are one matrix, its output is gathered and attention computed by all.
+# If query, key and value (or gate and input) are a single matrix, its output is gathered, and each process computes all
+# heads (or all units).
 PLANS: dict[str, dict[str, str]] = {
     "gpt2": {
         "h.*.attn.c_attn": "colwise_gather_output",
@@ -69,9 +70,9 @@ class Projection(ParallelStyle):
     """Splits the matrix of a linear layer, or of GPT-2's `Conv1D`, whose matrix is transposed.
 
     Args:
-        by: Which dimension of the matrix is split: `columns`, its outputs, or `rows`, its inputs.
+        by: The dimension of the matrix that is split: `columns`, its outputs, or `rows`, its inputs.
         inputs: Placement of the inputs: `Replicate()` if each process has all of them, or `Shard(-1)`.
-        outputs: Placement of the outputs, as of the inputs.
+        outputs: Placement of the outputs, in the same form.
     """
 
     def __init__(self, by: str, inputs: Placement, outputs: Placement) -> None:
@@ -105,13 +106,13 @@ STYLES: dict[str, ParallelStyle] = {
     "rowwise": Projection("rows", Shard(-1), Replicate()),
     "colwise_gather_output": Projection("columns", Replicate(), Replicate()),
     "rowwise_split_input": Projection("rows", Replicate(), Replicate()),
-    # a norm of each head, whose small weights are replicated; their gradient is the sum over the processes
+    # A norm of each head: its small weights are replicated, and their gradients are summed over the processes
     "replicated_with_grad_allreduce": SequenceParallel(sequence_dim=2, use_local_output=True),
 }
 
 
 def split(network: PreTrainedModel, mesh: DeviceMesh) -> None:
-    """Splits a network, whose config `check` has accepted, over the processes of a mesh, in place."""
+    """Splits a network in place over the processes of a mesh; its config must have been accepted by `check`."""
     plan = {
         name: style
         for name, _ in network.base_model.named_modules()
@@ -125,7 +126,7 @@ def split(network: PreTrainedModel, mesh: DeviceMesh) -> None:
     if head is not None and not whole and len(head.weight) % mesh.size() == 0:
         parallelize_module(head, mesh, STYLES["colwise_gather_output"])
         parallelize_module(embedding, mesh, RowwiseParallel(input_layouts=Replicate()))
-    for places in ties:  # each place now has a tensor of its own
+    for places in ties:  # after the split, each place has its own tensor
         parameters = [getattr(module, name) for module, name in places]
         one = next((p for p in parameters if isinstance(p, DTensor)), parameters[0])
         for module, name in places:
@@ -133,7 +134,7 @@ def split(network: PreTrainedModel, mesh: DeviceMesh) -> None:
 
 
 def patterns(config: PreTrainedConfig) -> dict[str, str]:
-    """How the modules of the body of a type of network are split: patterns of their names, and names of styles."""
+    """How the modules of a network without its head are split: patterns of their names, and names in `STYLES`."""
     known = PLANS.get(config.model_type) or getattr(config, "base_model_tp_plan", None) or {}
     return {pattern: style for pattern, style in known.items() if not pattern.startswith("embed")}
 
@@ -142,13 +143,13 @@ def check(config: PreTrainedConfig, size: int) -> None:
     """Refuses networks that cannot be split over `size` processes.
 
     Raises:
-        UserError: If no plan for their type is known, or a dimension is not divisible.
+        UserError: If there is no plan for their type, or a dimension is not divisible.
     """
     plan = patterns(config)
     strange = set(plan.values()) - STYLES.keys()
     if strange or not plan:
         raise UserError(
-            f"how to split networks of type {config.model_type} by tensor parallelism is not known"
+            f"tensor parallelism does not support networks of type {config.model_type}"
             + (f" ({', '.join(sorted(strange))})" if strange else "")
             + f": use --trainer.strategy fsdp2, or one of {', '.join(PLANS)}, llama, mistral, qwen2, qwen3 and gemma2"
         )
@@ -158,13 +159,13 @@ def check(config: PreTrainedConfig, size: int) -> None:
         value = getattr(config, name, None)
         if isinstance(value, int) and value % size:
             raise UserError(
-                f"tensor parallelism over {size} processes needs a network whose {name} is divisible by {size}, not "
-                f"{value}: use another number of processes (--trainer.devices) or --trainer.strategy fsdp2"
+                f"tensor parallelism over {size} processes needs a network whose {name} is divisible by {size}, but it "
+                f"is {value}: use another number of processes (--trainer.devices) or --trainer.strategy fsdp2"
             )
 
 
 def tied(network: nn.Module) -> list[list[tuple[nn.Module, str]]]:
-    """The modules and names of each parameter that is used in more than one place."""
+    """For each parameter that is used in several places, the modules and the names that it has in them."""
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in network.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -173,7 +174,7 @@ def tied(network: nn.Module) -> list[list[tuple[nn.Module, str]]]:
 
 
 def distribute(module: nn.Module, name: str, mesh: DeviceMesh, placement: Placement) -> None:
-    """Replaces a parameter, which all processes have, by its shards."""
+    """Replaces a parameter, of which each process has a full copy, by its shards."""
     parameter = getattr(module, name)
     shards = distribute_tensor(parameter.data, mesh, [placement], src_data_rank=None)
     module.register_parameter(name, nn.Parameter(shards, parameter.requires_grad))

@@ -16,7 +16,7 @@ REFUSED = {
     "fsdp": "PyTorch's first FSDP is superseded by its second",
     "deepspeed": "DeepSpeed does not expose its gradients, so a step could not be exact over unequal batches",
 }
-names = ["auto", "ddp", "ddp_spawn"]  # that are known to work
+names = ["auto", "ddp", "ddp_spawn"]  # known to work
 replacements: dict[str, str] = {}  # for the names in REFUSED
 
 
@@ -26,10 +26,10 @@ def register(
     """Makes a strategy available as `--trainer.strategy NAME`.
 
     Args:
-        name: Of the strategy with these settings.
+        name: Name of the strategy with these settings.
         strategy: Its class, which states its capabilities.
         description: What it does, in a few words.
-        replaces: Names in `REFUSED` instead of which it is recommended.
+        replaces: Names in `REFUSED` for which messages recommend this strategy.
         settings: Arguments of the class.
     """
     StrategyRegistry.register(name, strategy, description=description, override=True, **settings)
@@ -50,7 +50,9 @@ def check_name(name: object) -> None:
     if family in REFUSED:
         raise UserError(f"{REFUSED[family]}: use --trainer.strategy {replacements.get(family, 'ddp')}")
     if "." in name:  # without options of the class, jsonargparse leaves it a string, which Lightning does not know
-        raise UserError(f"--trainer.strategy {name} is no name: give a class as '{{class_path: {name}}}'")
+        raise UserError(
+            f"--trainer.strategy {name} is an import path, not a name: give a class as '{{class_path: {name}}}'"
+        )
     if name != "auto" and name not in StrategyRegistry.available_strategies():
         raise UserError(f"there is no strategy {name} (--trainer.strategy): use one of {', '.join(names)}")
 

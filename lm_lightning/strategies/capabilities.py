@@ -1,13 +1,14 @@
-"""What the rest of the project asks of a strategy, instead of its class.
+"""Capabilities of strategies, which the rest of the project checks instead of their classes.
 
-A strategy states its capabilities as class attributes; what it does not state has the default of `Capabilities`. So a
-strategy of your own needs no entry anywhere: `averages_gradients = True` makes it usable by its `class_path`.
+A strategy states its capabilities as class attributes; those that it omits have the defaults of `Capabilities`. So
+your own strategy needs no entry anywhere: with `averages_gradients = True`, it can be chosen by its `class_path`.
 
 A strategy may also have these methods:
 
 - `check_processes()` refuses devices, nodes and plugins that it cannot use, with a `UserError`, before processes start.
-- `check(config)` refuses networks by their `PreTrainedConfig`, before their weights are made.
-- `throughput_metrics()` returns more of what `Throughput` logs: numbers by their names, such as `train/compilations`.
+- `check(config)` refuses networks by their `PreTrainedConfig`, before their weights are created.
+- `throughput_metrics()` returns additional metrics for `Throughput`: numbers by their names, such as
+  `train/compilations`.
 """
 
 from dataclasses import dataclass, fields
@@ -17,13 +18,13 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Stra
 
 @dataclass(frozen=True)
 class Capabilities:
-    """Capabilities of a strategy, with the defaults of what it does not state.
+    """Capabilities of a strategy, with defaults for those that it does not state.
 
     Args:
         averages_gradients: After the backward pass, `grad` of each parameter is the mean over all processes of the
-            gradients of their losses, and it can be scaled in place: `LanguageModule` makes of it the mean over all
+            gradients of their losses, and it can be scaled in place: `LanguageModule` converts it to the mean over all
             tokens. A strategy without it is refused. Lightning's strategies for one device and for DDP have it.
-        shards_parameters: A process holds a part of each parameter only, as a `DTensor`.
+        shards_parameters: A process holds only a part of each parameter, as a `DTensor`.
         splits_matrices: Several processes compute each matrix product together, so that the outputs of a layer, and the
             parameters of a head, are incomplete in each of them.
         quantized_weights: Parameters may be of bitsandbytes' data types.

@@ -90,7 +90,7 @@ class WandbRun(WandbLogger):
         self.timeout, self.finish_timeout = timeout, finish_timeout
         compat.forget_run(self)
         self.part = 0
-        self.before: dict[Path, int] = {}  # what there was when this part began
+        self.before: dict[Path, int] = {}  # the products of earlier parts
 
     @property
     @rank_zero_experiment

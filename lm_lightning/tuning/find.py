@@ -96,6 +96,10 @@ def batch_size(fit_flags: list[str], memory: Optional[float] = None) -> int:
         folder = Path(scratch)
         settings = read_settings(fit_flags, folder)
         data, trainer = settings["data"]["init_args"], settings["trainer"]
+        if "batch_size" not in data:
+            raise UserError(
+                f"{settings['data']['class_path']} has no option batch_size, which --find batch_size sets: add one"
+            )
         samples = data["batch_size"] * trainer["accumulate_grad_batches"]  # samples per optimizer step and process
         sizes = [size for size in range(1, samples + 1) if samples % size == 0]
         shorten(settings, 3, [])
@@ -108,9 +112,8 @@ def batch_size(fit_flags: list[str], memory: Optional[float] = None) -> int:
             name = f"batch-{size}"
             reason = short_run(settings, folder, name)
             used = max(logged(newest_run(folder / "runs", name), "train/memory").values(), default=None)
-            errors = reason + (folder / "err.txt").read_text(
-                encoding="utf-8", errors="replace"
-            )  # output of all processes
+            # The reason is from one process, the file has the output of all processes.
+            errors = reason + (folder / "err.txt").read_text(encoding="utf-8", errors="replace")
             if reason and not OUT_OF_MEMORY.search(errors):
                 raise UserError(f"the run with a micro-batch of {size} samples failed: {reason}")
             if not reason and used is None and memory is not None:

@@ -19,7 +19,7 @@ from lm_lightning.processes import kill_with_parent
 
 
 def read_settings(fit_flags: list[str], folder: Path, timeout: float = 600) -> dict:
-    """The complete settings that follow from a config and flags of `fit`.
+    """The complete settings that follow from a config and flags of `fit`; all classes have `init_args`, even if empty.
 
     Args:
         fit_flags: `--config` and any other flag.
@@ -32,7 +32,10 @@ def read_settings(fit_flags: list[str], folder: Path, timeout: float = 600) -> d
     out, reason = fit([*fit_flags, "--print_config"], folder, timeout)
     if reason:
         raise UserError(reason)
-    return yaml_text.load(out)
+    settings = yaml_text.load(out)
+    for part in ("model", "data"):  # a data module of the user may have no options
+        settings[part].setdefault("init_args", {})
+    return settings
 
 
 def shorten(settings: dict, steps: int, callbacks: list[dict]) -> None:

@@ -58,5 +58,7 @@ def main() -> None:
     from lm_lightning.cli import command
     from lm_lightning.tuning.search_space import SearchSpace
 
-    fields = (SearchSpace.__doc__ or "").replace("\n    ", "\n")
-    command.run(tune, epilog=f"A search space is a YAML file, such as configs/tuning/gpt.yaml. {fields}")
+    _, keys = (SearchSpace.__doc__ or "").replace("\n    ", "\n").split("Args:\n")
+    command.run(
+        tune, epilog=f"A search space is a YAML file, such as configs/tuning/gpt.yaml, with these keys:\n{keys}"
+    )

@@ -104,10 +104,11 @@ def skip_reason(variant: Variant, data: dict, outcomes: dict[str, Outcome]) -> s
         outcomes: Outcomes of the previous variants; the first one describes the machine.
     """
     options = data["init_args"]
-    if variant.option is not None and variant.option not in options:
-        return f"{data['class_path'].rpartition('.')[2]} has no {variant.option}"
     parts = variant.shares * variant.micro_batches
-    if options["batch_size"] % parts:
+    for option in (variant.option, "batch_size" if parts > 1 else None):
+        if option is not None and option not in options:
+            return f"{data['class_path'].rpartition('.')[2]} has no {option}"
+    if parts > 1 and options["batch_size"] % parts:
         return f"data.batch_size {options['batch_size']} is not divisible by {parts}"
     if variant.base is None:
         return ""

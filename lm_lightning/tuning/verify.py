@@ -124,13 +124,15 @@ def shared_settings(fit_flags: list[str], steps: int, folder: Path, timeout: flo
 def run_variant(name: str, settings: dict, folder: Path, steps: int, timeout: float) -> Outcome:
     """Runs a variant and reads its metrics."""
     variant = VARIANTS[name]
-    batch_size = settings["data"]["init_args"]["batch_size"] // (variant.shares * variant.micro_batches)
+    parts, batch_size = variant.shares * variant.micro_batches, []
+    if parts > 1:
+        batch_size = ["--data.batch_size", str(settings["data"]["init_args"]["batch_size"] // parts)]
     out, reason = fit(
         [
             *("--config", str(folder / "config.yaml"), "--runs_dir", str(folder / "runs"), "--name", name),
             *("--trainer.devices", str(variant.processes), "--trainer.num_nodes", str(variant.nodes)),
-            *("--trainer.accumulate_grad_batches", str(variant.micro_batches), "--data.batch_size", str(batch_size)),
-            *variant.flags,
+            *("--trainer.accumulate_grad_batches", str(variant.micro_batches)),
+            *(*batch_size, *variant.flags),
         ],
         folder,
         timeout,

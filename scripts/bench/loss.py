@@ -1,8 +1,9 @@
-"""The loss over the vocabulary: ours against logits and torch's cross entropy, forward and backward, in turn.
+"""Compares the time of this project's loss over the vocabulary with that of PyTorch's cross entropy.
 
 python scripts/bench/loss.py [--tokens 4096] [--hidden 256] [--vocabulary 50304] [--device cpu]
 
-Prints the median time of each, their ratio, and on a GPU the peak memory.
+Both are run alternately, forward and backward. It prints their median times and the ratio; on a GPU, also the peak
+memory.
 """
 
 import argparse
@@ -28,17 +29,17 @@ targets = torch.randint(given.vocabulary, (given.tokens,), device=given.device)
 
 
 def plain() -> torch.Tensor:
-    """Logits, all at once."""
+    """PyTorch's cross entropy, with all logits in memory."""
     return torch.nn.functional.cross_entropy((hidden @ weight.T).float(), targets, reduction="sum")
 
 
 def ours() -> torch.Tensor:
-    """Logits, some at a time."""
+    """This project's cross entropy, which computes the logits of some tokens at a time."""
     return linear_cross_entropy(hidden, weight, None, targets)
 
 
 def run(loss: Callable[[], torch.Tensor]) -> tuple[float, float]:
-    """Seconds of forward and backward, and the peak memory in MiB (0 on a CPU)."""
+    """The time of a forward and backward pass in seconds, and the peak memory in MiB (0 on a CPU)."""
     cuda = given.device.startswith("cuda")
     if cuda:
         torch.cuda.reset_peak_memory_stats()

@@ -1,4 +1,4 @@
-"""How long each command takes to print its help: the median of five fresh processes.
+"""Measures the time that commands need to print their help: the median of five new processes.
 
 python scripts/bench/start.py
 """

@@ -1,6 +1,7 @@
 """Progress: what a terminal of any width and a log file show of a run."""
 
 import fcntl
+import io
 import os
 import pty
 import re
@@ -14,7 +15,9 @@ import pytest
 from conftest import command, needs
 from forks import python
 
-LINE = re.compile(r"train (\d+)/10 \d+%, \d\d:\d\d left, +[\d.]+(?: steps/s|s/ steps)")
+from lm_lightning.callbacks.progress import FORMAT, Line
+
+LINE = re.compile(r"train (\d+)/10 \d+%, \d\d:\d\d left, [\d.]+ (?:steps/s|s/step)")
 
 
 def in_a_terminal(columns: int, executable: str, *args: object) -> str:
@@ -41,6 +44,22 @@ def in_a_terminal(columns: int, executable: str, *args: object) -> str:
     return output.decode()
 
 
+@pytest.mark.parametrize(
+    ("done", "seconds", "shown"),
+    [
+        (6, 2.0, "8/10 80%, 00:00 left, 3.00 steps/s, loss 2"),
+        (2, 2.0, "4/10 40%, 00:06 left, 1.00 steps/s, loss 2"),
+        (2, 6.38, "4/10 40%, 00:19 left, 3.19 s/step, loss 2"),
+        (1, 125.0, "3/10 30%, 14:35 left, 125.00 s/step, loss 2"),
+        (0, 0.0, "2/10 20%, ? left, ? steps/s, loss 2"),
+    ],
+)
+def test_the_speed_reads_well_for_fast_and_slow_steps(done: int, seconds: float, shown: str):
+    bar = Line(total=10, initial=2, unit="step", bar_format=FORMAT, file=io.StringIO(), desc="train")
+    settings = bar.format_dict | {"n": 2 + done, "elapsed": seconds, "rate": None, "postfix": "loss 2"}
+    assert Line.format_meter(**settings) == f"train {shown}"
+
+
 @needs("generation")
 @pytest.mark.parametrize("columns", [80, 40, 0])
 @pytest.mark.slow
@@ -55,7 +74,7 @@ def test_a_terminal_shows_speed_and_time_left(recipe: Path, columns: int):
     assert steps or columns == 40
     assert "train 10/10 100%, " in output and "train 0/10 0%, " in output
     if columns != 40:
-        assert any(re.search(r"steps/s, loss \d\.\d+, [\d,]+ tokens/s", line) for line in shown)
+        assert any(re.search(r"(?:steps/s|s/step), loss \d\.\d+, [\d,]+ tokens/s", line) for line in shown)
     assert "] ," not in output and "e+0" not in "".join(shown)
     assert output.rindex("train 10/10") < output.index("model: ")
     assert not re.search(r"LOAD REPORT|Writing model shards|Loading weights|CPUAllocator|USDT", output)

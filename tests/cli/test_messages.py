@@ -69,7 +69,6 @@ def test_messages_of_shared_readers_name_options_of_corpora_and_tables():
 # Where a message is raised says which classes or which command it is about.
 
 BASES = {"model": fit_command.LanguageModule, "data": fit_command.LightningDataModule}
-ABSTRACT = ("LabelledData", "StreamData")
 CORPORA = ("PretrainingData", "MaskedData")
 CLASSES = {  # of modules that others import for something else than what the messages are about
     "data/builtin.py": CORPORA,
@@ -105,8 +104,7 @@ def imported(module: str, seen: set[str]) -> set[str]:
 
 def classes_of(section: str) -> dict[str, type]:
     """The classes of models or data that a user can choose."""
-    found = explain.subclasses(BASES[section]).items()
-    return {n: kind for n, kind in found if kind.__module__.startswith("lm_lightning.") and n not in ABSTRACT}
+    return explain.own_classes(BASES[section])
 
 
 @needs("finetuning")

@@ -43,6 +43,7 @@ FLAGS = [
     ("--trainer fast", "--trainer is 'fast'", "options by name"),
     ("--model GPT", "--model is 'GPT'", "CausalLM"),
     ("--model torch.nn.Linear", "not a subclass of LanguageModule"),
+    ("--data no.Such", "not a subclass of LightningDataModule", "use one of PretrainingData"),
     ("--data PretrainingDat", "did you mean PretrainingData?"),
     ("--trainer.callbacks EarlyStoping", "did you mean EarlyStopping?"),
     ("--trainer.callbacks EarlyStopping", "needs --trainer.callbacks.monitor"),
@@ -157,7 +158,11 @@ def test_fit_without_a_config_suggests_one(cli: Callable[..., str], monkeypatch:
         pytest.param(("generate", "RUN", "--max_new", "3"), "--max_new is not an option", marks=TEXT),
         pytest.param(("generate", "RUN", "--top_k", "many"), "but must be a whole number", marks=TEXT),
         (("export", "RUN", "--checkpont", "x"), "did you mean --checkpoint?"),
-        (("export",), "export needs run"),
+        (("export",), "export needs RUN: see `python -m lm_lightning export --help`"),
+        (("validate",), "validate needs a run: python -m lm_lightning validate RUN"),
+        (("predict",), "predict needs a run: python -m lm_lightning predict RUN"),
+        pytest.param(("compress",), "compress needs MODEL: see", marks=needs("compression")),
+        pytest.param(("search",), "search needs INDEX, QUERY: see", marks=needs("tasks.embedding")),
         (("prepare", "--config", GPT, "--data.block_siz", "3"), "did you mean --data.block_size?"),
     ],
     ids=str,
@@ -172,7 +177,8 @@ def test_the_help_of_fit_begins_with_examples(cli: Callable[..., str], capsys, m
     monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit):
         cli("fit", "--help")
-    lines = capsys.readouterr().out.splitlines()
+    out = capsys.readouterr().out
+    lines = out.splitlines()
     begin = "\n".join(lines[:40])
     assert lines[0] == "usage: python -m lm_lightning fit --config FILE [--option VALUE ...]"
     for phrase in (
@@ -185,6 +191,14 @@ def test_the_help_of_fit_begins_with_examples(cli: Callable[..., str], capsys, m
         assert phrase in begin
     for option in ("--trainer.max_steps", "--model.optimizer.lr", "--data.batch_size", "--ckpt_path last"):
         assert option in begin
+    for title in (
+        "Model:",
+        "Data:",
+        "Checkpoint to load:",
+        "Newest checkpoint, from which a run is resumed, in checkpoints/last.ckpt:",
+    ):
+        assert title in lines
+    assert "Default: ``'32-true'``" not in out and "natively" in out  # the default of Lightning is another
 
 
 @pytest.mark.parametrize("name", sorted(commands().keys() - {"fit", "test"}))
@@ -192,6 +206,13 @@ def test_every_help_has_the_name_that_a_user_types(cli: Callable[..., str], caps
     with pytest.raises(SystemExit):
         cli(name, "--help")
     assert capsys.readouterr().out.startswith(f"usage: python -m lm_lightning {name} ")
+
+
+@pytest.mark.parametrize("section", ["model", "data"])
+def test_the_help_of_a_class_has_the_name_that_a_user_types(cli: Callable[..., str], capsys, section: str):
+    with pytest.raises(SystemExit):
+        cli("fit", f"--{section}.help", {"model": "CausalLM", "data": "PretrainingData"}[section])
+    assert capsys.readouterr().out.startswith(f"usage: python -m lm_lightning fit [--{section}.")
 
 
 def test_the_console_script_has_its_own_name(cli: Callable[..., str], monkeypatch: pytest.MonkeyPatch):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import command, evaluation
 
 from lm_lightning.__main__ import CORE, commands
@@ -48,9 +49,14 @@ def test_prepare_counts_and_shows_samples(cli, recipe: Path):
     assert "--- sample 0\n0 " in shown and "--- sample 1\n" in shown
     with pytest.raises(UserError, match="no sample 1000000"):
         cli("prepare", "--config", recipe, "--show", 1000000)
-    recipe.write_text(recipe.read_text().replace("PretrainingData", "OtherData"))
-    with pytest.raises(UserError, match="uses .*OtherData, whose data `prepare` does not tokenize"):
+    text, own = recipe.read_text(), yaml.safe_load(recipe.read_text())["data"]["class_path"]
+    recipe.write_text(text.replace(own, "lightning.pytorch.demos.boring_classes.BoringDataModule"))
+    with pytest.raises(UserError, match="uses .*BoringDataModule, whose data `prepare` does not tokenize"):
         cli("prepare", "--config", recipe)
+    for name in ("OtherData", "no.Such", "torch.nn.Linear", "os.getcwd"):
+        recipe.write_text(text.replace(own, name))
+        with pytest.raises(UserError, match=f"is '{name}', which is not a subclass .*: use one of .*PretrainingData"):
+            cli("prepare", "--config", recipe)
 
 
 def test_export_gives_the_folder_that_fit_gave(cli, run: Path, tmp_path: Path):

@@ -172,8 +172,9 @@ def test_parsers_of_jsonargparse():
     parser.add_class_arguments(Base, "base", help="a base")
     parser.add_argument("--config", action="config")
     assert {"--base.size", "--config"} <= set(of_jsonargparse.option_names(parser))
-    of_jsonargparse.set_help(parser, {"base.size": "how much of it"})
-    assert "how much of it" in parser.format_help()
+    of_jsonargparse.set_help(parser, {"base.size": "how much of it"}, {"base": "the foundation"})
+    shown = parser.format_help()
+    assert "how much of it" in shown and "the foundation:" in shown and "a base" not in shown
     assert not of_jsonargparse.parses_class_options(parser)
 
 

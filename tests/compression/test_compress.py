@@ -18,10 +18,11 @@ from lightning.pytorch import Callback
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
-from lm_lightning.compression import calibration, evaluation, formats, measures, recipes, structure
+from lm_lightning.compression import calibration, evaluation, formats, measures, recipes, results, structure, table
 from lm_lightning.compression.folder import load
 from lm_lightning.data.tokenizer import Tokenizer, train
 from lm_lightning.errors import UserError
+from lm_lightning.linear_layers.blocks import by_rows, linear_layers
 
 SIZES = {
     "gpt2": {"n_layer": 4, "n_embd": 64, "n_head": 2, "n_positions": 64},
@@ -127,7 +128,7 @@ assert "lm_lightning" not in sys.modules
 def test_quantized_model_is_not_trained(fit, folders, tmp_path: Path):
     recipes.compress(folders["llama"], "int8", tmp_path / "target")
     weights = ("--model.network", "null", "--model.pretrained", tmp_path / "target")
-    with pytest.raises(UserError, match="is quantized, and can be evaluated, but not trained"):
+    with pytest.raises(UserError, match="is quantized, so it can be evaluated but not trained"):
         fit(*weights, "--data.tokenizer.path", tmp_path / "target")
 
 
@@ -171,8 +172,6 @@ def test_shallow_model_has_the_named_blocks(folders, kind: str, tmp_path: Path):
 
 @pytest.mark.parametrize("kind", SIZES)
 def test_sparse_models_have_as_many_zeros_as_were_asked_for(folders, kind: str, tmp_path: Path):
-    from lm_lightning.networks import by_rows, linear_layers
-
     recipes.compress(folders[kind], "sparse=0.7", tmp_path / "sparse")
     recipes.compress(folders[kind], "2:4", tmp_path / "two")
     for layer in linear_layers(AutoModel.from_pretrained(tmp_path / "sparse")).values():
@@ -366,7 +365,7 @@ def test_only_the_named_layers_are_compressed(folders, tmp_path: Path):
     for name, layer in structure.linear_layers(load(tmp_path / "nf4")).items():
         assert (layer.weight.dtype == torch.uint8) == ("mlp" in name)
     with pytest.raises(UserError, match=r"\*none\* matches no linear layer"):
-        recipes.compress(folders["llama"], "sparse", tmp_path / "none", modules=["*none*"])
+        recipes.compress(folders["llama"], "sparse", tmp_path / "none", modules=["*mlp*", "*none*"])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU can compute them")
@@ -552,7 +551,7 @@ def test_recipe_that_fails_is_a_row_and_the_others_are_finished(folders, cli, tm
         return real(self, recipe, *rest)
 
     monkeypatch.setattr(measures.Bench, "measure", measure)
-    message = r"1 of 3 failed, .*tries again: width=0.5: RuntimeError: mat1 and mat2 \| cannot be multiplied"
+    message = r"1 of 3 models failed .*try them again\): width=0.5: RuntimeError: mat1 and mat2 \| cannot be multiplied"
     with pytest.raises(UserError, match=message):
         cli("compress", folders["gpt2"], *recipe, *flags)
     before = table_of(output)
@@ -599,6 +598,22 @@ def test_interrupted_compress_keeps_its_rows_and_does_what_is_missing(folders, c
         cli(*args, "--tokens", 16)
     monkeypatch.setattr(measures.Bench, "measure", real)
     assert "sparse=0.5: measured" in cli(*args, "--tokens", 8)  # with other options, so does an interrupted one
+
+
+def test_rows_keep_their_names_in_the_table(tmp_path: Path):
+    """The names of the models beside the recipes are paths, which may contain "nan"."""
+    values = {"recipe": "none", "parameters": 1, **dict.fromkeys(measures.Measures._fields[2:], 1.0)}
+    other = values | {"recipe": "runs/finance", "zeros": float("nan")}
+    table.write([results.Row(own["recipe"], measures=own) for own in (values, other)], tmp_path)
+    (line,) = [line for line in (tmp_path / "compression.md").read_text().splitlines() if "finance" in line]
+    assert line.startswith("| **runs/finance** | 1 |  | 1.0 (1.00) |")
+
+
+@pytest.mark.parametrize("flags", [("--tokens", 0), ("--calibration_batches", -1)], ids=["tokens", "batches"])
+def test_invalid_numbers_are_refused(cli, folders, flags: tuple):
+    with pytest.raises(UserError, match=f"{flags[0]} is {flags[1]}, but must be"):
+        cli("compress", folders["bert"], *flags)
+    assert not (folders["bert"] / "compressed").exists()
 
 
 def test_timed_passes_have_no_more_tokens_than_positions(tmp_path: Path, capsys: pytest.CaptureFixture):

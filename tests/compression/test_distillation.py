@@ -343,7 +343,7 @@ def test_impossible_settings_are_refused(fit, flags: dict, message: str):
 
 def test_teacher_with_another_tokenizer_is_refused(fit):
     teacher = fit("--data.tokenizer.vocab_size", 290, "--trainer.max_steps", 3)
-    with pytest.raises(UserError, match="was trained with another tokenizer than the data's"):
+    with pytest.raises(UserError, match="was not trained with the data's tokenizer"):
         fit(*options(teacher))
     for file in (teacher / "model").glob("tokenizer*"):  # weights alone may still have too few rows
         file.unlink()

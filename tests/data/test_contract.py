@@ -208,7 +208,7 @@ def test_two_processes_share_the_samples_or_are_refused(config: Path, tmp_path: 
     [
         (["--data", "test_contract.Lists"], "Lists yields batches of type Tensor, but must yield dicts with input_ids"),
         (["--model.network.vocab_size", 10], "Resumable yields the token 19, but the vocab_size of the network is 10"),
-        (["--model.network.vocab_size", "null"], "has no tokenizer, so that model.network needs vocab_size"),
+        (["--model.network.vocab_size", "null"], "has no tokenizer, so model.network needs vocab_size"),
         pytest.param(
             *(["--trainer.callbacks+=Samples"], "Samples need a tokenizer, which the data module does not have"),
             marks=needs("generation"),

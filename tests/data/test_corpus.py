@@ -355,6 +355,8 @@ def test_paths_that_hold_nothing_are_errors(tmp_path):
     assert "*.txt contains no files" in error_of(tmp_path / "*.txt")
     assert "contains no files" in error_of(tmp_path)
     assert "no text" in error_of(write(tmp_path / "empty.txt", "\n \n"))
+    novel = write(tmp_path / "novel.txt", "words")
+    assert error_of(tmp_path / "nvel.txt").endswith(f"nvel.txt does not exist: did you mean {novel}?")
 
 
 # Splits

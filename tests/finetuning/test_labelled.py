@@ -52,7 +52,10 @@ def test_a_missing_column_is_named_with_options_of_its_format(tmp_path: Path):
     for name, content in (("a.csv", "body\nx\n"), ("a.jsonl", '{"body": "x"}'), ("a.conll", "x\n")):
         (tmp_path / name).write_text(content)
         (row,) = read_files(str(tmp_path / name), Tables())
-        with pytest.raises(UserError, match="there is no column 'text'; .* with --data.columns") as caught:
+        with pytest.raises(
+            UserError,
+            match="there is no column 'text'; .*: set the option of --data.columns that has the value 'text' to one",
+        ) as caught:
             row.text("text")
         assert ("--data.tables.header" in str(caught.value)) == (name != "a.jsonl")
 

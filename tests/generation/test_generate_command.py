@@ -72,6 +72,9 @@ def test_chat_remembers_and_ends(cli, run: Path, monkeypatch: pytest.MonkeyPatch
 def test_generate_refuses_what_is_no_model(cli, tmp_path: Path):
     with pytest.raises(UserError, match="neither a run folder nor a from_pretrained folder"):
         cli("generate", tmp_path, "--prompt", "a")
+    (tmp_path / "novel.txt").write_text("words")
+    with pytest.raises(UserError, match="novel.txt is a file, but must be the folder of a run or a model"):
+        cli("generate", tmp_path / "novel.txt", "--prompt", "a")
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(UserError, match="lm_lightning export"):
         cli("generate", tmp_path, "--prompt", "a")

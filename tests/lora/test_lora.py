@@ -212,7 +212,7 @@ def test_a_checkpoint_is_refused_where_it_does_not_belong(fit, cli, recipe: Path
         (flags(folder, base="nf4"), r"base full \(here nf4\)"),
         (
             flags(folder)[:6],
-            "the checkpoint is of an adapter: give --model.pretrained .* --model.adapter LoRA --model.adapter.rank 4",
+            "the checkpoint has an adapter: give --model.pretrained .* --model.adapter LoRA --model.adapter.rank 4",
         ),
     ):
         with pytest.raises(UserError, match=message):
@@ -401,9 +401,7 @@ def test_new_tokens_are_refused(fit, bases, tmp_path: Path):
     folder = shutil.copytree(bases["gpt2"], tmp_path / "base", ignore=shutil.ignore_patterns("tokenizer*"))
     larger = train(Tokenizer(algorithm="bpe", vocab_size=310), iter(paragraphs(50)), "gpt")
     larger.save_pretrained(tmp_path / "tok")
-    with pytest.raises(
-        UserError, match="has 300 tokens and the tokenizer 310, whose rows model.adapter would not train"
-    ):
+    with pytest.raises(UserError, match="has 300 tokens, the tokenizer 310, and model.adapter would not train"):
         fit(*flags(folder), "--data.tokenizer.path", tmp_path / "tok")
 
 

@@ -344,8 +344,8 @@ const document = { getElementById: id => id === "data" ? { textContent: DATA } :
 shown.smooth = 0.5;
 const points = [4, 2, null, 1].map((y, x) => ({ x, y, drawn: y !== null }));
 console.log(JSON.stringify(smoothed(points).map(point => point.y)));
-zoom([2, 3]); console.log(JSON.stringify([shown.zoom, whole.hidden]));
-zoom(null); console.log(JSON.stringify([shown.zoom, whole.hidden]));
+zoom([2, 3]); console.log(JSON.stringify([shown.zoom, fullCurves.hidden]));
+zoom(null); console.log(JSON.stringify([shown.zoom, fullCurves.hidden]));
 """
     data = json.dumps(json.dumps({"runs": ["a"], "charts": []}))
     (tmp_path / "page.js").write_text(page.replace("DATA", data) + script.replace('"use strict";', "") + check)

@@ -3,6 +3,7 @@
 Each payload here is harmless: it would make a file named `harmed`, which must not exist afterwards.
 """
 
+import shutil
 import sys
 import zipfile
 from pathlib import Path
@@ -88,6 +89,42 @@ def test_a_recorded_class_of_a_trusted_package_is_found(tmp_path: Path, monkeypa
     assert issubclass(imports.recorded_class("trusted_files.Own", ExtraFiles, "class of files"), ExtraFiles)
     with pytest.raises(UserError, match="does not exist"):
         imports.recorded_class("trusted_files.Other", ExtraFiles, "class of files")
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (
+            {"options": {"rank": 1, "rnk": 8}},
+            "trusted_own.Own does not accept .* rnk 8 .*unexpected .*'rnk'.*: use the",
+        ),
+        ({"options": {}}, "missing .*'rank'"),
+        ({"options": {"rank": "8"}}, "rank '8' .*: use the version of this class that wrote the checkpoint"),
+        ({"options": [1]}, "the checkpoint's class of files is recorded without its class and options"),
+        ({"options": {"rank": 1}, "class": "trusted_own.Other"}, "trusted_own.Other does not exist"),
+        ({"options": {"rank": 1}, "class": {}}, "which is not one of lm_lightning"),
+    ],
+)
+def test_recorded_options_that_do_not_fit_their_class_are_refused(
+    record: dict, message: str, finished: Path, cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    code = "from dataclasses import dataclass\nfrom lm_lightning.models import adapter, export\n"
+    for base in ("adapter.Adapter", "export.ExtraFiles"):
+        name = "Own" if "Files" in base else "OwnAdapter"
+        code += f"@dataclass\nclass {name}({base}):\n    rank: int\n    def __post_init__(self): self.rank += 1\n"
+    (tmp_path / "trusted_own.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "trusted_own", raising=False)
+    monkeypatch.setenv(TRUST_PACKAGES, "trusted_own")
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    for file in (run / "checkpoints").glob("*.ckpt"):
+        checkpoint = torch.load(file, weights_only=True)
+        checkpoint["network"]["extra"] = {"class": "trusted_own.Own"} | record
+        torch.save(checkpoint, file)
+    with pytest.raises(UserError, match=f"^{run}/checkpoints/.*.ckpt: .*{message}"):
+        cli("export", run)
+    with pytest.raises(UserError, match=message.replace("Own ", "OwnAdapter ").replace("class of files", "adapter")):
+        from_record({"class": "trusted_own.OwnAdapter"} | record)
 
 
 def test_control_characters_are_escaped_for_terminals():

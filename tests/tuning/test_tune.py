@@ -15,7 +15,8 @@ from conftest import ROOT
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lm_lightning.errors import UserError
-from lm_lightning.tuning.find import largest, steepest
+from lm_lightning.tuning import fit_process
+from lm_lightning.tuning.find import batch_size, largest, steepest
 from lm_lightning.tuning.fit_process import logged
 from lm_lightning.tuning.search_space import read_search_space
 from lm_lightning.tuning.study import flags_of
@@ -65,7 +66,7 @@ def test_study_that_was_killed_goes_on_to_the_number_of_trials(cli, recipe: Path
     assert trials(study)[2].params["data.block_size"] == 32 and not list(study.glob("trial-002/*/model"))
 
     out = cli(*command)
-    assert "2 trials have ended, 1 were interrupted" in out
+    assert "2 trials are done, 1 were interrupted" in out
     found = trials(study)
     cut, ended = found[2], found[:2] + found[3:]
     assert cut.state.name == "FAIL" and "reason" not in cut.user_attrs
@@ -213,3 +214,10 @@ def test_largest_micro_batch_is_found_and_the_global_batch_kept(cli, recipe: Pat
 def test_memory_limit_is_kept(cli, recipe: Path):
     with pytest.raises(UserError, match="not even a micro-batch of one sample fits"):
         cli("tune", "--config", recipe, "--find", "batch_size", "--memory", 0.001)
+
+
+def test_data_modules_without_a_batch_size_are_refused(monkeypatch: pytest.MonkeyPatch):
+    printed = "model: {class_path: CausalLM}\ndata: {class_path: own.Plain}\ntrainer: {}\n"
+    monkeypatch.setattr(fit_process, "fit", lambda *_: (printed, ""))
+    with pytest.raises(UserError, match="own.Plain has no option batch_size"):
+        batch_size(["--config", "plain.yaml"])

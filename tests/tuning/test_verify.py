@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
-from conftest import needs
+from conftest import ROOT, needs
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lm_lightning.errors import UserError
@@ -46,7 +46,7 @@ def test_ways_that_are_equal_are_within_tolerance(cli, recipe: Path, tmp_path: P
 
 
 def test_wrong_gradient_is_found_and_a_failure_is_a_row(cli, recipe: Path, capsys, monkeypatch):
-    path = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    path = [str(Path(__file__).parent), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
     with pytest.raises(SystemExit) as end:
         cli(
@@ -99,6 +99,12 @@ def test_what_cannot_be_run_here_says_why(name: str, machine: dict, reason: str)
     data = {"class_path": "MaskedData", "init_args": {"batch_size": batch_size}}
     found = skip_reason(VARIANTS[name], data, {"plain": Outcome(environment=machine)})
     assert reason in found and bool(found) == bool(reason)
+
+
+@pytest.mark.parametrize(("name", "reason"), [("ddp", "Plain has no batch_size"), ("checkpointing", "")])
+def test_variants_that_divide_batches_need_a_batch_size(name: str, reason: str):
+    data = {"class_path": "own.Plain", "init_args": {}}
+    assert skip_reason(VARIANTS[name], data, {"plain": Outcome(environment={"device": "cpu", "gpus": []})}) == reason
 
 
 def test_interrupted_verify_prints_what_was_finished(monkeypatch, capsys):

@@ -46,6 +46,8 @@ class ClassificationData(LabelledData):
         **options: Any,
     ) -> None:
         super().__init__(**options)
+        if not separator:
+            raise UserError("data.separator is empty, but must have at least one character")
         self.columns, self.kind, self.separator = columns, kind, separator
 
     def key(self, row: Row) -> str:

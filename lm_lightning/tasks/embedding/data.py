@@ -133,6 +133,8 @@ class PairData(LabelledData):
             raise UserError(f"data.hard_negatives is {hard_negatives}, but must be 1 or more")
         if not min_score < max_score:
             raise UserError(f"data.min_score is {min_score}, but must be less than data.max_score, {max_score}")
+        if columns.negatives is not None and columns.score is not None:
+            raise UserError("data.columns.negatives cannot be combined with data.columns.score: omit one of the two")
         self.columns, self.retrieval, self.hard_negatives = columns, retrieval, hard_negatives
         self.min_score, self.max_score = min_score, max_score
         self.judged: dict[str, Judgments] = {}
@@ -243,7 +245,7 @@ class PairData(LabelledData):
             ids = [row.get("_id", row.get("id", number)) for number, row in enumerate(rows)]
             self.answered = [{"id": id_, "text": text} for id_, text in zip(ids, first)]
         others = [[] if alone else [row.text(self.columns.pair)] for row in rows]
-        if split == "train" and self.columns.negatives is not None and self.columns.score is None:
+        if split == "train" and self.columns.negatives is not None:
             others = [[*texts, *self.negatives(row)] for texts, row in zip(others, rows)]
         texts = [[text, *more] for text, more in zip(first, others)]
         encoded = self.tokenizer(

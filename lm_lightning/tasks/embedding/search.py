@@ -11,7 +11,7 @@ from lm_lightning import files, hub
 from lm_lightning import run as runs
 from lm_lightning.compat.transformers import hide_load_report
 from lm_lightning.console import printable
-from lm_lightning.errors import UserError
+from lm_lightning.errors import UserError, one_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -175,7 +175,7 @@ def read_embeddings(folder: Path) -> "np.ndarray":
     try:
         found = np.lib.format.open_memmap(file, mode="r")
     except Exception as error:  # numpy raises any type of error for damaged files
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise UserError(f"{file} is damaged ({printable(reason)}): {AGAIN}") from error
     if found.dtype != np.float32 or found.ndim != 2 or 0 in found.shape:
         raise UserError(
@@ -247,7 +247,7 @@ def embedded(query: str, model: str, about: About) -> "np.ndarray":
     try:
         return embed(network, tokenizer, [query], about.pooling, about.max_length)[0].numpy()
     except Exception as error:  # raised if a config does not match its weights or tokenizer
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise UserError(f"{model} cannot embed a text ({printable(reason)}): {AGAIN}") from error
 
 

@@ -59,6 +59,11 @@ class Masker:
                 f"data.masking has rate {masking.rate}, mask {masking.mask} and random {masking.random}, but these "
                 "must be fractions, and mask and random together at most 1"
             )
+        if masking.mean_span < 1 or masking.max_span < 1:
+            raise UserError(
+                f"data.masking has mean_span {masking.mean_span:g} and max_span {masking.max_span}, but both must be 1 "
+                "or more"
+            )
         self.masking, self.mask_id = masking, tokenizer.mask_token_id
         self.targets = max(1, round(masking.rate * length))
         self.special = np.zeros(vocabulary(tokenizer), bool)

@@ -30,6 +30,8 @@ class MaskedLM(LanguageModule):
 
     def __init__(self, unigram_start: bool = True, top_k: int = 5, **options: Any) -> None:
         super().__init__(**options)
+        if top_k < 1:
+            raise UserError(f"model.top_k is {top_k}, but must be 1 or more")
         self.unigram_start, self.top_k = unigram_start, top_k
         self.val_accuracy, self.val_next_loss, self.val_next_accuracy = Ratio(), Ratio(), Ratio()
 

@@ -89,7 +89,5 @@ class ParsingData(LabelledData):
         Raises:
             UserError: If a relation is unknown, or the number of relations is not the number of words.
         """
-        names = self.labels_of(row, self.columns.relations)
-        if len(names) != words:
-            raise UserError(f"{row.where}: there are {words} words, but {len(names)} relations: fix the row")
+        names = self.labels_of(row, self.columns.relations, words)
         return [self.label_id(row, name, "relation") for name in names]

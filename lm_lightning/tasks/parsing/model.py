@@ -83,7 +83,7 @@ class Parser(LanguageModule):
     Args:
         arc_size: Size of the vectors from which the scores of arcs between words are computed.
         relation_size: Size of the vectors from which the scores of relations are computed.
-        dropout: Dropout probability of these vectors.
+        dropout: Dropout probability of the vectors from which scores are computed.
         options: Options of all models, see `LanguageModule`.
     """
 

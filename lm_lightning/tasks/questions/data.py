@@ -102,6 +102,11 @@ class QuestionData(LabelledData):
         self.questions: dict[str, list[Question]] = {}  # by split
         self.windows: dict[str, list[Window]] = {}  # by split that is evaluated, in the order of its rows
 
+    def check(self) -> None:
+        super().check()
+        if self.max_question < 1:
+            raise UserError(f"data.max_question is {self.max_question}, but must be 1 or more")
+
     def key(self, row: Row) -> str:
         return row.text(self.columns.context)
 

@@ -27,11 +27,11 @@ class Squad(Format):
         except (ValueError, RecursionError) as error:
             raise UserError(
                 f"{path}: not valid JSON ({error}): fix the file or, if each line is a JSON object, rename it to "
-                f".jsonl or give {options.prefix}.format jsonl."
+                f".jsonl or give {options.prefix}.format jsonl"
             ) from None
         except (TypeError, KeyError, AttributeError):
             raise UserError(
                 f"{path}: not in the format of SQuAD's files, with data, paragraphs and qas: convert it to JSONL, with "
-                "an object on each line."
+                "an object on each line"
             ) from None
         yield from enumerate(rows, start=1)

@@ -208,11 +208,8 @@ class TaggingData(LabelledData):
         for example, row, words in zip(examples, rows, sentences):
             if split == "predict":
                 example["targets"] = torch.full((len(words),), -100)
-                continue
-            labels = self.labels_in(row)
-            if len(labels) != len(words):
-                raise UserError(f"{row.where}: there are {len(words)} words, but {len(labels)} labels: fix the row")
-            example["targets"] = self.targets(row, labels)
+            else:
+                example["targets"] = self.targets(row, self.labels_of(row, self.columns.labels, len(words)))
         return examples
 
     def report_labels(self, split: str) -> None:

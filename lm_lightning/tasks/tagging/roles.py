@@ -102,6 +102,11 @@ class RoleData(TaggingData):
             )
         return number
 
+    def find_labels(self, train: list[Row]) -> None:
+        super().find_labels(train)
+        if not self.kinds:
+            raise UserError("the labels of the frames mark no arguments, only predicates (V): use data with arguments")
+
     def labels_in(self, row: Row) -> list[str]:
         """The labels of all frames of a row."""
         words = row.words(self.columns.words)
@@ -110,10 +115,7 @@ class RoleData(TaggingData):
     def labels_of_frame(self, frame: Row, words: list[str]) -> list[str]:
         """The label of each word of a frame, from its spans or its labels."""
         if self.columns.spans not in frame:
-            labels = self.labels_of(frame, self.columns.labels)
-            if len(labels) != len(words):
-                raise UserError(f"{frame.where}: there are {len(words)} words, but {len(labels)} labels: fix the row")
-            return labels
+            return self.labels_of(frame, self.columns.labels, len(words))
         spans = frame.entries(self.columns.spans)
         labels = [OUTSIDE] * len(words)
         for span in [frame[self.columns.spans]] if spans is None else spans:

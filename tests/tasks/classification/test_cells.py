@@ -91,6 +91,11 @@ def test_lists_that_cannot_be_read_are_refused_with_their_row(tmp_path: Path, to
         several(tmp_path, tokenizer, ["a", cell, "b"])
 
 
+def test_an_empty_separator_is_refused():
+    with pytest.raises(UserError, match="data.separator is empty"):
+        ClassificationData(kind="multilabel", separator="")
+
+
 def test_lists_are_no_single_label(tmp_path: Path, tokenizer: Tokenizer):
     for name, value in (("a.csv", "['a', 'b']"), ("a.jsonl", ["a"]), ("b.jsonl", {"a": 1})):
         file = table(tmp_path / name, ["a", value, "b"])

@@ -497,6 +497,9 @@ def test_a_text_is_not_in_training_and_validation(tmp_path: Path):
     train, held = ({row["text"] for row in data.read(split)} for split in ("train", "validation"))
     assert not train & held and train | held == {row["text"] for row in content}
     assert 0.15 < len(held) / len(train | held) < 0.45
+    data.tables.validation_fraction = 1
+    with pytest.raises(UserError, match="validation_fraction is 1, but must be from 0 to below 1"):
+        data.read("train")
 
 
 @pytest.mark.parametrize(
@@ -527,8 +530,20 @@ def test_wrong_columns_and_numbers_are_refused(fit):
         fit("--data.tables.train", "[]")
     with pytest.raises(UserError, match="data.max_length is 512, but this network has positions for 64"):
         fit("--data.max_length", 512)
-    with pytest.raises(UserError, match="matches no parameter, such as bert.embed"):
+    with pytest.raises(UserError, match="matches no parameter; the first one is bert.embed"):
         fit("--model.freeze", '["*nothing*"]')
+
+
+@pytest.mark.parametrize("option", [("label_smoothing", 0.1), ("class_weights", "balanced")])
+def test_options_for_single_labels_are_refused_for_other_kinds(fit, option: tuple):
+    flags = ("--data.kind", "regression", "--data.columns.label", "number", "--best.monitor", "val/loss")
+    with pytest.raises(UserError, match=f"model.{option[0]} is only for data.kind multiclass: omit it"):
+        fit(*flags, f"--model.{option[0]}", option[1])
+
+
+def test_smoothing_must_leave_something_to_learn(fit):
+    with pytest.raises(UserError, match="model.label_smoothing is 1.5, but must be from 0 to below 1"):
+        fit("--model.label_smoothing", 1.5)
 
 
 def test_what_is_cut_is_counted(cli, recipe: Path):

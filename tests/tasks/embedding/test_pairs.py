@@ -540,6 +540,7 @@ def test_batches(tokenizer: Path):
         ((*SCORES, "--data.max_score", 1), r"train.jsonl:\d+: column 'score' is .* a number from 0 .* to 1"),
         (("--data.retrieval.validation", "qrels.tsv"), "data.retrieval.queries is missing"),
         (("--model.mini_batch_size", 0), "model.mini_batch_size is 0"),
+        ((*SCORES, "--data.columns.negatives", "wrong"), "data.columns.negatives cannot be combined with"),
     ],
 )
 def test_refusals(fit, flags: tuple, message: str):

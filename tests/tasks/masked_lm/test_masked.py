@@ -14,6 +14,7 @@ from lm_lightning.data.tokenizer import Tokenizer, text_ids, train
 from lm_lightning.errors import UserError
 from lm_lightning.tasks.masked_lm.data import MaskedBlocks, MaskedPairs
 from lm_lightning.tasks.masked_lm.masking import Masker, Masking
+from lm_lightning.tasks.masked_lm.model import MaskedLM
 from lm_lightning.tasks.masked_lm.sentences import NEXT, RANDOM, SentencePairs
 
 LENGTH = 64
@@ -134,6 +135,11 @@ def test_masking_that_cannot_work_is_refused(wordpiece):
         Masker(Masking(), gpt, 8)
     with pytest.raises(UserError, match="must be fractions"):
         Masker(Masking(rate=15), wordpiece, 8)
+    for spans in ({"mean_span": 0.5}, {"max_span": 0}):
+        with pytest.raises(UserError, match="but both must be 1 or more"):
+            Masker(Masking(unit="span", **spans), wordpiece, 8)
+    with pytest.raises(UserError, match="model.top_k is 0, but must be 1 or more"):
+        MaskedLM(network={}, top_k=0)
 
 
 @pytest.fixture(scope="module")

@@ -135,6 +135,7 @@ def test_words_that_are_cut_off_count_as_missed(fit, cli, recipe: Path):
         ({"head": [2, 3]}, "validation.jsonl:1: the head of word 2 is 3, but must be the number of another word"),
         ({"head": [1, 0]}, "validation.jsonl:1: the head of word 1 is 1"),
         ({"head": ["_", 0]}, "validation.jsonl:1: the head of word 1 is '_'"),
+        ({"deprel": ["root"]}, "validation.jsonl:1: there are 2 words, but 1 labels in the column 'deprel'"),
         ({"deprel": ["dog", "root"]}, "validation.jsonl:1: the relation 'dog' is not one of the training split"),
     ],
 )

@@ -122,6 +122,9 @@ def test_windows_must_go_on(tokenizer: Path):
     own.overlap = 21  # 32 tokens less 8 of the question and 3 special ones
     with pytest.raises(UserError, match="data.overlap is 21, but must be from 0 to 20"):
         own.encode("test", [Row(FLAT[2], "a:1")])
+    own.tokenizer_options, own.max_question = Tokenizer(str(tokenizer)), 0
+    with pytest.raises(UserError, match="data.max_question is 0, but must be 1 or more"):
+        own.check()
 
 
 def test_bytes_of_another_encoding_are_named_and_read_on_request(tmp_path: Path):

@@ -116,6 +116,14 @@ def test_bad_frames_are_named(fit, recipe: Path, frame: dict | str, message: str
         fit()
 
 
+def test_frames_without_any_argument_are_refused(fit, recipe: Path):
+    frames = [{"predicate": 1, "spans": [[1, 1, "V"]]}]
+    for split in ("train", "validation"):
+        write(recipe.parent / f"{split}.jsonl", [{"words": ["anna", "sees"], "frames": frames}])
+    with pytest.raises(UserError, match="mark no arguments, only predicates"):
+        fit()
+
+
 def test_a_label_of_another_scheme_has_a_remedy_that_roles_have(tmp_path: Path):
     data = RoleData()
     data.columns = RoleColumns()
