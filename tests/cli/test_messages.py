@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import inspect
 import re
+import typing
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -14,17 +15,21 @@ from lm_lightning.__main__ import commands
 from lm_lightning.cli import app as fit_command
 from lm_lightning.cli import explain
 from lm_lightning.data.corpus import Corpus
-from lm_lightning.models.adapter import Adapter
 
 FREE = ("model.optimizer.", "model.network.")  # of the class or network that is chosen
 SOURCES = [*(ROOT / "lm_lightning").rglob("*.py"), *ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
 SOURCES += (ROOT / "configs").glob("*.yaml")
 
 
-def adapter_options() -> set[str]:
-    """The options of all adapters."""
-    kinds = explain.subclasses(Adapter).values()
-    return {f"model.adapter.{name}" for kind in kinds for name in inspect.signature(kind).parameters}
+def options_of_chosen(kind: type, section: str) -> set[str]:
+    """The options of the classes that an option of a class chooses, such as `model.adapter.rank`."""
+    found = set()
+    for name, annotation in typing.get_type_hints(kind.__init__).items():
+        for base in (annotation, *typing.get_args(annotation)):
+            if isinstance(base, type) and base.__module__.startswith("lm_lightning."):
+                for chosen in explain.subclasses(base).values():
+                    found |= {f"{section}.{name}.{own}" for own in inspect.signature(chosen).parameters}
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +42,8 @@ def accepted() -> set[str]:
                 parser = ArgumentParser(exit_on_error=False)
                 parser.add_class_arguments(kind, section, fail_untyped=False)
                 names |= set(parser.get_defaults().keys())
-    names |= adapter_options()
+                names |= options_of_chosen(kind, section)
+        names |= options_of_chosen(base, section)
     assert {"data.tables.encoding_errors", "data.corpus.paths", "data.columns.text", "model.pretrained"} <= names
     return names
 
@@ -113,7 +119,7 @@ def test_each_message_names_options_of_its_own_classes():
     for section in BASES:
         for name, kind in classes_of(section).items():
             options[name] = {*explain.options_of(kind, section)}
-            options[name] |= adapter_options() if section == "model" else set()
+            options[name] |= options_of_chosen(kind, section) | options_of_chosen(BASES[section], section)
             files[name] = imported(kind.__module__, set())
     wrong, checked = [], 0
     for file, line, text in refusals():
