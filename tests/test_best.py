@@ -65,6 +65,7 @@ def lowest(run: Path) -> int:
 
 
 @pytest.mark.parametrize("plugins", [(), ("--trainer.plugins", "BackgroundCheckpoints")])
+@pytest.mark.slow
 def test_the_best_of_several_checkpoints_is_found_after_a_resume_and_a_move(
     fit, cli, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plugins: tuple
 ):
@@ -158,6 +159,7 @@ def test_several_processes_export_the_best(recipe: Path, strategy: tuple):
     assert holds(run / "model", best)
 
 
+@pytest.mark.slow
 def test_the_direction_is_that_of_the_metric(fit, capsys):
     stop = ("--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor")
     run = fit("--trainer.max_steps", 3, *stop, "val/perplexity", "--best.monitor", "train/tokens_per_second")

@@ -126,6 +126,7 @@ def test_resumed_run_ends_in_the_same_bits_as_one_never_stopped(fit, reference, 
     assert metrics(whole) == metrics(cut)
 
 
+@pytest.mark.slow
 def test_run_that_was_finished_goes_on_with_more_steps(fit, reference):
     whole = reference("--model.schedule.shape", "constant")
     flags = ("--name", "part", "--model.schedule.shape", "constant")
@@ -143,6 +144,7 @@ def test_refused_resume_leaves_the_run_as_it_is(fit, reference):
     assert not list(run.glob("config.*.yaml"))
 
 
+@pytest.mark.slow
 def test_torchrun_makes_one_run_folder_with_the_losses_of_one_process(reference, recipe: Path):
     launcher = [python("lm_lightning"), "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     flags = ["--trainer.strategy", "ddp", "--trainer.devices", "2", "--data.batch_size", "2"]

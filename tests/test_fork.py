@@ -258,7 +258,7 @@ def test_first_commit_names_the_template_and_the_options(template: Path, make: C
     text = (folder / "pyproject.toml").read_text(encoding="utf-8")
     assert 'name = "my_lm"' in text and 'my-lm = "my_lm.__main__:main"' in text
     assert re.search(r"^lora = ", text, re.M) and not re.search(r"^(compress|bert|wandb) = ", text, re.M)
-    assert '"my_lm[data,plot,lora]"' in text
+    assert '"my_lm[data,plot,lora,scores]"' in text
     assert not (folder / "scripts" / "fork.py").exists()
 
 
@@ -311,6 +311,7 @@ def test_conflicts_are_those_of_lines_that_both_have_changed(template: Path, tmp
     assert "has all of the template already" in result.stdout, result.stdout + result.stderr
 
 
+@pytest.mark.slow
 def test_features_are_added_and_removed_later(template: Path, tmp_path: Path):
     folder = tmp_path / "my_lm"
     assert run(template, folder, "--keep", "gpt,reports").returncode == 0

@@ -69,6 +69,7 @@ def test_configuration(reader: Reader, typed: list[list[str]]):
 
 
 @under("docs/evaluation.md", "Evaluation and prediction")
+@pytest.mark.slow
 def test_evaluation(reader: Reader, typed: list[list[str]]):
     reader.type_all(typed)
     assert all(math.isfinite(row["loss"]) for row in reader.predictions())

@@ -161,6 +161,7 @@ STOPPING = json.dumps(
 )
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_early_says_so_and_continues_only_if_it_is_asked_to(fit, cli, recipe: Path):
     flags = ("fit", "--config", recipe, *TINY, "--trainer.val_check_interval", 1, "--trainer.callbacks")
     out = cli(*flags, STOPPING)  # the first validation sets the best value, the second and third do not reach it

@@ -142,6 +142,7 @@ def test_flags_override_what_the_run_says(trained, cli, corpus_file: Path, tmp_p
         cli("test", run, "--ckpt_path", "best")
 
 
+@pytest.mark.slow
 def test_another_tokenizer_is_refused_wherever_a_checkpoint_is_loaded(trained, cli, tmp_path: Path):
     from transformers import PreTrainedTokenizerFast
 

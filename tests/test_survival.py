@@ -316,6 +316,7 @@ def test_saved_by_steps_or_time_a_run_goes_on_exactly(
     assert same(weights(whole), weights(cut)) and metrics(whole) == metrics(cut)
 
 
+@pytest.mark.slow
 def test_a_step_and_its_validation_that_are_done_again_are_logged_once(fit, reference, recipe: Path):
     flags = ("--last.every_n_train_steps", 4)  # but the metrics were saved with the best checkpoint of step 5
     whole = reference(*flags)
@@ -328,6 +329,7 @@ def test_a_step_and_its_validation_that_are_done_again_are_logged_once(fit, refe
     assert metrics(whole) == metrics(cut)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_just_after_it_went_on_has_still_logged_what_came_before(fit, monkeypatch):
     fit("--trainer.max_steps", 5, *CONSTANT)
     flags = ("--ckpt_path", "last", *CONSTANT, "--trainer.val_check_interval", 100)
@@ -354,6 +356,7 @@ def test_a_run_that_is_killed_as_it_goes_on_stays_the_one_that_it_was(fit, monke
     )
 
 
+@pytest.mark.slow
 def test_saved_on_an_error_amid_accumulation_a_run_goes_on_exactly(fit, reference, recipe: Path):
     flags = ("--trainer.accumulate_grad_batches", 3, "--last.save_on_exception", "true")
     flags = (*flags, "--trainer.val_check_interval", 5)
@@ -375,6 +378,7 @@ def test_a_state_that_could_not_be_loaded_safely_is_refused_when_it_is_saved(fit
     assert names(only(recipe.parent / "runs" / "path")) == set()
 
 
+@pytest.mark.slow
 def test_a_run_that_saves_in_the_background_ends_when_all_is_written(fit, monkeypatch: pytest.MonkeyPatch):
     write = CheckpointFiles.save_checkpoint
 
@@ -632,6 +636,7 @@ def test_a_process_that_is_not_finite_makes_all_leave_the_step_out(recipe: Path)
 
 
 @needs("diagnostics")
+@pytest.mark.slow
 def test_a_spike_names_its_samples_once_however_often_it_was_done(fit, cli, recipe: Path, capsys):
     flags = ("--name", "spiky", *poison(steps=[28], factor=30.0), "--trainer.max_steps", 40, *CONSTANT)
     with pytest.raises(RuntimeError, match="power failure"):

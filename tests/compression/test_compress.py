@@ -442,6 +442,7 @@ def test_tasks_keep_their_metrics(cli, tmp_path: Path, data: str, model: str, mo
 
 
 @traced
+@pytest.mark.slow
 def test_masked_language_models_have_the_same_loss_in_onnx(fit, cli, masked: tuple):
     run = fit(*masked)
     cli("compress", run, "--recipe", "onnx", "--seconds", 0.05, "--tokens", 16)
@@ -508,6 +509,7 @@ def test_folders_of_the_user_are_left_alone(cli, folders, tmp_path: Path):
     assert (tmp_path / "layers-0.5" / "mine.txt").is_file() and not (tmp_path / "sparse").exists()
 
 
+@pytest.mark.slow
 def test_folder_of_a_model_alone_gets_its_own_beside_it(cli, folders, tmp_path: Path):
     source = shutil.copytree(folders["gpt2"], tmp_path / "mine")
     for _ in range(2):  # the second in the place of the first
@@ -516,6 +518,7 @@ def test_folder_of_a_model_alone_gets_its_own_beside_it(cli, folders, tmp_path: 
     assert "| sparse |" in out.replace("*", "")
 
 
+@pytest.mark.slow
 def test_model_alone_is_measured_by_the_data_of_a_config(fit, cli, recipe: Path, tmp_path: Path):
     run = fit()
     source = shutil.copytree(run / "model", tmp_path / "alone")
@@ -539,6 +542,7 @@ def table_of(folder: Path) -> dict[str, dict[str, str]]:
         return {row["recipe"]: row for row in csv.DictReader(file)}
 
 
+@pytest.mark.slow
 def test_recipe_that_fails_is_a_row_and_the_others_are_finished(folders, cli, tmp_path: Path, monkeypatch):
     """As bnb-int8 does with a width that it cannot divide, in the pass that is measured."""
     real, output = measures.Bench.measure, tmp_path / "out"

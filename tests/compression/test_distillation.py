@@ -275,6 +275,7 @@ def test_shallow_student_comes_back_to_its_teacher_and_one_without_does_not(fit,
     assert len(steps) == 30 and sum(steps[-5:]) < 0.7 * sum(steps[:5])
 
 
+@pytest.mark.slow
 def test_teacher_without_weight_changes_no_bit_and_is_in_no_file(fit):
     teacher = fit("--model.network.n_embd", 64, "--trainer.max_steps", 4)
     plain, taught = fit(), fit(*options(teacher, weight=0))  # with dropout, of the student alone
@@ -287,6 +288,7 @@ def test_teacher_without_weight_changes_no_bit_and_is_in_no_file(fit):
     assert first["callbacks"].keys() == second["callbacks"].keys()
 
 
+@pytest.mark.slow
 def test_resumed_run_ends_in_the_same_bits(fit, recipe: Path):
     flags = options(fit("--trainer.max_steps", 4))
     whole = fit(*flags, "--name", "whole")

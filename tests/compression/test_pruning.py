@@ -84,6 +84,7 @@ def test_run_that_is_resumed_amid_the_schedule_prunes_the_same(fit, recipe: Path
         assert ((groups == 0).sum(-1) == round(0.7 * groups.shape[-1])).all()
 
 
+@pytest.mark.slow
 def test_a_network_is_exported_only_as_far_as_it_is_pruned(fit, cli):
     flags = (*SPOILED, "--trainer.callbacks+=Pruning", "--trainer.callbacks.table", "false")
     pruned = ("--trainer.callbacks.sparsity", 0.5, "--trainer.callbacks.frequency", 1, "--trainer.callbacks.end")

@@ -69,6 +69,7 @@ def test_rounded_layer_computes_what_the_quantized_one_does(kind: str, method: s
 
 
 @pytest.mark.skipif(torch.__version__ < (2, 10), reason="torch 2.9 cannot trace networks of transformers")
+@pytest.mark.slow
 def test_rounded_network_computes_what_onnxruntime_does(tmp_path: Path):
     network = made("gpt2", tmp_path / "whole")
     recipes.compress(tmp_path / "whole", "onnx-int8", tmp_path / "quantized")

@@ -105,6 +105,7 @@ def test_resumed_run_goes_on_exactly(fit, kind: str):
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.slow
 def test_two_processes_prune_as_one(fit, recipe: Path, tmp_path: Path):
     flags = options("llama", kind="heads", frequency=2)
     one = fit(*flags)

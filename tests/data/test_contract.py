@@ -153,6 +153,7 @@ def test_plain_data_module_trains_evaluates_predicts_and_exports(cli, config: Pa
     assert sum(row["loss"] for row in predictions) / 10 == pytest.approx(min(losses), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_run_resumes_amid_an_epoch_where_the_data_module_saves_its_position(cli, config: Path):
     """In the same bits, dropout included."""
     full = folder(cli("fit", "--config", config))
@@ -192,6 +193,7 @@ def test_loader_that_gives_all_processes_the_same_samples_is_refused(make, distr
             check_loader(trainer)
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_samples_or_are_refused(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
     runs = Runs(tmp_path)

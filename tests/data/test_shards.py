@@ -393,6 +393,7 @@ for number, text in enumerate(sys.argv[2:]):
     assert "cannot be written ([Errno 13] Permission denied" in new and "--data.cache_dir" in new
 
 
+@pytest.mark.slow
 def test_a_lock_that_another_process_holds_is_announced(tmp_path: Path, capsys):
     corpus = write(tmp_path)
     folder = shards.prepare(corpus, BYTES, shards.Layout(), str(tmp_path / "cache")).folder

@@ -159,6 +159,7 @@ print(json.dumps([AutoTokenizer.from_pretrained(f"{folder}/{name}")(texts)["inpu
 """
 
 
+@pytest.mark.slow
 def test_a_saved_tokenizer_is_read_by_transformers_alone(trained, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     names = [f"{algorithm}-{special}" for algorithm in ALGORITHMS for special in ("gpt", "bert")]

@@ -228,6 +228,7 @@ def own_formats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str
     sys.modules.pop("my_formats", None)
 
 
+@pytest.mark.slow
 def test_a_format_of_ones_own_is_a_class_path_of_a_corpus(
     own_formats: str, fit, cli, recipe: Path, tmp_path: Path, monkeypatch
 ):

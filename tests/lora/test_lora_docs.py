@@ -1,10 +1,12 @@
 """The commands of docs/lora.md."""
 
+import pytest
 from conftest import needs
 from reading import Reader, under
 
 
 @under("docs/lora.md", "LoRA")
+@pytest.mark.slow
 def test_gpt(reader: Reader, typed: list[list[str]]):
     reader.type_all(typed)
     assert (reader.fitted[-1] / "adapter" / "adapter_model.safetensors").is_file()
@@ -13,6 +15,7 @@ def test_gpt(reader: Reader, typed: list[list[str]]):
 
 @needs("tasks.classification")
 @under("docs/lora.md", "Fine-tuning with 4-bit weights")
+@pytest.mark.slow
 def test_fine_tuning(reader: Reader, typed: list[list[str]]):
     from tables import labelled, write
 

@@ -126,6 +126,7 @@ def test_yaml_with_honest_aliases_is_read():
     }
 
 
+@pytest.mark.slow
 def test_huge_files_are_read_in_part(run: Path):
     line = json.dumps({"step": 1, "prompt": "p", "text": "t" * 1000}) + "\n"
     with open(run / "samples.jsonl", "w") as file:  # 100 MB

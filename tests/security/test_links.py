@@ -85,6 +85,7 @@ def test_commands_refuse_a_run_with_links_to_elsewhere_before_they_write(fit, cl
     assert outside.read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_a_run_that_resumes_writes_through_no_link_and_leaves_no_half_file(
     fit, cli, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -166,6 +166,7 @@ def test_what_the_files_of_a_run_say_does_not_control_the_terminal(fit, cli):
         cli("validate", run)
 
 
+@pytest.mark.slow
 def test_the_option_reaches_the_run(fit, payload: Path):
     run = fit()
     config = yaml.safe_load((run / "config.yaml").read_text())

@@ -125,6 +125,7 @@ SLOW_BERT = (BERT, pytest.mark.slow)
     + [pytest.param(name, marks=SLOW_BERT) for name in ("bert", "pairs")]
     + [pytest.param("qwen3", marks=pytest.mark.slow)],
 )
+@pytest.mark.slow
 def test_every_strategy_has_the_losses_of_one_process(runs, recipe, network: str):
     strategies = ["ddp", "accumulated", "fsdp2", "tp"]
     runs(commands(recipe, network, ["one", *strategies]))
@@ -272,6 +273,7 @@ def test_folder_takes_the_place_of_a_file_and_a_file_that_of_a_folder(runs, reci
     assert [path.name for path in last.parent.iterdir()] == ["last.ckpt"]
 
 
+@pytest.mark.slow
 def test_disk_that_is_full_leaves_the_folder_before_and_no_part_of_the_next(runs, recipe):
     full = '[{"class_path": "processes.Full", "init_args": {"step": 5}}]'
     flags = ("--trainer.limit_val_batches", 0, "--last.every_n_train_steps", 4, "--trainer.callbacks", full)
@@ -284,6 +286,7 @@ def test_disk_that_is_full_leaves_the_folder_before_and_no_part_of_the_next(runs
 
 
 @pytest.mark.parametrize("state", ["folder", *(pytest.param(s, marks=pytest.mark.slow) for s in ("fsdp2", "split"))])
+@pytest.mark.slow
 def test_sharded_run_resumes_under_the_same_strategy_in_the_same_bits(runs, recipe, state: str):
     """Dropout and the optimizer's state included."""
     flags = ("--model.schedule.shape", "constant", "--model.network.resid_pdrop=0.1", "--model.network.embd_pdrop=0.1")
@@ -324,6 +327,7 @@ def test_overlays_of_configs_train(runs, recipe):
         assert len(runs.log(file.stem, "step", "train/loss")) == 4
 
 
+@pytest.mark.slow
 def test_network_that_cannot_be_split_is_refused(runs, recipe):
     wrong = {
         "num_attention_heads": ("gpt2", "--model.network.n_head", 1),

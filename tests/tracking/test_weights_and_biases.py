@@ -129,6 +129,7 @@ def test_an_offline_run_has_all_that_was_logged(fit, capsys):
     assert any("cpu" in item.key for item in part.of["stats"][0].item)  # of the machine
 
 
+@pytest.mark.slow
 def test_checkpoints_and_model_are_artifacts_that_stay_as_they_were(fit):
     run = fit("--config", OVERLAY)
     files = [run / "checkpoints" / "last.ckpt", *(run / "model").iterdir()]
@@ -156,6 +157,7 @@ def test_no_artifacts_if_they_are_not_wanted(fit):
 
 
 @needs("generation", "diagnostics")
+@pytest.mark.slow
 def test_samples_and_gradients_and_predictions(fit, cli, recipe: Path):
     callbacks = [{"class_path": "Samples", "init_args": {"prompts": ["", "The old"]}}, {"class_path": "Gradients"}]
     callbacks[1]["init_args"] = {"every_n_steps": 4}
@@ -182,6 +184,7 @@ def steps(part: Part) -> list[tuple[int, int]]:
     return [(row["trainer/part"], row["trainer/global_step"]) for row in part.rows if "trainer/global_step" in row]
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_as_the_same_and_steps_done_again_are_told_apart(fit, recipe: Path):
     kill = {"class_path": "test_weights_and_biases.Kill", "init_args": {"step": 8}}
     flags = ("--config", OVERLAY, "--last.every_n_train_steps", 5)
@@ -199,6 +202,7 @@ def test_a_killed_run_goes_on_as_the_same_and_steps_done_again_are_told_apart(fi
 
 
 @needs("sharding", "diagnostics")
+@pytest.mark.slow
 def test_two_processes_are_one_run_and_go_on_as_one(recipe: Path, tmp_path: Path):
     runs = Runs(tmp_path / "two")
     runs.folder.mkdir()
@@ -237,6 +241,7 @@ def test_without_a_key_it_is_offline_and_says_how_to_send_the_run(cli, recipe: P
     assert len(list(folder.glob("offline-run-*"))) == 1
 
 
+@pytest.mark.slow
 def test_a_server_that_does_not_answer_makes_it_offline(cli, recipe: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setenv("WANDB_API_KEY", "a" * 40)

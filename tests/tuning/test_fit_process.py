@@ -34,6 +34,7 @@ def family(word: str) -> dict[int, str]:
 
 
 @LINUX
+@pytest.mark.slow
 def test_trials_and_their_ranks_end_with_a_killed_command(recipe: Path, tmp_path: Path):
     flags = ["--config", str(recipe), "--trainer.strategy", "ddp", "--trainer.devices", "2"]
     flags += ["--trainer.max_steps", "1000000", "--model.schedule.warmup_steps", "1"]

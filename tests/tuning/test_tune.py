@@ -97,6 +97,7 @@ def test_study_that_was_killed_goes_on_to_the_number_of_trials(cli, recipe: Path
     assert len(trials(study)) == 9
 
 
+@pytest.mark.slow
 def test_bad_trial_is_ended_early(cli, recipe: Path, tmp_path: Path):
     good = write(tmp_path / "good.yaml", {"trainer": {"max_steps": 10}})
     bad = {"init_args": {"optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-7}}}}
@@ -110,6 +111,7 @@ def test_bad_trial_is_ended_early(cli, recipe: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize("file", sorted(ROOT.glob("configs/tuning/*.yaml")), ids=lambda file: file.stem)
+@pytest.mark.slow
 def test_search_space_of_the_project_runs(file: Path, cli, tmp_path: Path, cache_dir: Path, corpus_file: Path):
     search = read_search_space(str(file))
     for end in ("low", "high"):
@@ -188,6 +190,7 @@ def test_largest_size_is_found_with_none_tried_that_is_twice_too_large(limit: in
     assert max(tried) <= max(1, 3 * limit)
 
 
+@pytest.mark.slow
 def test_learning_rate_is_found(cli, recipe: Path):
     out = cli("tune", "--config", recipe, "--find", "lr")
     found = float(out.split("--model.optimizer.init_args.lr ")[1])
@@ -202,6 +205,7 @@ class Greedy(Callback):
             raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
+@pytest.mark.slow
 def test_largest_micro_batch_is_found_and_the_global_batch_kept(cli, recipe: Path, monkeypatch):
     path = [str(Path(__file__).parent), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))

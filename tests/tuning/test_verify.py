@@ -30,6 +30,7 @@ def rows(text: str) -> dict[str, list[str]]:
     return {row[0]: row[1:] for row in cells[2:]}
 
 
+@pytest.mark.slow
 def test_ways_that_are_equal_are_within_tolerance(cli, recipe: Path, tmp_path: Path):
     """Although the recipe has dropout, a warm-up, and its runs elsewhere."""
     out = cli(

@@ -131,6 +131,7 @@ def test_the_docs_load_the_exported_folder(fit, capsys):
     assert ast.literal_eval(own) == pytest.approx(told, abs=1e-5) and told.keys() == WORDS.keys()
 
 
+@pytest.mark.slow
 def test_metrics_are_those_of_the_definitions(fit, cli, recipe: Path):
     run = fit("--trainer.max_steps", 12)  # not yet perfect
     out = cli("test", "--config", recipe, "--ckpt_path", run / "checkpoints" / "best.ckpt", "--data.batch_size", 16)
@@ -294,6 +295,7 @@ def test_results_of_several_labels_are_those_of_the_definitions(fit, cli, recipe
     assert any(float(row["precision"]) > 0.5 for row in table.values())
 
 
+@pytest.mark.slow
 def test_training_stops_early(fit):
     stop = ("--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor", "val/accuracy")
     run = fit(*stop, "--trainer.callbacks.mode", "max", "--trainer.callbacks.patience", 2, "--trainer.max_steps", 2000)
@@ -521,6 +523,7 @@ def test_mistakes_name_file_and_row(fit, recipe: Path, change: dict, reason: str
         fit()
 
 
+@pytest.mark.slow
 def test_wrong_columns_and_numbers_are_refused(fit):
     with pytest.raises(UserError, match="no column 'review'; the columns are text, other, label"):
         fit("--data.columns.text", "review")
@@ -675,6 +678,7 @@ def test_the_recipe_chooses_the_best_checkpoint_for_each_kind(cli, recipe: Path,
     assert (run / "checkpoints" / "best.ckpt").exists() and (run / "model" / "config.json").exists()
 
 
+@pytest.mark.slow
 def test_positions_after_the_row_of_padding_are_counted(fit, recipe: Path):
     """RoBERTa's first row is that of padding, whose number is 0 here."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}

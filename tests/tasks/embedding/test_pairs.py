@@ -477,6 +477,7 @@ print(json.dumps(torch.nn.functional.normalize(ways[chosen], dim=-1).tolist()))
 
 
 @pytest.mark.parametrize("pooling", [pytest.param("mean", marks=pytest.mark.slow), "cls"])
+@pytest.mark.slow
 def test_export_is_complete_for_other_programs(fit, cli, recipe: Path, tmp_path: Path, pooling: str):
     """A fresh process without this project computes the embeddings of `predict`."""
     texts = [row["text"] for row in rows(10, 7)]

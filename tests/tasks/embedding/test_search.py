@@ -50,6 +50,7 @@ def answers(out: str) -> list[list[str]]:
     return [line.split("\t") for line in out.splitlines()]
 
 
+@pytest.mark.slow
 def test_a_query_finds_the_nearest_texts(fit, cli, recipe: Path, tmp_path: Path):
     """By a checkpoint, whose weights the index keeps, or by a model's folder; moved, and by any of two names."""
     run = fit()

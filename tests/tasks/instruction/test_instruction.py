@@ -242,6 +242,7 @@ def test_loss_is_that_of_the_answers_in_plain_transformers(learned, logged: floa
     assert logged > 3
 
 
+@pytest.mark.slow
 def test_packed_batches_have_the_same_loss_and_gradients(cli, fit, recipe: Path):
     packed = ("--data.pack", "true", "--data.max_length", 128)
     out = cli("prepare", "--config", recipe, *packed)
@@ -277,6 +278,7 @@ def test_packs_are_full_and_have_each_conversation_once():
 
 
 @pytest.mark.parametrize("packed", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_a_run_resumes_bit_for_bit(packed: bool, fit, cli, recipe: Path):
     flags = ("--trainer.max_steps", 6, "--trainer.val_check_interval", 2, "--data.batch_size", 3, "--data.pack", packed)
     flags += ("--trainer.accumulate_grad_batches", 2, "--model.schedule.shape", "constant")

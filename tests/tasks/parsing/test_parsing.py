@@ -57,6 +57,7 @@ def predictions(run: Path) -> list[dict]:
     return [json.loads(line) for line in (evaluation(run) / "predictions.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_trees_are_learned_scored_and_told_again_by_the_export(fit, cli, recipe: Path, tmp_path: Path):
     run = fit("--trainer.max_steps", 100, "--trainer.val_check_interval", 50)
     out = cli("test", "--config", recipe, "--ckpt_path", run / "checkpoints" / "best.ckpt")
@@ -94,6 +95,7 @@ assert "lm_lightning" not in sys.modules
     assert (tmp_path / "exported" / "head.safetensors").is_file(), exported
 
 
+@pytest.mark.slow
 def test_two_processes_do_and_score_what_one_does(fit, recipe: Path):
     off = ("--model.network.hidden_dropout_prob", 0, "--model.network.attention_probs_dropout_prob", 0)
     flags = (*off, "--model.dropout", 0, "--trainer.max_steps", 10, "--trainer.val_check_interval", 5)
@@ -111,6 +113,7 @@ def test_two_processes_do_and_score_what_one_does(fit, recipe: Path):
         assert len(one) == 10 + 2 * 3 and logged(run, *names) == pytest.approx(one, abs=1e-3), strategy
 
 
+@pytest.mark.slow
 def test_words_that_are_cut_off_count_as_missed(fit, cli, recipe: Path):
     run = fit()
     flags = ("--ckpt_path", run / "checkpoints" / "best.ckpt", "--data.max_length", 8)

@@ -126,6 +126,7 @@ print(json.dumps(answers))
 """
 
 
+@pytest.mark.slow
 def test_answers_are_learned_and_plain_transformers_finds_the_same(fit, cli, recipe: Path):
     run = fit("--trainer.max_steps", 200, "--trainer.val_check_interval", 100)
     out = cli("test", "--config", recipe, "--ckpt_path", run / "checkpoints" / "best.ckpt")
@@ -162,6 +163,7 @@ def test_answers_are_learned_and_plain_transformers_finds_the_same(fit, cli, rec
     ] == "| questions | exact match | F1 | rows |"
 
 
+@pytest.mark.slow
 def test_two_processes_join_windows_as_one_does(fit, cli, recipe: Path):
     off = ("--model.network.hidden_dropout_prob", 0, "--model.network.attention_probs_dropout_prob", 0)
     one = fit("--name", "one", *off)

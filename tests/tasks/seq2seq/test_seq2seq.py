@@ -159,6 +159,7 @@ def weights(run: Path) -> dict:
     return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
 
 
+@pytest.mark.slow
 def test_interrupted_run_ends_in_the_same_bits(fit, recipe: Path):
     flags = ("--trainer.accumulate_grad_batches", 2, "--model.network.dropout", 0.1)
     flags = (*flags, "--trainer.max_steps", 10, "--last.every_n_train_steps", 4)

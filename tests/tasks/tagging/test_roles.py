@@ -39,6 +39,7 @@ def predictions(run: Path) -> list[dict]:
     return [json.loads(line) for line in (evaluation(run) / "predictions.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_each_predicate_has_arguments_of_its_own_which_the_pipeline_tells_too(fit, cli, recipe: Path):
     from transformers import pipeline
 

@@ -67,6 +67,7 @@ def test_spans_are_those_of_seqeval(labels: list[str]):
         assert [(kind, start, end - 1) for kind, (start, end) in spans_of(row)] == get_entities(row)
 
 
+@pytest.mark.slow
 def test_names_are_learned_scored_as_by_seqeval_and_told_by_the_pipeline(fit, cli, recipe: Path, tmp_path: Path):
     run = fit("--trainer.max_steps", 25)  # not yet perfect
     gold = sentences(45, 2)
@@ -121,6 +122,7 @@ assert "lm_lightning" not in sys.modules
     assert same > 0.9 * sum(len(row["words"]) for row in gold)
 
 
+@pytest.mark.slow
 def test_two_processes_score_what_one_does(fit, recipe: Path):
     off = ("--model.network.hidden_dropout_prob", 0, "--model.network.attention_probs_dropout_prob", 0)
     flags = (*off, "--trainer.max_steps", 10, "--trainer.val_check_interval", 5)
