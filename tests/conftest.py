@@ -176,8 +176,12 @@ def guard() -> Guard:
     return Guard()
 
 
+# Modules that start `sys.executable -m lm_lightning`, by their packages
+STARTING = {"compression": "callbacks.after_training", "tuning": "fit_process"}
+
+
 class Forking:
-    """Takes the place of `sys` where a run starts a command of its own, which is forked."""
+    """Takes the place of `sys` where a command starts another one, which is forked."""
 
     def __getattr__(self, name: str) -> Any:
         return python("lm_lightning") if name == "executable" else getattr(sys, name)
@@ -190,8 +194,9 @@ def cli(announced_metrics: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
     def run_here(*args: object) -> str:
         monkeypatch.setattr(sys, "argv", ["lm_lightning", *map(str, args)])
-        monkeypatch.setattr(sys, "executable", python("lm_lightning"))  # some start `sys.executable -m lm_lightning`
-        monkeypatch.setattr("lm_lightning.processes.sys", Forking())
+        for package, module in STARTING.items():
+            if exists(package):
+                monkeypatch.setattr(f"lm_lightning.{package}.{module}.sys", Forking())
         capsys.readouterr()
         run(str(args[0]))
         return capsys.readouterr().out
