@@ -102,6 +102,7 @@ def test_the_best_of_several_checkpoints_is_found_after_a_resume_and_a_move(
         assert f"weights: {best}" in out
 
 
+@pytest.mark.slow
 def test_model_holds_the_last_step_if_asked_and_every_checkpoint_is_kept_if_asked(fit, cli):
     every = ("--last.save_top_k", -1, "--last.every_n_train_steps", 4, "--best.save_top_k", -1)
     run = fit(*SPOILED, "--export", "last", *every)
@@ -126,6 +127,7 @@ def test_without_a_best_checkpoint_the_last_step_is_exported(fit):
     assert names(run) == {"last.ckpt"} and about(run) == {"checkpoint": "last", "step": 24}
 
 
+@pytest.mark.slow
 def test_the_last_step_is_validated_unless_validation_is_off(fit):
     """Also if it is amid an epoch, amid an interval, or if the time or patience was over."""
     run = fit("--trainer.max_steps", 7, "--trainer.accumulate_grad_batches", 2, "--trainer.val_check_interval", 5)
@@ -176,6 +178,7 @@ def test_the_direction_is_that_of_the_metric(fit, capsys):
             fit(*flags)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_exported_is_repaired_or_refused_before_training(fit, tmp_path: Path):
     base = fit("--trainer.max_steps", 3) / "model"
     settings = json.loads((base / "generation_config.json").read_text())

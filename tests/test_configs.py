@@ -46,6 +46,7 @@ def check(run: Path, steps: int) -> None:
 
 
 @pytest.mark.parametrize("file", FROM_TEXT, ids=lambda file: file.stem)
+@pytest.mark.slow
 def test_recipe_trains_and_exports(file: Path, cli, tmp_path: Path, cache_dir: Path, corpus_file: Path):
     recipe = RECIPES[file]
     # a recipe's own tokenizer may be one of the Hub, which tests do without

@@ -96,6 +96,7 @@ def test_run_without_checkpoints_leaves_numbers_only(fit):
     assert len(memory) == 10 and memory == sorted(memory) and 0.1 < memory[0] < 10
 
 
+@pytest.mark.slow
 def test_same_command_twice_makes_two_run_folders_with_the_same_weights(fit, reference):
     first, second = reference(), fit()
     assert first != second
@@ -270,6 +271,7 @@ def test_validating_a_checkpoint_with_other_sizes_names_the_mismatch(reference, 
 
 
 @needs("generation")
+@pytest.mark.slow
 def test_samples_are_printed_and_saved_and_padding_of_short_prompts_changes_nothing(cli, recipe: Path):
     def samples(*prompts: str) -> tuple[list[dict], str]:
         name = "lm_lightning.generation.samples.Samples"

@@ -250,6 +250,7 @@ def test_all_features_can_be_removed(make: Callable[..., Path], check: Callable[
     check(make([]), "gpt")
 
 
+@pytest.mark.slow
 def test_first_commit_names_the_template_and_the_options(template: Path, make: Callable[..., Path]):
     folder = make(["gpt", "lora"])
     body = git(folder, "log", "--format=%B")

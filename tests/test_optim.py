@@ -288,6 +288,7 @@ def losses(run: Path) -> list[float]:
         return [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
 
 
+@pytest.mark.slow
 def test_8_bit_optimizers_keep_a_quarter_and_train_as_their_own_kind(fit):
     pytest.importorskip("bitsandbytes")
     settings = {"lr": 1e-2, "weight_decay": 0.1}

@@ -78,6 +78,7 @@ def test_evaluation(reader: Reader, typed: list[list[str]]):
 
 
 @under("docs/checkpoints.md", "Run folders, checkpoints and resuming")
+@pytest.mark.slow
 def test_run_folder_and_resuming(reader: Reader, typed: list[list[str]]):
     first, second = typed
     reader.type(first)

@@ -121,6 +121,7 @@ def test_a_schedule_of_epochs_is_as_long_as_one_of_the_same_steps(fit, accumulat
     assert rates[0] == rates[1] and len({*rates[0]}) == len(rates[0]) == (4 if accumulate == 2 else 6)
 
 
+@pytest.mark.slow
 def test_a_run_that_ends_within_its_epoch_ends_well_and_continues_there(fit, capsys):
     flags = (*TINY, "--trainer.log_every_n_steps", 1, "--trainer.val_check_interval", 1.0)
     flags = (*flags, "--trainer.check_val_every_n_epoch", 1, "--trainer.limit_train_batches", 5)

@@ -120,6 +120,7 @@ def test_a_run_is_evaluated_with_its_own_data_and_tokenizer(trained, cli, kind: 
     assert record(run, "validate")["metrics"]["val/loss"] == pytest.approx(at_the_end, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_flags_override_what_the_run_says(trained, cli, corpus_file: Path, tmp_path: Path):
     _, run, _ = trained("gpt")
     cli("validate", run, "--data.corpus.paths", corpus_file)
@@ -168,6 +169,7 @@ def test_another_tokenizer_is_refused_wherever_a_checkpoint_is_loaded(trained, c
 
 
 @needs("tasks.masked_lm", "generation")
+@pytest.mark.slow
 def test_weights_that_would_stay_random_are_refused(trained, cli, tmp_path: Path):
     from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, BertModel
 

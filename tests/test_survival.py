@@ -242,6 +242,7 @@ def test_no_damage_to_a_checkpoint_goes_unnoticed(fit, tmp_path: Path):
             load_checkpoint(file)
 
 
+@pytest.mark.slow
 def test_a_damaged_last_checkpoint_is_told_and_the_one_before_it_taken(fit, reference, cli, recipe: Path):
     whole = reference(*CONSTANT)
     cut = fit("--name", "cut", "--trainer.max_steps", 5, *CONSTANT)
@@ -254,6 +255,7 @@ def test_a_damaged_last_checkpoint_is_told_and_the_one_before_it_taken(fit, refe
     assert same(weights(whole), weights(cut)) and metrics(whole) == metrics(cut)
 
 
+@pytest.mark.slow
 def test_going_on_in_another_folder_deletes_nothing_of_the_first(fit):
     flags = ("--best.save_top_k", 2, "--best.filename", "best-{step}", *CONSTANT)
     first = fit(*flags, "--name", "a")
@@ -341,6 +343,7 @@ def test_a_run_that_is_killed_just_after_it_went_on_has_still_logged_what_came_b
     assert list(logged(run, "train/loss")) == list(range(1, 11)) and list(logged(run, "val/loss")) == [5, 10]
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_as_it_goes_on_stays_the_one_that_it_was(fit, monkeypatch: pytest.MonkeyPatch):
     run = fit("--trainer.max_steps", 5, *CONSTANT)
 
@@ -448,6 +451,7 @@ def test_a_signal_ends_the_run_between_two_steps_and_it_goes_on_exactly(
     assert same(weights(whole), weights(cut)) and metrics(whole) == metrics(cut)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_in_its_last_validation_still_makes_its_model(fit, recipe: Path, capsys):
     with pytest.raises(SystemExit):
         fit(*callbacks((Signals, {"hook": "validation", "call": 3, "numbers": [signal.SIGTERM]})))
@@ -625,6 +629,7 @@ def test_too_many_steps_left_out_in_a_row_stop_the_run(fit, recipe: Path):
         fit(*flags)
 
 
+@pytest.mark.slow
 def test_a_process_that_is_not_finite_makes_all_leave_the_step_out(recipe: Path):
     environment = os.environ | {"PYTHONPATH": f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}"}
     flags = (*poison(steps=[3], on_nonfinite="skip", rank=1), "--trainer.limit_val_batches", 0)

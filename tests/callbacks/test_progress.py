@@ -80,6 +80,7 @@ def test_a_terminal_shows_speed_and_time_left(recipe: Path, columns: int):
     assert not re.search(r"LOAD REPORT|Writing model shards|Loading weights|CPUAllocator|USDT", output)
 
 
+@pytest.mark.slow
 def test_a_log_file_has_lines_without_escape_codes(recipe: Path, fit):
     base = fit("--trainer.max_steps", 3, "--model.network.n_layer", 2) / "model"
     (base / "model.safetensors").rename(base / "whole.safetensors")

@@ -269,6 +269,7 @@ def test_blocks_of_onnx_are_of_all_layers(folders, kind: str, recipe: str, share
 
 @traced
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "bert"])
+@pytest.mark.slow
 def test_int8_of_onnx_is_of_the_blocks_and_not_of_the_head(folders, kind: str, tmp_path: Path):
     import onnx
 
@@ -284,6 +285,7 @@ def sorted_shape(layer: torch.nn.Module) -> tuple[int, int]:
     return tuple(structure.by_rows(layer, layer.weight).T.shape)
 
 
+@pytest.mark.slow
 def test_calibration_measures_what_layers_are_given(fit, recipe: Path):
     """By the run's first training batches, as a plain loop over them tells."""
     run = fit()

@@ -33,6 +33,7 @@ def test_it_is_large_enough_to_train_on(corpus):
     assert "stdlib/argparse.py" in dict(corpus)
 
 
+@pytest.mark.slow
 def test_it_holds_no_tests_and_no_installed_packages(corpus):
     assert not [name for name, _ in corpus if {"site-packages", "test", "tests", "idle_test"} & set(name.split("/"))]
 

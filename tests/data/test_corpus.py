@@ -439,6 +439,7 @@ def test_the_default_is_the_builtin_corpus(cache_dir):
     assert len(description["builtin"][1]) == 64
 
 
+@pytest.mark.slow
 def test_inputs_change_with_the_files_and_options_only(tmp_path, cache_dir):
     path = write(tmp_path / "one" / "a.txt", "words")
     before = inputs(Corpus([str(path.parent)]), tmp_path)

@@ -90,6 +90,7 @@ print(json.dumps(digests))
 """
 
 
+@pytest.mark.slow
 def test_training_gives_the_same_files_in_every_process():
     here = str(Path(__file__).parent)
     first = run(TRAIN_ALL, here, PYTHONHASHSEED="1", RAYON_NUM_THREADS="1")

@@ -121,6 +121,7 @@ def test_greedy_text_is_that_of_plain_transformers(kind, folders, references, cl
     assert streamed == references[kind][0] + "\n"
 
 
+@pytest.mark.slow
 def test_settings_of_the_generation_config_are_named(folders, references):
     result = command("generate", folders["llama"], "--prompt", PROMPTS[0], "--greedy", "true", "--max_new_tokens", 20)
     assert result.stdout == references["llama"][0] + "\n"

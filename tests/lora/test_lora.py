@@ -284,6 +284,7 @@ def test_new_heads_are_trained_saved_and_exported(
 
 
 @needs("tasks.classification")
+@pytest.mark.slow
 def test_a_new_head_over_texts_goes_into_both_exports(cli, bases, tmp_path: Path):
     """With a pooler, which a masked language model has not."""
     from peft import PeftModel
@@ -405,6 +406,7 @@ def test_new_tokens_are_refused(fit, bases, tmp_path: Path):
         fit(*flags(folder), "--data.tokenizer.path", tmp_path / "tok")
 
 
+@pytest.mark.slow
 def test_a_new_network_and_missing_packages_are_refused(fit, bases, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(UserError, match="model.adapter requires model.pretrained"):
         fit("--model.adapter", "LoRA")

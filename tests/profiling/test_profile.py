@@ -35,6 +35,7 @@ class Slow(Callback):
         Clock.seconds += 5
 
 
+@pytest.mark.slow
 def test_time_is_counted_where_it_is_spent(fit, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("lm_lightning.profiling.profile.time", SimpleNamespace(perf_counter=Clock.perf_counter))
     monkeypatch.setattr(f"{__name__}.Clock.seconds", 0.0)

@@ -111,6 +111,7 @@ def logged(run: Path) -> list[dict[str, float]]:
     return [{name: float(value) for name, value in row.items() if value and name != "step"} for row in rows]
 
 
+@pytest.mark.slow
 def test_an_offline_run_has_all_that_was_logged(fit, capsys):
     flags = ("--trainer.logger.project", "apples", "--trainer.logger.entity", "fruit", "--trainer.logger.notes", "n.b.")
     run = fit("--config", OVERLAY, *flags, "--trainer.logger.tags", "[red, small]")

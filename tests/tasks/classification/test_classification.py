@@ -427,6 +427,7 @@ def test_a_trained_network_tells_its_labels_itself(fit, cli, recipe: Path):
         assert accuracy(cli(*measure, "--data.tables.train", "[]")) == pytest.approx(right)
 
 
+@pytest.mark.slow
 def test_a_bert_pretrained_here_is_tuned(cli, recipe: Path, corpus_file: Path, cache_dir: Path):
     """From its run folder, with its tokenizer, and with the weights that it has learned."""
     small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
@@ -597,6 +598,7 @@ def test_the_norm_after_the_layers_learns_at_the_whole_rate():
     assert factors[id(network.transformer.wpe.weight)] == 0.0625
 
 
+@pytest.mark.slow
 def test_frozen_parameters_stay(fit):
     run = fit("--model.freeze", '["*embeddings*", "*layer.0*"]', "--model.layer_decay", 0.8, "--trainer.max_steps", 5)
     state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)

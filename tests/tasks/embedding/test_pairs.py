@@ -243,6 +243,7 @@ def test_training_brings_pairs_together(fit, cli, recipe: Path):
     assert logged(after, "val/spearman")[-1] > max(0.6, logged(before, "val/spearman")[-1])
 
 
+@pytest.mark.slow
 def test_correlations_are_those_of_scipy(fit, cli, recipe: Path):
     run, content = fit(*SCORES), rows(25, 2)
     out = cli("test", "--config", recipe, *SCORES, "--ckpt_path", run / "checkpoints" / "best.ckpt")
@@ -322,6 +323,7 @@ def judgements(file: Path) -> dict[str, dict[str, float]]:
     return judged
 
 
+@pytest.mark.slow
 def test_search_with_known_answers(fit, cli, recipe: Path, beir: Path):
     run = fit("--data.retrieval.validation", beir / "qrels.tsv", *files(beir), "--best.monitor", "val/ndcg_10")
     test = ("--data.retrieval.test", beir / "qrels.tsv", *files(beir))

@@ -1,11 +1,13 @@
 """The commands of docs/search.md."""
 
+import pytest
 from conftest import paragraphs
 from reading import Reader, under
 from tables import write
 
 
 @under("docs/search.md", "Embeddings and semantic search")
+@pytest.mark.slow
 def test_semantic_search(reader: Reader, typed: list[list[str]]):
     rows = [{"title": text[:30], "abstract": text} for text in paragraphs(64)]
     write("train.csv", rows)

@@ -190,6 +190,7 @@ def test_resumed_run_ends_in_the_same_bits(cli, bert: Path):
     assert same(weights(whole), weights(cut)) and metrics(whole) == metrics(cut)
 
 
+@pytest.mark.slow
 def test_export_loads_as_both_classes_in_a_fresh_process_and_predict_fills_masks(cli, bert: Path):
     run = trained(cli, "--config", bert)
     script = (
@@ -213,6 +214,7 @@ def test_export_loads_as_both_classes_in_a_fresh_process_and_predict_fills_masks
     assert [c["probability"] for c in row["masks"][0]] == pytest.approx(probabilities, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_continued_pretraining_says_which_weights_are_new(cli, bert: Path, capsys, tmp_path: Path):
     from transformers import AutoModel
 

@@ -116,6 +116,7 @@ def rows_of(run: Path) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize("kind", NEEDS[:2])
+@pytest.mark.slow
 def test_resumed_run_is_the_same_and_knows_its_reference(
     kind: str, base: Path, cli, refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -139,6 +140,7 @@ def test_resumed_run_is_the_same_and_knows_its_reference(
     assert same(weights(copy), weights(whole)) and metrics(copy) == metrics(whole)
 
 
+@pytest.mark.slow
 def test_reference_that_does_not_exist_any_more_is_named(base: Path, cli, refused, tmp_path: Path):
     """Another one can be given; in training as well."""
     start = tmp_path / "start"

@@ -108,6 +108,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("decoder", ["gpt", "bert"])
+@pytest.mark.slow
 def test_encoder_and_decoder_are_joined(fit, cli, parts: Path, tmp_path: Path, decoder: str):
     flags = ("--model.network", "null", "--model.pretrained", parts / "bert", "--model.decoder", parts / decoder)
     run = fit(*flags, "--trainer.max_steps", 4)

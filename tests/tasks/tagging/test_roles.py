@@ -68,6 +68,7 @@ def test_each_predicate_has_arguments_of_its_own_which_the_pipeline_tells_too(fi
     assert compared >= 10
 
 
+@pytest.mark.slow
 def test_rows_may_be_frames_with_labels(fit, cli, recipe: Path, tmp_path: Path):
     """A frame a row, its predicate a number in a string, its labels as words: the same examples, the same run."""
     flat = {}

@@ -141,6 +141,7 @@ def test_two_processes_score_what_one_does(fit, recipe: Path):
     assert len(values[0]) == 10 + 2 * 4 and values[0] == pytest.approx(values[1], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_parts_of_speech_of_conllu_are_plain_labels(fit, cli, recipe: Path, tmp_path: Path):
     for split, seed in (("train", 0), ("validation", 1)):
         lines = []
