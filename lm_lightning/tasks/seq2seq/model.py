@@ -191,14 +191,14 @@ class Seq2Seq(LanguageModule):
         their end, -100 where there is none; and `id`, B ints.
         """
         targets = batch["targets"].flatten()
-        second = Smoothing(self.label_smoothing) if self.label_smoothing and self.network.training else None
+        smoothing = self.label_smoothing if self.network.training else 0.0
         if self.has_linear_head:
             hidden, bias = self.hidden(batch)
-            weight = self.network.get_output_embeddings().weight
+            weight, second = self.network.get_output_embeddings().weight, Smoothing(smoothing) if smoothing else None
+            loss, _ = linear_losses(hidden.flatten(0, 1), weight, bias, targets, self.vocab_size, second)
         else:
-            hidden, bias = self.logits(batch), None
-            weight = torch.eye(hidden.shape[-1], device=hidden.device, dtype=hidden.dtype)
-        loss, _ = linear_losses(hidden.flatten(0, 1), weight, bias, targets, self.vocab_size, second)
+            logits = self.logits(batch).flatten(0, 1)[:, : self.vocab_size].float()
+            loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
         return loss, (targets != -100).sum()
 
     def distillation_loss(self, batch: dict, teacher: Any, distiller: Any) -> tuple[Tensor, Tensor, Tensor]:

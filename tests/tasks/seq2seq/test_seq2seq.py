@@ -16,13 +16,14 @@ import yaml
 from conftest import evaluation, exists, unchanged
 from forks import python
 from lightning.pytorch import Callback, Trainer
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from lm_lightning.data.order import PADDING
 from lm_lightning.errors import UserError
 from lm_lightning.finetuning.token_batches import TokenBatches, TokenBatchSampler, TokenEvaluationBatches
 from lm_lightning.losses import linear_losses
 from lm_lightning.tasks.seq2seq.data import PairExamples, Seq2SeqData
+from lm_lightning.tasks.seq2seq.model import Seq2Seq
 from lm_lightning.tasks.seq2seq.smoothing import Smoothing
 
 WORDS = {"anna": "ANA", "boris": "BORI", "sees": "SI", "the": "LA", "red": "RUGE", "house": "HUS", "river": "FLU"}
@@ -251,6 +252,24 @@ def test_label_smoothing_is_that_of_pytorch():
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     for mine, theirs in zip(ours, torch.autograd.grad(expected, (hidden, weight))):
         assert torch.allclose(mine, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_loss_is_the_same_for_networks_with_logits_of_their_own(monkeypatch, training: bool):
+    """As if the logits were more than the output of the head."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(**BART, vocab_size=64, pad_token_id=1, decoder_start_token_id=2)
+    module = Seq2Seq(network=BART, label_smoothing=0.2)
+    module.network = AutoModelForSeq2SeqLM.from_config(config).train(training)
+    monkeypatch.setattr(Seq2Seq, "vocab_size", 60)
+    tokens = torch.randint(3, 60, (2, 5))
+    batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "targets": tokens.clone()}
+    batch["targets"][1, 3:] = -100
+    losses = []
+    for module.has_linear_head in (True, False):
+        loss, count = module.loss(batch)
+        losses.append((loss.item(), count.item()))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 NETWORKS = {
