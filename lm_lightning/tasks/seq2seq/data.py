@@ -118,6 +118,11 @@ class Seq2SeqData(LabelledData):
                 raise UserError(f"data.{name} is {value}, but must be {least} or more")
         if self.parallel.given() and (self.tables.train or self.tables.validation or self.tables.test):
             raise UserError("give files with data.parallel or data.tables, not with both")
+        if self.trainer.state.fn == "fit" and not (self.parallel.given() or self.tables.train or self.tables.hub):
+            raise UserError(
+                "there is no training data: give parallel files with --data.parallel.train '[SOURCES, TARGETS]', or "
+                "tables with --data.tables.train"
+            )
         if self.tokenizer_options.path is not None or self.trainer.state.fn != "fit":
             super().check()
 
