@@ -127,7 +127,7 @@ class ChatFormat:
         self.tokenizer = tokenizer
         try:
             self.template: str = template or tokenizer.get_chat_template()
-        except ValueError as error:  # there are several, none of which is the default
+        except ValueError as error:  # there are several, and none is the default
             names = ", ".join(tokenizer.chat_template)
             raise UserError(
                 f"the tokenizer has several chat templates ({names}), none of them default: {REMEDY}"

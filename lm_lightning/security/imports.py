@@ -216,7 +216,7 @@ def recorded_class(path: Any, base: type[T], what: str) -> type[T]:
 
 
 def recorded_instance(record: Any, base: type[T], what: str, live: Mapping[str, type[T]] = {}) -> T:
-    """The object of which a checkpoint has the `class` and the `options`.
+    """Creates an object from its `class` and `options` in a checkpoint.
 
     Args:
         record: A dict of both, of any type.

@@ -174,7 +174,7 @@ def tied(network: nn.Module) -> list[list[tuple[nn.Module, str]]]:
 
 
 def distribute(module: nn.Module, name: str, mesh: DeviceMesh, placement: Placement) -> None:
-    """Replaces a parameter, of which each process has a full copy, by its shards."""
+    """Replaces a parameter that each process has in full by its shards."""
     parameter = getattr(module, name)
     shards = distribute_tensor(parameter.data, mesh, [placement], src_data_rank=None)
     module.register_parameter(name, nn.Parameter(shards, parameter.requires_grad))

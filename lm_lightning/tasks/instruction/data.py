@@ -24,7 +24,7 @@ PLAIN = "plain"  # the name of having no chat template
 
 @dataclass
 class Counts:
-    """What was left out of a split, with the first row of each kind.
+    """What was omitted from a split, with the first row of each kind.
 
     Attributes:
         unanswered: Rows without an answer to something.
@@ -238,7 +238,7 @@ class InstructionData(LabelledData):
         return found
 
     def report_conversations(self, split: str, content: TokenizedConversations, rows: int, counts: Counts) -> None:
-        """Prints the size of a split, and what was left out of it.
+        """Prints the size of a split, and what was omitted from it.
 
         Raises:
             UserError: If nothing is left.

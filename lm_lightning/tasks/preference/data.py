@@ -18,7 +18,7 @@ from lm_lightning.tasks.preference.rows import Pair, PreferenceColumns, pair_of
 
 
 class PreferenceData(LabelledData):
-    """Prompts with two answers, one of which is better.
+    """Prompts with a better and a worse answer.
 
     Texts are the prompt followed by the answer and the end-of-text token; both are tokenized separately, as they are
     when the answer is generated. Messages are rendered with a chat template, and all that the assistant writes after

@@ -51,7 +51,7 @@ class Scores(NamedTuple):
 
 
 class PreferenceTuning(CausalLM):
-    """Any causal network of `transformers`, trained with pairs of answers, one of which is better.
+    """Any causal network of `transformers`, trained on pairs of a better and a worse answer.
 
     Args:
         objective: The loss: `DPO`, `SimPO` or `ORPO`, or a subclass of `Objective` of your own. Default: `DPO`.

@@ -58,7 +58,7 @@ class DPO(Objective):
     """Direct preference optimization (Rafailov et al., 2023, arXiv:2305.18290).
 
     The reward of an answer is `beta` times the logarithm of how much more probable it is than by the reference network;
-    the loss is the cross entropy of which answer is the better one, whose logit is the difference of the rewards.
+    the loss is the binary cross entropy of preferring the better answer; its logit is the difference of the rewards.
 
     Args:
         beta: Factor of the rewards: the larger it is, the nearer the network stays to the reference.
@@ -118,8 +118,8 @@ class SimPO(Objective):
 class ORPO(Objective):
     """Odds ratio preference optimization, without a reference network (Hong et al., 2024, arXiv:2403.07691).
 
-    The loss of a pair is the mean cross entropy of the tokens of the better answer, and `beta` times the cross entropy
-    of which answer is the better one, whose logit is the logarithm of the ratio of their odds. The probability of an
+    The loss of a pair is the mean cross entropy of the tokens of the better answer, plus `beta` times the binary cross
+    entropy of preferring it; the logit is the logarithm of the ratio of the answers' odds. The probability of an
     answer is the geometric mean of those of its tokens. (In TRL, the first term is a mean over the tokens of a batch,
     prompts included, so that it depends on how pairs are divided into batches.)
 

@@ -148,7 +148,7 @@ def split_messages(
     prompt = [*before, *chosen[:start]]
     if not prompt or chosen[start]["role"] != "assistant" or rejected[start]["role"] != "assistant":
         raise UserError(
-            f"{row.where}: after their common beginning, {columns.chosen!r} and {columns.rejected!r} must go on with a "
-            "message of the assistant, after one of the user: fix or remove the row"
+            f"{row.where}: after their common beginning, {columns.chosen!r} and {columns.rejected!r} must continue "
+            "with a message of the assistant, after one of the user: fix or remove the row"
         )
     return Pair(prompt, list(chosen[start:]), list(rejected[start:]))

@@ -172,7 +172,7 @@ def test_formats(row: dict, expected: tuple):
         ({"prompt": "a", "chosen": [{"role": "user"}], "rejected": "b"}, "with role and content"),
         ({"chosen": [YES], "rejected": [NO]}, "after one of the user"),
         ({"question": "Why?", "chosen": "Yes.", "rejected": "No."}, "there is no prompt: .* --data.columns.prompt"),
-        ({"chosen": [USER], "rejected": [OTHER]}, "must go on with a message of the assistant"),
+        ({"chosen": [USER], "rejected": [OTHER]}, "must continue with a message of the assistant"),
     ],
 )
 def test_rows_without_a_pair_are_refused(row: dict, reason: str):
