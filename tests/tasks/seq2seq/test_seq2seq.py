@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import evaluation, exists, unchanged
+from conftest import ROOT, evaluation, exists, unchanged
 from forks import python
 from lightning.pytorch import Callback, Trainer
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
@@ -252,6 +252,11 @@ def test_label_smoothing_is_that_of_pytorch():
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     for mine, theirs in zip(ours, torch.autograd.grad(expected, (hidden, weight))):
         assert torch.allclose(mine, theirs, atol=1e-5)
+
+
+def test_training_without_data_is_refused_with_both_ways_to_give_it(cli, tmp_path: Path):
+    with pytest.raises(UserError, match="no training data: .*--data.parallel.train .*--data.tables.train"):
+        cli("fit", "--config", ROOT / "configs" / "translation.yaml", "--runs_dir", tmp_path)
 
 
 @pytest.mark.parametrize("training", [True, False])
