@@ -26,7 +26,7 @@ from typing import Any, Optional, TypeVar
 import numpy as np
 
 from lm_lightning import processes
-from lm_lightning.data.filter import SPLITS, Document
+from lm_lightning.data.verdicts import SPLITS, Document
 from lm_lightning.errors import UserError
 
 T = TypeVar("T")

@@ -4,8 +4,9 @@
 """
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Optional, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
+from lm_lightning.data.verdicts import SPLITS, Changed, Document, Marked, Removed, SplitName, Verdict
 from lm_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -13,52 +14,7 @@ if TYPE_CHECKING:
 
     from lm_lightning.data.documents import Documents
 
-SplitName = Literal["train", "validation", "test"]
-SPLITS: tuple[SplitName, ...] = get_args(SplitName)
-
-
-class Document(NamedTuple):
-    """A document: its number in the order of the corpus, its split (train, validation or test) and its text."""
-
-    number: int
-    split: str
-    text: str
-
-
-class Removed(NamedTuple):
-    """The verdict that a document is removed.
-
-    Attributes:
-        rule: The rule that it breaks, a word or two by which documents are counted.
-        reason: Why, with the measured value: `12 words, fewer than 50`.
-    """
-
-    rule: str
-    reason: str = ""
-
-
-class Marked(NamedTuple):
-    """The verdict that a document is reported, but not removed; attributes as of `Removed`."""
-
-    rule: str
-    reason: str = ""
-
-
-class Changed(NamedTuple):
-    """The verdict that a document gets another text.
-
-    Attributes:
-        text: The new text.
-        counts: Number of changes of each kind.
-        example: A part of the new text that shows a change.
-    """
-
-    text: str
-    counts: dict[str, int]
-    example: str = ""
-
-
-Verdict = Removed | Marked | Changed | None  # None: the document stays as it is
+__all__ = ["Changed", "CorpusFilter", "Document", "Filter", "Finding", "Marked", "Removed", "Verdict"]
 
 
 class Finding(NamedTuple):

@@ -18,7 +18,8 @@ from typing import IO, Any, Optional
 
 from lm_lightning.console import printable
 from lm_lightning.data.documents import Documents
-from lm_lightning.data.filter import SPLITS, Changed, CorpusFilter, Document, Filter, Removed, Verdict
+from lm_lightning.data.filter import CorpusFilter, Filter
+from lm_lightning.data.verdicts import SPLITS, Changed, Document, Removed, Verdict
 from lm_lightning.errors import UserError
 
 EXAMPLES = 5  # examples of each filter in the report
