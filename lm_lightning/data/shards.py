@@ -27,6 +27,7 @@ from lm_lightning import files
 from lm_lightning.data import cache as cached
 from lm_lightning.data import corpus as corpora
 from lm_lightning.data import tokenizer as tokenizers
+from lm_lightning.data.source import Source
 from lm_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -185,6 +186,7 @@ def prepare(corpus: corpora.Corpus, options: tokenizers.Tokenizer, layout: Layou
             f"cannot create the cache {cache} ({error.strerror}): choose another --data.cache_dir"
         ) from error
     inputs = corpora.inputs(corpus, cache)
+    source = Source(corpus, cache, cache / "filtered" / fingerprint(inputs))
 
     if options.path is not None:
         tokenizer = tokenizers.load(options.path)
@@ -192,7 +194,7 @@ def prepare(corpus: corpora.Corpus, options: tokenizers.Tokenizer, layout: Layou
         folder = cache / "tokenizers" / fingerprint(inputs, vars(options), layout.special)
 
         def train(partial: Path) -> None:
-            texts = (piece.text for piece in corpora.read(corpus, cache) if piece.split == "train")
+            texts = (piece.text for piece in source.read() if piece.split == "train")
             tokenizers.train(options, texts, layout.special).save_pretrained(partial)
 
         cached.make_once(folder, cache, "training the tokenizer", train)
@@ -203,7 +205,7 @@ def prepare(corpus: corpora.Corpus, options: tokenizers.Tokenizer, layout: Layou
         folder,
         cache,
         "tokenizing the corpus",
-        lambda partial: tokenize(corpus, tokenizer, layout, inputs, cache, partial),
+        lambda partial: tokenize(source, tokenizer, layout, inputs, partial),
     )
     check(folder)
     return Prepared(tokenizer, folder)
@@ -215,11 +217,10 @@ def fingerprint(*parts: object) -> str:
 
 
 def tokenize(
-    corpus: corpora.Corpus,
+    source: Source,
     tokenizer: "PreTrainedTokenizerFast",
     layout: Layout,
     inputs: dict,
-    cache: Path,
     folder: Path,
 ) -> None:
     """Reads the corpus once and writes the files of all splits into `folder`."""
@@ -240,7 +241,7 @@ def tokenize(
     # Offsets, which show white space, cost time.
     encode = backend.encode_batch if layout.words else backend.encode_batch_fast
 
-    total = corpora.total_bytes(corpus, cache)
+    total = source.total_bytes()
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(
             tqdm(total=total, unit="B", unit_scale=True, desc="tokenize", leave=False, disable=None)
@@ -250,7 +251,7 @@ def tokenize(
             for split in SPLITS
             for kind in KINDS
         }
-        for pieces in batches(corpora.read(corpus, cache)):
+        for pieces in batches(source.read()):
             parts = [segment(piece.text) for piece in pieces]
             encodings = iter(encode([part for texts in parts for part in texts], add_special_tokens=False))
             new: dict[tuple[str, str], list[int]] = {key: [] for key in streams}
@@ -295,6 +296,7 @@ def tokenize(
         for path in sorted(folder.iterdir())
     }
     info = {"inputs": inputs, "dtype": dtype.name, "vocabulary": vocabulary, "splits": counts, "files": written}
+    info |= source.report()
     (folder / "info.json").write_text(json.dumps(info, indent=2), encoding="utf-8")
 
 
