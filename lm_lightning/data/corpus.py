@@ -14,12 +14,13 @@ import platform
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Optional
 
 from lm_lightning.console import printable
 from lm_lightning.data import builtin, formats
+from lm_lightning.data.filter import Filter
 from lm_lightning.data.formats import Format, Rows
 from lm_lightning.data.hub_rows import hub_rows
 from lm_lightning.data.reading import PIECE, Line, ReadOptions, ReadReport, encodable, lines, suffixes
@@ -33,6 +34,10 @@ _CUTS = (
     re.compile(r"(?<=\n)(?=\S)"),
     re.compile(r"(?<=[。！？；，、])"),
 )
+
+
+# These do not affect the documents, or are added separately.
+_NO_INPUTS = ("streaming", "format", "filters", "filter_processes", "prefix")
 
 
 @dataclass
@@ -71,6 +76,9 @@ class Corpus:
         delimiter: Character between the columns of CSV and TSV files. Default: a tab in TSV files; in CSV files, a
             comma or, if the first line has no comma, the semicolon, tab or bar in it.
         quoting: Whether cells of CSV and TSV files may be enclosed in double quotes. Default: only those of CSV files.
+        filters: Filters that remove, mark or change documents, applied in this order.
+        filter_processes: Number of processes that filter. Default: the number of CPU cores. It does not affect the
+            result.
     """
 
     paths: list[str] | str = field(default_factory=list)
@@ -92,6 +100,8 @@ class Corpus:
     encoding_errors: Literal["strict", "replace"] = "strict"
     delimiter: Optional[str] = None
     quoting: Optional[bool] = None
+    filters: list[Filter] = field(default_factory=list)
+    filter_processes: Optional[int] = None
 
     prefix = "--data.corpus"  # of the options, for messages (without a type, so that it is no option itself)
 
@@ -157,7 +167,7 @@ def read(corpus: Corpus, cache_dir: Path) -> Iterator[Piece]:
     empty = True
     for document in _documents(corpus, cache_dir, report):
         split = document.split
-        for text, last in _cut(document.parts):
+        for text, last in cut(document.parts):
             # The hash uses only the first piece, as the rest of a huge document has not been read yet.
             split = split or _hash_split(corpus, document.name if document.named else text)
             empty = False
@@ -178,8 +188,9 @@ def inputs(corpus: Corpus, cache_dir: Path) -> dict[str, Any]:
     It contains the names and contents of files, and the names and given revisions of data sets of the Hub.
     """
     _check(corpus)
-    result = asdict(corpus)
-    del result["streaming"], result["format"]
+    result = {name: value for name, value in vars(corpus).items() if name not in _NO_INPUTS}
+    if corpus.filters:
+        result["filters"] = [own.identity() for own in corpus.filters]
     if corpus.format is not None:
         result["format"] = formats.identity(corpus.format)
     for option in ("paths", "validation_paths", "test_paths"):
@@ -223,6 +234,10 @@ def _check(corpus: Corpus) -> None:
             f"{corpus.prefix}.validation_fraction ({validation}) and {corpus.prefix}.test_fraction ({test}) "
             "must not be negative, and their sum must be less than 1"
         )
+    if corpus.filter_processes is not None and corpus.filter_processes < 1:
+        raise UserError(f"{corpus.prefix}.filter_processes is {corpus.filter_processes}, but must be 1 or more")
+    for own in corpus.filters:
+        own.check()
 
 
 def _is_builtin(corpus: Corpus) -> bool:
@@ -237,7 +252,7 @@ def _hash_split(corpus: Corpus, key: str) -> str:
     return "validation" if position < validation else "test" if position < validation + test else "train"
 
 
-def _cut(parts: Iterable[str]) -> Iterator[tuple[str, bool]]:
+def cut(parts: Iterable[str]) -> Iterator[tuple[str, bool]]:
     """Yield the joined `parts` as pieces of at most `PIECE` characters, and whether a piece is the last.
 
     The cuts depend only on the text, not on how it is divided into `parts`.

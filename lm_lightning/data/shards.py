@@ -28,6 +28,7 @@ from lm_lightning import files
 from lm_lightning.data import cache as cached
 from lm_lightning.data import corpus as corpora
 from lm_lightning.data import tokenizer as tokenizers
+from lm_lightning.data.source import Source
 from lm_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -194,6 +195,9 @@ def prepare_all(
             f"cannot create the cache {cache} ({error.strerror}): choose another --data.cache_dir"
         ) from error
     inputs = {name: corpora.inputs(corpus, cache) for name, corpus in mixed.items()}
+    sources = {
+        name: Source(corpus, cache, cache / "filtered" / fingerprint(inputs[name])) for name, corpus in mixed.items()
+    }
 
     if options.path is not None:
         tokenizer = tokenizers.load(options.path)
@@ -202,25 +206,25 @@ def prepare_all(
         folder = cache / "tokenizers" / fingerprint(known, vars(options), layout.special)
 
         def train(unfinished: Path) -> None:
-            texts = in_turn([training_texts(corpus, cache) for corpus in mixed.values()])
+            texts = in_turn([training_texts(source) for source in sources.values()])
             tokenizers.train(options, texts, layout.special).save_pretrained(unfinished)
 
         cached.make_once(folder, cache, "training the tokenizer", train)
         tokenizer = tokenizers.load(str(folder))
 
     prepared = {}
-    for name, corpus in mixed.items():
+    for name, source in sources.items():
         folder = cache / "shards" / fingerprint(inputs[name], tokenizers.fingerprint(tokenizer), vars(layout))
-        write = partial(tokenize, corpus, tokenizer, layout, inputs[name], cache)
+        write = partial(tokenize, source, tokenizer, layout, inputs[name])
         cached.make_once(folder, cache, f"tokenizing the corpus {name}".strip(), write)
         check(folder)
         prepared[name] = Prepared(tokenizer, folder)
     return prepared
 
 
-def training_texts(corpus: corpora.Corpus, cache: Path) -> Iterator[str]:
+def training_texts(source: Source) -> Iterator[str]:
     """The texts of the training split of a corpus."""
-    return (piece.text for piece in corpora.read(corpus, cache) if piece.split == "train")
+    return (piece.text for piece in source.read() if piece.split == "train")
 
 
 def in_turn(sources: Sequence[Iterator[str]]) -> Iterator[str]:
@@ -242,11 +246,10 @@ def fingerprint(*parts: object) -> str:
 
 
 def tokenize(
-    corpus: corpora.Corpus,
+    source: Source,
     tokenizer: "PreTrainedTokenizerFast",
     layout: Layout,
     inputs: dict,
-    cache: Path,
     folder: Path,
 ) -> None:
     """Reads the corpus once and writes the files of all splits into `folder`."""
@@ -267,7 +270,7 @@ def tokenize(
     # Offsets, which show white space, cost time.
     encode = backend.encode_batch if layout.words else backend.encode_batch_fast
 
-    total = corpora.total_bytes(corpus, cache)
+    total = source.total_bytes()
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(
             tqdm(total=total, unit="B", unit_scale=True, desc="tokenize", leave=False, disable=None)
@@ -277,7 +280,7 @@ def tokenize(
             for split in SPLITS
             for kind in KINDS
         }
-        for pieces in batches(corpora.read(corpus, cache)):
+        for pieces in batches(source.read()):
             parts = [segment(piece.text) for piece in pieces]
             encodings = iter(encode([part for texts in parts for part in texts], add_special_tokens=False))
             new: dict[tuple[str, str], list[int]] = {key: [] for key in streams}
@@ -322,6 +325,7 @@ def tokenize(
         for path in sorted(folder.iterdir())
     }
     info = {"inputs": inputs, "dtype": dtype.name, "vocabulary": vocabulary, "splits": counts, "files": written}
+    info |= source.report()
     (folder / "info.json").write_text(json.dumps(info, indent=2), encoding="utf-8")
 
 

@@ -1,0 +1,10 @@
+"""Filters of corpora: duplicates, quality rules, language, overlap with other texts, personal data."""
+
+from lm_lightning.features import Feature
+
+FEATURE = Feature(
+    data_classes=(
+        "lm_lightning.filters.duplicates",
+        "lm_lightning.filters.personal",
+    ),
+)

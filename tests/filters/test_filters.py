@@ -1,0 +1,60 @@
+"""Filters of corpora: what they remove, mark and change, whatever the order of the documents."""
+
+import json
+import random
+from pathlib import Path
+
+from lm_lightning.data.corpus import Piece
+from lm_lightning.data.documents import Documents
+from lm_lightning.data.filtering import run
+
+
+def pieces(texts, split="train"):
+    """Documents as pieces; a text may be a pair of split and text."""
+    pairs = [(split, text) if isinstance(text, str) else text for text in texts]
+    return [Piece(name, f"{number}", text, True) for number, (name, text) in enumerate(pairs)]
+
+
+def apply(folder, filters, texts, processes=1):
+    """The documents that remain as (split, text), and what the filters have done."""
+    folder.mkdir(parents=True)
+    for own in filters:
+        own.check()
+    documents = Documents(folder, pieces(texts), None, processes)
+    with open(folder / "filtered.jsonl", "w") as listing:
+        report = run(filters, documents, listing)
+    left = [number for number in range(len(documents)) if documents.remaining[number]]
+    splits = ("train", "validation", "test")
+    return [(splits[documents.splits[number]], documents.text(number)) for number in left], report
+
+
+def test_exact_duplicates_whatever_the_order(tmp_path: Path):
+    from lm_lightning.filters.duplicates import ExactDuplicates
+
+    texts = [
+        ("train", "One  text."),
+        ("validation", "One text."),
+        ("train", "Two."),
+        ("train", "Two.\n"),
+        ("train", "two"),
+    ]
+    results = []
+    for attempt in range(4):
+        random.Random(attempt).shuffle(texts)
+        left, report = apply(tmp_path / str(attempt), [ExactDuplicates()], texts)
+        results.append(sorted(left))
+        assert report[0]["removed"]["documents"] == 2
+    assert results == [[("train", "Two.\n"), ("train", "two"), ("validation", "One text.")]] * 4
+    left, _ = apply(tmp_path / "words", [ExactDuplicates("words", splits=["train"])], texts)
+    assert sorted(left) == [("train", "Two.\n"), ("validation", "One text.")]
+
+
+def test_personal_data_is_masked_and_counted(tmp_path: Path):
+    from lm_lightning.filters.personal import MaskPersonalData
+
+    kept = "In 1984, 2001 and 1,234,567.89: ISBN 978-0-306-40615-7, pages 100-200-300, a@b, 3.14159265."
+    text = "Mail to jane.doe+x@mail.example.org or call +44 20 7946 0958, (020) 7946-0958 or 555-867-5309."
+    left, (report,) = apply(tmp_path / "a", [MaskPersonalData()], [kept, text])
+    assert left == [("train", kept), ("train", "Mail to [email] or call [phone], [phone] or [phone].")]
+    assert report["changed"] == {"documents": 1, "e-mail addresses": 1, "phone numbers": 3}
+    assert "jane" not in json.dumps(report)
