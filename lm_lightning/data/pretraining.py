@@ -16,18 +16,14 @@ from torch.utils.data import DataLoader, Dataset
 from lm_lightning.data import inspection, shards
 from lm_lightning.data.corpus import Corpus
 from lm_lightning.data.interleaving import Stage
+from lm_lightning.data.mixed_samples import MixedBatches, MixedEvaluation, MixedStream, Past, plan
 from lm_lightning.data.mixture import (
-    MixedBatches,
     MixedCorpus,
-    MixedEvaluation,
-    MixedStream,
     MixtureStage,
-    Past,
     PreparedMixture,
     joined_size,
     labelled,
     mixture_options,
-    plan,
     train_tokens,
 )
 from lm_lightning.data.order import PADDING, samples_at, seed_of, sequence_key
