@@ -75,8 +75,8 @@ class DataModule(Protocol):
         splits: Size of each split, by `train`, `validation` and `test`. Without it, there is no `bits_per_byte`.
         corpus_sizes: For each split, the size of each corpus of a mixture, by its name. With it, the losses of the
             corpora are announced as metrics, and have bits per byte.
-        mixture: The training samples of a mixture (`mixed_samples.MixedStream`), of which the numbers that were used are
-            logged; None for a single corpus.
+        mixture: The training samples of a mixture, a `mixed_samples.MixedStream`; how many of each corpus were used is
+            logged. None for a single corpus.
         mask_documents: Whether `position_ids` separate packed documents; the network is then checked for support.
         end_tokens: Tokens that end a generated text, such as the end of a turn. Exports of networks that generate text
             have them in `generation_config.json`, beside those that the network had.
