@@ -5,6 +5,7 @@ from lm_lightning.features import Feature
 FEATURE = Feature(
     data_classes=(
         "lm_lightning.filters.duplicates",
+        "lm_lightning.filters.near_duplicates",
         "lm_lightning.filters.personal",
     ),
 )

@@ -58,3 +58,48 @@ def test_personal_data_is_masked_and_counted(tmp_path: Path):
     assert left == [("train", kept), ("train", "Mail to [email] or call [phone], [phone] or [phone].")]
     assert report["changed"] == {"documents": 1, "e-mail addresses": 1, "phone numbers": 3}
     assert "jane" not in json.dumps(report)
+
+
+def sentences(draw, words):
+    """A text of made-up words."""
+    return " ".join("".join(draw.choices("abcdefghijklmnoprstuvw", k=draw.randint(3, 9))) for _ in range(words))
+
+
+def changed(draw, text, share):
+    """A text with a share of its words replaced."""
+    words = text.split()
+    for position in draw.sample(range(len(words)), round(share * len(words))):
+        words[position] = sentences(draw, 1)
+    return " ".join(words)
+
+
+def test_near_duplicates_are_found_and_others_kept(tmp_path: Path):
+    from lm_lightning.filters.near_duplicates import NearDuplicates
+
+    draw = random.Random(0)
+    originals = [sentences(draw, 100) for _ in range(40)]
+    copies = [changed(draw, text, 0.01) + " and more" for text in originals]
+    short = [f"Chapter {number}. The storm of day {number}" for number in range(30)]
+    template = "On day {} the weather in {} was {} with {} degrees, and wind of {} knots from {} until noon."
+    templated = [template.format(*(sentences(draw, 1) for _ in range(6))) for _ in range(30)]
+    different = [changed(draw, text, 0.3) for text in originals]
+    texts = [("train", text) for text in (*originals, *short, *templated, *different)]
+    texts += [("validation" if number < 10 else "train", text) for number, text in enumerate(copies)]
+    expected = {("validation" if number < 10 else "train", text) for number, text in enumerate(copies)}  # (the longer)
+    expected |= {("train", text) for text in (*short, *templated, *different)}
+    for attempt in range(2):
+        draw.shuffle(texts)
+        left, (report,) = apply(tmp_path / str(attempt), [NearDuplicates()], texts)
+        assert set(left) == expected
+        assert report["removed"]["documents"] == 40
+    lines = [json.loads(line) for line in (tmp_path / "1" / "filtered.jsonl").read_text().splitlines()]
+    assert all(float(line["reason"].split()[1]) >= 0.8 and line["kept"] for line in lines)
+
+
+def test_texts_that_differ_in_numbers_can_be_kept(tmp_path: Path):
+    from lm_lightning.filters.near_duplicates import NearDuplicates
+
+    text = sentences(random.Random(0), 100)
+    left, _ = apply(tmp_path / "a", [NearDuplicates(same_numbers=True)], [text + " on day 3", text + " on day 4", text])
+    assert len(left) == 3
+    assert len(apply(tmp_path / "b", [NearDuplicates()], [text + " on day 3", text + " on day 4", text])[0]) == 1
