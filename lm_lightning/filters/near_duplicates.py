@@ -79,7 +79,7 @@ class NearDuplicates(CorpusFilter):
             minhash.update_batch(values[start : start + CHUNK].tolist())
         return minhash.hashvalues.astype("<u4").tobytes(), text_hash(document.text)
 
-    def find(self, documents: Documents) -> Iterator[Finding]:
+    def find(self, documents: Documents) -> Iterator[Finding | str]:
         path = documents.folder / "temporary-signatures"
         record = np.dtype([("number", "i8"), ("text", "i8")])
         with open(path, "wb") as file:
