@@ -16,8 +16,9 @@ import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
@@ -106,7 +107,7 @@ class Prepared(NamedTuple):
     def about_unknown(self, name: str) -> str:
         """The number of unknown tokens of a split, as part of a sentence; prints a warning if there are many."""
         counts = self.info["splits"][name]
-        remedy = "use another --data.tokenizer.path, or none to train one on the corpus, or fix --data.corpus.encoding"
+        remedy = "use another --data.tokenizer.path, or none to train one on the corpus, or fix its `encoding`"
         numbers = counts["unknown"], counts["tokens"]
         tokenizers.warn_about_unknown(f"the {name} split", *numbers, counts["unknown_example"], remedy)
         return tokenizers.about_unknown(*numbers)
@@ -165,18 +166,26 @@ def check(folder: Path) -> None:
 
 
 def prepare(corpus: corpora.Corpus, options: tokenizers.Tokenizer, layout: Layout, cache_dir: str) -> Prepared:
-    """Loads or trains the tokenizer and tokenizes the corpus, unless the cache has both.
+    """Loads or trains the tokenizer and tokenizes the corpus, see `prepare_all`."""
+    return prepare_all({"": corpus}, options, layout, cache_dir)[""]
 
-    Several processes can call this at once: the first one does the work, and the others wait for it.
+
+def prepare_all(
+    mixed: Mapping[str, corpora.Corpus], options: tokenizers.Tokenizer, layout: Layout, cache_dir: str
+) -> dict[str, Prepared]:
+    """Loads or trains a tokenizer for some corpora, and tokenizes each of them, unless the cache has all of it.
+
+    A tokenizer is trained on the same amount of text of each corpus, unless a corpus has less. Several processes can
+    call this at once: the first one does the work, and the others wait for it.
 
     Args:
-        corpus: The corpus.
+        mixed: The corpora by their names.
         options: Options of the tokenizer.
         layout: How documents are converted to tokens.
         cache_dir: Folder of the cache; `~` is expanded.
 
     Raises:
-        UserError: If the corpus or tokenizer cannot be used; states the reason.
+        UserError: If a corpus or the tokenizer cannot be used; states the reason.
     """
     cache = Path(cache_dir).expanduser()
     try:
@@ -185,30 +194,50 @@ def prepare(corpus: corpora.Corpus, options: tokenizers.Tokenizer, layout: Layou
         raise UserError(
             f"cannot create the cache {cache} ({error.strerror}): choose another --data.cache_dir"
         ) from error
-    inputs = corpora.inputs(corpus, cache)
-    source = Source(corpus, cache, cache / "filtered" / fingerprint(inputs))
+    inputs = {name: corpora.inputs(corpus, cache) for name, corpus in mixed.items()}
+    sources = {
+        name: Source(corpus, cache, cache / "filtered" / fingerprint(inputs[name])) for name, corpus in mixed.items()
+    }
 
     if options.path is not None:
         tokenizer = tokenizers.load(options.path)
     else:
-        folder = cache / "tokenizers" / fingerprint(inputs, vars(options), layout.special)
+        known: Any = list(inputs.values()) if len(inputs) > 1 else next(iter(inputs.values()))
+        folder = cache / "tokenizers" / fingerprint(known, vars(options), layout.special)
 
-        def train(partial: Path) -> None:
-            texts = (piece.text for piece in source.read() if piece.split == "train")
-            tokenizers.train(options, texts, layout.special).save_pretrained(partial)
+        def train(unfinished: Path) -> None:
+            texts = in_turn([training_texts(source) for source in sources.values()])
+            tokenizers.train(options, texts, layout.special).save_pretrained(unfinished)
 
         cached.make_once(folder, cache, "training the tokenizer", train)
         tokenizer = tokenizers.load(str(folder))
 
-    folder = cache / "shards" / fingerprint(inputs, tokenizers.fingerprint(tokenizer), vars(layout))
-    cached.make_once(
-        folder,
-        cache,
-        "tokenizing the corpus",
-        lambda partial: tokenize(source, tokenizer, layout, inputs, partial),
-    )
-    check(folder)
-    return Prepared(tokenizer, folder)
+    prepared = {}
+    for name, source in sources.items():
+        folder = cache / "shards" / fingerprint(inputs[name], tokenizers.fingerprint(tokenizer), vars(layout))
+        write = partial(tokenize, source, tokenizer, layout, inputs[name])
+        cached.make_once(folder, cache, f"tokenizing the corpus {name}".strip(), write)
+        check(folder)
+        prepared[name] = Prepared(tokenizer, folder)
+    return prepared
+
+
+def training_texts(source: Source) -> Iterator[str]:
+    """The texts of the training split of a corpus."""
+    return (piece.text for piece in source.read() if piece.split == "train")
+
+
+def in_turn(sources: Sequence[Iterator[str]]) -> Iterator[str]:
+    """The texts of all sources, each from the source of which there were the fewest characters so far."""
+    read = dict.fromkeys(range(len(sources)), 0)
+    while read:
+        source = min(read, key=read.__getitem__)
+        text = next(sources[source], None)
+        if text is None:
+            del read[source]
+        else:
+            read[source] += len(text)
+            yield text
 
 
 def fingerprint(*parts: object) -> str:
