@@ -324,8 +324,8 @@ def tokenize(
         path.name: {"size": path.stat().st_size, "modified": path.stat().st_mtime_ns, "crc32": files.checksum(path)}
         for path in sorted(folder.iterdir())
     }
-    info = {"inputs": inputs, "dtype": dtype.name, "vocabulary": vocabulary, "splits": counts, "files": written}
-    info |= source.report()
+    info = source.report()  # first, as reports may be cut
+    info |= {"inputs": inputs, "dtype": dtype.name, "vocabulary": vocabulary, "splits": counts, "files": written}
     (folder / "info.json").write_text(json.dumps(info, indent=2), encoding="utf-8")
 
 
