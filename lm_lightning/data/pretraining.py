@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from lm_lightning.data import inspection, shards
+from lm_lightning.data import cache, inspection, shards
 from lm_lightning.data.corpus import Corpus
 from lm_lightning.data.order import PADDING, samples_at
 from lm_lightning.data.stream import StreamData
@@ -94,7 +94,7 @@ class PretrainingData(StreamData):
         batch_size: int = 16,
         mask_documents: bool = False,
         num_workers: int = 0,
-        cache_dir: str = "~/.cache/lm_lightning",
+        cache_dir: str = cache.DEFAULT,
     ) -> None:
         super().__init__()
         self.corpus, self.tokenizer_options = corpus, tokenizer

@@ -5,17 +5,22 @@ computes the embeddings of rows with one text each.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 import torch
 
 from lm_lightning.console import printable
+from lm_lightning.data.corpus import expand
 from lm_lightning.data.order import sequence_key
+from lm_lightning.data.reading import ReadReport
 from lm_lightning.errors import UserError
 from lm_lightning.finetuning import cells
-from lm_lightning.finetuning.data import LabelledData, count_phrase
+from lm_lightning.finetuning.counts import Counts, count_phrase
+from lm_lightning.finetuning.data import LabelledData
+from lm_lightning.finetuning.examples import Examples
 from lm_lightning.finetuning.tables import Row, Tables, read_files
 
 if TYPE_CHECKING:
@@ -71,12 +76,14 @@ class Judgments(NamedTuple):
             documents that do not exist, and count as not found.
         excluded: For each query, the row number of a document that is not an answer because it is the query itself, or
             None. Empty if no query has such a document.
+        missing: Names of the correct answers that do not exist.
     """
 
     queries: list[int]
     documents: list[int]
     relevant: list[dict[int, float]]
     excluded: Sequence[Optional[int]] = ()
+    missing: Sequence[str] = ()
 
 
 def collate_pairs(tokenizer: "PreTrainedTokenizerFast", items: list[dict]) -> dict:
@@ -119,6 +126,8 @@ class PairData(LabelledData):
         options: Options of all labelled data, see `LabelledData`.
     """
 
+    not_encoded = LabelledData.not_encoded | {"judged", "answered"}
+
     def __init__(
         self,
         columns: PairColumns = PairColumns(),
@@ -138,25 +147,64 @@ class PairData(LabelledData):
         self.columns, self.retrieval, self.hard_negatives = columns, retrieval, hard_negatives
         self.min_score, self.max_score = min_score, max_score
         self.judged: dict[str, Judgments] = {}
-        self.answered: list[dict] = []  # `id` and `text` of each row to predict
+        self.answered: Sequence[dict] = []  # `id` and `text` of each row to predict
 
-    def setup(self, stage: str) -> None:
-        super().setup(stage)
-        self.collate = functools.partial(collate_pairs, self.tokenizer)
+    def make_collate(self) -> Callable[[list[dict]], dict]:
+        return functools.partial(collate_pairs, self.tokenizer)
+
+    def make_examples(self, split: str, rows: Any) -> Examples:
+        if split == "predict":
+            self.answered = rows.notes()
+        elif self.searches(split):
+            self.judged[split] = self.judge(split, rows.notes())
+        elif split != "train" and self.columns.score is None:
+            self.judged[split] = answers(rows)
+        return super().make_examples(split, rows)
 
     def key(self, row: Row) -> str:
         return row.text(self.columns.text)
 
-    def read(self, split: str) -> list[Row]:
-        if split == "predict" and self.retrieval.corpus and not (self.tables.predict or self.tables.test):
-            return list(self.texts("corpus"))
-        if not getattr(self.retrieval, split, None):
-            return super().read(split)
-        queries, documents = list(self.texts("queries")), list(self.texts("corpus"))
-        self.judged[split], rows = self.judge(split, queries, documents)
-        return rows
+    # Retrieval
 
-    def texts(self, name: str) -> Iterator[Row]:
+    def searches(self, split: str) -> bool:
+        """Whether the rows of a split are the documents and queries of `retrieval`."""
+        return split in ("validation", "test") and getattr(self.retrieval, split) is not None
+
+    def embeds_corpus(self) -> bool:
+        """Whether the rows to predict are the corpus of `retrieval`."""
+        return bool(self.retrieval.corpus) and not (self.tables.predict or self.tables.test)
+
+    def files(self, split: str) -> list[Path]:
+        names = [self.retrieval.corpus] if split == "predict" and self.embeds_corpus() else []
+        if self.searches(split):
+            names = [self.retrieval.corpus, self.retrieval.queries, getattr(self.retrieval, split)]
+        if not names:
+            return super().files(split)
+        return [path for name in names if name for _, path in expand(name)]
+
+    def hub_content(self, split: str, folder: Path) -> list[str]:
+        own = self.searches(split) or (split == "predict" and self.embeds_corpus())
+        return [] if own else super().hub_content(split, folder)
+
+    def read(self, split: str, report: ReadReport) -> Iterator[Row]:
+        """The rows of a split: of the tables, or the documents and then the queries of `retrieval`, with `_id`."""
+        if split == "predict" and self.embeds_corpus():
+            yield from self.texts("corpus", report)
+        elif not self.searches(split):
+            yield from super().read(split, report)
+        else:
+            scores, known = self.scores(split), set[str]()
+            yield from self.texts("corpus", report)
+            for row in self.texts("queries", report):
+                known.add(row["_id"])
+                if any(score > 0 for score, _ in scores.get(row["_id"], {}).values()):
+                    yield Row({**row, "query": True}, row.where)
+                else:
+                    self.counts.add("unanswered")
+            for where in (where for query, of in scores.items() if query not in known for _, where in of.values()):
+                self.counts.add("unknown queries", 1, where)
+
+    def texts(self, name: str, report: ReadReport) -> Iterator[Row]:
         """The queries or the corpus of `retrieval`, with `_id` and the column of texts; texts may be empty.
 
         Raises:
@@ -167,7 +215,7 @@ class PairData(LabelledData):
             raise UserError(f"data.retrieval.{name} is missing: give its JSONL file")
         empty = 0
         places: dict[str, str] = {}  # file and line of each _id
-        for row in read_files(path, Tables(encoding=self.tables.encoding, encoding_errors=self.tables.encoding_errors)):
+        for row in read_files(path, self.file_options(), report=report):
             if row.get("_id") is None or "text" not in row:
                 raise UserError(f"{row.where}: a row of data.retrieval.{name} needs _id and text")
             if row.where != (first := places.setdefault(str(row["_id"]), row.where)):
@@ -177,73 +225,85 @@ class PairData(LabelledData):
             yield Row({"_id": str(row["_id"]), self.columns.text: text}, row.where)
         if not places:
             raise UserError(f"{path} has no rows: give another file with --data.retrieval.{name}")
-        if empty and self.trainer.is_global_zero:
-            print(f"{path}: {empty:,} rows have no text, and are embedded as empty texts")
+        if empty:
+            report.notes.append(f"{path}: {empty:,} rows have no text, and are embedded as empty texts")
 
-    def judge(self, split: str, queries: list[Row], documents: list[Row]) -> tuple[Judgments, list[Row]]:
-        """The correct answers in `retrieval` for a split, and the rows to which they refer."""
-        path, retrieval = getattr(self.retrieval, split), self.retrieval
-        places = {row["_id"]: number for number, row in enumerate(documents)}
-        scores: dict[str, dict[str, float]] = {row["_id"]: {} for row in queries}
-        seen: dict[tuple[str, str], str] = {}
-        unknown: list[str] = []
-        for row in read_files(path, Tables(encoding=self.tables.encoding, encoding_errors=self.tables.encoding_errors)):
+    def file_options(self) -> Tables:
+        """How the files of `retrieval` are read."""
+        return Tables(encoding=self.tables.encoding, encoding_errors=self.tables.encoding_errors)
+
+    def scores(self, split: str) -> dict[str, dict[str, tuple[float, str]]]:
+        """The scores in `retrieval` for a split, with file and line: by `_id` of the query and of the document."""
+        scores: dict[str, dict[str, tuple[float, str]]] = {}
+        for row in read_files(getattr(self.retrieval, split), self.file_options()):
             try:
                 query, document, score = str(row["query-id"]), str(row["corpus-id"]), cells.number(row["score"])
             except (KeyError, ValueError):
                 raise UserError(
                     f"{row.where}: data.retrieval.{split} needs the columns query-id, corpus-id and score, a number"
                 ) from None
-            if row.where != (first := seen.setdefault((query, document), row.where)):
+            _, first = scores.setdefault(query, {}).setdefault(document, (score, row.where))
+            if row.where != first:
                 raise UserError(
                     f"{row.where}: query {query} and document {document} already have a score at {first}: remove one"
                 )
-            if query not in scores:
-                unknown.append(row.where)
-            elif score > 0:
-                scores[query][document] = score
-        asked = [row for row in queries if scores[row["_id"]]]
-        missing = [document for row in asked for document in scores[row["_id"]] if document not in places]
+        return scores
+
+    def judge(self, split: str, notes: Sequence[dict]) -> Judgments:
+        """The correct answers in `retrieval` for a split.
+
+        Args:
+            split: Name of the split.
+            notes: The `id` of each row, and whether it is a query.
+        """
+        scores = self.scores(split)
+        names = [(note["id"], note["query"]) for note in notes]
+        places = {name: number for number, (name, is_query) in enumerate(names) if not is_query}
+        asked = [name for name, is_query in names if is_query]
+        correct = [{name: score for name, (score, _) in scores[query].items() if score > 0} for query in asked]
+        missing = [document for documents in correct for document in documents if document not in places]
         numbers = places | {document: -1 - number for number, document in enumerate(dict.fromkeys(missing))}
-        relevant = [{numbers[document]: score for document, score in scores[row["_id"]].items()} for row in asked]
-        if all(number < 0 for answers in relevant for number in answers):
+        relevant = [{numbers[name]: score for name, score in documents.items()} for documents in correct]
+        if all(number < 0 for found in relevant for number in found):
             raise UserError(
-                f"{path} has no correct answer whose query and document are in data.retrieval.queries and "
-                "data.retrieval.corpus: give files that belong together"
+                f"{getattr(self.retrieval, split)} has no correct answer whose query and document are in "
+                "data.retrieval.queries and data.retrieval.corpus: give files that belong together"
             )
-        excluded = [places.get(row["_id"]) if retrieval.ignore_identical_ids else None for row in asked]
-        if self.trainer.is_global_zero:
-            itself = sum(own is not None for own in excluded)
-            lost = sum(own in answers for own, answers in zip(excluded, relevant))
-            first = ", ".join(unknown[:1])
-            print(
-                f"{split}: {len(asked):,} queries to {len(documents):,} documents"
-                + count_phrase(len(queries) - len(asked), "queries without a correct answer are omitted")
-                + count_phrase(
-                    len(unknown),
-                    f"answers to unknown queries are ignored (first: {printable(first)})",
-                )
-                + count_phrase(
-                    len(missing),
-                    f"correct answers are not in the corpus, so cannot be found (first: {', '.join(missing[:1])})",
-                )
-                + count_phrase(
-                    itself, "documents have the _id of a query, and do not count as answers to it (as in BEIR)"
-                )
-                + count_phrase(lost, "of them are correct answers, which data.retrieval.ignore_identical_ids ignores")
+        excluded = [places.get(name) if self.retrieval.ignore_identical_ids else None for name in asked]
+        rows = list(range(len(places), len(names)))
+        return Judgments(rows, list(range(len(places))), relevant, excluded, missing)
+
+    def report(self, split: str, examples: Examples, counts: Counts) -> None:
+        if not self.searches(split):
+            super().report(split, examples, counts)
+            return
+        judged = self.judged[split]
+        itself = sum(own is not None for own in judged.excluded)
+        lost = sum(own in found for own, found in zip(judged.excluded, judged.relevant))
+        self.print(
+            f"{split}: {len(judged.queries):,} queries to {len(judged.documents):,} documents"
+            + count_phrase(counts["unanswered"], "queries without a correct answer are omitted")
+            + count_phrase(
+                counts["unknown queries"],
+                f"answers to unknown queries are ignored (first: {printable(counts.example('unknown queries'))})",
             )
-        rows = list(range(len(documents), len(documents) + len(asked)))
-        return Judgments(rows, list(range(len(documents))), relevant, excluded), [*documents, *asked]
+            + count_phrase(
+                len(judged.missing),
+                f"correct answers are not in the corpus, so cannot be found (first: {', '.join(judged.missing[:1])})",
+            )
+            + count_phrase(itself, "documents have the _id of a query, and do not count as answers to it (as in BEIR)")
+            + count_phrase(lost, "of them are correct answers, which data.retrieval.ignore_identical_ids ignores")
+        )
+        super().report(split, examples, counts)
+
+    # Examples
 
     def encode(self, split: str, rows: list[Row]) -> list[dict]:
-        """Tokenizes all texts of the rows of a split; rows of a search and of `predict` have one text each."""
-        searched = split in self.judged or (rows and "_id" in rows[0] and split == "predict")
+        """Tokenizes all texts of rows; rows of a search and of `predict` have one text each."""
+        searched = self.searches(split) or (split == "predict" and self.embeds_corpus())
         alone = searched or split == "predict"
         column = self.columns.text
         first = [row[column] if searched else row.text(column) for row in rows]
-        if split == "predict":
-            ids = [row.get("_id", row.get("id", number)) for number, row in enumerate(rows)]
-            self.answered = [{"id": id_, "text": text} for id_, text in zip(ids, first)]
         others = [[] if alone else [row.text(self.columns.pair)] for row in rows]
         if split == "train" and self.columns.negatives is not None:
             others = [[*texts, *self.negatives(row)] for texts, row in zip(others, rows)]
@@ -256,15 +316,18 @@ class PairData(LabelledData):
             max_length=self.block_size,
         )
         tokens, overflowing = iter(encoded["input_ids"]), iter(bool(e.overflowing) for e in encoded.encodings)
-        examples, truncated = [], 0
+        examples, truncated = list[dict](), 0
         for row, of_row in zip(rows, texts):
             ids_of_row = [next(tokens) for _ in of_row]
             truncated += sum(next(overflowing) for _ in of_row) > 0  # (in any text)
             example = {"input_ids": sum(ids_of_row, []), "lengths": [len(ids) for ids in ids_of_row]}
             examples.append(example | {"targets": torch.tensor(0) if alone else self.target(row)})
-        self.report(split, examples, truncated, (text for of_row in texts for text in of_row))
-        if split in ("validation", "test") and self.columns.score is None and not alone:
-            self.judged[split] = answers(examples)
+        for number, (example, row, text) in enumerate(zip(examples, rows, first) if alone else (), self.first_row):
+            name = row.get("_id", row.get("id", number))
+            example["notes"] = (
+                {"id": name, "query": "query" in row} if split != "predict" else {"id": name, "text": text}
+            )
+        self.count_tokens(examples, truncated, (text for of_row in texts for text in of_row))
         return examples
 
     def negatives(self, row: Row) -> list[str]:
@@ -288,7 +351,7 @@ class PairData(LabelledData):
         return torch.tensor((number - self.min_score) / (self.max_score - self.min_score))
 
 
-def answers(examples: list[dict]) -> Judgments:
+def answers(examples: Iterable[dict]) -> Judgments:
     """A search that is made of pairs: the pair of each text must be found among the pairs of all rows.
 
     Equal texts count as one text, which may have several correct answers. A document that is equal to the query is not
