@@ -35,6 +35,7 @@ FEATURES = (
     "sharding",
     "xla",
     "profiling",
+    "filters",
 )
 
 # Modules of the core whose classes can be chosen by their short names
@@ -56,6 +57,8 @@ class Feature:
         classes: Modules that are imported before options are parsed. Their classes (of models, data modules, callbacks,
             loggers, ...) can be chosen by their short names as `class_path`; they may also register names, for example
             with `lm_lightning.strategies.register`.
+        data_classes: The same for classes that only the options of the data name, such as filters. `prepare` imports
+            these modules, but not those of `classes`, so they must not import torch.
         callbacks: Classes of callbacks that are added to every run, created without arguments, unless its options have
             one of that class.
         trainer_settings: Functions that are called with the trainer's settings (a namespace, which they may change)
@@ -66,6 +69,7 @@ class Feature:
 
     commands: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     classes: tuple[str, ...] = ()
+    data_classes: tuple[str, ...] = ()
     callbacks: tuple[str, ...] = ()
     trainer_settings: tuple[str, ...] = ()
     checkpoint_folders: tuple[str, ...] = ()
@@ -104,8 +108,16 @@ def import_classes() -> None:
     """Imports the modules whose classes can be chosen by their short names, and those of the callbacks."""
     for module in CORE:
         importlib.import_module(module)
+    import_data_classes()
     for feature in features().values():
         for module in (*feature.classes, *(path.rpartition(".")[0] for path in feature.callbacks)):
+            importlib.import_module(module)
+
+
+def import_data_classes() -> None:
+    """Imports the modules of classes that only the options of the data name."""
+    for feature in features().values():
+        for module in feature.data_classes:
             importlib.import_module(module)
 
 

@@ -71,6 +71,9 @@ FEATURES = {
     "compression": Feature(
         "compression", "quantization, pruning, distillation", ("docs/compression.md",), ("compress",)
     ),
+    "filters": Feature(
+        "filters", "filters of corpora: duplicates, quality, language", ("docs/filters.md",), ("filters",)
+    ),
     "diagnostics": Feature("diagnostics", "samples behind spikes of the loss, histograms of gradients"),
     "linear_layers": Feature(
         "linear_layers",

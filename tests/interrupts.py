@@ -110,14 +110,17 @@ def interrupt_at_any_time(args: Sequence[object], caches: Path, trains: Callable
     def start(name: str, when: Callable[[str, float], bool]) -> tuple[int, str, float]:
         return interrupt([*args, "--data.cache_dir", caches / name], when, executable)
 
-    begin = time.monotonic()
-    status, errors, age = start("whole", lambda *_: trains())
-    duration = time.monotonic() - begin
+    def timed(name: str, when: Callable[[str, float], bool]) -> tuple[int, str, float, float]:
+        begin = time.monotonic()
+        return *start(name, when), time.monotonic() - begin
+
+    status, errors, age, duration = timed("whole", lambda *_: trains())
     assert status == 0 if math.isinf(age) else ended_by_interrupt(status, errors), (status, errors)
     interrupted = 0
     for part in (0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95):
-        status, errors, age = start(str(part), lambda _, age, part=part: age > part * duration)
+        status, errors, _, seconds = timed(str(part), lambda _, age, part=part, whole=duration: age > part * whole)
         if status == 0:  # it had finished, perhaps while the signal was on its way
+            duration = seconds  # the machine is less busy than before
             continue
         assert ended_by_interrupt(status, errors), (part, status, errors)
         interrupted += 1

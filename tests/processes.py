@@ -4,11 +4,13 @@
 is refused with is written to `<run folder>/error`.
 """
 
+import contextlib
 import csv
 import json
 import os
 import random
 import resource
+import socket
 import subprocess
 import sys
 import traceback
@@ -49,9 +51,8 @@ class Runs:
         file.write_text(json.dumps([[str(self.folder / name), *map(str, c)] for name, c in commands.items()]))
         for name in commands:
             (self.folder / name).mkdir()
-        # Of the system's randomness: after a fit, `random` gives the same in each process that runs tests.
-        port = str(random.SystemRandom().randint(20000, 50000))
-        environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+        port = free_ports(len(commands) + 2)
+        environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
         started = [
             subprocess.Popen(
                 [python("lm_lightning"), __file__, file],
@@ -89,6 +90,19 @@ class Runs:
         pairs = list(zip(self.log(name, *columns), self.log(other, *columns), strict=True))
         assert pairs, f"{name} has logged no {columns}"
         return max(abs(a - b) for row, other_row in pairs for a, b in zip(row, other_row))
+
+
+def free_ports(number: int) -> int:
+    """The first of successive ports that nobody uses, below those that the system gives to connections.
+
+    Drawn with the system's randomness: after a fit, `random` gives the same in each process that runs tests.
+    """
+    while True:
+        first = random.SystemRandom().randint(10_000, 32_000)
+        with contextlib.suppress(OSError), contextlib.ExitStack() as held:
+            for port in range(first, first + number):
+                held.enter_context(socket.create_server(("", port)))
+            return first
 
 
 class Order(Callback):

@@ -30,6 +30,7 @@ NOT_RUN = {  # what a command begins with, and why it is not run here
     "wandb": "needs an account",  # fork: tracking
     "git": "test_fork.py merges a change of the template",  # fork: template
     "cd": "test_fork.py merges a change of the template",  # fork: template
+    "python scripts/bench": "test_bench.py runs it with tiny networks",
     "python scripts/fork.py": "test_fork.py runs it",  # fork: template
 }
 BASE = re.compile(r"FOLDER(_HUB_NAME_OR_RUN|_OR_HUB_NAME)?$")

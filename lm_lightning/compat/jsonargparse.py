@@ -1,9 +1,12 @@
 """jsonargparse: parsers for the options of classes, and the import of classes."""
 
+import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Optional
 
-from jsonargparse import ArgumentParser, _actions, _typehints
+import typeshed_client
+from jsonargparse import ArgumentParser, _actions, _stubs_resolver, _typehints
 
 UNSAVEABLE = "Unable to serialize instance"
 """The beginning of the text that `dump` writes for a value that YAML cannot represent.
@@ -63,3 +66,14 @@ def guard_imports(guarded: Callable[[Callable], Callable]) -> None:
     """
     for module in (_actions, _typehints):
         module.import_object = guarded(module.import_object)  # type: ignore[attr-defined]
+
+
+def find_stubs_in_process() -> None:
+    """Makes jsonargparse look for stub files, which have the types of options, in this process's `sys.path`.
+
+    It would start another Python to print its path, which a Ctrl-C could end with a traceback. Alternative: none, the
+    path cannot be set.
+    """
+    path = [Path(folder) for folder in sys.path if folder]
+    context = typeshed_client.get_search_context(search_path=path, allow_py_files=False)
+    _stubs_resolver.stubs_resolver = _stubs_resolver.StubsResolver(search_context=context)  # type: ignore[assignment]

@@ -1,6 +1,5 @@
 """GPT: causal language models."""
 
-import math
 from typing import Any, Optional
 
 import torch
@@ -11,7 +10,7 @@ from lm_lightning.data import contract
 from lm_lightning.data.order import PADDING
 from lm_lightning.errors import UserError
 from lm_lightning.losses import cross_entropy, linear_cross_entropy
-from lm_lightning.models.metrics import Mode
+from lm_lightning.models.metrics import Mode, bits_per_byte
 from lm_lightning.models.module import LanguageModule
 from lm_lightning.networks import add_end_tokens, headless
 
@@ -133,5 +132,5 @@ class CausalLM(LanguageModule):
         """Adds perplexity, and bits per UTF-8 byte of the text, which are comparable between different tokenizers."""
         values = {"loss": loss, "perplexity": loss.exp()}
         if (counts := contract.optional(self.trainer.datamodule, "splits").get(split)) is not None:
-            values["bits_per_byte"] = loss / math.log(2) * ((len(counts.tokens) - 1) / max(1, counts.bytes))
+            values["bits_per_byte"] = bits_per_byte(loss, len(counts.tokens) - 1, counts.bytes)
         return values

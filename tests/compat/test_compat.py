@@ -3,7 +3,9 @@
 import dataclasses
 import inspect
 import pkgutil
+import random
 import re
+import subprocess
 import warnings
 from pathlib import Path
 
@@ -218,6 +220,20 @@ def test_imports_that_values_name_are_guarded(monkeypatch):
     parser.add_subclass_arguments(Base, "base")
     parser.parse_args([f"--base={__name__}.Other"])
     assert f"{__name__}.Other" in asked
+
+
+def test_types_in_stub_files_are_found_without_another_python(monkeypatch):
+    def start(*_, **__):
+        raise AssertionError("a process is started")
+
+    monkeypatch.setattr(jsonargparse._stubs_resolver, "stubs_resolver", None)
+    monkeypatch.setattr(subprocess, "check_output", start)
+    of_jsonargparse.find_stubs_in_process()
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_function_arguments(random.uniform)  # has no annotations of its own
+    assert parser.parse_args(["--a=1", "--b=2"]) == jsonargparse.Namespace(a=1.0, b=2.0)
+    with pytest.raises(jsonargparse.ArgumentError, match="float"):
+        parser.parse_args(["--a=1", "--b=x"])
 
 
 def test_values_that_yaml_cannot_hold_are_marked():
