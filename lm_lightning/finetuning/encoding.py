@@ -91,6 +91,7 @@ def in_memory(data: Any, split: str) -> Encoded:
     report, data.counts, data.first_row = ReadReport(), Counts(), 0
     rows = list(data.read(split, report))
     examples = data.encode(split, rows)
+    data.counts.add("rows", len(rows))
     data.check_counts(split, data.counts)
     return Encoded(examples, data.counts, report.notes, rows if split == "predict" else [])
 
@@ -107,6 +108,7 @@ def write(data: Any, split: str, folder: Path) -> None:
             if inputs is not None:
                 inputs.add([[dict(row) if table else {}, row.where] for row in chunk])
             rows += len(chunk)
+        data.counts.add("rows", rows)
         data.check_counts(split, data.counts)
         writer.finish({"split": split, "counts": data.counts.saved(), "notes": report.notes})
 

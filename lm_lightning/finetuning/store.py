@@ -255,6 +255,11 @@ def column(rows: Sequence[dict[str, Any]], name: str) -> torch.Tensor:
     return torch.stack([row[name] for row in rows])
 
 
+def sizes(rows: Sequence[dict[str, Any]], name: str) -> np.ndarray:
+    """Number of values of a field in each example, (rows,) int64, of a store or of a list of examples."""
+    return rows.sizes(name) if isinstance(rows, Store) else np.array([len(row[name]) for row in rows], np.int64)
+
+
 def mapped(file: Path, dtype: str) -> np.ndarray:
     """The content of a file; an empty one cannot be mapped."""
     return np.memmap(file, dtype, "r") if file.stat().st_size else np.empty(0, dtype)

@@ -19,10 +19,10 @@ from lm_lightning.finetuning.metrics import correlations
 from lm_lightning.models.metrics import Mode
 from lm_lightning.models.module import LanguageModule
 from lm_lightning.tasks.embedding import modules as embedding
-from lm_lightning.tasks.embedding.data import Judgments
-from lm_lightning.tasks.embedding.data import split as split_texts
 from lm_lightning.tasks.embedding.export import SentenceTransformersFiles
 from lm_lightning.tasks.embedding.modules import Pooling
+from lm_lightning.tasks.embedding.retrieval import Judgments
+from lm_lightning.tasks.embedding.retrieval import split as split_texts
 
 
 class Embeddings(NamedTuple):

@@ -19,6 +19,7 @@ from lm_lightning.finetuning import encoding
 from lm_lightning.finetuning.counts import Counts, count_phrase
 from lm_lightning.finetuning.data import LabelledData, padded
 from lm_lightning.finetuning.examples import Examples
+from lm_lightning.finetuning.store import sizes
 from lm_lightning.finetuning.tables import Row, check_fraction, part
 from lm_lightning.finetuning.token_batches import TokenBatches, TokenBatchSampler, TokenEvaluationBatches
 from lm_lightning.tasks.seq2seq.parallel import PREFIX, Parallel, read_parallel
@@ -46,7 +47,7 @@ class PairExamples(Examples):
     """Tokenized pairs.
 
     Args:
-        rows: See `Examples`; from the cache.
+        rows: See `Examples`.
         seed: See `Examples`.
         max_tokens: Tokens of a batch; None for batches with a number of rows.
 
@@ -55,9 +56,9 @@ class PairExamples(Examples):
         batches: The batches of training, if they have a number of tokens.
     """
 
-    def __init__(self, rows: Any, seed: Optional[int], max_tokens: Optional[int]) -> None:
+    def __init__(self, rows: Sequence[dict], seed: Optional[int], max_tokens: Optional[int]) -> None:
         super().__init__(rows, seed)
-        self.pair_lengths = np.stack([self.lengths, rows.sizes("targets")], axis=1)
+        self.pair_lengths = np.stack([self.lengths, sizes(rows, "targets")], axis=1)
         self.longest_first = np.lexsort(self.pair_lengths.T[::-1])[::-1]
         self.order = self.longest_first
         training = max_tokens is not None and seed is not None
