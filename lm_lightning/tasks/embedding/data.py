@@ -21,6 +21,8 @@ from lm_lightning.finetuning.counts import Counts, count_phrase
 from lm_lightning.finetuning.data import LabelledData
 from lm_lightning.finetuning.examples import Examples
 from lm_lightning.finetuning.tables import Row, Tables, read_files
+from lm_lightning.tasks.embedding.mining import PairExamples
+from lm_lightning.tasks.embedding.modules import prompts_of
 from lm_lightning.tasks.embedding.retrieval import Judgments, Retrieval, answers, judge, scores_of, split
 
 if TYPE_CHECKING:
@@ -43,6 +45,22 @@ class PairColumns:
     pair: str = "pair"
     negatives: Optional[str] = None
     score: Optional[str] = None
+
+
+@dataclass
+class Prompts:
+    """Text that is inserted before texts, such as `query: ` and `passage: `. Exported models have them, for
+    sentence-transformers as the prompts `query` and `document`.
+
+    Args:
+        query: Before texts of the column `text`, queries of `retrieval`, and what `search` searches for. Default: that
+            of the pretrained model, if its folder has one.
+        document: Before pairs, hard negatives, documents of `retrieval`, and texts that `predict` embeds. Default: as
+            for `query`.
+    """
+
+    query: Optional[str] = None
+    document: Optional[str] = None
 
 
 def collate_pairs(tokenizer: "PreTrainedTokenizerFast", items: list[dict]) -> dict:
@@ -72,6 +90,7 @@ class PairData(LabelledData):
     Args:
         columns: Names of the tables' columns.
         retrieval: A search for evaluation. `predict` embeds its corpus, unless `tables` has rows to predict.
+        prompts: Text that is inserted before texts.
         hard_negatives: Number of texts in `columns.negatives` that are used, the first ones. If a row has fewer, they
             are repeated, which does not change the loss.
         min_score: The score of texts that have nothing in common.
@@ -79,12 +98,13 @@ class PairData(LabelledData):
         options: Options of all labelled data, see `LabelledData`.
     """
 
-    not_encoded = LabelledData.not_encoded | {"judged", "answered"}
+    not_encoded = LabelledData.not_encoded | {"judged", "answered", "retrieval", "prompts"}
 
     def __init__(
         self,
         columns: PairColumns = PairColumns(),
         retrieval: Retrieval = Retrieval(),
+        prompts: Prompts = Prompts(),
         hard_negatives: int = 1,
         min_score: float = 0.0,
         max_score: float = 5.0,
@@ -99,8 +119,23 @@ class PairData(LabelledData):
             raise UserError("data.columns.negatives cannot be combined with data.columns.score: omit one of the two")
         self.columns, self.retrieval, self.hard_negatives = columns, retrieval, hard_negatives
         self.min_score, self.max_score = min_score, max_score
+        self.prompts = prompts
         self.judged: dict[str, Judgments] = {}
         self.answered: Sequence[dict] = []  # `id` and `text` of each row to predict
+
+    def load_tokenizer(self) -> "PreTrainedTokenizerFast":
+        """Also finds the prompts."""
+        module = self.trainer.lightning_module
+        known = {} if module.pretrained is None else prompts_of(module.pretrained_folder())
+        query, document = self.prompts.query, self.prompts.document
+        self.prompts = Prompts(
+            known.get("query", "") if query is None else query,
+            known.get("document", "") if document is None else document,
+        )
+        return super().load_tokenizer()
+
+    def encoding_options(self, split: str) -> Any:
+        return [self.prompts.query, self.prompts.document]
 
     def make_collate(self) -> Callable[[list[dict]], dict]:
         return functools.partial(collate_pairs, self.tokenizer)
@@ -113,7 +148,7 @@ class PairData(LabelledData):
             self.judged[split] = judge(path, scores_of(path, split, self.file_options()), rows.notes(), ignore)
         elif split != "train" and self.columns.score is None:
             self.judged[split] = answers(rows)
-        return super().make_examples(split, rows)
+        return PairExamples(rows, self.seed if split == "train" else None)
 
     def key(self, row: Row) -> str:
         return row.text(self.columns.text)
@@ -220,7 +255,11 @@ class PairData(LabelledData):
         others = [[] if alone else [row.text(self.columns.pair)] for row in rows]
         if split == "train" and self.columns.negatives is not None:
             others = [[*texts, *self.negatives(row)] for texts, row in zip(others, rows)]
-        texts = [[text, *more] for text, more in zip(first, others)]
+        query, document = self.prompts.query or "", self.prompts.document or ""
+        prompts = [document if alone and "query" not in row else query for row in rows]
+        texts = [
+            [prompt + text, *(document + other for other in more)] for prompt, text, more in zip(prompts, first, others)
+        ]
         encoded = self.tokenizer(
             [text for row in texts for text in row],
             return_attention_mask=False,
