@@ -166,6 +166,8 @@ class PairData(LabelledData):
     def files(self, split: str) -> list[Path]:
         names = [self.retrieval.corpus] if split == "predict" and self.embeds_corpus() else []
         if self.searches(split):
+            if missing := [name for name in ("queries", "corpus") if not getattr(self.retrieval, name)]:
+                raise UserError(f"data.retrieval.{missing[0]} is missing: give its JSONL file")
             names = [self.retrieval.corpus, self.retrieval.queries, getattr(self.retrieval, split)]
         if not names:
             return super().files(split)
@@ -199,10 +201,7 @@ class PairData(LabelledData):
         Raises:
             UserError: If a row has no `_id` or text, or has the same `_id` as another row.
         """
-        path = getattr(self.retrieval, name)
-        if not path:
-            raise UserError(f"data.retrieval.{name} is missing: give its JSONL file")
-        empty = 0
+        path, empty = str(getattr(self.retrieval, name)), 0
         places: dict[str, str] = {}  # file and line of each _id
         for row in read_files(path, self.file_options(), report=report):
             if row.get("_id") is None or "text" not in row:
