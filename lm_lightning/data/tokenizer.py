@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Optional
 
-from lm_lightning import hub
+from lm_lightning import features, hub
 from lm_lightning import run as runs
 from lm_lightning.errors import UserError
 from lm_lightning.security.trust import trust_remote_code
@@ -76,6 +76,7 @@ def load(path: str, **options: str) -> "PreTrainedTokenizerFast":
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    features.register_networks()  # the class of a tokenizer may depend on the network's config
     path = runs.pretrained_name(path, "tokenizer")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
