@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lm_lightning import features, files, strategies
 from lm_lightning import run as runs
+from lm_lightning.callbacks.corpora import Corpora
 from lm_lightning.callbacks.ending import Ending, check_after_validation
 from lm_lightning.callbacks.export import Export
 from lm_lightning.callbacks.fit_loop import FitLoop
@@ -268,7 +269,7 @@ class CLI(LightningCLI):
             given: The callbacks of the options.
             progress_bar: False for no progress bar. Otherwise a default one is added, unless `given` contains one.
         """
-        own = [Monitors(), Resuming(), Ending(), Preemption(), Throughput(), *features.callbacks(given)]
+        own = [Monitors(), Resuming(), Ending(), Preemption(), Throughput(), Corpora(), *features.callbacks(given)]
         if self.subcommand != "fit":
             own.append(self.record)
         if progress_bar is not False and not any(isinstance(callback, ProgressBar) for callback in given):

@@ -1,6 +1,5 @@
 """GPT: causal language models."""
 
-import math
 from typing import Any, Optional
 
 import torch
@@ -11,7 +10,7 @@ from lm_lightning.data import contract
 from lm_lightning.data.order import PADDING
 from lm_lightning.errors import UserError
 from lm_lightning.losses import cross_entropy, linear_cross_entropy
-from lm_lightning.models.metrics import Mode
+from lm_lightning.models.metrics import Mode, bits_per_byte
 from lm_lightning.models.module import LanguageModule
 from lm_lightning.networks import add_end_tokens, headless
 
@@ -92,7 +91,15 @@ class CausalLM(LanguageModule):
         return self.hidden(inputs) if self.has_linear_head else self.network(**inputs, use_cache=False).logits
 
     def loss(self, batch: dict) -> tuple[Tensor, Tensor]:
-        output, targets = self.outputs(batch).flatten(0, 1), batch["targets"].flatten()
+        return self.token_loss(self.outputs(batch).flatten(0, 1), batch["targets"].flatten())
+
+    def token_loss(self, output: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss, summed over the tokens with a target, and their number.
+
+        Args:
+            output: As from `outputs`, (N, H) or (N, V).
+            targets: (N,) int64, -100 where there is none.
+        """
         if self.has_linear_head:
             head = self.network.get_output_embeddings()
             loss = linear_cross_entropy(output, head.weight, head.bias, targets, self.vocab_size)
@@ -120,9 +127,10 @@ class CausalLM(LanguageModule):
         rows, size, place = [], contract.rows(batch), contract.place(self.trainer)
         self.predicted_rows = max(size, getattr(self, "predicted_rows", 0))  # of a full batch
         first = (batch_idx * place["num_replicas"] + place["rank"]) * self.predicted_rows
+        output = self.outputs(batch)
         for i, sample in enumerate(contract.sample_ids(batch) or range(first, first + size)):
-            # (also for padding, as all processes must call a sharded network together)
-            loss, tokens = self.loss({key: value[i : i + 1] for key, value in batch.items()})
+            # (also for padding, as all processes must call a sharded head together)
+            loss, tokens = self.token_loss(output[i], batch["targets"][i])
             if sample != PADDING:
                 row = {"id": sample, "tokens": tokens.item(), "loss": (loss / tokens).item()}
                 text = {} if self.tokenizer is None else {"text": self.tokenizer.decode(batch["input_ids"][i])}
@@ -133,5 +141,5 @@ class CausalLM(LanguageModule):
         """Adds perplexity, and bits per UTF-8 byte of the text, which are comparable between different tokenizers."""
         values = {"loss": loss, "perplexity": loss.exp()}
         if (counts := contract.optional(self.trainer.datamodule, "splits").get(split)) is not None:
-            values["bits_per_byte"] = loss / math.log(2) * ((len(counts.tokens) - 1) / max(1, counts.bytes))
+            values["bits_per_byte"] = bits_per_byte(loss, len(counts.tokens) - 1, counts.bytes)
         return values

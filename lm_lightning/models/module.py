@@ -25,7 +25,7 @@ from lm_lightning.errors import UserError
 from lm_lightning.models import adapter as adapters
 from lm_lightning.models import build, export, resuming
 from lm_lightning.models.adapter import Adapter
-from lm_lightning.models.metrics import Mode, Ratio
+from lm_lightning.models.metrics import LossRatio, Mode
 from lm_lightning.models.overriding import check_attribute, check_class, hook, refuse_early_network
 from lm_lightning.models.steps import OptimizerSteps, gather_samples, set_seed
 from lm_lightning.optim import OptimizerFactory, Schedule, group_settings, make_optimizer, restore_settings
@@ -99,7 +99,7 @@ class LanguageModule(LightningModule):
         self.attn_implementation, self.compile_body = attn_implementation, compile
         self.activation_checkpointing = activation_checkpointing
         self.network: transformers.PreTrainedModel = None  # created by `configure_model`
-        self.val_loss = Ratio()
+        self.val_loss = LossRatio()
         self.freeze_patterns, self.layer_decay, self.keep_head = freeze, layer_decay, keep_head
         self.optimizer_steps = OptimizerSteps(on_nonfinite, skip_limit, partial(gather_samples, self), self.print)
         self.resumed_at = 0  # optimizer step of the checkpoint that this run resumed from
