@@ -125,7 +125,7 @@ class Documents:
         self.file.flush()
 
     def map(
-        self, function: Callable[[Document], T], where: Optional[np.ndarray] = None, task: str = ""
+        self, function: Callable[[Document], Optional[T]], where: Optional[np.ndarray] = None, task: str = ""
     ) -> Iterator[tuple[int, T]]:
         """Applies a function to the documents that remain, in several processes.
 

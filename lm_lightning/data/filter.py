@@ -88,8 +88,8 @@ class Filter:
 class CorpusFilter(Filter):
     """Base class of filters that compare documents with each other; a subclass defines `find`."""
 
-    def find(self, documents: "Documents") -> Iterator[Finding]:
-        """Finds the documents to remove or to mark.
+    def find(self, documents: "Documents") -> Iterator[Finding | str]:
+        """Yields findings, the documents to remove or to mark, and sentences for the report.
 
         The findings must not depend on the order of the documents. Documents of other splits than `self.splits` may be
         compared, but must not be found; `removable` says which may.

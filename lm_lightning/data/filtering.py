@@ -33,22 +33,22 @@ class Tally:
 
     Attributes:
         filter: Name of its class.
-        options: Its options.
         before: Number of documents and UTF-8 bytes that it was applied to.
         removed: Number and share of the documents, bytes and documents of each split that it removed.
         marked: The same of those that it marked.
         changed: Number of documents that it changed, and of changes of each kind.
         rules: Number of removed or marked documents for each rule.
+        notes: Sentences of the filter.
         examples: Some of the documents: name, split, rule, reason, beginning of the text, and the kept document.
     """
 
     filter: str
-    options: dict[str, Any]
     before: dict[str, int]
     removed: dict[str, Any] = field(default_factory=dict)
     marked: dict[str, Any] = field(default_factory=dict)
     changed: dict[str, int] = field(default_factory=dict)
     rules: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
     examples: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, action: str, rule: str, split: str, size: int) -> None:
@@ -115,10 +115,10 @@ def run(filters: Sequence[Filter], documents: Documents, listing: IO[str]) -> li
 def _judge(group: Sequence[Filter], documents: Documents, listing: IO[str]) -> list[dict[str, Any]]:
     """Applies one `CorpusFilter`, or several other filters in one pass."""
     before = documents.count()
-    tallies = [Tally(type(own).__name__, own.identity(), dict(before)) for own in group]
+    tallies = [Tally(type(own).__name__, dict(before)) for own in group]
     findings: Iterable[tuple[int, list[tuple[int, Verdict]], Optional[int]]]
     if isinstance(group[0], CorpusFilter):
-        findings = ((found.number, [(0, found.verdict)], found.kept) for found in group[0].find(documents))
+        findings = _found(group[0], documents, tallies[0])
     else:
         findings = ((number, verdicts, None) for number, verdicts in documents.map(Chain(group)))
     gone: list[Counter[str]] = [Counter() for _ in group]
@@ -156,6 +156,17 @@ def _judge(group: Sequence[Filter], documents: Documents, listing: IO[str]) -> l
         for earlier in gone[:position]:
             tally.before = {name: count - earlier[name] for name, count in tally.before.items()}
     return [tally.finish() for tally in tallies]
+
+
+def _found(
+    own: CorpusFilter, documents: Documents, tally: Tally
+) -> Iterator[tuple[int, list[tuple[int, Verdict]], Optional[int]]]:
+    """The findings of a filter; its sentences are added to the report."""
+    for found in own.find(documents):
+        if isinstance(found, str):
+            tally.notes.append(found)
+        else:
+            yield found.number, [(0, found.verdict)], found.kept
 
 
 def filter_corpus(
@@ -207,4 +218,5 @@ def lines(report: Sequence[dict[str, Any]]) -> Iterator[str]:
         if changed := entry.get("changed"):
             counted = ", ".join(f"{kind} {count:,}" for kind, count in changed.items() if kind != "documents")
             parts.append(f"changed {changed['documents']:,} documents: {counted}")
+        parts += entry.get("notes", [])
         yield printable(f"{entry['filter']:{WIDTH}} {'; '.join(parts)}")

@@ -5,6 +5,11 @@ from lm_lightning.features import Feature
 FEATURE = Feature(
     data_classes=(
         "lm_lightning.filters.duplicates",
+        "lm_lightning.filters.language",
+        "lm_lightning.filters.near_duplicates",
+        "lm_lightning.filters.overlap",
         "lm_lightning.filters.personal",
+        "lm_lightning.filters.quality",
+        "lm_lightning.filters.repetition",
     ),
 )

@@ -44,7 +44,7 @@ class ExactDuplicates(CorpusFilter):
         digest = hashlib.blake2b(text.encode(errors="replace"), digest_size=16).digest()
         return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little"), text_hash(document.text)
 
-    def find(self, documents: Documents) -> Iterator[Finding]:
+    def find(self, documents: Documents) -> Iterator[Finding | str]:
         measured = ((number, *hashes) for number, hashes in documents.map(self.measure) if hashes is not None)
         records = np.fromiter(measured, RECORD)
         numbers = records["number"]

@@ -12,7 +12,7 @@ import numpy as np
 ALONE = (
     "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\U00020000-\U0003ffff"
 )
-WORD = re.compile(rf"[{ALONE}]|[^\W_{ALONE}]+")
+WORD = re.compile(rf"[{ALONE}]|[^\W_{ALONE}]+(?:['’][^\W_{ALONE}]+)*")  # with contractions: don't
 SINGLE = re.compile(f"[{ALONE}]")
 MULTIPLIER = 0x9E3779B97F4A7C15  # odd, with bits in no pattern; it distinguishes the order of the words
 MOST_WORDS = 1 << 20  # different words whose hashes are remembered
@@ -34,7 +34,11 @@ _hashes = WordHashes()
 
 def word_hashes(text: str) -> np.ndarray:
     """64-bit hashes of the words of a text without upper case and punctuation, (words,) uint64."""
-    words = WORD.findall(text.lower())
+    return word_numbers(WORD.findall(text.lower()))
+
+
+def word_numbers(words: Sequence[str]) -> np.ndarray:
+    """64-bit hashes of words, (words,) uint64."""
     return np.fromiter(map(_hashes.__getitem__, words), np.uint64, len(words))
 
 
@@ -87,13 +91,3 @@ def longest_first(sizes: np.ndarray, splits: np.ndarray, hashes: np.ndarray) -> 
 def text_hash(text: str) -> int:
     """A 63-bit hash of a text."""
     return int.from_bytes(hashlib.blake2b(text.encode(errors="replace"), digest_size=8).digest(), "little") >> 1
-
-
-def counted(number: int, noun: str) -> str:
-    """A number with a noun: `1 word`, `2 words`."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def listed(values: Sequence[str]) -> str:
-    """Values in one text."""
-    return ", ".join(values)

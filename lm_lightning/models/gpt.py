@@ -91,7 +91,15 @@ class CausalLM(LanguageModule):
         return self.hidden(inputs) if self.has_linear_head else self.network(**inputs, use_cache=False).logits
 
     def loss(self, batch: dict) -> tuple[Tensor, Tensor]:
-        output, targets = self.outputs(batch).flatten(0, 1), batch["targets"].flatten()
+        return self.token_loss(self.outputs(batch).flatten(0, 1), batch["targets"].flatten())
+
+    def token_loss(self, output: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss, summed over the tokens with a target, and their number.
+
+        Args:
+            output: As from `outputs`, (N, H) or (N, V).
+            targets: (N,) int64, -100 where there is none.
+        """
         if self.has_linear_head:
             head = self.network.get_output_embeddings()
             loss = linear_cross_entropy(output, head.weight, head.bias, targets, self.vocab_size)
@@ -119,9 +127,10 @@ class CausalLM(LanguageModule):
         rows, size, place = [], contract.rows(batch), contract.place(self.trainer)
         self.predicted_rows = max(size, getattr(self, "predicted_rows", 0))  # of a full batch
         first = (batch_idx * place["num_replicas"] + place["rank"]) * self.predicted_rows
+        output = self.outputs(batch)
         for i, sample in enumerate(contract.sample_ids(batch) or range(first, first + size)):
-            # (also for padding, as all processes must call a sharded network together)
-            loss, tokens = self.loss({key: value[i : i + 1] for key, value in batch.items()})
+            # (also for padding, as all processes must call a sharded head together)
+            loss, tokens = self.token_loss(output[i], batch["targets"][i])
             if sample != PADDING:
                 row = {"id": sample, "tokens": tokens.item(), "loss": (loss / tokens).item()}
                 text = {} if self.tokenizer is None else {"text": self.tokenizer.decode(batch["input_ids"][i])}

@@ -27,8 +27,8 @@ from lm_lightning.models import build, export, resuming
 from lm_lightning.models.adapter import Adapter
 from lm_lightning.models.metrics import LossRatio, Mode
 from lm_lightning.models.overriding import check_attribute, check_class, hook, refuse_early_network
-from lm_lightning.models.steps import OptimizerSteps, gather_samples
-from lm_lightning.optim import OptimizerFactory, Schedule, group_settings, make_optimizer
+from lm_lightning.models.steps import OptimizerSteps, gather_samples, set_seed
+from lm_lightning.optim import OptimizerFactory, Schedule, group_settings, make_optimizer, restore_settings
 from lm_lightning.run import pretrained_name
 
 
@@ -296,7 +296,7 @@ class LanguageModule(LightningModule):
     def on_train_batch_start(self, batch: dict, batch_idx: int) -> None:
         # Dropout is a function of (seed, step, micro-batch, replica), so that a resumed run draws the same numbers.
         seed, replica = int(os.environ.get("PL_GLOBAL_SEED", 0)), contract.place(self.trainer)["rank"]
-        torch.manual_seed(seed_of(seed, self.trainer.global_step, self.optimizer_steps.rows, replica))
+        set_seed(seed_of(seed, self.trainer.global_step, self.optimizer_steps.rows, replica), self.device)
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         self.check_batch(batch, "train")
@@ -344,8 +344,9 @@ class LanguageModule(LightningModule):
     def on_train_start(self) -> None:
         contract.check_loader(self.trainer)
         # A checkpoint restores the optimizer settings of its run; those of this run replace them.
-        for group, settings in zip(self.optimizers().param_groups, self.group_settings):
-            group.update(settings)
+        optimizer: Any = self.optimizers()
+        restore_settings(optimizer, self.group_settings)
+        for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * self.schedule.factor(self.trainer.global_step, self.total_steps())
         self.lr_schedulers().base_lrs = [settings["initial_lr"] for settings in self.group_settings]
 

@@ -128,6 +128,8 @@ class OptimizerSteps:
 
     def clip_norm(self, parameters: Iterable[nn.Parameter], limit: float) -> None:
         """Scales the latest step's gradients so that their global norm is at most `limit`."""
+        if self.gradient_norm.device.type == "cpu" and self.gradient_norm + 1e-6 <= limit:
+            return  # reading the norm of another device would wait for it
         scale_gradients(parameters, (limit / (self.gradient_norm + 1e-6)).clamp(max=1))
 
     def check_finite(
@@ -169,6 +171,14 @@ def gather_samples(module: LightningModule, own: list[int]) -> list[int]:
         return []
     samples = module.all_gather(torch.tensor(own, device=module.device)).flatten().tolist()
     return sorted({sample for sample in samples if sample != PADDING})
+
+
+def set_seed(seed: int, device: torch.device) -> None:
+    """Sets the seed of the random numbers of a device, as `torch.manual_seed` does for all kinds of devices."""
+    if device.type == "cpu":  # the other devices, which are not used, would need longer
+        torch.default_generator.manual_seed(seed)
+    else:
+        torch.manual_seed(seed)
 
 
 def scale_gradients(parameters: Iterable[nn.Parameter], factor: Tensor) -> None:
