@@ -300,8 +300,8 @@ def tokenize(
         counts[split]["unigram_perplexity"] = unigram_perplexity(frequencies["train"], frequencies[split])
     np.save(folder / "frequencies.npy", frequencies["train"])
     written = cached.described(folder)
-    info = {"inputs": inputs, "dtype": dtype.name, "vocabulary": vocabulary, "splits": counts, "files": written}
-    info |= source.report()
+    info = source.report()  # first, as reports may be cut
+    info |= {"inputs": inputs, "dtype": dtype.name, "vocabulary": vocabulary, "splits": counts, "files": written}
     (folder / "info.json").write_text(json.dumps(info, indent=2), encoding="utf-8")
 
 
