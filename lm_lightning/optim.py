@@ -69,7 +69,7 @@ def make_optimizer(
     network: transformers.PreTrainedModel,
     factory: OptimizerFactory,
     schedule: "Schedule",
-    total_steps: float,
+    total_steps: Callable[[int], float],
     layer_decay: float = 1.0,
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
     """The optimizer of a network's trainable parameters, and the scheduler of its learning rates.
@@ -78,7 +78,7 @@ def make_optimizer(
         network: A `transformers` network, perhaps sharded.
         factory: Makes the optimizer of groups of parameters.
         schedule: Schedule of the learning rate.
-        total_steps: Optimizer steps of the run.
+        total_steps: Optimizer steps of the run, as known at a step.
         layer_decay: See `parameter_groups`.
 
     Raises:
@@ -97,7 +97,8 @@ def make_optimizer(
     fuse(optimizer)
     for group in optimizer.param_groups:
         group["lr"] *= group.get("lr_factor", 1.0)
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule.factor(step, total_steps))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule.factor(step, total_steps(step)))
+    return optimizer, scheduler
 
 
 def fuse(optimizer: torch.optim.Optimizer) -> None:
@@ -265,6 +266,8 @@ class MuonAdamW(torch.optim.Optimizer):
 class Schedule:
     """Learning rate over the optimizer steps, as a factor of the optimizer's own.
 
+    If only `trainer.max_time` ends the run, shares of the run are shares of this time.
+
     Args:
         shape: After the warm-up, `cosine` and `linear` decrease to `min_lr_ratio` over all remaining steps; `constant`
             does not change; `wsd` (warmup, stable, decay) decreases linearly over the last `decay_ratio` of the steps.
@@ -309,13 +312,13 @@ class Schedule:
                 raise UserError(f"model.schedule.{name} is {value}, but must be {between}")
         if self.shape != "constant" and math.isinf(total_steps):
             raise UserError(
-                f"the {self.shape} schedule depends on the length of the run: set trainer.max_steps or "
-                "trainer.max_epochs, or use model.schedule.shape constant"
+                f"the {self.shape} schedule depends on the length of the run: set trainer.max_steps, "
+                "trainer.max_epochs or trainer.max_time, or use model.schedule.shape constant"
             )
         if self.warmup_steps is None and self.warmup_ratio and math.isinf(total_steps):
             raise UserError(
-                "model.schedule.warmup_ratio is a share of the run, which has no end: set trainer.max_steps or "
-                "trainer.max_epochs, or model.schedule.warmup_steps"
+                "model.schedule.warmup_ratio is a share of the run, which has no end: set trainer.max_steps, "
+                "trainer.max_epochs or trainer.max_time, or model.schedule.warmup_steps"
             )
         if self.warmup(total_steps) >= total_steps:
             raise UserError(

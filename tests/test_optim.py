@@ -11,9 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import command, needs, refusal
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Timer
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig
 
 from lm_lightning.errors import UserError
+from lm_lightning.models.steps import schedule_steps
 from lm_lightning.optim import MuonAdamW, Schedule, make_optimizer, parameter_groups
 
 # Schedules
@@ -69,7 +72,7 @@ def test_the_warm_up_is_a_share_of_the_run_unless_its_steps_are_given():
     assert Schedule(warmup_ratio=0.1, warmup_steps=7).warmup(400) == 7
     for steps in (1, 5, 20, 400):
         Schedule().check(steps)
-    with pytest.raises(UserError, match="has no end: set trainer.max_steps .* or model.schedule.warmup_steps"):
+    with pytest.raises(UserError, match="has no end: set trainer.max_steps.* or model.schedule.warmup_steps"):
         Schedule("constant").check(math.inf)
 
 
@@ -369,7 +372,7 @@ def test_adamw_is_fused_unless_its_settings_say_otherwise(options, fused):
     def factory(groups):
         return torch.optim.AdamW(groups, lr=1e-3, **options)
 
-    optimizer, _ = make_optimizer(model, factory, Schedule(), 10)
+    optimizer, _ = make_optimizer(model, factory, Schedule(), lambda step: 10)
     assert {group["fused"] for group in optimizer.param_groups} == {fused}
     expected = copy.deepcopy(model)
     plain = torch.optim.AdamW(parameter_groups(expected), lr=1e-3)
@@ -382,3 +385,17 @@ def test_adamw_is_fused_unless_its_settings_say_otherwise(options, fused):
         plain.step()
     for a, b in zip(model.parameters(), expected.parameters()):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_a_run_with_only_a_time_limit_follows_its_schedule_over_the_time(monkeypatch):
+    timer = Timer({"seconds": 100}, verbose=False)
+    trainer = Trainer(callbacks=[timer], logger=False, enable_checkpointing=False, accelerator="cpu")
+    steps, schedule = schedule_steps(trainer, math.inf), Schedule("linear", warmup_ratio=0.2, min_lr_ratio=0.0)
+    schedule.check(steps(0))
+    passed = {0: 0.0, 10: 5.0, 11: 10.0, 20: 20.0, 90: 60.0, 100: 99.99, 101: 120.0}  # seconds after so many steps
+    factors = []
+    for step, seconds in passed.items():
+        monkeypatch.setattr(timer, "time_elapsed", lambda *_, seconds=seconds: seconds)
+        factors.append(schedule.factor(step, steps(step)))
+    assert factors == pytest.approx([0, 0.25, 0.5, 1, 0.5, 0, 0], abs=0.06)
+    assert schedule_steps(trainer, 50)(7) == 50  # with a number of steps, time does not matter

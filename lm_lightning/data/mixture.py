@@ -206,7 +206,10 @@ def mixture_options(
     if not corpora:
         raise UserError("data.corpora has no corpora: give at least one, such as {novels: {paths: novels}}")
     if corpus != Corpus():
-        raise UserError("data.corpus and data.corpora are both given: omit one of them")
+        raise UserError(
+            "data.corpus and data.corpora are both given: omit one of them (--data.corpora null --data.temperature "
+            "null --data.stages '[]' omits the mixture of a config)"
+        )
     return Mixture(corpora, temperature, stages)
 
 

@@ -304,6 +304,11 @@ class PretrainingData(StreamData):
             return self.prepared.info
         return self.prepared.info | {"used": self.used_samples()}
 
+    @property
+    def token_counts(self) -> np.ndarray:
+        """How often each token occurs in the training data, (tokens,)."""
+        return self.prepared.frequencies()
+
     def identity(self) -> dict:
         """Settings that determine the stream of samples; a position in it can be resumed only if they are equal."""
         return {
