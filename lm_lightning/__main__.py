@@ -10,7 +10,9 @@ import signal
 import sys
 
 from lm_lightning import console, features
+from lm_lightning.cli import saved_help
 from lm_lightning.cli.explain import command_line_error, program
+from lm_lightning.compat import slow_imports
 from lm_lightning.compat.torch import LOST_PEER, hide_messages
 from lm_lightning.errors import UserError, first_process
 from lm_lightning.processes import end_with_parent
@@ -53,10 +55,12 @@ def main() -> None:
         # The tokenizers library would otherwise warn about forked data loaders.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         hide_messages()
+        slow_imports.defer()
         trust.read_options()
-        importlib.import_module(known[command][0])
-        console.raise_on_interrupt()
-        run(command)
+        if sys.argv[2:] in (["--help"], ["-h"]):
+            saved_help.print_help(command, lambda: start(known[command][0], command))
+        else:
+            start(known[command][0], command)
         sys.stdout.flush()
     except BaseException as error:
         if console.interrupted:  # the KeyboardInterrupt may have become another error
@@ -69,6 +73,13 @@ def main() -> None:
         raise
     finally:
         console.exit_on_interrupt()
+
+
+def start(module: str, command: str) -> None:
+    """Imports the module of a command, and runs the command."""
+    importlib.import_module(module)
+    console.raise_on_interrupt()
+    run(command)
 
 
 def commands() -> dict[str, tuple[str, str]]:

@@ -17,6 +17,7 @@ from lm_lightning.errors import UserError
 # Packages in this one, a line each
 FEATURES = (
     "generation",
+    "baselines",
     "tasks.instruction",
     "tasks.masked_lm",
     "tasks.classification",
@@ -35,6 +36,7 @@ FEATURES = (
     "sharding",
     "xla",
     "profiling",
+    "filters",
 )
 
 # Modules of the core whose classes can be chosen by their short names
@@ -56,19 +58,25 @@ class Feature:
         classes: Modules that are imported before options are parsed. Their classes (of models, data modules, callbacks,
             loggers, ...) can be chosen by their short names as `class_path`; they may also register names, for example
             with `lm_lightning.strategies.register`.
+        data_classes: The same for classes that only the options of the data name, such as filters. `prepare` imports
+            these modules, but not those of `classes`, so they must not import torch.
         callbacks: Classes of callbacks that are added to every run, created without arguments, unless its options have
             one of that class.
         trainer_settings: Functions that are called with the trainer's settings (a namespace, which they may change)
             before the trainer is made. They raise `UserError` to refuse settings.
         checkpoint_folders: Modules that read checkpoints which are folders, not files: see `CheckpointFormat` in
             `checkpoints/loading.py`.
+        networks: Classes of networks of this project, by their names, as checkpoints and exports name them. Each has a
+            method `register`, which registers its type with the auto classes of `transformers`.
     """
 
     commands: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     classes: tuple[str, ...] = ()
+    data_classes: tuple[str, ...] = ()
     callbacks: tuple[str, ...] = ()
     trainer_settings: tuple[str, ...] = ()
     checkpoint_folders: tuple[str, ...] = ()
+    networks: Mapping[str, str] = field(default_factory=dict)
 
 
 @functools.cache
@@ -104,8 +112,16 @@ def import_classes() -> None:
     """Imports the modules whose classes can be chosen by their short names, and those of the callbacks."""
     for module in CORE:
         importlib.import_module(module)
+    import_data_classes()
     for feature in features().values():
         for module in (*feature.classes, *(path.rpartition(".")[0] for path in feature.callbacks)):
+            importlib.import_module(module)
+
+
+def import_data_classes() -> None:
+    """Imports the modules of classes that only the options of the data name."""
+    for feature in features().values():
+        for module in feature.data_classes:
             importlib.import_module(module)
 
 
@@ -124,6 +140,18 @@ def trainer_settings() -> Iterator[Callable[[Any], None]]:
 def checkpoint_folders() -> list[Any]:
     """The modules that read checkpoints which are folders."""
     return [importlib.import_module(path) for feature in features().values() for path in feature.checkpoint_folders]
+
+
+def networks() -> dict[str, str]:
+    """The import paths of this project's own networks by the names of their classes."""
+    return {name: path for feature in features().values() for name, path in feature.networks.items()}
+
+
+@functools.cache
+def register_networks() -> None:
+    """Makes `transformers` load this project's own networks, as it loads its own. (This imports `transformers`.)"""
+    for path in networks().values():
+        resolve(path).register()
 
 
 def resolve(path: str) -> Any:

@@ -34,6 +34,17 @@ FEATURES = {
         extras=("scores",),
         needed_by=("seq2seq", "instruction", "preference"),
     ),
+    "baselines": Feature(
+        "baselines",
+        "recurrent, convolutional and n-gram language models",
+        (
+            "configs/lstm.yaml",
+            "configs/cnn.yaml",
+            "configs/ngram.yaml",
+            "docs/baselines.md",
+            "docs/images/baselines*",
+        ),
+    ),
     "bert": Feature("tasks.masked_lm", "pretraining of BERTs", ("configs/bert*", "configs/modernbert*"), ("bert",)),
     "classification": Feature(
         "tasks.classification",
@@ -70,6 +81,12 @@ FEATURES = {
     "lora": Feature("lora", "LoRA and QLoRA", ("docs/lora.md", "configs/chat_lora.yaml"), ("lora",)),
     "compression": Feature(
         "compression", "quantization, pruning, distillation", ("docs/compression.md",), ("compress",)
+    ),
+    "filters": Feature(
+        "filters",
+        "filters of corpora: duplicates, quality, language",
+        ("configs/filters/", "docs/filters.md"),
+        ("filters",),
     ),
     "diagnostics": Feature("diagnostics", "samples behind spikes of the loss, histograms of gradients"),
     "linear_layers": Feature(

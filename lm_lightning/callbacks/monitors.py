@@ -6,6 +6,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
+from lm_lightning.callbacks.corpora import metric_names
 from lm_lightning.errors import UserError
 from lm_lightning.models.metrics import Mode
 
@@ -24,6 +25,7 @@ class Monitors(Callback):
         if stage != "fit":
             return
         known = TRAINING | {f"val/{name}": mode for name, mode in pl_module.metric_modes().items()}
+        known |= dict.fromkeys((f"val/{name}" for name in metric_names(trainer, pl_module)), "min")
         # The metrics of a user's own module or callback are unknown until they are logged.
         own = [type(part).__module__ for part in (pl_module, *trainer.callbacks)]
         complete = all(name.startswith(("lm_lightning.", "lightning.")) for name in own)

@@ -177,4 +177,5 @@ def columns() -> int:
 def latest(trainer: Trainer, prefix: str) -> str:
     """The latest metrics whose names begin with `prefix`, as text."""
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith(prefix)}
-    return ", ".join(f"{name.removeprefix(prefix)} {value:.4g}" for name, value in metrics.items())
+    shown = sorted(metrics, key=lambda name: name.count("/"))  # those of single corpora last
+    return ", ".join(f"{name.removeprefix(prefix)} {metrics[name]:.4g}" for name in shown)

@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lm_lightning import features, files, strategies
 from lm_lightning import run as runs
+from lm_lightning.callbacks.corpora import Corpora
 from lm_lightning.callbacks.ending import Ending, check_after_validation
 from lm_lightning.callbacks.export import Export
 from lm_lightning.callbacks.fit_loop import FitLoop
@@ -34,7 +35,7 @@ from lm_lightning.cli.defaults import as_list
 from lm_lightning.cli.options import HELP, SECTIONS, TRAINER_DEFAULTS, OptionParser, add_options
 from lm_lightning.cli.run_folder import RunFolder
 from lm_lightning.compat.jsonargparse import set_help
-from lm_lightning.compat.lightning import hide_expected_warnings, subcommand_parser
+from lm_lightning.compat.lightning import hide_expected_warnings, move_metrics_once, subcommand_parser
 from lm_lightning.compat.transformers import hide_load_report
 from lm_lightning.console import printable
 from lm_lightning.errors import UserError, one_line
@@ -56,6 +57,7 @@ class CLI(LightningCLI):
     def __init__(self, args: Optional[list[str]] = None, callbacks: Sequence[Callback] = ()) -> None:
         hide_load_report()
         hide_expected_warnings()
+        move_metrics_once()
         self.command = next(iter(sys.argv[1:] if args is None else args if isinstance(args, list) else []), None)
         super().__init__(
             LanguageModule,
@@ -267,7 +269,7 @@ class CLI(LightningCLI):
             given: The callbacks of the options.
             progress_bar: False for no progress bar. Otherwise a default one is added, unless `given` contains one.
         """
-        own = [Monitors(), Resuming(), Ending(), Preemption(), Throughput(), *features.callbacks(given)]
+        own = [Monitors(), Resuming(), Ending(), Preemption(), Throughput(), Corpora(), *features.callbacks(given)]
         if self.subcommand != "fit":
             own.append(self.record)
         if progress_bar is not False and not any(isinstance(callback, ProgressBar) for callback in given):

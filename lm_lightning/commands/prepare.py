@@ -68,6 +68,7 @@ def class_named(name: str) -> Any:
     from lm_lightning.data.pretraining import PretrainingData
     from lm_lightning.security import imports
 
+    features.import_data_classes()
     if name.rpartition(".")[2] == DEFAULT:
         return PretrainingData  # without importing all tasks, which takes seconds
     features.import_classes()

@@ -15,6 +15,9 @@ id              list of B ints, not a tensor: the index in the split of each row
                 row that only pads the last batch. Without ids, messages about spikes and non-finite losses do not
                 name samples, and predictions are numbered in the order of the batches.
 
+corpus          list of B equal strings, in evaluation: the corpus of a mixture from which the batch is; the mean loss
+                of each corpus is then also logged.
+
 The docstring of each other model's `loss` describes its batches. Callbacks read only `input_ids`, `targets` and `id`.
 
 `DataModule` lists all attributes that are read. Each is optional and has a default in `DEFAULTS`, which `optional`
@@ -36,6 +39,7 @@ from typing import TYPE_CHECKING, Any, Optional, Protocol
 from lm_lightning.errors import UserError
 
 if TYPE_CHECKING:
+    import numpy as np
     from lightning.pytorch import Trainer
     from transformers import PreTrainedTokenizerFast
 
@@ -70,6 +74,12 @@ class DataModule(Protocol):
             after each step; `state_dict` may save it. Where the batches of a step may differ in size, a method
             `advance(rows)` increases it instead; `rows` is the number of this process's samples of the step.
         splits: Size of each split, by `train`, `validation` and `test`. Without it, there is no `bits_per_byte`.
+        corpus_sizes: For each split, the size of each corpus of a mixture, by its name. With it, the losses of the
+            corpora are announced as metrics, and have bits per byte.
+        mixture: The training samples of a mixture, a `mixed_samples.MixedStream`; how many of each corpus were used is
+            logged. None for a single corpus.
+        token_counts: How often each token occurs in the training data, (tokens,) numbers of numpy. With it, the
+            predictions of a new network start at these frequencies.
         mask_documents: Whether `position_ids` separate packed documents; the network is then checked for support.
         end_tokens: Tokens that end a generated text, such as the end of a turn. Exports of networks that generate text
             have them in `generation_config.json`, beside those that the network had.
@@ -87,6 +97,9 @@ class DataModule(Protocol):
     tokens_per_batch: int
     consumed: Optional[int]
     splits: Mapping[str, SplitSize]
+    corpus_sizes: Mapping[str, Mapping[str, SplitSize]]
+    mixture: Any
+    token_counts: "Optional[np.ndarray]"
     mask_documents: bool
     end_tokens: list[int]
     labels: list[str]
@@ -103,6 +116,9 @@ DEFAULTS: dict[str, Any] = {
     "tokens_per_batch": 1,
     "consumed": None,
     "splits": {},
+    "corpus_sizes": {},
+    "mixture": None,
+    "token_counts": None,
     "mask_documents": False,
     "end_tokens": [],
     "labels": [],
@@ -150,6 +166,11 @@ def place(trainer: "Trainer") -> dict[str, int]:
 def sample_ids(batch: Mapping[str, Any]) -> list[int]:
     """The ids of the samples of a batch; empty if it has none."""
     return list(batch.get("id", []))
+
+
+def corpus_of(batch: Mapping[str, Any]) -> Optional[str]:
+    """The corpus of a batch of evaluation; None if the data has no corpora."""
+    return next(iter(batch["corpus"]), None) if isinstance(batch, Mapping) and "corpus" in batch else None
 
 
 def rows(batch: Mapping[str, Any]) -> int:

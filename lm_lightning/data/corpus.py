@@ -4,7 +4,6 @@ All reading is streamed. A document is read as one or more consecutive `Piece`s,
 huge document has to fit into memory (a row of a JSON, CSV or Parquet file does).
 """
 
-import contextlib
 import difflib
 import glob
 import hashlib
@@ -14,17 +13,17 @@ import platform
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Optional
 
 from lm_lightning.console import printable
-from lm_lightning.data import builtin, formats
+from lm_lightning.data import builtin, cache, formats
+from lm_lightning.data.filter import Filter
 from lm_lightning.data.formats import Format, Rows
 from lm_lightning.data.hub_rows import hub_rows
 from lm_lightning.data.reading import PIECE, Line, ReadOptions, ReadReport, encodable, lines, suffixes
 from lm_lightning.errors import UserError
-from lm_lightning.files import write_text
 
 # Where a text may be cut, best first. No pre-tokenization joins a letter or digit to the space after it. A text without
 # such spaces is cut at a line break or after CJK punctuation, otherwise at the limit, which may change its tokens.
@@ -35,7 +34,8 @@ _CUTS = (
 )
 
 
-PREFIX = "--data.corpus"  # prefix of the options, for messages
+# These do not affect the documents, or are added separately.
+_NO_INPUTS = ("streaming", "format", "filters", "filter_processes", "prefix")
 
 
 @dataclass
@@ -74,6 +74,9 @@ class Corpus:
         delimiter: Character between the columns of CSV and TSV files. Default: a tab in TSV files; in CSV files, a
             comma or, if the first line has no comma, the semicolon, tab or bar in it.
         quoting: Whether cells of CSV and TSV files may be enclosed in double quotes. Default: only those of CSV files.
+        filters: Filters that remove, mark or change documents, applied in this order.
+        filter_processes: Number of processes that filter. Default: the number of CPU cores. It does not affect the
+            result.
     """
 
     paths: list[str] | str = field(default_factory=list)
@@ -95,6 +98,10 @@ class Corpus:
     encoding_errors: Literal["strict", "replace"] = "strict"
     delimiter: Optional[str] = None
     quoting: Optional[bool] = None
+    filters: list[Filter] = field(default_factory=list)
+    filter_processes: Optional[int] = None
+
+    prefix = "--data.corpus"  # of the options, for messages (without a type, so that it is no option itself)
 
     def __post_init__(self) -> None:
         for option in ("paths", "validation_paths", "test_paths"):
@@ -105,7 +112,7 @@ class Corpus:
 def read_options(corpus: Corpus) -> ReadOptions:
     """Return the options for reading the files of a corpus."""
     return ReadOptions(
-        PREFIX,
+        corpus.prefix,
         corpus.encoding,
         corpus.encoding_errors,
         corpus.delimiter,
@@ -158,13 +165,13 @@ def read(corpus: Corpus, cache_dir: Path) -> Iterator[Piece]:
     empty = True
     for document in _documents(corpus, cache_dir, report):
         split = document.split
-        for text, last in _cut(document.parts):
+        for text, last in cut(document.parts):
             # The hash uses only the first piece, as the rest of a huge document has not been read yet.
             split = split or _hash_split(corpus, document.name if document.named else text)
             empty = False
             yield Piece(split, document.name, text, last)
     if empty:
-        raise UserError("the corpus contains no text: check --data.corpus.paths")
+        raise UserError(f"the corpus contains no text: check {corpus.prefix}.paths")
     for note in report.notes:
         print(printable(note), file=sys.stderr)
     if report.replaced_bytes:
@@ -179,33 +186,17 @@ def inputs(corpus: Corpus, cache_dir: Path) -> dict[str, Any]:
     It contains the names and contents of files, and the names and given revisions of data sets of the Hub.
     """
     _check(corpus)
-    result = asdict(corpus)
-    del result["streaming"], result["format"]
+    result = {name: value for name, value in vars(corpus).items() if name not in _NO_INPUTS}
+    if corpus.filters:
+        result["filters"] = [own.identity() for own in corpus.filters]
     if corpus.format is not None:
         result["format"] = formats.identity(corpus.format)
     for option in ("paths", "validation_paths", "test_paths"):
         result[option] = bool(result[option])  # the paths do not matter, only whether the split has its own files
-    result["files"] = [[file.split, file.name, _content(file.path, cache_dir)] for file in _files(corpus)]
+    result["files"] = [[file.split, file.name, cache.content(file.path, cache_dir)] for file in _files(corpus)]
     if _is_builtin(corpus):
         result["builtin"] = [platform.python_version(), builtin.fingerprint(builtin.documents(cache_dir))]
     return result
-
-
-def _content(path: Path, cache_dir: Path) -> str:
-    """Return a hash of a file's content, which is cached until its size or modification time changes."""
-    stat = path.stat()
-    known = cache_dir / "hashes" / hashlib.blake2b(os.path.realpath(path).encode(), digest_size=16).hexdigest()
-    state = f"{stat.st_size} {stat.st_mtime_ns} "
-    if known.exists() and (saved := known.read_text(encoding="utf-8")).startswith(state):
-        return saved.removeprefix(state)
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    with contextlib.suppress(PermissionError):  # a cache of another user, perhaps: it can be read all the same
-        known.parent.mkdir(parents=True, exist_ok=True)
-        write_text(known, state + digest.hexdigest())
-    return digest.hexdigest()
 
 
 def total_bytes(corpus: Corpus, cache_dir: Path) -> int | None:
@@ -221,9 +212,13 @@ def _check(corpus: Corpus) -> None:
     validation, test = corpus.validation_fraction, corpus.test_fraction
     if not (validation >= 0 and test >= 0 and validation + test < 1):
         raise UserError(
-            f"--data.corpus.validation_fraction ({validation}) and --data.corpus.test_fraction ({test}) "
+            f"{corpus.prefix}.validation_fraction ({validation}) and {corpus.prefix}.test_fraction ({test}) "
             "must not be negative, and their sum must be less than 1"
         )
+    if corpus.filter_processes is not None and corpus.filter_processes < 1:
+        raise UserError(f"{corpus.prefix}.filter_processes is {corpus.filter_processes}, but must be 1 or more")
+    for own in corpus.filters:
+        own.check()
 
 
 def _is_builtin(corpus: Corpus) -> bool:
@@ -238,7 +233,7 @@ def _hash_split(corpus: Corpus, key: str) -> str:
     return "validation" if position < validation else "test" if position < validation + test else "train"
 
 
-def _cut(parts: Iterable[str]) -> Iterator[tuple[str, bool]]:
+def cut(parts: Iterable[str]) -> Iterator[tuple[str, bool]]:
     """Yield the joined `parts` as pieces of at most `PIECE` characters, and whether a piece is the last.
 
     The cuts depend only on the text, not on how it is divided into `parts`.
@@ -273,7 +268,7 @@ def _files(corpus: Corpus) -> list[_File]:
         for name, path in itertools.chain.from_iterable(map(expand, patterns)):
             first = found.setdefault(os.path.realpath(path), _File(path, name, split))
             if split and first.split != split:
-                raise UserError(f"{path} is in both --data.corpus.validation_paths and --data.corpus.test_paths")
+                raise UserError(f"{path} is in both {corpus.prefix}.validation_paths and {corpus.prefix}.test_paths")
     return list(found.values())
 
 
@@ -313,7 +308,7 @@ def _documents(corpus: Corpus, cache_dir: Path, report: ReadReport) -> Iterator[
         else:
             yield from _of_text(file, corpus.document, options, report)
     if corpus.hub:
-        remedy = "HF_HUB_OFFLINE=1 and --data.corpus.streaming false"
+        remedy = f"HF_HUB_OFFLINE=1 and {corpus.prefix}.streaming false"
         rows = hub_rows(corpus.hub, corpus.hub_config, corpus.hub_split, corpus.hub_revision, corpus.streaming, remedy)
         yield from _of_rows(rows, _File(Path(corpus.hub), corpus.hub, None), corpus, options, report)
     if _is_builtin(corpus):
@@ -323,7 +318,7 @@ def _documents(corpus: Corpus, cache_dir: Path, report: ReadReport) -> Iterator[
 
 def _format(corpus: Corpus, file: _File) -> Optional[Format]:
     """Return the format of a file with rows, None if it is plain text."""
-    return formats.find(file.path, corpus.format, formats.FORMATS, PREFIX)
+    return formats.find(file.path, corpus.format, formats.FORMATS, corpus.prefix)
 
 
 def _of_text(file: _File, document: str, options: ReadOptions, report: ReadReport) -> Iterator[_Document]:
@@ -349,21 +344,23 @@ def _joined(group: Iterable[Line]) -> Iterator[str]:
 def _of_rows(rows: Rows, file: _File, corpus: Corpus, options: ReadOptions, report: ReadReport) -> Iterator[_Document]:
     for number, row in rows:
         where = f"{file.path}:{number}"
-        text = encodable(_string(row, corpus.text_column, "text_column", where), where, options, report)
+        text = encodable(_string(row, corpus, "text_column", where), where, options, report)
         name = ""
         if corpus.name_column is not None:
-            name = _string(row, corpus.name_column, "name_column", where)
+            name = _string(row, corpus, "name_column", where)
         if text.strip():
             yield _Document(file.split, name or f"{file.name}:{number}", bool(name), [text])
         else:
             report.empty_rows += 1
 
 
-def _string(row: Mapping[str, Any], column: str, option: str, where: str) -> str:
+def _string(row: Mapping[str, Any], corpus: Corpus, option: str, where: str) -> str:
+    column = getattr(corpus, option)
     value = row.get(column)
     if not isinstance(value, str):
+        hint = formats.delimiter_hint(row, corpus.prefix)
         raise UserError(
             f"{where}: column {column!r} of the row is {value!r:.40}, not a string; the columns are "
-            f"{', '.join(map(str, row))}: choose one with --data.corpus.{option}{formats.delimiter_hint(row, PREFIX)}"
+            f"{', '.join(map(str, row))}: choose one with {corpus.prefix}.{option}{hint}"
         )
     return value

@@ -7,18 +7,32 @@ tokens each, and every token of the split is a target once. There is no padding.
 
 import os
 from collections.abc import Sequence
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional, cast
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
-from lm_lightning.data import inspection, shards
+from lm_lightning.data import cache, inspection, shards
 from lm_lightning.data.corpus import Corpus
-from lm_lightning.data.order import PADDING, samples_at
+from lm_lightning.data.interleaving import Stage
+from lm_lightning.data.mixed_samples import MixedBatches, MixedEvaluation, MixedStream, Past, plan
+from lm_lightning.data.mixture import (
+    MixedCorpus,
+    MixtureStage,
+    PreparedMixture,
+    joined_size,
+    labelled,
+    mixture_options,
+    train_tokens,
+)
+from lm_lightning.data.order import PADDING, samples_at, seed_of, sequence_key
 from lm_lightning.data.stream import StreamData
 from lm_lightning.data.tokenizer import Tokenizer
 from lm_lightning.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 class Blocks(Dataset):
@@ -44,15 +58,27 @@ class Blocks(Dataset):
     def __len__(self) -> int:
         return self.size
 
+    def __getitems__(self, positions: list[int]) -> list[dict]:
+        """Several items; computing their places in the shuffled order together takes less time."""
+        samples = positions
+        if self.seed is not None:
+            samples = samples_at(np.array(positions), self.size, self.seed).tolist()
+        return [self[PADDING] if position == PADDING else self.block(n) for position, n in zip(positions, samples)]
+
     def __getitem__(self, position: int) -> dict:
         if position == PADDING:
             item = self[0]
             item["targets"] = torch.full_like(item["targets"], -100)
             return item | {"id": PADDING}
-        sample = position if self.seed is None else int(samples_at(np.array([position]), self.size, self.seed)[0])
+        return self.block(
+            position if self.seed is None else int(samples_at(np.array([position]), self.size, self.seed)[0])
+        )
+
+    def block(self, sample: int) -> dict:
+        """The item of a sample of the split."""
         start = min(sample * self.block_size, len(self.split.tokens) - 1 - self.block_size)
         row = torch.from_numpy(self.split.tokens[start : start + self.block_size + 1].astype(np.int64))
-        item = {"input_ids": row[:-1], "targets": row[1:].clone(), "id": sample}
+        item: dict = {"input_ids": row[:-1], "targets": row[1:].clone(), "id": sample}
         item["targets"][: sample * self.block_size - start] = -100  # these belong to the block before
         if self.mask_documents:
             item["position_ids"] = torch.from_numpy(self.positions(start))
@@ -67,17 +93,24 @@ class Blocks(Dataset):
 
 
 def collate(items: list[dict]) -> dict:
-    """Stacks items to a batch: tensors (B, T), and `id` as a list, which stays on the CPU."""
-    batch = {key: torch.stack([item[key] for item in items]) for key in items[0] if key != "id"}
-    return batch | {"id": [item["id"] for item in items]}
+    """Stacks items to a batch: tensors (B, T), and `id` and `corpus` as lists, which stay on the CPU."""
+    lists = {key: [item[key] for item in items] for key in ("id", "corpus") if key in items[0]}
+    return {key: torch.stack([item[key] for item in items]) for key in items[0] if key not in lists} | lists
 
 
 class PretrainingData(StreamData):
-    """Packed blocks of a corpus for causal language modeling.
+    """Packed blocks of a corpus, or of a mixture of corpora, for causal language modeling.
 
     Args:
         corpus: The documents. Default: the built-in corpus.
         tokenizer: The tokenizer. Default: one that is trained on the corpus.
+        corpora: Several corpora instead of one, by names that you choose, each with the options of `corpus` and a
+            `weight`, such as `{novels: {paths: novels, weight: 0.7}, code: {paths: src, weight: 0.3}}`.
+        temperature: Without weights, the share of a corpus is proportional to `tokens ** (1 / temperature)`, where
+            `tokens` is the size of its training split: 1, the default, is proportional to the sizes; higher values make
+            the shares more equal.
+        stages: Other weights or another temperature from a point of the training on: a list such as
+            `[{start: 0.8, weights: {code: 1}}]`, sorted by `start`.
         block_size: Number of tokens of a block, which is the context length in training.
         batch_size: Number of blocks per micro-batch and process.
         mask_documents: Whether to prevent attention between different documents of a block.
@@ -90,16 +123,23 @@ class PretrainingData(StreamData):
         self,
         corpus: Corpus = Corpus(),
         tokenizer: Tokenizer = Tokenizer(),
+        corpora: Optional[dict[str, MixedCorpus]] = None,
+        temperature: Optional[float] = None,
+        stages: Sequence[MixtureStage] = (),
         block_size: int = 256,
         batch_size: int = 16,
         mask_documents: bool = False,
         num_workers: int = 0,
-        cache_dir: str = "~/.cache/lm_lightning",
+        cache_dir: str = cache.DEFAULT,
     ) -> None:
         super().__init__()
-        self.corpus, self.tokenizer_options = corpus, tokenizer
+        self.options = mixture_options(corpus, corpora, temperature, stages)
+        self.corpora = {"": corpus} if self.options is None else self.options.corpora
+        self.tokenizer_options = tokenizer
         self.block_size, self.batch_size, self.mask_documents = block_size, batch_size, mask_documents
         self.num_workers, self.cache_dir = num_workers, cache_dir
+        self.mixture: Optional[MixedStream] = None  # the training samples of a mixture, once they exist
+        self.past = Past()
 
     collate = staticmethod(collate)
 
@@ -118,63 +158,156 @@ class PretrainingData(StreamData):
             if getattr(self, name) < least:
                 raise UserError(f"data.{name} is {getattr(self, name)}, but must be {least} or more")
 
-    def prepare_data(self) -> None:
+    def prepare_all(self) -> dict[str, shards.Prepared]:
+        """Tokenizes the corpora, unless the cache has them; a single corpus has the name ""."""
         self.check()
-        shards.prepare(self.corpus, self.tokenizer_options, self.layout(), self.cache_dir)
+        return shards.prepare_all(self.corpora, self.tokenizer_options, self.layout(), self.cache_dir)
+
+    def prepare_data(self) -> None:
+        self.prepare_all()
 
     def prepare_corpus(self, show: Sequence[int] = ()) -> None:
         """Tokenizes the corpus, and prints its statistics or, if `show` has numbers of training samples, these samples.
 
         The command `prepare` calls this method without a trainer.
         """
-        self.check()
-        prepared = shards.prepare(self.corpus, self.tokenizer_options, self.layout(), self.cache_dir)
+        prepared = self.prepare_all()
         if show:
-            inspection.print_samples(prepared, self.block_size, show)
+            inspection.print_samples(prepared, self.sample_tokens(next(iter(prepared.values())).tokenizer), show)
         else:
-            inspection.print_counts(prepared, self.block_size, omitted=1)
+            self.print_counts(prepared)
+
+    def print_counts(self, prepared: dict[str, shards.Prepared]) -> None:
+        """Prints the sizes of the corpora."""
+        inspection.print_counts(prepared, self.block_size, omitted=1)
+        self.print_shares(prepared)
+
+    def print_shares(self, prepared: dict[str, shards.Prepared]) -> None:
+        """Prints the shares of the corpora of a mixture."""
+        if self.options is not None:
+            print("\n".join(self.options.describe(train_tokens(prepared))))
+
+    def sample_tokens(self, tokenizer: "PreTrainedTokenizerFast") -> int:
+        """Number of tokens of a sample, without special tokens that the samples add."""
+        return self.block_size
 
     def setup(self, stage: str) -> None:
         """Opens the shards, in each process."""
-        self.check()
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
-        self.prepared = shards.prepare(self.corpus, self.tokenizer_options, self.layout(), self.cache_dir)
-        self.tokenizer = self.prepared.tokenizer
-        self.splits = {name: self.prepared.split(name) for name in shards.SPLITS}
+        parts = self.prepare_all()
+        self.tokenizer = next(iter(parts.values())).tokenizer
+        self.opened = {split: {name: part.split(split) for name, part in parts.items()} for split in shards.SPLITS}
+        self.prepared: Any
+        if self.options is None:
+            self.prepared = parts[""]
+            self.splits: Any = {split: opened[""] for split, opened in self.opened.items()}
+        else:
+            self.prepared = PreparedMixture(parts, self.options)
+            self.splits = {
+                split: joined_size([self.opened[split][name] for name in self.used(split)]) for split in shards.SPLITS
+            }
         needed = {"fit": ["train", "validation"], "validate": ["validation"], "test": ["test"], "predict": ["test"]}
-        for name in needed[stage]:
-            if name == "validation" and not self.trainer.limit_val_batches:
+        for split in needed[stage]:
+            if split == "validation" and not self.trainer.limit_val_batches:
                 continue
-            remedy = "lower --data.block_size, give more text or "
-            if name == "train":
-                remedy += "a larger share of it"
-            elif getattr(self.corpus, f"{name}_paths"):
-                remedy += f"name other files with --data.corpus.{name}_paths"
-            else:
-                remedy += f"increase --data.corpus.{name}_fraction (or give files with --data.corpus.{name}_paths)"
-            shards.require_full_block(self.splits[name], name, self.block_size, remedy)
-            if self.trainer.is_global_zero:
-                self.report(name)
+            if not self.used(split):
+                raise UserError(
+                    f"no corpus has documents for the {split} split: set {split}_fraction or {split}_paths of one of "
+                    "data.corpora"
+                )
+            for name in self.used(split):
+                self.require_samples(split, name)
+                if self.trainer.is_global_zero:
+                    self.report(split, name)
 
-    def report(self, name: str) -> None:
-        """Prints the size of a split, and how much of it is not used."""
-        split, blocks = self.splits[name], self.samples(name)
+    def used(self, split: str) -> list[str]:
+        """The names of the corpora of which a split is used."""
+        return [""] if self.options is None else self.options.used(split)
+
+    def require_samples(self, split: str, name: str) -> None:
+        """Refuses a split of a corpus that does not fill a block."""
+        corpus = self.corpora[name]
+        remedy = "lower --data.block_size, give more text or "
+        if split == "train":
+            remedy += "a larger share of it"
+        elif getattr(corpus, f"{split}_paths"):
+            remedy += f"name other files with {corpus.prefix}.{split}_paths"
+        else:
+            remedy += f"increase {corpus.prefix}.{split}_fraction (or give files with {corpus.prefix}.{split}_paths)"
+        shards.require_full_block(self.opened[split][name], labelled(split, name), self.block_size, remedy)
+
+    def report(self, name: str, corpus: str = "") -> None:
+        """Prints the size of a split of a corpus, and how much of it is not used."""
+        split, blocks = self.opened[name][corpus], self.corpus_samples(name, corpus)
         left = len(split.tokens) - 1 - len(blocks) * self.block_size  # one token less, as the first is not a target
+        prepared = self.prepared if self.options is None else self.prepared.parts[corpus]
         print(
-            f"{name}: {len(split.documents):,} documents, {split.bytes:,} bytes, {len(split.tokens):,} tokens of "
+            f"{labelled(name, corpus)}: {len(split.documents):,} documents, {split.bytes:,} bytes, "
+            f"{len(split.tokens):,} tokens of "
             f"{len(self.tokenizer):,} kinds, unigram perplexity {split.unigram_perplexity:.1f}, {len(blocks):,} blocks "
             f"of {self.block_size}"
             + (f", {left} tokens at the end are not used, as they do not fill a block" if left > 0 else "")
-            + self.prepared.about_unknown(name)
+            + prepared.about_unknown(name)
         )
 
+    def corpus_samples(self, split: str, corpus: str) -> Any:
+        """The samples of a split of a corpus."""
+        return Blocks(self.opened[split][corpus], self.block_size, self.mask_documents, self.order_seed(split, corpus))
+
+    def order_seed(self, split: str, corpus: str) -> Optional[int]:
+        """The seed of the order of the training samples of a corpus; None for other splits, which have no order."""
+        if split != "train":
+            return None
+        return self.seed if self.options is None else seed_of(self.seed, sequence_key(list(corpus.encode())))
+
     def samples(self, split: str) -> Any:
-        seed = self.seed if split == "train" else None
-        return Blocks(self.splits[split], self.block_size, self.mask_documents, seed)
+        if self.options is None:
+            return self.corpus_samples(split, "")
+        size = self.sample_tokens(self.tokenizer)
+        parts = {name: self.corpus_samples(split, name) for name in self.used(split)}
+        first_ids = inspection.first_ids({name: len(part.tokens) for name, part in self.opened[split].items()}, size)
+        if split != "train":
+            return MixedEvaluation(parts, first_ids)
+        length, names = sum(map(len, parts.values())), self.options.names
+        tokens = train_tokens(self.prepared.parts)
+        interleaving, end = plan(self.options, tokens, self.trainer, self.batch_size, length, self.past)
+        ids = [first_ids[name] for name in names]
+        return MixedStream(names, list(map(parts.get, names)), ids, interleaving, self.block_size, end)
+
+    def train_dataloader(self) -> DataLoader:
+        loader = super().train_dataloader()
+        if self.options is not None:
+            self.mixture = cast(MixedStream, loader.dataset)
+        return loader
+
+    def evaluation_loader(self, split: str) -> DataLoader:
+        if self.options is None:
+            return super().evaluation_loader(split)
+        samples = self.samples(split)
+        sizes = {name: len(part) for name, part in samples.parts.items()}
+        return self.loader(samples, MixedBatches(sizes, self.batch_size, self.replica, self.replicas))
+
+    @property
+    def corpus_sizes(self) -> dict[str, dict[str, shards.Split]]:
+        """The size of each corpus of a mixture, by split; empty without a mixture."""
+        if self.options is None:
+            return {}
+        return {split: {name: self.opened[split][name] for name in self.used(split)} for split in self.opened}
+
+    def used_samples(self) -> dict[str, dict[str, float]]:
+        """The training samples of each corpus of a mixture so far: their `tokens`, `epochs` and `share`."""
+        return self.mixture.seen(self.consumed, self.overfit_samples)  # type: ignore[union-attr]
 
     @property
     def info(self) -> dict:
-        return self.prepared.info
+        if self.mixture is None:
+            return self.prepared.info
+        return self.prepared.info | {"used": self.used_samples()}
+
+    @property
+    def token_counts(self) -> np.ndarray:
+        """How often each token occurs in the training data, (tokens,)."""
+        return self.prepared.frequencies()
 
     def identity(self) -> dict:
         """Settings that determine the stream of samples; a position in it can be resumed only if they are equal."""
@@ -183,3 +316,16 @@ class PretrainingData(StreamData):
             "data.block_size": self.block_size,
             "seed_everything": self.seed,
         }
+
+    def state_dict(self) -> dict:
+        state = super().state_dict()
+        if self.mixture is not None:
+            stages = [[stage.start, list(stage.counts)] for stage in self.mixture.interleaving.stages]
+            state |= {"step": self.trainer.global_step, "stages": stages}
+        return state
+
+    def load_state_dict(self, state: dict) -> None:
+        super().load_state_dict(state)
+        if self.options is not None and self.trainer.state.fn == "fit":
+            stages = [Stage(start, tuple(counts)) for start, counts in state["stages"]]
+            self.past = Past(state["consumed"], state["step"], stages)

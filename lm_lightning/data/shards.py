@@ -16,17 +16,18 @@ import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 import numpy as np
 
-from lm_lightning import files
 from lm_lightning.data import cache as cached
 from lm_lightning.data import corpus as corpora
 from lm_lightning.data import tokenizer as tokenizers
+from lm_lightning.data.source import Source
 from lm_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ class Prepared(NamedTuple):
     def about_unknown(self, name: str) -> str:
         """The number of unknown tokens of a split, as part of a sentence; prints a warning if there are many."""
         counts = self.info["splits"][name]
-        remedy = "use another --data.tokenizer.path, or none to train one on the corpus, or fix --data.corpus.encoding"
+        remedy = "use another --data.tokenizer.path, or none to train one on the corpus, or fix its `encoding`"
         numbers = counts["unknown"], counts["tokens"]
         tokenizers.warn_about_unknown(f"the {name} split", *numbers, counts["unknown_example"], remedy)
         return tokenizers.about_unknown(*numbers)
@@ -130,9 +131,7 @@ def open_split(folder: Path, name: str) -> Split:
 
 
 def check(folder: Path) -> None:
-    """Refuses shards that have changed since they were written.
-
-    Sizes are always compared; checksums are, if the size or modification time of a file has changed.
+    """Refuses shards that have changed since they were written, see `cache.check_files`.
 
     Raises:
         UserError: Names the file, and the folder to remove.
@@ -148,65 +147,76 @@ def check(folder: Path) -> None:
         raise UserError(f"the tokenized corpus has a damaged {folder / 'info.json'} ({error}): {remedy}") from error
     if not known:
         raise UserError(f"{folder / 'info.json'} does not describe a tokenized corpus: {remedy}")
-    for name, entry in info["files"].items():
-        try:
-            stat = (folder / name).stat()
-            changed = stat.st_size != entry["size"] or (
-                stat.st_mtime_ns != entry["modified"] and files.checksum(folder / name) != entry["crc32"]
-            )
-        except (OSError, KeyError, TypeError) as error:
-            raise UserError(f"{folder / name} of the tokenized corpus cannot be read ({error}): {remedy}") from error
-        if changed:
-            raise UserError(
-                f"{folder / name} of the tokenized corpus has changed since it was written ({stat.st_size:,} bytes of "
-                f"{entry['size']:,}, or another checksum): {remedy}"
-            )
+    cached.check_files(folder, info["files"], "the tokenized corpus", remedy)
 
 
 def prepare(corpus: corpora.Corpus, options: tokenizers.Tokenizer, layout: Layout, cache_dir: str) -> Prepared:
-    """Loads or trains the tokenizer and tokenizes the corpus, unless the cache has both.
+    """Loads or trains the tokenizer and tokenizes the corpus, see `prepare_all`."""
+    return prepare_all({"": corpus}, options, layout, cache_dir)[""]
 
-    Several processes can call this at once: the first one does the work, and the others wait for it.
+
+def prepare_all(
+    mixed: Mapping[str, corpora.Corpus], options: tokenizers.Tokenizer, layout: Layout, cache_dir: str
+) -> dict[str, Prepared]:
+    """Loads or trains a tokenizer for some corpora, and tokenizes each of them, unless the cache has all of it.
+
+    A tokenizer is trained on the same amount of text of each corpus, unless a corpus has less. Several processes can
+    call this at once: the first one does the work, and the others wait for it.
 
     Args:
-        corpus: The corpus.
+        mixed: The corpora by their names.
         options: Options of the tokenizer.
         layout: How documents are converted to tokens.
         cache_dir: Folder of the cache; `~` is expanded.
 
     Raises:
-        UserError: If the corpus or tokenizer cannot be used; states the reason.
+        UserError: If a corpus or the tokenizer cannot be used; states the reason.
     """
-    cache = Path(cache_dir).expanduser()
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"cannot create the cache {cache} ({error.strerror}): choose another --data.cache_dir"
-        ) from error
-    inputs = corpora.inputs(corpus, cache)
+    cache = cached.folder_of(cache_dir)
+    inputs = {name: corpora.inputs(corpus, cache) for name, corpus in mixed.items()}
+    sources = {
+        name: Source(corpus, cache, cache / "filtered" / fingerprint(inputs[name])) for name, corpus in mixed.items()
+    }
 
     if options.path is not None:
         tokenizer = tokenizers.load(options.path)
     else:
-        folder = cache / "tokenizers" / fingerprint(inputs, vars(options), layout.special)
+        known: Any = list(inputs.values()) if len(inputs) > 1 else next(iter(inputs.values()))
+        folder = cache / "tokenizers" / fingerprint(known, vars(options), layout.special)
 
-        def train(partial: Path) -> None:
-            texts = (piece.text for piece in corpora.read(corpus, cache) if piece.split == "train")
-            tokenizers.train(options, texts, layout.special).save_pretrained(partial)
+        def train(unfinished: Path) -> None:
+            texts = in_turn([training_texts(source) for source in sources.values()])
+            tokenizers.train(options, texts, layout.special).save_pretrained(unfinished)
 
         cached.make_once(folder, cache, "training the tokenizer", train)
         tokenizer = tokenizers.load(str(folder))
 
-    folder = cache / "shards" / fingerprint(inputs, tokenizers.fingerprint(tokenizer), vars(layout))
-    cached.make_once(
-        folder,
-        cache,
-        "tokenizing the corpus",
-        lambda partial: tokenize(corpus, tokenizer, layout, inputs, cache, partial),
-    )
-    check(folder)
-    return Prepared(tokenizer, folder)
+    prepared = {}
+    for name, source in sources.items():
+        folder = cache / "shards" / fingerprint(inputs[name], tokenizers.fingerprint(tokenizer), vars(layout))
+        write = partial(tokenize, source, tokenizer, layout, inputs[name])
+        cached.make_once(folder, cache, f"tokenizing the corpus {name}".strip(), write)
+        check(folder)
+        prepared[name] = Prepared(tokenizer, folder)
+    return prepared
+
+
+def training_texts(source: Source) -> Iterator[str]:
+    """The texts of the training split of a corpus."""
+    return (piece.text for piece in source.read() if piece.split == "train")
+
+
+def in_turn(sources: Sequence[Iterator[str]]) -> Iterator[str]:
+    """The texts of all sources, each from the source of which there were the fewest characters so far."""
+    read = dict.fromkeys(range(len(sources)), 0)
+    while read:
+        source = min(read, key=read.__getitem__)
+        text = next(sources[source], None)
+        if text is None:
+            del read[source]
+        else:
+            read[source] += len(text)
+            yield text
 
 
 def fingerprint(*parts: object) -> str:
@@ -215,11 +225,10 @@ def fingerprint(*parts: object) -> str:
 
 
 def tokenize(
-    corpus: corpora.Corpus,
+    source: Source,
     tokenizer: "PreTrainedTokenizerFast",
     layout: Layout,
     inputs: dict,
-    cache: Path,
     folder: Path,
 ) -> None:
     """Reads the corpus once and writes the files of all splits into `folder`."""
@@ -240,7 +249,7 @@ def tokenize(
     # Offsets, which show white space, cost time.
     encode = backend.encode_batch if layout.words else backend.encode_batch_fast
 
-    total = corpora.total_bytes(corpus, cache)
+    total = source.total_bytes()
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(
             tqdm(total=total, unit="B", unit_scale=True, desc="tokenize", leave=False, disable=None)
@@ -250,7 +259,7 @@ def tokenize(
             for split in SPLITS
             for kind in KINDS
         }
-        for pieces in batches(corpora.read(corpus, cache)):
+        for pieces in batches(source.read()):
             parts = [segment(piece.text) for piece in pieces]
             encodings = iter(encode([part for texts in parts for part in texts], add_special_tokens=False))
             new: dict[tuple[str, str], list[int]] = {key: [] for key in streams}
@@ -290,11 +299,9 @@ def tokenize(
         counts[split]["unknown_example"] = examples[split]
         counts[split]["unigram_perplexity"] = unigram_perplexity(frequencies["train"], frequencies[split])
     np.save(folder / "frequencies.npy", frequencies["train"])
-    written = {
-        path.name: {"size": path.stat().st_size, "modified": path.stat().st_mtime_ns, "crc32": files.checksum(path)}
-        for path in sorted(folder.iterdir())
-    }
-    info = {"inputs": inputs, "dtype": dtype.name, "vocabulary": vocabulary, "splits": counts, "files": written}
+    written = cached.described(folder)
+    info = source.report()  # first, as reports may be cut
+    info |= {"inputs": inputs, "dtype": dtype.name, "vocabulary": vocabulary, "splits": counts, "files": written}
     (folder / "info.json").write_text(json.dumps(info, indent=2), encoding="utf-8")
 
 

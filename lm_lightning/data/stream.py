@@ -27,6 +27,7 @@ class StreamData(LightningDataModule):
 
     def __init__(self) -> None:
         super().__init__()
+        self.overfit_samples = 0  # first samples of the stream that each epoch repeats; 0: none
         self.consumed = 0  # samples of the stream that finished optimizer steps have used, over all replicas
 
     def samples(self, split: str) -> Any:
@@ -72,8 +73,8 @@ class StreamData(LightningDataModule):
         )
         if overfit := self.trainer.overfit_batches:  # each epoch reads the first batches again
             batches = min(overfit, len(sampler)) if isinstance(overfit, int) else int(overfit * len(sampler))
-            again = max(1, batches) * self.batch_size * self.replicas
-            sampler.consumed = lambda: self.consumed % again
+            self.overfit_samples = max(1, batches) * self.batch_size * self.replicas
+            sampler.consumed = lambda: self.consumed % self.overfit_samples
         return self.loader(samples, sampler)
 
     def advance(self, rows: int) -> None:
@@ -93,7 +94,7 @@ class StreamData(LightningDataModule):
         samples = self.samples(split)
         return self.loader(samples, SequentialBatches(len(samples), self.batch_size, self.replica, self.replicas))
 
-    def loader(self, samples: Any, sampler: Sampler[list[int]]) -> DataLoader:
+    def loader(self, samples: Any, sampler: Sampler[list[Any]]) -> DataLoader:
         return DataLoader(
             samples,
             batch_sampler=sampler,

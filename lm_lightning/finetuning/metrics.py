@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 from torchmetrics import Metric
-from torchmetrics.functional import pearson_corrcoef, spearman_corrcoef
+from torchmetrics.functional.regression import pearson_corrcoef, spearman_corrcoef
 from torchmetrics.utilities import dim_zero_cat
 
 

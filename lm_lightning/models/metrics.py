@@ -1,6 +1,7 @@
 """Metrics that torchmetrics lacks: sums over batches and processes in, numbers out."""
 
-from typing import Literal
+import math
+from typing import Literal, Optional
 
 import torch
 from torch import Tensor
@@ -39,6 +40,42 @@ class Ratio(Metric):
     def compute(self) -> Tensor:
         """The ratio of the sums, () float32."""
         return (self.total + self.total_error) / (self.count + self.count_error)
+
+
+class LossRatio(Ratio):
+    """A mean loss over all batches, and over the batches of each corpus of a mixture.
+
+    Attributes:
+        corpus: The corpus of the next batch; None if the data has no corpora.
+        parts: The mean loss of each corpus of which there was a batch.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.corpus: Optional[str] = None
+        self.parts: dict[str, Ratio] = {}
+
+    def update(self, total: Tensor, count: Tensor) -> None:
+        super().update(total, count)
+        if self.corpus is not None:
+            if self.corpus not in self.parts:
+                self.parts[self.corpus] = Ratio().to(total.device)
+            self.parts[self.corpus].update(total, count)
+
+    def reset(self) -> None:
+        super().reset()
+        self.parts = {}
+
+
+def bits_per_byte(loss: Tensor, targets: int, size: int) -> Tensor:
+    """Converts a loss in nats per target token to bits per byte of the text, () float32.
+
+    Args:
+        loss: The loss.
+        targets: Number of target tokens of the text.
+        size: Number of its UTF-8 bytes.
+    """
+    return loss / math.log(2) * (targets / max(1, size))
 
 
 def added(total: Tensor, error: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

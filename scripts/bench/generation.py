@@ -32,6 +32,7 @@ def generate(
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     from lm_lightning.generation import generation, recording
+    from lm_lightning.generation.sampling import Sampling
 
     torch.manual_seed(0)
     if model is not None:
@@ -50,7 +51,7 @@ def generate(
     never = -1  # an end token that no network predicts
 
     def ours(ids: Any, count: int) -> list[list[int]]:
-        return generation.answers(net, ids.tolist(), count, generation.Sampling(greedy=True), [never], None, None)
+        return generation.answers(net, ids.tolist(), count, Sampling(greedy=True), [never], None, None)
 
     def theirs(ids: Any, count: int) -> list[list[int]]:
         with torch.no_grad():

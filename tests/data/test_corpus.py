@@ -235,9 +235,9 @@ def test_without_spaces_pieces_are_cut_after_line_breaks_or_punctuation(tmp_path
 @settings(deadline=None, max_examples=40)
 def test_cuts_depend_on_the_text_only(folder, units, mode):
     text = "".join(units)
-    whole = list(corpora._cut([text]))
+    whole = list(corpora.cut([text]))
     assert "".join(piece for piece, _ in whole) == text
-    assert list(corpora._cut(text[i : i + 1000] for i in range(0, len(text), 1000))) == whole
+    assert list(corpora.cut(text[i : i + 1000] for i in range(0, len(text), 1000))) == whole
     lines = [line.removesuffix("\r") for line in text.split("\n")]  # what a "\r" before "\n" is: part of the line end
     if any(line.strip() for line in lines):
         found = documents(write(folder / "c.txt", text), document=mode, max_line=0)

@@ -8,7 +8,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from lm_lightning.generation import recording
-from lm_lightning.generation.generation import Sampling, answers
+from lm_lightning.generation.generation import answers
+from lm_lightning.generation.sampling import Sampling
 
 SIZES: dict[str, dict[str, Any]] = {
     "gpt2": {"n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 64},

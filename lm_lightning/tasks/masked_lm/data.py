@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from lm_lightning.data import inspection, shards
+from lm_lightning.data import cache, inspection, shards
 from lm_lightning.data.corpus import Corpus
+from lm_lightning.data.mixture import MixedCorpus, MixtureStage, labelled
 from lm_lightning.data.order import PADDING, samples_at
 from lm_lightning.data.pretraining import PretrainingData, collate
 from lm_lightning.data.tokenizer import Tokenizer, text_ids, unknown_id, unknown_word, warn_about_unknown
@@ -167,6 +168,13 @@ class MaskedData(PretrainingData):
     Args:
         corpus: The documents. Default: the built-in corpus.
         tokenizer: The tokenizer. Default: one that is trained on the corpus.
+        corpora: Several corpora instead of one, by names that you choose, each with the options of `corpus` and a
+            `weight`, such as `{novels: {paths: novels, weight: 0.7}, code: {paths: src, weight: 0.3}}`.
+        temperature: Without weights, the share of a corpus is proportional to `tokens ** (1 / temperature)`, where
+            `tokens` is the size of its training split: 1, the default, is proportional to the sizes; higher values make
+            the shares more equal.
+        stages: Other weights or another temperature from a point of the training on: a list such as
+            `[{start: 0.8, weights: {code: 1}}]`, sorted by `start`.
         masking: Which tokens are masked.
         next_sentence: Whether blocks are pairs of segments for next-sentence prediction: the second segment follows the
             first one, or is from another document.
@@ -182,6 +190,9 @@ class MaskedData(PretrainingData):
         self,
         corpus: Corpus = Corpus(),
         tokenizer: Tokenizer = Tokenizer(algorithm="wordpiece", lowercase=True),
+        corpora: Optional[dict[str, MixedCorpus]] = None,
+        temperature: Optional[float] = None,
+        stages: Sequence[MixtureStage] = (),
         masking: Masking = Masking(),
         next_sentence: bool = False,
         language: str = "en",
@@ -189,9 +200,11 @@ class MaskedData(PretrainingData):
         batch_size: int = 16,
         texts: list[str] | str = (),  # type: ignore[assignment]
         num_workers: int = 0,
-        cache_dir: str = "~/.cache/lm_lightning",
+        cache_dir: str = cache.DEFAULT,
     ) -> None:
-        super().__init__(corpus, tokenizer, block_size, batch_size, False, num_workers, cache_dir)
+        super().__init__(
+            *(corpus, tokenizer, corpora, temperature, stages, block_size, batch_size, False, num_workers, cache_dir)
+        )
         self.masking, self.next_sentence, self.language = masking, next_sentence, language
         self.texts = [texts] if isinstance(texts, str) else list(texts)
         if next_sentence and masking.unit == "space":
@@ -204,25 +217,25 @@ class MaskedData(PretrainingData):
 
     def prepare_corpus(self, show: Sequence[int] = ()) -> None:
         """The same as for GPTs; samples are printed without masks."""
-        self.check()
-        prepared = shards.prepare(self.corpus, self.tokenizer_options, self.layout(), self.cache_dir)
-        room = self.room(prepared.tokenizer)
-        if not show:
-            return inspection.print_counts(prepared, room, omitted=0, full=() if self.next_sentence else ("train",))
-        if self.next_sentence:
+        if show and self.next_sentence:
             print("a pair begins with this segment; the second one may be from any document, and changes each epoch")
-        inspection.print_samples(prepared, room, show)
+        super().prepare_corpus(show)
 
-    def samples(self, split: str) -> MaskedBlocks | MaskedPairs:
+    def print_counts(self, prepared: dict[str, shards.Prepared]) -> None:
+        room = self.sample_tokens(next(iter(prepared.values())).tokenizer)
+        inspection.print_counts(prepared, room, omitted=0, full=() if self.next_sentence else ("train",))
+        self.print_shares(prepared)
+
+    def corpus_samples(self, split: str, corpus: str) -> MaskedBlocks | MaskedPairs:
         masker = Masker(self.masking, self.tokenizer, self.block_size)
-        seed = self.seed if split == "train" else None
+        tokens, seed = self.opened[split][corpus], self.order_seed(split, corpus)
         if not self.next_sentence:
-            return MaskedBlocks(self.splits[split], self.block_size, masker, seed)
-        pairs = SentencePairs(self.splits[split], self.room(self.tokenizer), split)
+            return MaskedBlocks(tokens, self.block_size, masker, seed)
+        pairs = SentencePairs(tokens, self.sample_tokens(self.tokenizer), labelled(split, corpus))
         return MaskedPairs(pairs, text_ids(self.tokenizer), self.tokenizer.pad_token_id, self.block_size, masker, seed)
 
-    def room(self, tokenizer: "PreTrainedTokenizerFast") -> int:
-        """Number of tokens that fit into a block, without special tokens."""
+    def sample_tokens(self, tokenizer: "PreTrainedTokenizerFast") -> int:
+        """Number of tokens that fit into a block, without the special tokens of pairs."""
         if not self.next_sentence:
             return self.block_size
         before, after = text_ids(tokenizer)
