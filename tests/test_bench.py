@@ -33,7 +33,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory, corpus_file: Path) -> Iterat
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(folder))
         import data
-        import generation
+        import generation  # fork: gpt
         import harness
         import startup
         import training
@@ -44,9 +44,9 @@ def bench(tmp_path_factory: pytest.TempPathFactory, corpus_file: Path) -> Iterat
         peer = tmp_path_factory.mktemp("peer") / "peer.py"
         peer.write_text(PEER)
         tiny = workload.Workload(text=str(corpus_file), layers=1, hidden=32, length=32, batch=2)
-        yield SimpleNamespace(
-            data=data, generation=generation, startup=startup, training=training, tiny=tiny, peer=str(peer)
-        )
+        made = SimpleNamespace(data=data, startup=startup, training=training, tiny=tiny, peer=str(peer))
+        made.generation = generation  # fork: gpt
+        yield made
         for name, module in list(sys.modules.items()):
             if Path(getattr(module, "__file__", None) or "/").parent == folder:
                 del sys.modules[name]
