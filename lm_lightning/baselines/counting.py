@@ -102,12 +102,13 @@ class NGramLM(CausalLM):
     def count(self, batch: dict, windows: Tensor, known: Tensor) -> None:
         """Counts the samples of a batch that have not been counted yet."""
         inputs, targets = batch["input_ids"], batch["targets"]
-        if not bool((known[:, 1:] == 1).logical_or(inputs[:, 1:] == targets[:, :-1]).all()):
+        rows = self.new_rows(contract.sample_ids(batch), len(targets))
+        follows = (known[:, 1:] == 1) | (inputs[:, 1:] == targets[:, :-1])
+        if not bool(follows[rows].all() & (targets[rows] >= 0).all()):
             raise UserError(
                 f"{type(self.trainer.datamodule).__name__} has targets that are not the next tokens, whose n-grams "
                 "cannot be counted: use PretrainingData"
             )
-        rows = self.new_rows(contract.sample_ids(batch), len(targets))
         tokens = [tensor[rows].flatten(0, 1).cpu().numpy() for tensor in (windows, known, targets)]
         self.counter.add(*tokens)
 

@@ -184,7 +184,7 @@ def test_fit_counts_resumes_exports_and_generates(fit, cli, flags, tmp_path: Pat
         "print(network(torch.arange(9).unsqueeze(0)).logits.exp().sum().item())\n"
     )
     words = [sys.executable, "-c", script, str(tmp_path / "exported")]
-    result = subprocess.run(words, capture_output=True, text=True, timeout=200)
+    result = subprocess.run(words, capture_output=True, text=True, timeout=500)
     assert result.returncode == 0, result.stderr
     assert float(result.stdout) == pytest.approx(9, abs=1e-4)
     network = AutoModelForCausalLM.from_pretrained(full / "model")
