@@ -57,11 +57,14 @@ def test_recipe_trains_and_exports(file: Path, cli, tmp_path: Path, cache_dir: P
     tokenizer = '{"path": null, "algorithm": "%s", "vocab_size": 400}' % (
         "wordpiece" if recipe["data"]["class_path"] == "MaskedData" else "bpe"
     )
+    corpora = [f"corpora.{name}" for name in recipe["data"]["init_args"].get("corpora", [])] or ["corpus"]
     network = recipe["model"]["init_args"]["network"]
     flags = [f"--model.network.{key}={value}" for key, value in SMALL[network["model_type"]].items()]
     out = cli(
         *("fit", "--config", file, *flags, "--runs_dir", tmp_path, "--data.cache_dir", cache_dir),
-        *("--data.corpus.paths", corpus_file, "--data.corpus.validation_fraction", 0.1, "--data.block_size", 64),
+        *(flag for corpus in corpora for flag in (f"--data.{corpus}.paths", corpus_file)),
+        *(flag for corpus in corpora for flag in (f"--data.{corpus}.validation_fraction", 0.1)),
+        *("--data.block_size", 64),
         *("--data.tokenizer", tokenizer, "--data.batch_size", 2, "--trainer.max_steps", 4),
         *("--model.schedule.warmup_steps", 1, "--trainer.val_check_interval", 2, "--trainer.limit_val_batches", 1),
         *("--trainer.accumulate_grad_batches", 2, "--model.compile", "false", "--trainer.accelerator", "cpu"),

@@ -217,13 +217,20 @@ def about_unknown(unknown: int, tokens: int) -> str:
     return f", {unknown:,} of the tokens are unknown ({unknown / tokens:.2%})" if unknown else ""
 
 
+def unknown_warning(what: str, unknown: int, tokens: int, example: str, remedy: str) -> str:
+    """A warning if a large share of the tokens is unknown; otherwise empty."""
+    if unknown <= MANY * tokens:
+        return ""
+    return (
+        f"warning: {what}: {unknown / tokens:.0%} of the tokens are unknown to the tokenizer, such as {example!r}, "
+        f"so the network cannot distinguish them: {remedy}"
+    )
+
+
 def warn_about_unknown(what: str, unknown: int, tokens: int, example: str, remedy: str) -> None:
     """Prints a warning if a large share of the tokens is unknown."""
-    if unknown > MANY * tokens:
-        print(
-            f"warning: {what}: {unknown / tokens:.0%} of the tokens are unknown to the tokenizer, such as {example!r}, "
-            f"so the network cannot distinguish them: {remedy}"
-        )
+    if warning := unknown_warning(what, unknown, tokens, example, remedy):
+        print(warning)
 
 
 def vocabulary(tokenizer: "PreTrainedTokenizerFast") -> int:

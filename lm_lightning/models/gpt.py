@@ -12,13 +12,25 @@ from lm_lightning.errors import UserError
 from lm_lightning.losses import cross_entropy, linear_cross_entropy
 from lm_lightning.models.metrics import Mode, bits_per_byte
 from lm_lightning.models.module import LanguageModule
+from lm_lightning.models.unigram import start_at_frequencies
 from lm_lightning.networks import add_end_tokens, headless
 
 
 class CausalLM(LanguageModule):
-    """Any causal network of `transformers` (GPT-2, Llama, Qwen, ...), trained to predict the next token."""
+    """Any causal network of `transformers` (GPT-2, Llama, Qwen, ...), trained to predict the next token.
+
+    Args:
+        unigram_start: Whether a new network predicts tokens with their frequencies in the training data when it starts,
+            so that they need not be learned. This needs a head with a bias, or a layer norm with a bias before it (as
+            in GPT-2, but not in Llama); it has no effect on other networks.
+        options: Options of all models, see `LanguageModule`.
+    """
 
     auto_class = transformers.AutoModelForCausalLM
+
+    def __init__(self, unigram_start: bool = True, **options: Any) -> None:
+        super().__init__(**options)
+        self.unigram_start = unigram_start
 
     def network_made(self) -> None:
         # Blocks have no padding. With a padding token, which is often also the end-of-text token, a network would
@@ -27,6 +39,9 @@ class CausalLM(LanguageModule):
         self.network.get_input_embeddings().padding_idx = None
         self.has_linear_head = self.head_is_last()
         self.refuse_leaks()
+        counts = contract.optional(self.trainer.datamodule, "token_counts")
+        if self.unigram_start and self.settings is not None and counts is not None and self.trainer.state.fn == "fit":
+            start_at_frequencies(self.network, counts)
         if ends := contract.optional(self.trainer.datamodule, "end_tokens"):
             add_end_tokens(self.network, ends)
 

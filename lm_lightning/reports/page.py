@@ -12,9 +12,10 @@ from pathlib import Path
 from lm_lightning.errors import UserError
 from lm_lightning.files import write_text
 from lm_lightning.reports.curves import charts
+from lm_lightning.reports.filters import filters, without_filters
 from lm_lightning.reports.history import Run, read
 from lm_lightning.reports.html_parts import escape, folded, section, table
-from lm_lightning.reports.sections import configs, confusion, mistakes, results, samples, spikes
+from lm_lightning.reports.sections import configs, confusion, corpora, mistakes, results, samples, spikes
 from lm_lightning.reports.summary import summary
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -38,13 +39,19 @@ def page(runs: Sequence[Run]) -> str:
     parts = [section("Summary", notes(runs) + table([run.name for run in runs], [summary(run) for run in runs]))]
     drawn = charts(runs)
     parts.append(section("Curves", '<div id="curves"></div>' if drawn else "<p>Nothing was logged.</p>"))
-    labelled = (("Results by label", results), ("Confusion of labels", confusion), ("Worst mistakes", mistakes))
-    for title, block in (*labelled, ("Spikes of the loss", spikes), ("Samples", samples)):
+    labelled = (
+        ("Corpora", corpora),
+        ("Results by label", results),
+        ("Confusion of labels", confusion),
+        ("Worst mistakes", mistakes),
+    )
+    others = (("Spikes of the loss", spikes), ("Samples", samples), ("Filters of the corpus", filters))
+    for title, block in (*labelled, *others):
         blocks = [(run.name, written) for run in runs if (written := block(run))]
         if blocks:
             parts.append(section(title, folded(blocks)))
     parts.append(section("Config", configs(runs)))
-    parts.append(section("Data", table([run.name for run in runs], [run.data for run in runs], "marked")))
+    parts.append(section("Data", table([run.name for run in runs], [without_filters(run) for run in runs], "marked")))
     parts.append(section("Environment", table([run.name for run in runs], [run.environment for run in runs], "marked")))
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
     # "</script>" would end the script element.
