@@ -52,7 +52,10 @@ class NGramLM(CausalLM):
     ) -> None:
         if ngrams_in_memory < 1:
             raise UserError(f"model.ngrams_in_memory is {ngrams_in_memory}, but must be 1 or more")
-        super().__init__(network, pretrained, NoOptimizer, Schedule("constant", warmup_steps=0))
+        schedule = Schedule("constant", warmup_steps=0)
+        super().__init__(
+            unigram_start=False, network=network, pretrained=pretrained, optimizer=NoOptimizer, schedule=schedule
+        )
         self.ngrams_in_memory = ngrams_in_memory
         self.counter: Counter = None  # type: ignore[assignment]  # made by `on_fit_start`
         self.counted = np.zeros(0, bool)  # whether each sample was counted, by its id
