@@ -62,6 +62,7 @@ NETWORKS = {
     },
     "t5": {"model_type": "t5", "d_model": 32, "d_kv": 16, "num_heads": 2, "d_ff": 64, "num_layers": 1},
 }
+NETWORKS["chat"] = NETWORKS["gpt2"]
 
 
 def equal(one: object, other: object) -> bool:
@@ -107,6 +108,8 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, corpus_file: Path, cache_di
         }
         if network in ("bart", "t5"):
             content |= encoder_decoder(folder, network)
+        if network == "chat":
+            content |= chat(folder)
         file = folder / f"{network}.yaml"
         file.write_text(yaml.safe_dump(content))
         return ("fit", "--config", file, *flags)
@@ -130,6 +133,21 @@ def encoder_decoder(folder: Path, network: str) -> dict:
     return {
         "model": {"class_path": "Seq2Seq", "init_args": model},
         "data": {"class_path": "Seq2SeqData", "init_args": data | {"batch_size": 4}},
+    }
+
+
+def chat(folder: Path) -> dict:
+    """The model and the data of a network that is scored by the answers that it writes."""
+    rows = [{"prompt": f"the {number} rivers", "completion": "flow"} for number in range(20)]
+    (folder / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    texts = (" ".join(row.values()) for row in rows)
+    train(Tokenizer(vocab_size=270), texts, "gpt").save_pretrained(folder / "tokenizer")
+    tables = {"train": str(folder / "chat.jsonl"), "validation_fraction": 0.3}
+    scores = {"scores": [{"class_path": "ExactMatch"}]}
+    data = {"tables": tables, "tokenizer": {"path": str(folder / "tokenizer")}, "max_length": 60, "batch_size": 4}
+    return {
+        "model": {"class_path": "InstructionLM", "init_args": {"network": NETWORKS["chat"], "evaluation": scores}},
+        "data": {"class_path": "InstructionData", "init_args": data},
     }
 
 
@@ -361,7 +379,7 @@ def test_overlays_of_configs_train(runs, recipe):
 
 
 @pytest.mark.slow
-def test_network_that_cannot_be_split_is_refused(runs, recipe):
+def test_network_that_cannot_be_sharded_is_refused(runs, recipe):
     wrong = {
         "num_attention_heads": ("gpt2", "--model.network.n_head", 1),
         "num_key_value_heads": ("qwen3", "--model.network.num_key_value_heads", 1),
@@ -369,6 +387,8 @@ def test_network_that_cannot_be_split_is_refused(runs, recipe):
     }
     if exists("tasks.seq2seq"):
         wrong |= {"type t5": ("t5",), "decoder_attention_heads": ("bart", "--model.network.decoder_attention_heads", 1)}
+    if exists("tasks.instruction"):
+        wrong |= {"FSDP2 shards the parameters, with which processes cannot write": ("chat", *FLAGS["fsdp2"])}
     flags = ("--trainer.strategy", "tp", "--trainer.devices", 2)
     runs({reason: recipe(network, *flags, *own) for reason, (network, *own) in wrong.items()})
     for reason in wrong:
