@@ -44,6 +44,7 @@ FEATURES = {
             "configs/ngram.yaml",
             "docs/baselines.md",
             "docs/images/baselines*",
+            "scripts/plot_baselines.py",
         ),
     ),
     "bert": Feature("tasks.masked_lm", "pretraining of BERTs", ("configs/bert*", "configs/modernbert*"), ("bert",)),
