@@ -13,7 +13,7 @@ class RatingData(LabelledData):
         return row.text("text")
 
     def encode(self, split: str, rows: list[Row]) -> list[dict]:
-        examples = self.tokenize(split, [row.text("text") for row in rows])
+        examples = self.tokenize([row.text("text") for row in rows])
         for example, row in zip(examples, rows):
             stars = float("nan") if split == "predict" else row.number("stars")
             example["targets"] = torch.tensor([float(stars > threshold) for threshold in (1, 2, 3, 4)])

@@ -17,6 +17,7 @@ from lm_lightning.errors import UserError
 # Packages in this one, a line each
 FEATURES = (
     "generation",
+    "baselines",
     "tasks.instruction",
     "tasks.masked_lm",
     "tasks.classification",
@@ -65,6 +66,8 @@ class Feature:
             before the trainer is made. They raise `UserError` to refuse settings.
         checkpoint_folders: Modules that read checkpoints which are folders, not files: see `CheckpointFormat` in
             `checkpoints/loading.py`.
+        networks: Classes of networks of this project, by their names, as checkpoints and exports name them. Each has a
+            method `register`, which registers its type with the auto classes of `transformers`.
     """
 
     commands: Mapping[str, tuple[str, str]] = field(default_factory=dict)
@@ -73,6 +76,7 @@ class Feature:
     callbacks: tuple[str, ...] = ()
     trainer_settings: tuple[str, ...] = ()
     checkpoint_folders: tuple[str, ...] = ()
+    networks: Mapping[str, str] = field(default_factory=dict)
 
 
 @functools.cache
@@ -136,6 +140,18 @@ def trainer_settings() -> Iterator[Callable[[Any], None]]:
 def checkpoint_folders() -> list[Any]:
     """The modules that read checkpoints which are folders."""
     return [importlib.import_module(path) for feature in features().values() for path in feature.checkpoint_folders]
+
+
+def networks() -> dict[str, str]:
+    """The import paths of this project's own networks by the names of their classes."""
+    return {name: path for feature in features().values() for name, path in feature.networks.items()}
+
+
+@functools.cache
+def register_networks() -> None:
+    """Makes `transformers` load this project's own networks, as it loads its own. (This imports `transformers`.)"""
+    for path in networks().values():
+        resolve(path).register()
 
 
 def resolve(path: str) -> Any:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
+from lm_lightning import features
 from lm_lightning.compat.transformers import needs_remote_code
 from lm_lightning.errors import UserError, one_line
 from lm_lightning.security.trust import trust_remote_code
@@ -60,6 +61,7 @@ def config(name: str) -> "PreTrainedConfig":
     """
     from transformers import AutoConfig
 
+    features.register_networks()
     try:
         return AutoConfig.from_pretrained(
             name, local_files_only=local_only(name), trust_remote_code=trust_remote_code()
@@ -82,6 +84,7 @@ def load(auto_class: Any, name: str, unused: tuple[str, ...] = (), **settings: A
     """
     from transformers.utils import logging as messages
 
+    features.register_networks()
     settings |= {"local_files_only": local_only(name), "output_loading_info": True, "ignore_mismatched_sizes": True}
     verbosity = messages.get_verbosity()
     messages.set_verbosity_error()  # what is missing is reported below

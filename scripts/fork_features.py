@@ -34,6 +34,17 @@ FEATURES = {
         extras=("scores",),
         needed_by=("seq2seq", "instruction", "preference"),
     ),
+    "baselines": Feature(
+        "baselines",
+        "recurrent, convolutional and n-gram language models",
+        (
+            "configs/lstm.yaml",
+            "configs/cnn.yaml",
+            "configs/ngram.yaml",
+            "docs/baselines.md",
+            "docs/images/baselines*",
+        ),
+    ),
     "bert": Feature("tasks.masked_lm", "pretraining of BERTs", ("configs/bert*", "configs/modernbert*"), ("bert",)),
     "classification": Feature(
         "tasks.classification",

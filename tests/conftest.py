@@ -7,6 +7,7 @@ import random
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ from hostile import Guard
 
 ROOT = Path(__file__).parent.parent  # of the repository
 os.environ["HF_HUB_OFFLINE"] = "1"
+if "LM_LIGHTNING_CACHE" not in os.environ:  # of the tables of all tests; processes that this one starts share it
+    CACHE = tempfile.TemporaryDirectory(prefix="lm_lightning_")
+    os.environ["LM_LIGHTNING_CACHE"] = CACHE.name
 os.environ["TOKENIZERS_PARALLELISM"] = "true"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the networks are tiny, and several processes run at a time
 os.fsync = lambda file: None  # no test cuts the power

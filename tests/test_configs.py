@@ -7,17 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 import yaml
 from conftest import ROOT, paragraphs
 from transformers import AutoConfig, AutoTokenizer
 
 from lm_lightning.data.tokenizer import Tokenizer, train
+from lm_lightning.security.untrusted import network_class
 
 SMALL = {
     "gpt2": {"n_layer": 2, "n_embd": 48, "n_head": 2},
     "llama": {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 3}
     | {"num_key_value_heads": 3},
+    "awd_lstm": {"hidden_size": 48, "recurrent_size": 48, "num_hidden_layers": 2},
+    "gated_cnn": {"hidden_size": 48, "num_hidden_layers": 2},
     "bert": {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 64},
     "modernbert": {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 64},
 }
@@ -38,7 +40,7 @@ def check(run: Path, steps: int) -> None:
         losses = {int(row["step"]): float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]}
     assert max(losses) == steps and all(math.isfinite(loss) and loss > 0 for loss in losses.values())
     config = AutoConfig.from_pretrained(run / "model")
-    kind = getattr(transformers, config.architectures[0])
+    kind = network_class(config.architectures[0])
     network, info = kind.from_pretrained(run / "model", output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     tokenizer = AutoTokenizer.from_pretrained(run / "model")

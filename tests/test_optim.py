@@ -11,10 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import command, needs, refusal
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Timer
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig
 
 from lm_lightning.errors import UserError
-from lm_lightning.optim import MuonAdamW, Schedule, parameter_groups
+from lm_lightning.models.steps import schedule_steps
+from lm_lightning.optim import MuonAdamW, Schedule, make_optimizer, parameter_groups
 
 # Schedules
 
@@ -69,7 +72,7 @@ def test_the_warm_up_is_a_share_of_the_run_unless_its_steps_are_given():
     assert Schedule(warmup_ratio=0.1, warmup_steps=7).warmup(400) == 7
     for steps in (1, 5, 20, 400):
         Schedule().check(steps)
-    with pytest.raises(UserError, match="has no end: set trainer.max_steps .* or model.schedule.warmup_steps"):
+    with pytest.raises(UserError, match="has no end: set trainer.max_steps.* or model.schedule.warmup_steps"):
         Schedule("constant").check(math.inf)
 
 
@@ -334,3 +337,65 @@ def test_missing_bitsandbytes_is_told_with_its_remedy(fit, monkeypatch: pytest.M
     for flags in (optimizer(BITS), ["--model.optimizer.class_path", BITS]):
         with pytest.raises(UserError, match="class of bitsandbytes, which is missing: pip install bitsandbytes$"):
             fit(*flags)
+
+
+def test_muon_of_matrices_of_equal_shape_is_that_of_torch():
+    """The updates and the state of matrices that are updated together are those of one at a time."""
+    shapes = [(16, 48), (16, 16), (64, 16), (16, 48), (64, 16), (16, 48)]
+    torch.manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    options = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.9}
+    expected = torch.optim.Muon(theirs, adjust_lr_fn="match_rms_adamw", **options)
+    optimizer = MuonAdamW([{"name": "hidden", "params": ours}], **options)
+    for step in range(4):
+        for i, (a, b) in enumerate(zip(ours, theirs)):
+            a.grad = b.grad = None if (i, step) == (3, 1) else torch.randn_like(a)
+        if step == 2:  # a state of torch's Muon can be resumed
+            state = {**optimizer.state_dict(), "state": copy.deepcopy(expected.state_dict()["state"])}
+            optimizer.load_state_dict(state)
+        optimizer.step()
+        expected.step()
+        assert all(a.grad is b.grad for a, b in zip(ours, theirs))
+        for a, b in zip(ours, theirs):
+            torch.testing.assert_close(a, b, rtol=0, atol=3e-4)  # a step is 0.01; rounding of bfloat16
+    momenta = [
+        (optimizer.state[a]["momentum_buffer"], expected.state[b]["momentum_buffer"]) for a, b in zip(ours, theirs)
+    ]
+    assert all(torch.equal(a, b) for a, b in momenta)
+
+
+@pytest.mark.parametrize("options, fused", [({}, True), ({"fused": False}, False), ({"foreach": True}, None)])
+def test_adamw_is_fused_unless_its_settings_say_otherwise(options, fused):
+    model = network("gpt2")
+
+    def factory(groups):
+        return torch.optim.AdamW(groups, lr=1e-3, **options)
+
+    optimizer, _ = make_optimizer(model, factory, Schedule(), lambda step: 10)
+    assert {group["fused"] for group in optimizer.param_groups} == {fused}
+    expected = copy.deepcopy(model)
+    plain = torch.optim.AdamW(parameter_groups(expected), lr=1e-3)
+    for group, other in zip(optimizer.param_groups, plain.param_groups):
+        group["lr"] = other["lr"] = 1e-3
+    for _ in range(3):
+        for a, b in zip(model.parameters(), expected.parameters()):
+            a.grad = b.grad = torch.randn_like(a)
+        optimizer.step()
+        plain.step()
+    for a, b in zip(model.parameters(), expected.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_a_run_with_only_a_time_limit_follows_its_schedule_over_the_time(monkeypatch):
+    timer = Timer({"seconds": 100}, verbose=False)
+    trainer = Trainer(callbacks=[timer], logger=False, enable_checkpointing=False, accelerator="cpu")
+    steps, schedule = schedule_steps(trainer, math.inf), Schedule("linear", warmup_ratio=0.2, min_lr_ratio=0.0)
+    schedule.check(steps(0))
+    passed = {0: 0.0, 10: 5.0, 11: 10.0, 20: 20.0, 90: 60.0, 100: 99.99, 101: 120.0}  # seconds after so many steps
+    factors = []
+    for step, seconds in passed.items():
+        monkeypatch.setattr(timer, "time_elapsed", lambda *_, seconds=seconds: seconds)
+        factors.append(schedule.factor(step, steps(step)))
+    assert factors == pytest.approx([0, 0.25, 0.5, 1, 0.5, 0, 0], abs=0.06)
+    assert schedule_steps(trainer, 50)(7) == 50  # with a number of steps, time does not matter

@@ -35,7 +35,7 @@ from lm_lightning.cli.defaults import as_list
 from lm_lightning.cli.options import HELP, SECTIONS, TRAINER_DEFAULTS, OptionParser, add_options
 from lm_lightning.cli.run_folder import RunFolder
 from lm_lightning.compat.jsonargparse import set_help
-from lm_lightning.compat.lightning import hide_expected_warnings, subcommand_parser
+from lm_lightning.compat.lightning import hide_expected_warnings, move_metrics_once, subcommand_parser
 from lm_lightning.compat.transformers import hide_load_report
 from lm_lightning.console import printable
 from lm_lightning.errors import UserError, one_line
@@ -57,6 +57,7 @@ class CLI(LightningCLI):
     def __init__(self, args: Optional[list[str]] = None, callbacks: Sequence[Callback] = ()) -> None:
         hide_load_report()
         hide_expected_warnings()
+        move_metrics_once()
         self.command = next(iter(sys.argv[1:] if args is None else args if isinstance(args, list) else []), None)
         super().__init__(
             LanguageModule,

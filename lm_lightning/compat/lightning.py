@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loops.evaluation_loop import RestartStage
 from lightning.pytorch.loops.fit_loop import _FitLoop
+from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultMetric
 
 
 class Override(NamedTuple):
@@ -96,6 +97,24 @@ def hide_expected_warnings() -> None:
         logging.getLogger(library).setLevel(logging.WARNING)
     for message in (*EXPECTED_WARNINGS, *EXPECTED_WARNINGS_OF_OTHERS):
         warnings.filterwarnings("ignore", message=message)
+
+
+def move_metrics_once() -> None:
+    """Makes `log` not search a metric for tensors to move if it is on the device of the logged value already.
+
+    This takes 4 % of a step of 60 ms. Alternative: logging only every few steps, but callbacks may read the metrics of
+    each step.
+    """
+    move = _ResultMetric.to
+    if move.__name__ == "move_once":
+        return
+
+    def move_once(self: _ResultMetric, *device: Any, **settings: Any) -> _ResultMetric:
+        if self.is_tensor and not settings and device == (self.value.device,):
+            return self
+        return move(self, *device, **settings)
+
+    _ResultMetric.to = move_once  # type: ignore[method-assign]
 
 
 LightningFitLoop = _FitLoop

@@ -39,6 +39,7 @@ from typing import TYPE_CHECKING, Any, Optional, Protocol
 from lm_lightning.errors import UserError
 
 if TYPE_CHECKING:
+    import numpy as np
     from lightning.pytorch import Trainer
     from transformers import PreTrainedTokenizerFast
 
@@ -77,6 +78,8 @@ class DataModule(Protocol):
             corpora are announced as metrics, and have bits per byte.
         mixture: The training samples of a mixture, a `mixed_samples.MixedStream`; how many of each corpus were used is
             logged. None for a single corpus.
+        token_counts: How often each token occurs in the training data, (tokens,) numbers of numpy. With it, the
+            predictions of a new network start at these frequencies.
         mask_documents: Whether `position_ids` separate packed documents; the network is then checked for support.
         end_tokens: Tokens that end a generated text, such as the end of a turn. Exports of networks that generate text
             have them in `generation_config.json`, beside those that the network had.
@@ -96,6 +99,7 @@ class DataModule(Protocol):
     splits: Mapping[str, SplitSize]
     corpus_sizes: Mapping[str, Mapping[str, SplitSize]]
     mixture: Any
+    token_counts: "Optional[np.ndarray]"
     mask_documents: bool
     end_tokens: list[int]
     labels: list[str]
@@ -114,6 +118,7 @@ DEFAULTS: dict[str, Any] = {
     "splits": {},
     "corpus_sizes": {},
     "mixture": None,
+    "token_counts": None,
     "mask_documents": False,
     "end_tokens": [],
     "labels": [],

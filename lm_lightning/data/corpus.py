@@ -4,7 +4,6 @@ All reading is streamed. A document is read as one or more consecutive `Piece`s,
 huge document has to fit into memory (a row of a JSON, CSV or Parquet file does).
 """
 
-import contextlib
 import difflib
 import glob
 import hashlib
@@ -19,13 +18,12 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Optional
 
 from lm_lightning.console import printable
-from lm_lightning.data import builtin, formats
+from lm_lightning.data import builtin, cache, formats
 from lm_lightning.data.filter import Filter
 from lm_lightning.data.formats import Format, Rows
 from lm_lightning.data.hub_rows import hub_rows
 from lm_lightning.data.reading import PIECE, Line, ReadOptions, ReadReport, encodable, lines, suffixes
 from lm_lightning.errors import UserError
-from lm_lightning.files import write_text
 
 # Where a text may be cut, best first. No pre-tokenization joins a letter or digit to the space after it. A text without
 # such spaces is cut at a line break or after CJK punctuation, otherwise at the limit, which may change its tokens.
@@ -195,27 +193,10 @@ def inputs(corpus: Corpus, cache_dir: Path) -> dict[str, Any]:
         result["format"] = formats.identity(corpus.format)
     for option in ("paths", "validation_paths", "test_paths"):
         result[option] = bool(result[option])  # the paths do not matter, only whether the split has its own files
-    result["files"] = [[file.split, file.name, _content(file.path, cache_dir)] for file in _files(corpus)]
+    result["files"] = [[file.split, file.name, cache.content(file.path, cache_dir)] for file in _files(corpus)]
     if _is_builtin(corpus):
         result["builtin"] = [platform.python_version(), builtin.fingerprint(builtin.documents(cache_dir))]
     return result
-
-
-def _content(path: Path, cache_dir: Path) -> str:
-    """Return a hash of a file's content, which is cached until its size or modification time changes."""
-    stat = path.stat()
-    known = cache_dir / "hashes" / hashlib.blake2b(os.path.realpath(path).encode(), digest_size=16).hexdigest()
-    state = f"{stat.st_size} {stat.st_mtime_ns} "
-    if known.exists() and (saved := known.read_text(encoding="utf-8")).startswith(state):
-        return saved.removeprefix(state)
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    with contextlib.suppress(PermissionError):  # a cache of another user, perhaps: it can be read all the same
-        known.parent.mkdir(parents=True, exist_ok=True)
-        write_text(known, state + digest.hexdigest())
-    return digest.hexdigest()
 
 
 def total_bytes(corpus: Corpus, cache_dir: Path) -> int | None:

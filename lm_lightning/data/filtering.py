@@ -33,7 +33,6 @@ class Tally:
 
     Attributes:
         filter: Name of its class.
-        options: Its options.
         before: Number of documents and UTF-8 bytes that it was applied to.
         removed: Number and share of the documents, bytes and documents of each split that it removed.
         marked: The same of those that it marked.
@@ -44,7 +43,6 @@ class Tally:
     """
 
     filter: str
-    options: dict[str, Any]
     before: dict[str, int]
     removed: dict[str, Any] = field(default_factory=dict)
     marked: dict[str, Any] = field(default_factory=dict)
@@ -117,7 +115,7 @@ def run(filters: Sequence[Filter], documents: Documents, listing: IO[str]) -> li
 def _judge(group: Sequence[Filter], documents: Documents, listing: IO[str]) -> list[dict[str, Any]]:
     """Applies one `CorpusFilter`, or several other filters in one pass."""
     before = documents.count()
-    tallies = [Tally(type(own).__name__, own.identity(), dict(before)) for own in group]
+    tallies = [Tally(type(own).__name__, dict(before)) for own in group]
     findings: Iterable[tuple[int, list[tuple[int, Verdict]], Optional[int]]]
     if isinstance(group[0], CorpusFilter):
         findings = _found(group[0], documents, tallies[0])

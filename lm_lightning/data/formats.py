@@ -256,7 +256,7 @@ class Parquet(Format):
     def rows(self, path: Path, options: ReadOptions, report: ReadReport) -> Rows:
         pyarrow, parquet = package("pyarrow"), package("pyarrow.parquet")
         columns = set(options.columns or [])
-        with opened(path) as stream, contextlib.ExitStack() as stack:
+        with opened(path, report) as stream, contextlib.ExitStack() as stack:
             if suffixes(path)[1]:  # Parquet needs random access, which a compressed file does not support
                 plain = stack.enter_context(tempfile.TemporaryFile())
                 shutil.copyfileobj(stream, plain)

@@ -1,7 +1,10 @@
 """Reads the rows of data sets of the Hugging Face Hub, one at a time."""
 
+import hashlib
+from pathlib import Path
 from typing import Any, Optional
 
+from lm_lightning.data import cache as cached
 from lm_lightning.data.formats import Rows
 from lm_lightning.data.reading import package
 from lm_lightning.errors import UserError, one_line
@@ -43,3 +46,19 @@ def hub_rows(
             f"the data set {name!r} cannot be read from the Hugging Face Hub ({reason}): check its name and "
             f"the network connection (a downloaded data set needs no connection: {remedy})"
         ) from error
+
+
+def hub_content(name: str, config: Optional[str], split: str, revision: Optional[str], cache: Path) -> str:
+    """A hash of the content of a data set of the Hub, which is downloaded first, see `hub_rows`."""
+    datasets = package("datasets")
+    try:
+        dataset = datasets.load_dataset(name, config, split=split, revision=revision, streaming=False)
+        files = [Path(file["filename"]) for file in getattr(dataset, "cache_files", [])]
+    except Exception:  # `hub_rows` reports it
+        return ""
+    if files:
+        return " ".join(cached.content(file, cache) for file in files)
+    digest = hashlib.sha256()
+    for row in dataset:
+        digest.update(repr(row).encode())
+    return digest.hexdigest()

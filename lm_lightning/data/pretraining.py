@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from lm_lightning.data import inspection, shards
+from lm_lightning.data import cache, inspection, shards
 from lm_lightning.data.corpus import Corpus
 from lm_lightning.data.interleaving import Stage
 from lm_lightning.data.mixed_samples import MixedBatches, MixedEvaluation, MixedStream, Past, plan
@@ -58,15 +58,27 @@ class Blocks(Dataset):
     def __len__(self) -> int:
         return self.size
 
+    def __getitems__(self, positions: list[int]) -> list[dict]:
+        """Several items; computing their places in the shuffled order together takes less time."""
+        samples = positions
+        if self.seed is not None:
+            samples = samples_at(np.array(positions), self.size, self.seed).tolist()
+        return [self[PADDING] if position == PADDING else self.block(n) for position, n in zip(positions, samples)]
+
     def __getitem__(self, position: int) -> dict:
         if position == PADDING:
             item = self[0]
             item["targets"] = torch.full_like(item["targets"], -100)
             return item | {"id": PADDING}
-        sample = position if self.seed is None else int(samples_at(np.array([position]), self.size, self.seed)[0])
+        return self.block(
+            position if self.seed is None else int(samples_at(np.array([position]), self.size, self.seed)[0])
+        )
+
+    def block(self, sample: int) -> dict:
+        """The item of a sample of the split."""
         start = min(sample * self.block_size, len(self.split.tokens) - 1 - self.block_size)
         row = torch.from_numpy(self.split.tokens[start : start + self.block_size + 1].astype(np.int64))
-        item = {"input_ids": row[:-1], "targets": row[1:].clone(), "id": sample}
+        item: dict = {"input_ids": row[:-1], "targets": row[1:].clone(), "id": sample}
         item["targets"][: sample * self.block_size - start] = -100  # these belong to the block before
         if self.mask_documents:
             item["position_ids"] = torch.from_numpy(self.positions(start))
@@ -118,7 +130,7 @@ class PretrainingData(StreamData):
         batch_size: int = 16,
         mask_documents: bool = False,
         num_workers: int = 0,
-        cache_dir: str = "~/.cache/lm_lightning",
+        cache_dir: str = cache.DEFAULT,
     ) -> None:
         super().__init__()
         self.options = mixture_options(corpus, corpora, temperature, stages)
@@ -291,6 +303,11 @@ class PretrainingData(StreamData):
         if self.mixture is None:
             return self.prepared.info
         return self.prepared.info | {"used": self.used_samples()}
+
+    @property
+    def token_counts(self) -> np.ndarray:
+        """How often each token occurs in the training data, (tokens,)."""
+        return self.prepared.frequencies()
 
     def identity(self) -> dict:
         """Settings that determine the stream of samples; a position in it can be resumed only if they are equal."""

@@ -74,11 +74,22 @@ class ReadOptions:
 
 @dataclass
 class ReadReport:
-    """Counts of what was replaced or skipped, and notes about individual files, which are printed at the end."""
+    """Counts of what was replaced or skipped, and notes about individual files, which are printed at the end.
+
+    Attributes:
+        opened: The files that are being read, before decompression.
+        finished_bytes: Size of the files that have been read.
+    """
 
     replaced_bytes: int = 0
     empty_rows: int = 0
     notes: list[str] = field(default_factory=list)
+    opened: list[BinaryIO] = field(default_factory=list)
+    finished_bytes: int = 0
+
+    def read_bytes(self) -> int:
+        """Number of bytes of the files that have been read so far, before decompression."""
+        return self.finished_bytes + sum(file.tell() for file in self.opened)
 
 
 def suffixes(path: Path) -> tuple[str, str]:
@@ -104,12 +115,12 @@ def encodable(text: str, where: str, options: ReadOptions, report: ReadReport, c
     return text
 
 
-def _open_zst(path: Path) -> Any:
+def _open_zst(file: BinaryIO) -> Any:
     # Unlike the zstandard package, pyarrow reports truncated files, and reads all frames of a file.
-    return package("pyarrow").input_stream(str(path), compression="zstd")
+    return package("pyarrow").input_stream(file, compression="zstd")
 
 
-_OPENERS: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".zst": _open_zst}
+_OPENERS: dict[str, Callable[[Any], Any]] = {".gz": gzip.open, ".zst": _open_zst}
 
 
 class _Expanding(io.RawIOBase):
@@ -135,19 +146,34 @@ class _Expanding(io.RawIOBase):
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for its uncompressed bytes; errors while it is open are converted to UserErrors."""
+def opened(path: Path, report: Optional[ReadReport] = None) -> Iterator[BinaryIO]:
+    """Open a file for its uncompressed bytes; errors while it is open are converted to UserErrors.
+
+    If there is a `report`, it shows how far the file has been read.
+    """
     compression = suffixes(path)[1]
     try:
-        with _OPENERS.get(compression, partial(open, mode="rb"))(path) as stream:
-            yield io.BufferedReader(_Expanding(stream, path), 1 << 17) if compression else stream
+        with contextlib.ExitStack() as stack:
+            file = stack.enter_context(open(path, "rb"))
+            if report is not None:
+                report.opened.append(file)
+                stack.callback(_finish, report, file, path.stat().st_size)
+            if compression:
+                yield io.BufferedReader(_Expanding(stack.enter_context(_OPENERS[compression](file)), path), 1 << 17)
+            else:
+                yield file
     except (OSError, EOFError, zlib.error, UnicodeError) as error:
         raise UserError(f"{path} cannot be read ({error}): is it damaged or incomplete?") from None
 
 
+def _finish(report: ReadReport, file: BinaryIO, size: int) -> None:
+    report.opened.remove(file)
+    report.finished_bytes += size
+
+
 def lines(path: Path, options: ReadOptions, report: ReadReport, plain: bool = False) -> Iterator[Line]:
     """Yield the lines of a file. In `plain` text, long lines are yielded in parts, or refused if over `max_line`."""
-    with opened(path) as stream:
+    with opened(path, report) as stream:
         # newline="\n", as by default a lone carriage return would also end a line.
         text = io.TextIOWrapper(stream, encoding=options.codec, errors="surrogateescape", newline="\n")
         size = PIECE if plain else LONGEST_ROW

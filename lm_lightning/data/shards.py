@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 import numpy as np
 
-from lm_lightning import files
 from lm_lightning.data import cache as cached
 from lm_lightning.data import corpus as corpora
 from lm_lightning.data import tokenizer as tokenizers
@@ -132,9 +131,7 @@ def open_split(folder: Path, name: str) -> Split:
 
 
 def check(folder: Path) -> None:
-    """Refuses shards that have changed since they were written.
-
-    Sizes are always compared; checksums are, if the size or modification time of a file has changed.
+    """Refuses shards that have changed since they were written, see `cache.check_files`.
 
     Raises:
         UserError: Names the file, and the folder to remove.
@@ -150,19 +147,7 @@ def check(folder: Path) -> None:
         raise UserError(f"the tokenized corpus has a damaged {folder / 'info.json'} ({error}): {remedy}") from error
     if not known:
         raise UserError(f"{folder / 'info.json'} does not describe a tokenized corpus: {remedy}")
-    for name, entry in info["files"].items():
-        try:
-            stat = (folder / name).stat()
-            changed = stat.st_size != entry["size"] or (
-                stat.st_mtime_ns != entry["modified"] and files.checksum(folder / name) != entry["crc32"]
-            )
-        except (OSError, KeyError, TypeError) as error:
-            raise UserError(f"{folder / name} of the tokenized corpus cannot be read ({error}): {remedy}") from error
-        if changed:
-            raise UserError(
-                f"{folder / name} of the tokenized corpus has changed since it was written ({stat.st_size:,} bytes of "
-                f"{entry['size']:,}, or another checksum): {remedy}"
-            )
+    cached.check_files(folder, info["files"], "the tokenized corpus", remedy)
 
 
 def prepare(corpus: corpora.Corpus, options: tokenizers.Tokenizer, layout: Layout, cache_dir: str) -> Prepared:
@@ -187,13 +172,7 @@ def prepare_all(
     Raises:
         UserError: If a corpus or the tokenizer cannot be used; states the reason.
     """
-    cache = Path(cache_dir).expanduser()
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"cannot create the cache {cache} ({error.strerror}): choose another --data.cache_dir"
-        ) from error
+    cache = cached.folder_of(cache_dir)
     inputs = {name: corpora.inputs(corpus, cache) for name, corpus in mixed.items()}
     sources = {
         name: Source(corpus, cache, cache / "filtered" / fingerprint(inputs[name])) for name, corpus in mixed.items()
@@ -320,12 +299,9 @@ def tokenize(
         counts[split]["unknown_example"] = examples[split]
         counts[split]["unigram_perplexity"] = unigram_perplexity(frequencies["train"], frequencies[split])
     np.save(folder / "frequencies.npy", frequencies["train"])
-    written = {
-        path.name: {"size": path.stat().st_size, "modified": path.stat().st_mtime_ns, "crc32": files.checksum(path)}
-        for path in sorted(folder.iterdir())
-    }
-    info = {"inputs": inputs, "dtype": dtype.name, "vocabulary": vocabulary, "splits": counts, "files": written}
-    info |= source.report()
+    written = cached.described(folder)
+    info = source.report()  # first, as reports may be cut
+    info |= {"inputs": inputs, "dtype": dtype.name, "vocabulary": vocabulary, "splits": counts, "files": written}
     (folder / "info.json").write_text(json.dumps(info, indent=2), encoding="utf-8")
 
 

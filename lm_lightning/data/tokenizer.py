@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Optional
 
-from lm_lightning import hub
+from lm_lightning import features, hub
 from lm_lightning import run as runs
 from lm_lightning.errors import UserError
 from lm_lightning.security.trust import trust_remote_code
@@ -76,6 +76,7 @@ def load(path: str, **options: str) -> "PreTrainedTokenizerFast":
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    features.register_networks()  # the class of a tokenizer may depend on the network's config
     path = runs.pretrained_name(path, "tokenizer")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
@@ -216,13 +217,20 @@ def about_unknown(unknown: int, tokens: int) -> str:
     return f", {unknown:,} of the tokens are unknown ({unknown / tokens:.2%})" if unknown else ""
 
 
+def unknown_warning(what: str, unknown: int, tokens: int, example: str, remedy: str) -> str:
+    """A warning if a large share of the tokens is unknown; otherwise empty."""
+    if unknown <= MANY * tokens:
+        return ""
+    return (
+        f"warning: {what}: {unknown / tokens:.0%} of the tokens are unknown to the tokenizer, such as {example!r}, "
+        f"so the network cannot distinguish them: {remedy}"
+    )
+
+
 def warn_about_unknown(what: str, unknown: int, tokens: int, example: str, remedy: str) -> None:
     """Prints a warning if a large share of the tokens is unknown."""
-    if unknown > MANY * tokens:
-        print(
-            f"warning: {what}: {unknown / tokens:.0%} of the tokens are unknown to the tokenizer, such as {example!r}, "
-            f"so the network cannot distinguish them: {remedy}"
-        )
+    if warning := unknown_warning(what, unknown, tokens, example, remedy):
+        print(warning)
 
 
 def vocabulary(tokenizer: "PreTrainedTokenizerFast") -> int:

@@ -32,7 +32,7 @@ class Language(Filter):
         keep: Sequence[str] = ("en",),
         min_probability: float = 0.8,
         min_characters: int = 50,
-        characters: int = 1500,
+        characters: int = 600,
         **options: Any,
     ) -> None:
         super().__init__(**options)

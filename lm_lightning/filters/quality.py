@@ -108,7 +108,7 @@ class GopherQuality(Filter):
         bullets = share(sum(line.startswith(BULLETS) for line in lines), len(lines))
         ellipses = share(sum(line.endswith(ELLIPSES) for line in lines), len(lines))
         between = text.split()
-        alphabetic = share(sum(any(map(str.isalpha, word)) for word in between), len(between))
+        alphabetic = share(sum(word.isalpha() or any(map(str.isalpha, word)) for word in between), len(between))
         found = count_stop_words(words, self.stop_words) if self.stop_words and self.min_stop_words else None
         return (
             beyond(self, "max_bullet_lines", bullets, "of the lines begin with a bullet")

@@ -85,6 +85,8 @@ class GopherRepetition(Filter):
             if value > limit:
                 what = f"{value:.3g} of the characters are in repeated {size}-grams, more than {limit:g}"
                 return Removed(f"duplicate {size}-grams", what)
+            if value <= min(self.max_duplicate_ngrams[size - 5 :]):
+                break  # longer sequences cover no more characters
         return None
 
 

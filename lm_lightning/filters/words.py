@@ -12,7 +12,7 @@ import numpy as np
 ALONE = (
     "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\U00020000-\U0003ffff"
 )
-WORD = re.compile(rf"[{ALONE}]|[^\W_{ALONE}]+")
+WORD = re.compile(rf"[{ALONE}]|[^\W_{ALONE}]+(?:['’][^\W_{ALONE}]+)*")  # with contractions: don't
 SINGLE = re.compile(f"[{ALONE}]")
 MULTIPLIER = 0x9E3779B97F4A7C15  # odd, with bits in no pattern; it distinguishes the order of the words
 MOST_WORDS = 1 << 20  # different words whose hashes are remembered

@@ -7,31 +7,28 @@ of the work of `encode`.
 import functools
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from lm_lightning.data import cache
 from lm_lightning.data.corpus import expand
-from lm_lightning.data.formats import Csv, Format, find
+from lm_lightning.data.formats import Format
+from lm_lightning.data.hub_rows import hub_content
+from lm_lightning.data.reading import ReadReport
 from lm_lightning.data.stream import StreamData
-from lm_lightning.data.tokenizer import (
-    MANY,
-    Tokenizer,
-    about_unknown,
-    fingerprint,
-    load,
-    unknown_id,
-    unknown_word,
-    warn_about_unknown,
-)
+from lm_lightning.data.tokenizer import Tokenizer, fingerprint, load, unknown_id, unknown_word
 from lm_lightning.errors import UserError
-from lm_lightning.finetuning import cells
+from lm_lightning.finetuning import cells, encoding
+from lm_lightning.finetuning.counts import Counts, described
 from lm_lightning.finetuning.examples import Examples, collate
-from lm_lightning.finetuning.tables import FORMATS, PREFIX, Row, Tables, read_split, sources
+from lm_lightning.finetuning.store import Store
+from lm_lightning.finetuning.tables import FORMATS, Row, Tables, are_csv, read_split, sources
 from lm_lightning.finetuning.words import encode_words
 
 if TYPE_CHECKING:
@@ -42,7 +39,11 @@ NEEDED = {"fit": ("train", "validation"), "validate": ("validation",), "test": (
 
 class LabelledData(StreamData):
     """Base class of all labelled data. A subclass defines how rows are converted to tokens and targets (`encode`), and
-    what their labels are (`find_labels`).
+    what their labels are (`labels_in` and `find_labels`).
+
+    Rows are read as a stream and tokenized once, to files in `cache_dir` that are then mapped into memory. All
+    attributes that `__init__` of a subclass sets count as options that affect the examples, unless they are in
+    `not_encoded`; a change of one, or of the code of the task, tokenizes the rows again.
 
     Args:
         tables: Files of each split.
@@ -51,20 +52,25 @@ class LabelledData(StreamData):
             number is printed.
         batch_size: Number of rows per micro-batch and process.
         num_workers: Number of processes that load batches in advance.
+        cache_dir: Folder in which tokenized tables are cached.
 
     Attributes:
         formats: File formats that have short names and are detected by the suffixes of files.
         columns: Options of the task with the names of the tables' columns, a dataclass; a subclass may set it.
-        has_labels: Whether an evaluation may have to read the labels of the training rows.
+        not_encoded: Names of attributes of a subclass that do not affect the examples.
+        in_memory: Whether `encode` is called once with all rows of a split, and its results stay in memory.
         labels: Names of the labels, in the order of their ids; `find_labels` sets it.
         examples: Examples of each split that is used.
         inputs: Rows for which `predict` computes predictions.
+        counts: What is counted while rows are encoded, see `encode`.
+        first_row: Number of the first one of the rows that `encode` gets.
     """
 
     length_option = "max_length"
-    has_labels = True  # whether there are labels, which an evaluation may have to find in the training rows
+    in_memory = False
     formats: Sequence[Format] = FORMATS
     columns: Any = None
+    not_encoded: frozenset[str] = frozenset()
 
     def __init__(
         self,
@@ -73,18 +79,20 @@ class LabelledData(StreamData):
         max_length: int = 128,
         batch_size: int = 32,
         num_workers: int = 0,
+        cache_dir: str = cache.DEFAULT,
     ) -> None:
         super().__init__()
         self.tables, self.tokenizer_options = tables, tokenizer
-        self.batch_size, self.num_workers = batch_size, num_workers
+        self.batch_size, self.num_workers, self.cache_dir = batch_size, num_workers, cache_dir
         self.block_size = max_length
         self.labels: list[str] = []
         self.labels_known = False  # whether `labels` are those of the evaluated network
+        self.reads_labels = False  # whether they are those of the training rows
         self.label_ids: dict[str, int] = {}
         self.examples: dict[str, Examples] = {}
-        self.inputs: list[Row] = []
-        self.respelled = 0  # number of a split's labels whose spelling was replaced by an equivalent one
-        self.stripped = 0  # number of a split's labels with surrounding white space
+        self.inputs: Sequence[Row] = []
+        self.counts, self.first_row = Counts(), 0
+        self.options: Any = None  # that affect the examples
 
     # Methods that a task defines
 
@@ -92,15 +100,40 @@ class LabelledData(StreamData):
         """The part of a row, such as its text, that must not be in both splits if rows of `train` are held out."""
         raise NotImplementedError
 
-    def find_labels(self, train: list[Row]) -> None:
-        """Sets `labels`, if the task has any, from the training rows; except in `fit`, there may be no rows."""
+    def labels_in(self, row: Row) -> Iterable[str]:
+        """The names of the labels in a training row, if the task has labels."""
+        return ()
+
+    def find_labels(self, found: Mapping[str, str]) -> None:
+        """Sets `labels`, if the task has any.
+
+        Args:
+            found: The names of the labels in all training rows, each with the file and line where it is first. Empty if
+                the training rows are not read, as in an evaluation of a network that has the labels.
+        """
 
     def encode(self, split: str, rows: list[Row]) -> list[dict]:
-        """The examples of a split: the tokenizer's output for each row, and its targets, see `Examples`.
+        """The examples of some rows of a split: the tokenizer's output for each row, and its targets, see `Examples`.
 
-        Rows of `predict` need no labels; their targets are ignored. Prints a `report` of the split.
+        It is called for one part of the rows after the other. Values of examples are lists of integers, tensors with
+        zero dimensions or one and, under the key `notes`, what is not a part of batches, JSON-serializable. Rows of
+        `predict` need no labels; their targets are ignored. What it omits or changes is added to `self.counts`, which
+        `report` prints; apart from that, it must not change the object, as it is not called if the cache has the
+        examples.
         """
         raise NotImplementedError
+
+    def encoding_options(self, split: str) -> Any:
+        """What affects the examples in addition to the options, the labels and the tokenizer, JSON-serializable."""
+        return None
+
+    def check_counts(self, split: str, counts: Counts) -> None:
+        """Refuses a split, once all its rows are encoded, because of what was counted."""
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether the training rows have to be read for `labels_in`."""
+        return type(self).labels_in is not LabelledData.labels_in
 
     # Setup
 
@@ -111,26 +144,33 @@ class LabelledData(StreamData):
 
     def setup(self, stage: str) -> None:
         self.check()
+        self.start_encoding()
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
-        self.tokenizer = self.load_tokenizer()
-        self.collate = self.make_collate()
         # An evaluation needs the training rows only if the network does not have the labels.
         module = self.trainer.lightning_module
         named = stage != "fit" and (module.evaluated_network is not None or not module.keep_head)
         self.labels_known = named and bool(module.own_labels())
-        needs_train = stage == "fit" or (self.has_labels and self.tables.train and not self.labels_known)
-        train = self.read("train") if needs_train else []
-        self.find_labels(train)
+        self.reads_labels = self.has_labels and (stage == "fit" or bool(self.tables.train and not self.labels_known))
+        self.find_labels(encoding.labels(self) if self.reads_labels else {})
         self.label_ids = {label: number for number, label in enumerate(self.labels)}
         self.spellings = {cells.canonical(label): number for label, number in self.label_ids.items()}
         for split in NEEDED[stage]:
             if split not in self.examples:
-                rows = train if split == "train" else self.read(split)
+                found = encoding.in_memory(self, split) if self.in_memory else encoding.encoded(self, split)
+                for note in found.notes:
+                    self.print(note)
                 if split == "predict":
-                    self.inputs = rows
-                self.respelled = self.stripped = 0
-                self.examples[split] = self.make_examples(split, self.encode(split, rows))
-                self.report_labels(split)
+                    self.inputs = found.inputs
+                self.examples[split] = self.make_examples(split, found.examples)
+                self.report(split, self.examples[split], found.counts)
+
+    def start_encoding(self) -> None:
+        """Loads what `encode` needs."""
+        if self.options is None:
+            others = self.not_encoded | vars(LabelledData()).keys() - {"block_size"}
+            self.options = encoding.plain({k: v for k, v in vars(self).items() if k not in others})
+        self.tokenizer = self.load_tokenizer()
+        self.collate = self.make_collate()
 
     def load_tokenizer(self) -> "PreTrainedTokenizerFast":
         """Loads the tokenizer; a subclass may change it."""
@@ -152,73 +192,87 @@ class LabelledData(StreamData):
         if self.tokenizer_options.path is None:
             raise UserError("there is no tokenizer: give --data.tokenizer.path, or a --model.pretrained that has one")
 
-    def make_examples(self, split: str, rows: list[dict]) -> Examples:
+    def make_examples(self, split: str, rows: Sequence[dict]) -> Examples:
         """The dataset of a split, with what `encode` returns."""
         return Examples(rows, self.seed if split == "train" else None)
 
-    def read(self, split: str) -> list[Row]:
-        """The rows of a split."""
-        return read_split(self.tables, split, self.key, self.formats)
+    # Rows
+
+    def read(self, split: str, report: ReadReport) -> Iterator[Row]:
+        """The rows of a split, one at a time; `report` gets what was detected or replaced in the files."""
+        return read_split(self.tables, split, self.key, self.formats, report)
+
+    def files(self, split: str) -> list[Path]:
+        """The files with the rows of a split."""
+        if self.tables.hub:
+            return []
+        return [path for pattern in sources(self.tables, split) for _, path in expand(pattern)]
+
+    def hub_content(self, split: str, folder: Path) -> list[str]:
+        """The content of the rows of a split on the Hub, as hashes, which are cached in a folder."""
+        tables = self.tables
+        names = sources(tables, split) if tables.hub else []
+        return [hub_content(str(tables.hub), tables.hub_config, name, tables.hub_revision, folder) for name in names]
+
+    def holds_out(self) -> bool:
+        """Whether the validation split is a part of the rows for training."""
+        return not self.tables.validation
 
     # Tokens
 
-    def tokenize(self, split: str, texts: list[str], pairs: list[str] | None = None) -> list[dict]:
-        """Tokenizes texts, or pairs of texts, truncated to `max_length`, and prints a `report` of the split."""
+    def tokenize(self, texts: list[str], pairs: list[str] | None = None) -> list[dict]:
+        """Tokenizes texts, or pairs of texts, truncated to `max_length`, and counts tokens."""
         encoded = self.tokenizer(
             texts, pairs, return_attention_mask=False, truncation="longest_first", max_length=self.block_size
         )
         examples = [dict(zip(encoded, values)) for values in zip(*encoded.values())]
         truncated = sum(bool(encoding.overflowing) for encoding in encoded.encodings)
-        self.report(split, examples, truncated, [*texts, *(pairs or [])])
+        self.count_tokens(examples, truncated, [*texts, *(pairs or [])])
         return examples
 
-    def tokenize_words(self, split: str, sentences: list[list[str]]) -> list[dict]:
+    def tokenize_words(self, sentences: list[list[str]]) -> list[dict]:
         """The same for sentences, with the position of each word's first token, see `encode_words`."""
         examples = encode_words(self.tokenizer, sentences, self.block_size)
-        self.report_words(split, examples, sentences)
+        self.count_words(examples, sentences)
         return examples
 
-    def print(self, text: str) -> None:
-        """Prints in the first process."""
-        if self.trainer.is_global_zero:
-            print(text)
-
-    def report(self, split: str, examples: list[dict], truncated: int, texts: Iterable[str]) -> None:
-        """Prints the size of a split, and how many of its tokens are unknown.
+    def count_tokens(self, examples: list[dict], truncated: int, texts: Iterable[str]) -> None:
+        """Counts tokens of examples, also unknown ones, for the report.
 
         Args:
-            split: Name of the split.
-            examples: Examples of the split.
+            examples: The examples.
             truncated: Number of examples that are truncated.
             texts: Texts of the examples.
         """
-        tokens = sum(len(example["input_ids"]) for example in examples)
-        unknown = self.unknown(examples)
-        self.print(
-            f"{split}: {len(examples):,} rows, {tokens:,} tokens"
-            + (f", {truncated:,} rows are truncated to {self.block_size} tokens (data.max_length)" if truncated else "")
-            + about_unknown(unknown, tokens)
-        )
-        self.warn_about_unknown(split, unknown, tokens, texts)
+        self.counts.add("tokens", sum(len(example["input_ids"]) for example in examples))
+        self.counts.add("truncated", truncated)
+        if unknown := self.unknown(examples):
+            known = self.counts.example("unknown")
+            self.counts.add("unknown", unknown, known or unknown_word(self.tokenizer, texts))
 
-    def report_words(self, split: str, examples: list[dict], sentences: list[list[str]]) -> None:
+    def count_words(self, examples: list[dict], sentences: list[list[str]]) -> None:
         """The same for examples with `words`, see `encode_words`, and how many words are truncated."""
         truncated = [int((example["words"] < 0).sum()) for example in examples]
-        self.report(split, examples, len(truncated) - truncated.count(0), map(" ".join, sentences))
-        if any(truncated):
-            words = sum(len(example["words"]) for example in examples)
-            self.print(f"{split}: {sum(truncated):,} of {words:,} words are truncated, and count as false negatives")
+        self.count_tokens(examples, len(truncated) - truncated.count(0), map(" ".join, sentences))
+        self.counts.add("words", sum(len(example["words"]) for example in examples))
+        self.counts.add("truncated words", sum(truncated))
 
     def unknown(self, examples: list[dict]) -> int:
         """Number of unknown tokens."""
         unknown = unknown_id(self.tokenizer)
         return 0 if unknown is None else sum(example["input_ids"].count(unknown) for example in examples)
 
-    def warn_about_unknown(self, split: str, unknown: int, tokens: int, texts: Iterable[str]) -> None:
-        """Prints a warning if many tokens of the texts are unknown."""
-        if unknown > MANY * tokens and self.trainer.is_global_zero:
-            remedy = "use a --model.pretrained whose tokenizer covers such text, or fix --data.tables.encoding"
-            warn_about_unknown(split, unknown, tokens, unknown_word(self.tokenizer, texts), remedy)
+    # Report
+
+    def print(self, text: str) -> None:
+        """Prints in the first process."""
+        if self.trainer.is_global_zero:
+            print(text)
+
+    def report(self, split: str, examples: Examples, counts: Counts) -> None:
+        """Prints the size of a split, and what was truncated or changed."""
+        for line in described(split, len(examples), counts, self.block_size):
+            self.print(line)
 
     # Labels
 
@@ -244,24 +298,23 @@ class LabelledData(StreamData):
             raise UserError(
                 f"{row.where}: there are {words} words, but {len(names)} labels in the column {column!r}: fix the row"
             )
-        self.stripped += sum(map(cells.has_outer_space, values or []))
+        self.counts.add("stripped", sum(map(cells.has_outer_space, values or [])))
         return names
 
-    def label_names(self, train: list[Row], found: set[str]) -> list[str]:
+    def label_names(self, labels: Iterable[str]) -> list[str]:
         """The labels in the order of their ids, which is that of the network if it already predicts the same labels.
 
         Args:
-            train: The training rows, if there are any.
-            found: The labels in the training rows.
+            labels: The labels in the training rows, if they are read.
 
         Raises:
             UserError: If neither the training split nor the network has labels, or they have different ones and the
                 network is only evaluated.
         """
-        one = cells.merged(found)
-        found = {one.get(name, name) for name in found}
+        one = cells.merged(set(labels))
+        found = {one.get(name, name) for name in labels}
         own, names = self.trainer.lightning_module.own_labels(), sorted(found)
-        if train and len(names) < 2:
+        if self.reads_labels and len(names) < 2:
             raise UserError(f"the training split has {len(names)} label, but must have 2 or more")
         if not found or set(map(cells.canonical, found)) == set(map(cells.canonical, own)):
             if not own:
@@ -288,7 +341,7 @@ class LabelledData(StreamData):
             UserError: If it is unknown; `what` is what it is called in the message.
         """
         if label not in self.label_ids and (number := self.spellings.get(cells.canonical(label))) is not None:
-            self.respelled += 1
+            self.counts.add("respelled")
             return number
         if label not in self.label_ids:
             whose, advice = "the training split", "add training rows with it"
@@ -299,13 +352,6 @@ class LabelledData(StreamData):
                 f"fix the row, or {advice}"
             )
         return self.label_ids[label]
-
-    def report_labels(self, split: str) -> None:
-        """Prints how many labels of a split were changed."""
-        if self.stripped:
-            self.print(f"{split}: white space around {self.stripped:,} labels was removed")
-        if self.respelled:
-            self.print(f"{split}: {self.respelled:,} labels have several spellings (as 1 and 1.0), which are merged")
 
     # Batches
 
@@ -324,12 +370,7 @@ class LabelledData(StreamData):
     @property
     def predict_table(self) -> bool:
         """Whether the rows to predict come from CSV or TSV files, so that predictions are also written as a table."""
-        if self.tables.hub:
-            return False
-        paths = [path for pattern in sources(self.tables, "predict") for _, path in expand(pattern)]
-        return bool(paths) and all(
-            isinstance(find(path, self.tables.format, self.formats, PREFIX), Csv) for path in paths
-        )
+        return not self.tables.hub and are_csv(self.tables, "predict", self.formats)
 
     # Description
 
@@ -339,16 +380,22 @@ class LabelledData(StreamData):
         return {"tables": self.tables.described(), "rows": rows, "labels": self.labels}
 
     def identity(self) -> dict:
-        content = hashlib.sha256()
-        for row in self.examples["train"].rows:
-            fields = {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in row.items()}
-            content.update(repr(fields).encode())
         columns = {} if self.columns is None else {"columns": asdict(self.columns)}
         return {
-            "training rows": content.hexdigest()[:16],
+            "training rows": self.content_of(self.examples["train"].rows),
             "tokenizer": fingerprint(self.tokenizer)[:16],
             "seed_everything": self.seed,
         } | columns
+
+    def content_of(self, rows: Any) -> str:
+        """A fingerprint of examples."""
+        if (store := getattr(rows, "store", rows)) is not rows or isinstance(rows, Store):
+            return store.info["content"]
+        content = hashlib.sha256()
+        for row in rows:
+            fields = {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in row.items()}
+            content.update(repr(fields).encode())
+        return content.hexdigest()[:16]
 
 
 def padded(tokenizer: "PreTrainedTokenizerFast") -> "PreTrainedTokenizerFast":
@@ -357,8 +404,3 @@ def padded(tokenizer: "PreTrainedTokenizerFast") -> "PreTrainedTokenizerFast":
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-def count_phrase(number: int, what: str) -> str:
-    """A number of things, as part of a sentence; empty if it is 0."""
-    return f", {number:,} {what}" if number else ""

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Optional
 
 import numpy as np
@@ -29,9 +30,11 @@ class Examples(Dataset):
     or NaN if targets are floating-point numbers.
     """
 
-    def __init__(self, rows: list[dict], seed: Optional[int]) -> None:
+    def __init__(self, rows: Sequence[dict], seed: Optional[int]) -> None:
         self.rows, self.seed = rows, seed
-        self.lengths = np.array([len(row["input_ids"]) for row in rows])
+        known = getattr(rows, "lengths", None)
+        lengths = [len(row["input_ids"]) for row in rows] if known is None else known
+        self.lengths = np.array(lengths, dtype=np.int64)
         self.longest_first = np.argsort(-self.lengths, kind="stable")
         self.order = self.longest_first
 

@@ -2,7 +2,8 @@
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Optional
@@ -176,35 +177,43 @@ class Row(Mapping):
         return value
 
 
-def read_split(tables: Tables, split: str, key: Callable[[Row], str], known: Sequence[Format] = FORMATS) -> list[Row]:
-    """The rows of a split, in the order of the files.
+def read_split(
+    tables: Tables,
+    split: str,
+    key: Callable[[Row], str],
+    known: Sequence[Format] = FORMATS,
+    report: Optional[ReadReport] = None,
+) -> Iterator[Row]:
+    """The rows of a split, in the order of the files, one at a time.
 
     Args:
         tables: The files.
         split: Name of the split.
         key: The part of a row that decides whether it is held out for validation; rows with the same key stay together.
         known: Formats that have short names and are detected by the suffixes of files.
+        report: See `read_file`.
 
     Raises:
-        UserError: If a row cannot be read; names the file and line.
+        UserError: If a row cannot be read; names the file and line. If there are no rows.
     """
-    if not 0 <= tables.validation_fraction < 1:
-        raise UserError(
-            f"--data.tables.validation_fraction is {tables.validation_fraction}, but must be from 0 to below 1"
-        )
+    check_fraction(tables)
     names = sources(tables, split)
-    read = read_hub if tables.hub else functools.partial(read_files, known=known)
-    rows = [row for name in names for row in read(name, tables)]
     if not names:
         raise UserError(f"the {split} split has no rows: give files with --data.tables.{split}")
-    if not rows:
+    read = read_hub if tables.hub else functools.partial(read_files, known=known, report=report)
+    rows: Iterator[Row] = itertools.chain.from_iterable(read(name, tables) for name in names)
+    first = next(rows, None)
+    if first is None:
         raise UserError(f"the {split} split has no rows, as there are none in {', '.join(names)}: give other files")
+    rows = itertools.chain([first], rows)
     if split in ("train", "validation") and not tables.validation:
-        return part(rows, split, key, tables.validation_fraction)
-    return rows
+        rows = part(rows, split, key, tables.validation_fraction)
+    yield from rows
 
 
-def part(rows: list[Row], split: str, key: Callable[[Row], str], fraction: float, option: str = PREFIX) -> list[Row]:
+def part(
+    rows: Iterable[Row], split: str, key: Callable[[Row], str], fraction: float, option: str = PREFIX
+) -> Iterator[Row]:
     """The rows of `train` that are held out for validation, or the others.
 
     Args:
@@ -217,22 +226,39 @@ def part(rows: list[Row], split: str, key: Callable[[Row], str], fraction: float
     Raises:
         UserError: If there are none.
     """
-    if not 0 <= fraction < 1:
-        raise UserError(f"--data.tables.validation_fraction is {fraction}, but must be from 0 to 1")
-    found = [row for row in rows if held_out(key(row), fraction) == (split == "validation")]
+    number, found = 0, False
+    for row in rows:
+        number += 1
+        if held_out(key(row), fraction) == (split == "validation"):
+            found = True
+            yield row
     if not found:
         raise UserError(
             f"the {split} split has no rows, as with --data.tables.validation_fraction {fraction:g}, none of the "
-            f"{len(rows):,} rows of {option}.train is {'held out' if split == 'validation' else 'left'}: change it, or "
+            f"{number:,} rows of {option}.train is {'held out' if split == 'validation' else 'left'}: change it, or "
             f"give files with {option}.validation"
         )
-    return found
+
+
+def check_fraction(tables: Tables) -> None:
+    """Refuses an invalid `validation_fraction`."""
+    if not 0 <= tables.validation_fraction < 1:
+        raise UserError(
+            f"--data.tables.validation_fraction is {tables.validation_fraction}, but must be from 0 to below 1"
+        )
 
 
 def sources(tables: Tables, split: str) -> list[str]:
     """The files, folders and patterns of a split, or the names of splits on the Hub."""
     instead = {"validation": tables.train, "predict": tables.test}
     return list(getattr(tables, split) or instead.get(split, []))
+
+
+def are_csv(tables: Tables, split: str, known: Sequence[Format]) -> bool:
+    """Whether all files of a split are CSV or TSV files."""
+    paths = [path for pattern in sources(tables, split) for _, path in expand(pattern)]
+    found = [formats.find(path, tables.format, known, PREFIX) for path in paths]
+    return bool(found) and all(isinstance(each, formats.Csv) for each in found)
 
 
 def read_hub(split: str, tables: Tables) -> Iterator[Row]:
@@ -243,14 +269,25 @@ def read_hub(split: str, tables: Tables) -> Iterator[Row]:
         yield Row(values, f"{name} ({split}):{number}")
 
 
-def read_files(pattern: str, tables: Tables, known: Sequence[Format] = FORMATS) -> Iterator[Row]:
+def read_files(
+    pattern: str, tables: Tables, known: Sequence[Format] = FORMATS, report: Optional[ReadReport] = None
+) -> Iterator[Row]:
     """The rows of a file, of the files in a folder, or of all files that match a pattern."""
     for _, path in expand(pattern):
-        yield from read_file(path, tables, known)
+        yield from read_file(path, tables, known, report)
 
 
-def read_file(path: Path, tables: Tables, known: Sequence[Format] = FORMATS) -> Iterator[Row]:
-    """The rows of a file. Afterwards, what was detected or replaced is printed."""
+def read_file(
+    path: Path, tables: Tables, known: Sequence[Format] = FORMATS, report: Optional[ReadReport] = None
+) -> Iterator[Row]:
+    """The rows of a file.
+
+    Args:
+        path: The file.
+        tables: How it is read.
+        known: See `read_split`.
+        report: Gets what was detected or replaced. Default: it is printed at the end.
+    """
     file_format = formats.find(path, tables.format, known, PREFIX)
     if file_format is None:
         raise UserError(
@@ -265,17 +302,18 @@ def read_file(path: Path, tables: Tables, known: Sequence[Format] = FORMATS) -> 
     options = ReadOptions(
         PREFIX, tables.encoding, tables.encoding_errors, tables.delimiter, tables.quoting, tables.header
     )
-    report = ReadReport()
-    for number, values in file_format.rows(path, options, report):
+    own = ReadReport() if report is None else report
+    replaced = own.replaced_bytes
+    for number, values in file_format.rows(path, options, own):
         where = f"{path}:{number}"
         try:
-            values = encodable_values(values, where, options, report)
+            values = encodable_values(values, where, options, own)
         except RecursionError:
             raise UserError(f"{where}: the row is nested too deeply: fix or remove it") from None
         yield Row(values, where, "header" in file_format.options)
-    if report.replaced_bytes:
-        report.notes.append(f"{path}: {report.replaced_bytes:,} invalid bytes were replaced by U+FFFD")
-    for note in report.notes:
+    if own.replaced_bytes > replaced:
+        own.notes.append(f"{path}: {own.replaced_bytes - replaced:,} invalid bytes were replaced by U+FFFD")
+    for note in own.notes if report is None else ():
         rank_zero_only(print)(note)
 
 

@@ -10,12 +10,11 @@ from lm_lightning import hub
 from lm_lightning.compat.transformers import hide_load_report
 from lm_lightning.console import printable
 from lm_lightning.errors import UserError, one_line
+from lm_lightning.generation.sampling import Sampling, check
 from lm_lightning.run import model_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
-
-    from lm_lightning.generation.generation import Sampling
 
 
 def generate(
@@ -60,14 +59,15 @@ def generate(
         raise UserError("--system is only for --chat true: omit it")
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}, but must be 1 or more")
+    sampling = Sampling(greedy, temperature, top_k, top_p, seed)
+    check(1, max_new_tokens, sampling)
     prompts = read_prompts(prompts_file) if prompts_file is not None else {}
     network, tokenizer = load(model, device)  # first, so that a wrong path is reported without waiting for the imports
 
-    from lm_lightning.generation.generation import Sampling, describe_generation_config
+    from lm_lightning.generation.generation import describe_generation_config
 
     if message := describe_generation_config(network, tokenizer):
         say(message)
-    sampling = Sampling(greedy, temperature, top_k, top_p, seed)
     if chat:
         chat_loop(network, tokenizer, max_new_tokens, sampling, system)
     elif prompts_file is not None:
@@ -144,7 +144,7 @@ def stream(
     tokenizer: "PreTrainedTokenizerFast",
     ids: list[int],
     max_new_tokens: int,
-    sampling: "Sampling",
+    sampling: Sampling,
 ) -> str:
     """Prints the generated text as it is generated, and returns it."""
     from lm_lightning.generation.generation import generate
@@ -162,7 +162,7 @@ def answer(
     prompts: dict[str, str],
     batch_size: int,
     max_new_tokens: int,
-    sampling: "Sampling",
+    sampling: Sampling,
 ) -> None:
     """Prints a line of JSON for each prompt.
 
@@ -174,9 +174,8 @@ def answer(
         max_new_tokens: Maximum number of generated tokens.
         sampling: How tokens are chosen.
     """
-    from lm_lightning.generation.generation import check, generate, prompt_ids, room
+    from lm_lightning.generation.generation import generate, prompt_ids, room
 
-    check(list(prompts), max_new_tokens, sampling)
     rows = [(name, prompt, prompt_ids(tokenizer, prompt)) for name, prompt in prompts.items()]
     for name, _, ids in rows:  # all prompts, before text is generated for the first
         room(network, ids, max_new_tokens, name)
@@ -191,7 +190,7 @@ def chat_loop(
     network: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerFast",
     max_new_tokens: int,
-    sampling: "Sampling",
+    sampling: Sampling,
     system: str,
 ) -> None:
     """Answers each line of the user, with the dialogue so far as context, until an empty line."""

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import takewhile
 from typing import TYPE_CHECKING, Optional
 
@@ -22,6 +21,7 @@ from transformers.generation.streamers import BaseStreamer
 from lm_lightning.data.order import seed_of, sequence_key
 from lm_lightning.data.tokenizer import document_ids
 from lm_lightning.errors import UserError
+from lm_lightning.generation.sampling import Sampling, check
 from lm_lightning.networks import positions
 
 if TYPE_CHECKING:
@@ -31,34 +31,16 @@ if TYPE_CHECKING:
 NO_DECODING = re.compile(r"(bos|eos|pad)_token_id|transformers_version|_.*|.*cache.*|output_.*|return_dict_in_generate")
 
 
-@dataclass
-class Sampling:
-    """How the next token is chosen.
-
-    Args:
-        greedy: Whether to always choose the most probable token; the other settings then have no effect.
-        temperature: Divisor of the logits: values below 1 sharpen the distribution, values above 1 flatten it.
-        top_k: Number of most probable tokens from which to sample; 0 for all.
-        top_p: Sample from the smallest set of most probable tokens whose probabilities add up to this value; 1 for all.
-        seed: The same seed and prompt give the same text, whatever the other prompts of the batch are.
-    """
-
-    greedy: bool = False
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-
-    def processors(self, prompts: list[list[int]]) -> LogitsProcessorList:
-        """The processors that convert a row of logits for each prompt to scores whose maximum is the next token."""
-        if self.greedy:
-            return LogitsProcessorList()
-        chain: list[LogitsProcessor] = [TemperatureLogitsWarper(float(self.temperature))]
-        if self.top_k:
-            chain.append(TopKLogitsWarper(self.top_k))
-        if self.top_p < 1:
-            chain.append(TopPLogitsWarper(self.top_p))
-        return LogitsProcessorList([*chain, GumbelNoise(self.seed, prompts)])
+def processors(sampling: Sampling, prompts: list[list[int]]) -> LogitsProcessorList:
+    """The processors that convert a row of logits for each prompt to scores whose maximum is the next token."""
+    if sampling.greedy:
+        return LogitsProcessorList()
+    chain: list[LogitsProcessor] = [TemperatureLogitsWarper(float(sampling.temperature))]
+    if sampling.top_k:
+        chain.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        chain.append(TopPLogitsWarper(sampling.top_p))
+    return LogitsProcessorList([*chain, GumbelNoise(sampling.seed, prompts)])
 
 
 class GumbelNoise(LogitsProcessor):
@@ -240,7 +222,7 @@ def generate(
     Raises:
         UserError: If a prompt is too long for the network's context.
     """
-    check(prompts, max_new_tokens, sampling)
+    check(len(prompts), max_new_tokens, sampling)
     names = names or [f"prompt {number}" for number in range(1, len(prompts) + 1)]
     rooms = [room(network, prompt, max_new_tokens, name) for prompt, name in zip(prompts, names)]
     for name, new in zip(names, rooms):
@@ -279,9 +261,9 @@ def answers(
     for i, prompt in enumerate(prompts):  # padding on the left, so that the new tokens directly follow all prompts
         input_ids[i, longest - len(prompt) :] = torch.tensor(prompt)
         attention_mask[i, longest - len(prompt) :] = 1
-    processors = sampling.processors(prompts)
+    chain = processors(sampling, prompts)
     if vocab_size is not None:
-        processors.insert(0, ForbidPadding(vocab_size))
+        chain.insert(0, ForbidPadding(vocab_size))
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,  # the maximum is chosen; the processors add the randomness
@@ -293,7 +275,7 @@ def answers(
             input_ids=input_ids.to(network.device),
             attention_mask=attention_mask.to(network.device),
             generation_config=settings,
-            logits_processor=processors,
+            logits_processor=chain,
             streamer=streamer,
         )
     return [list(takewhile(lambda token: token not in ends, row)) for row in output[:, longest:].tolist()]
@@ -318,22 +300,6 @@ def room(network: "PreTrainedModel", prompt: list[int], max_new_tokens: int, nam
             "token must be left for new text: shorten it"
         )
     return int(min(max_new_tokens, limit - len(prompt)))
-
-
-def check(prompts: Sequence, max_new_tokens: int, sampling: Sampling) -> None:
-    """Refuses invalid arguments."""
-    for wrong, sentence in (
-        (not prompts, "there is no prompt: give at least one, which may be empty"),
-        (max_new_tokens < 1, f"max_new_tokens is {max_new_tokens}, but must be 1 or more"),
-        (
-            sampling.temperature <= 0 and not sampling.greedy,
-            f"temperature is {sampling.temperature}, but must be above 0: for deterministic text, use greedy",
-        ),
-        (sampling.top_k < 0, f"top_k is {sampling.top_k}, but must be 1 or more, or 0 for all tokens"),
-        (not 0 < sampling.top_p <= 1, f"top_p is {sampling.top_p}, but must be above 0 and at most 1"),
-    ):
-        if wrong:
-            raise UserError(sentence)
 
 
 def context_limit(network: "PreTrainedModel") -> float:

@@ -11,7 +11,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lm_lightning.console import printable
 from lm_lightning.errors import UserError
 from lm_lightning.files import append
-from lm_lightning.generation.generation import Sampling, check, describe_generation_config, generate, prompt_ids
+from lm_lightning.generation.generation import describe_generation_config, generate, prompt_ids
+from lm_lightning.generation.sampling import Sampling, check
 from lm_lightning.strategies.capabilities import capabilities
 
 
@@ -32,10 +33,10 @@ class Samples(Callback):
         max_new_tokens: int = 50,
         sampling: Sampling = Sampling(temperature=0.8, top_k=50),
     ) -> None:
+        check(len(prompts), max_new_tokens, sampling)
         self.prompts, self.max_new_tokens, self.sampling = prompts, max_new_tokens, sampling
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        check(self.prompts, self.max_new_tokens, self.sampling)
         if pl_module.tokenizer is None:
             raise UserError("Samples need a tokenizer, which the data module does not have: omit the callback Samples")
         if message := describe_generation_config(pl_module.network, trainer.datamodule.tokenizer):

@@ -13,7 +13,7 @@ import transformers
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from lm_lightning import files, hub
+from lm_lightning import features, files, hub
 from lm_lightning.compat.transformers import refused_settings
 from lm_lightning.console import printable
 from lm_lightning.data.tokenizer import fingerprint, load
@@ -273,7 +273,7 @@ def check_export(
         UserError: If the network or its tokenizer could not be exported, or could not be loaded again.
     """
     name = str(description["class"])
-    if getattr(transformers, name, None) is None:
+    if getattr(transformers, name, None) is None and name not in features.networks():
         raise UserError(
             f"the network's class {name} is not part of transformers, which could therefore not load model/: use a "
             "network of transformers, or disable the export with --trainer.enable_checkpointing false"

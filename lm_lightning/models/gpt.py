@@ -12,13 +12,25 @@ from lm_lightning.errors import UserError
 from lm_lightning.losses import cross_entropy, linear_cross_entropy
 from lm_lightning.models.metrics import Mode, bits_per_byte
 from lm_lightning.models.module import LanguageModule
+from lm_lightning.models.unigram import start_at_frequencies
 from lm_lightning.networks import add_end_tokens, headless
 
 
 class CausalLM(LanguageModule):
-    """Any causal network of `transformers` (GPT-2, Llama, Qwen, ...), trained to predict the next token."""
+    """Any causal network of `transformers` (GPT-2, Llama, Qwen, ...), trained to predict the next token.
+
+    Args:
+        unigram_start: Whether a new network predicts tokens with their frequencies in the training data when it starts,
+            so that they need not be learned. This needs a head with a bias, or a layer norm with a bias before it (as
+            in GPT-2, but not in Llama); it has no effect on other networks.
+        options: Options of all models, see `LanguageModule`.
+    """
 
     auto_class = transformers.AutoModelForCausalLM
+
+    def __init__(self, unigram_start: bool = True, **options: Any) -> None:
+        super().__init__(**options)
+        self.unigram_start = unigram_start
 
     def network_made(self) -> None:
         # Blocks have no padding. With a padding token, which is often also the end-of-text token, a network would
@@ -27,6 +39,9 @@ class CausalLM(LanguageModule):
         self.network.get_input_embeddings().padding_idx = None
         self.has_linear_head = self.head_is_last()
         self.refuse_leaks()
+        counts = contract.optional(self.trainer.datamodule, "token_counts")
+        if self.unigram_start and self.settings is not None and counts is not None and self.trainer.state.fn == "fit":
+            start_at_frequencies(self.network, counts)
         if ends := contract.optional(self.trainer.datamodule, "end_tokens"):
             add_end_tokens(self.network, ends)
 
@@ -91,7 +106,15 @@ class CausalLM(LanguageModule):
         return self.hidden(inputs) if self.has_linear_head else self.network(**inputs, use_cache=False).logits
 
     def loss(self, batch: dict) -> tuple[Tensor, Tensor]:
-        output, targets = self.outputs(batch).flatten(0, 1), batch["targets"].flatten()
+        return self.token_loss(self.outputs(batch).flatten(0, 1), batch["targets"].flatten())
+
+    def token_loss(self, output: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss, summed over the tokens with a target, and their number.
+
+        Args:
+            output: As from `outputs`, (N, H) or (N, V).
+            targets: (N,) int64, -100 where there is none.
+        """
         if self.has_linear_head:
             head = self.network.get_output_embeddings()
             loss = linear_cross_entropy(output, head.weight, head.bias, targets, self.vocab_size)
@@ -119,9 +142,10 @@ class CausalLM(LanguageModule):
         rows, size, place = [], contract.rows(batch), contract.place(self.trainer)
         self.predicted_rows = max(size, getattr(self, "predicted_rows", 0))  # of a full batch
         first = (batch_idx * place["num_replicas"] + place["rank"]) * self.predicted_rows
+        output = self.outputs(batch)
         for i, sample in enumerate(contract.sample_ids(batch) or range(first, first + size)):
-            # (also for padding, as all processes must call a sharded network together)
-            loss, tokens = self.loss({key: value[i : i + 1] for key, value in batch.items()})
+            # (also for padding, as all processes must call a sharded head together)
+            loss, tokens = self.token_loss(output[i], batch["targets"][i])
             if sample != PADDING:
                 row = {"id": sample, "tokens": tokens.item(), "loss": (loss / tokens).item()}
                 text = {} if self.tokenizer is None else {"text": self.tokenizer.decode(batch["input_ids"][i])}

@@ -27,8 +27,8 @@ from lm_lightning.models import build, export, resuming
 from lm_lightning.models.adapter import Adapter
 from lm_lightning.models.metrics import LossRatio, Mode
 from lm_lightning.models.overriding import check_attribute, check_class, hook, refuse_early_network
-from lm_lightning.models.steps import OptimizerSteps, gather_samples
-from lm_lightning.optim import OptimizerFactory, Schedule, group_settings, make_optimizer
+from lm_lightning.models.steps import OptimizerSteps, gather_samples, schedule_steps, set_seed
+from lm_lightning.optim import OptimizerFactory, Schedule, group_settings, make_optimizer, restore_settings
 from lm_lightning.run import pretrained_name
 
 
@@ -296,7 +296,7 @@ class LanguageModule(LightningModule):
     def on_train_batch_start(self, batch: dict, batch_idx: int) -> None:
         # Dropout is a function of (seed, step, micro-batch, replica), so that a resumed run draws the same numbers.
         seed, replica = int(os.environ.get("PL_GLOBAL_SEED", 0)), contract.place(self.trainer)["rank"]
-        torch.manual_seed(seed_of(seed, self.trainer.global_step, self.optimizer_steps.rows, replica))
+        set_seed(seed_of(seed, self.trainer.global_step, self.optimizer_steps.rows, replica), self.device)
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         self.check_batch(batch, "train")
@@ -332,11 +332,11 @@ class LanguageModule(LightningModule):
         return trainer.estimated_stepping_batches
 
     def configure_optimizers(self) -> dict:
-        total = self.total_steps()
+        self.schedule_steps = schedule_steps(self.trainer, self.total_steps())
         if not self.trainer.fast_dev_run:
-            self.schedule.check(total)
+            self.schedule.check(self.schedule_steps(0))
         optimizer, scheduler = make_optimizer(
-            self.network, self.optimizer_factory, self.schedule, total, self.layer_decay
+            self.network, self.optimizer_factory, self.schedule, self.schedule_steps, self.layer_decay
         )
         self.group_settings = group_settings(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -344,9 +344,10 @@ class LanguageModule(LightningModule):
     def on_train_start(self) -> None:
         contract.check_loader(self.trainer)
         # A checkpoint restores the optimizer settings of its run; those of this run replace them.
-        for group, settings in zip(self.optimizers().param_groups, self.group_settings):
-            group.update(settings)
-            group["lr"] = group["initial_lr"] * self.schedule.factor(self.trainer.global_step, self.total_steps())
+        restore_settings(self.trainer.optimizers[0], self.group_settings)
+        step = self.trainer.global_step
+        for group in self.trainer.optimizers[0].param_groups:
+            group["lr"] = group["initial_lr"] * self.schedule.factor(step, self.schedule_steps(step))
         self.lr_schedulers().base_lrs = [settings["initial_lr"] for settings in self.group_settings]
 
     # Evaluation

@@ -3,11 +3,14 @@
 The mean is exact however a step is split into micro-batches and processes, and however many targets each of them has.
 """
 
+import functools
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple, Optional
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Timer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -128,6 +131,8 @@ class OptimizerSteps:
 
     def clip_norm(self, parameters: Iterable[nn.Parameter], limit: float) -> None:
         """Scales the latest step's gradients so that their global norm is at most `limit`."""
+        if self.gradient_norm.device.type == "cpu" and self.gradient_norm + 1e-6 <= limit:
+            return  # reading the norm of another device would wait for it
         scale_gradients(parameters, (limit / (self.gradient_norm + 1e-6)).clamp(max=1))
 
     def check_finite(
@@ -169,6 +174,39 @@ def gather_samples(module: LightningModule, own: list[int]) -> list[int]:
         return []
     samples = module.all_gather(torch.tensor(own, device=module.device)).flatten().tolist()
     return sorted({sample for sample in samples if sample != PADDING})
+
+
+def schedule_steps(trainer: Trainer, total_steps: float) -> Callable[[int], float]:
+    """The number of optimizer steps over which the learning rate's schedule extends, as known at a step.
+
+    If only `trainer.max_time` ends the run, it is the number for which the share of the steps that are done equals the
+    share of the time that has passed. The processes use the time of the first one, as their rates must be equal.
+
+    Args:
+        trainer: The trainer.
+        total_steps: Optimizer steps of the run, `inf` if their number is not known.
+    """
+    timers = [c for c in trainer.callbacks if isinstance(c, Timer) and c.time_remaining() is not None]
+    if not timers or not math.isinf(total_steps):
+        return lambda step: total_steps
+
+    @functools.lru_cache(1)  # for all groups of parameters
+    def estimate(step: int) -> float:
+        if step == 0:
+            return 1e9
+        passed, left = timers[0].time_elapsed(), timers[0].time_remaining()
+        share = trainer.strategy.broadcast(passed / max(passed + left, 1e-9))  # type: ignore[operator]
+        return max(step + 1, step / max(share, 1e-9))
+
+    return estimate
+
+
+def set_seed(seed: int, device: torch.device) -> None:
+    """Sets the seed of the random numbers of a device, as `torch.manual_seed` does for all kinds of devices."""
+    if device.type == "cpu":  # the other devices, which are not used, would need longer
+        torch.default_generator.manual_seed(seed)
+    else:
+        torch.manual_seed(seed)
 
 
 def scale_gradients(parameters: Iterable[nn.Parameter], factor: Tensor) -> None:

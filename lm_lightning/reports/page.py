@@ -12,6 +12,7 @@ from pathlib import Path
 from lm_lightning.errors import UserError
 from lm_lightning.files import write_text
 from lm_lightning.reports.curves import charts
+from lm_lightning.reports.filters import filters, without_filters
 from lm_lightning.reports.history import Run, read
 from lm_lightning.reports.html_parts import escape, folded, section, table
 from lm_lightning.reports.sections import configs, confusion, mistakes, results, samples, spikes
@@ -39,12 +40,13 @@ def page(runs: Sequence[Run]) -> str:
     drawn = charts(runs)
     parts.append(section("Curves", '<div id="curves"></div>' if drawn else "<p>Nothing was logged.</p>"))
     labelled = (("Results by label", results), ("Confusion of labels", confusion), ("Worst mistakes", mistakes))
-    for title, block in (*labelled, ("Spikes of the loss", spikes), ("Samples", samples)):
+    others = (("Spikes of the loss", spikes), ("Samples", samples), ("Filters of the corpus", filters))
+    for title, block in (*labelled, *others):
         blocks = [(run.name, written) for run in runs if (written := block(run))]
         if blocks:
             parts.append(section(title, folded(blocks)))
     parts.append(section("Config", configs(runs)))
-    parts.append(section("Data", table([run.name for run in runs], [run.data for run in runs], "marked")))
+    parts.append(section("Data", table([run.name for run in runs], [without_filters(run) for run in runs], "marked")))
     parts.append(section("Environment", table([run.name for run in runs], [run.environment for run in runs], "marked")))
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
     # "</script>" would end the script element.

@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lm_lightning import features
 from lm_lightning.console import printable
 from lm_lightning.errors import UserError, one_line
 
@@ -106,16 +107,18 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def network_class(name: Any) -> "type[PreTrainedModel]":
-    """The class of `transformers` that a file names.
+    """The class of `transformers`, or of this project, that a file names.
 
     Args:
         name: The name, such as `GPT2LMHeadModel`, of any type.
 
     Raises:
-        UserError: If `transformers` has no network of that name.
+        UserError: If there is no network of that name.
     """
     import transformers
 
+    if isinstance(name, str) and name in (own := features.networks()):
+        return features.resolve(own[name])
     found = None
     if isinstance(name, str) and name.isidentifier() and not name.startswith("_"):
         found = getattr(transformers, name, None)

@@ -5,11 +5,12 @@ import random
 from pathlib import Path
 
 import pytest
+from conftest import optional
 
 from lm_lightning.data.corpus import Piece
 from lm_lightning.data.documents import Documents
 from lm_lightning.data.filter import Document
-from lm_lightning.data.filtering import run
+from lm_lightning.data.filtering import filter_corpus, run
 from lm_lightning.errors import UserError
 
 
@@ -212,3 +213,24 @@ def test_overlap_with_other_splits_and_benchmarks(tmp_path: Path):
     before = Contamination(**options).identity()
     benchmark.write_text(json.dumps({"question": "another"}))
     assert Contamination(**options).identity() != before
+
+
+def test_the_report_has_filters_with_examples(tmp_path: Path):
+    write = optional("reports.page.write")
+    from lm_lightning.filters.duplicates import ExactDuplicates
+
+    (tmp_path / "work").mkdir()
+    filter_corpus([ExactDuplicates()], pieces(["Some <b>text", "Some <b>text", "Another"]), None, 1, tmp_path / "work")
+    info = json.loads((tmp_path / "work" / "info.json").read_text())
+    (tmp_path / "config.yaml").write_text("model: {}")
+    (tmp_path / "data.json").write_text(json.dumps(info))
+    write([tmp_path], tmp_path / "report.html")
+    content = (tmp_path / "report.html").read_text()
+    assert "1 documents (33.33%), 12 bytes" in content and "Some &lt;b&gt;text" in content
+
+
+def test_no_training_document_left_is_refused(tmp_path: Path):
+    from lm_lightning.filters.quality import GopherQuality
+
+    with pytest.raises(UserError, match="no training document is left of 1 documents after the filters GopherQuality"):
+        filter_corpus([GopherQuality()], pieces(["short"]), None, 1, tmp_path)

@@ -45,7 +45,7 @@ def test_a_split_without_rows(tmp_path: Path, monkeypatch, tables: dict, split: 
     Path("empty.csv").write_text("text,label\n")
     Path("nothing.csv").write_text("")
     with pytest.raises(UserError, match=message):
-        read_split(Tables(**tables), split, lambda row: row.text("text"))
+        list(read_split(Tables(**tables), split, lambda row: row.text("text")))
 
 
 def test_a_missing_column_is_named_with_options_of_its_format(tmp_path: Path):

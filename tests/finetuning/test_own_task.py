@@ -35,11 +35,14 @@ class ToyData(LabelledData):
     def key(self, row):
         return row.text("text")
 
-    def find_labels(self, train):
-        self.labels = self.label_names(train, {row.text("label") for row in train})
+    def labels_in(self, row):
+        return [row.text("label")]
+
+    def find_labels(self, found):
+        self.labels = self.label_names(found)
 
     def encode(self, split, rows):
-        examples = self.tokenize(split, [row.text("text") for row in rows])
+        examples = self.tokenize([row.text("text") for row in rows])
         for example, row in zip(examples, rows):
             example["targets"] = torch.tensor(-100 if split == "predict" else self.label_id(row, row.text("label")))
         return examples

@@ -19,7 +19,10 @@ TASKS = {  # recipe: more flags
     "roles": (),
     "parsing": (),
     "questions": ("--data.max_length", 200),
-    "search": ("--model.mini_batch_size", 2),
+    "search": (
+        *("--model.mini_batch_size", 2, "--model.mining.every_n_epochs", 1, "--model.mining.first_epoch", 0),
+        *("--model.mining.negatives", 2, "--model.mining.margin", 0),
+    ),
     "embedding": ("--data.columns.score", "number"),
 }
 

@@ -135,7 +135,8 @@ def model(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @mutations(200)
 def test_damaged_models_that_generate(model: Path, guard: Guard, tmp_path: Path, seeds: range):
     from lm_lightning.generation import generate
-    from lm_lightning.generation.generation import Sampling, prompt_ids
+    from lm_lightning.generation.generation import prompt_ids
+    from lm_lightning.generation.sampling import Sampling
 
     def read(folder: Path) -> None:
         network, own = generate.load(str(folder), "cpu")

@@ -10,7 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 import yaml
-from conftest import ROOT, needs
+from conftest import ROOT, exists, needs
 from processes import Runs
 
 from lm_lightning.checkpoints.loading import load_checkpoint
@@ -54,7 +54,15 @@ NETWORKS = {
         **{"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64},
         **{"max_position_embeddings": 64, "hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0},
     },
+    "bart": {
+        "model_type": "bart",
+        **{"encoder_layers": 1, "decoder_layers": 1, "d_model": 32, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64},
+        **{"encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_position_embeddings": 64, "dropout": 0},
+        **{"init_std": 0.2},
+    },
+    "t5": {"model_type": "t5", "d_model": 32, "d_kv": 16, "num_heads": 2, "d_ff": 64, "num_layers": 1},
 }
+NETWORKS["chat"] = NETWORKS["gpt2"]
 
 
 def equal(one: object, other: object) -> bool:
@@ -98,11 +106,49 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, corpus_file: Path, cache_di
                 **{"accelerator": "cpu", "precision": "32-true", "devices": "auto"},
             },
         }
+        if network in ("bart", "t5"):
+            content |= encoder_decoder(folder, network)
+        if network == "chat":
+            content |= chat(folder)
         file = folder / f"{network}.yaml"
         file.write_text(yaml.safe_dump(content))
         return ("fit", "--config", file, *flags)
 
     return write
+
+
+def encoder_decoder(folder: Path, network: str) -> dict:
+    """The model and the data of a network that writes a text for a text."""
+    numbers = [f"{number * number % 997} {number % 7}" for number in range(1, 61)]
+    for name, rows in {"x": numbers, "y": [" ".join(reversed(row)) for row in numbers]}.items():
+        (folder / f"pairs.{name}").write_text("\n".join(rows), encoding="utf-8")
+    files = [str(folder / "pairs.x"), str(folder / "pairs.y")]
+    model = {
+        **{"network": NETWORKS[network], "schedule": {"warmup_steps": 2}, "label_smoothing": 0.1},
+        **{"decoding": {"num_beams": 2, "max_new_tokens": 12}},
+        "evaluation": {"scores": [{"class_path": "Chrf"}], "rows": 7, "batch_size": 2},
+    }
+    parallel = {"train": files, "validation": files}
+    data = {"parallel": parallel, "tokenizer": {"vocab_size": 270}, "max_length": 60, "max_target_length": 60}
+    return {
+        "model": {"class_path": "Seq2Seq", "init_args": model},
+        "data": {"class_path": "Seq2SeqData", "init_args": data | {"batch_size": 4}},
+    }
+
+
+def chat(folder: Path) -> dict:
+    """The model and the data of a network that is scored by the answers that it writes."""
+    rows = [{"prompt": f"the {number} rivers", "completion": "flow"} for number in range(20)]
+    (folder / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    texts = (" ".join(row.values()) for row in rows)
+    train(Tokenizer(vocab_size=270), texts, "gpt").save_pretrained(folder / "tokenizer")
+    tables = {"train": str(folder / "chat.jsonl"), "validation_fraction": 0.3}
+    scores = {"scores": [{"class_path": "ExactMatch"}]}
+    data = {"tables": tables, "tokenizer": {"path": str(folder / "tokenizer")}, "max_length": 60, "batch_size": 4}
+    return {
+        "model": {"class_path": "InstructionLM", "init_args": {"network": NETWORKS["chat"], "evaluation": scores}},
+        "data": {"class_path": "InstructionData", "init_args": data},
+    }
 
 
 def commands(recipe, network: str, names: list[str], *flags: object) -> dict[str, tuple]:
@@ -129,7 +175,12 @@ BERT = needs("tasks.masked_lm")
 )
 @pytest.mark.slow
 def test_every_strategy_has_the_losses_of_one_process(runs, recipe, network: str, strategies: list[str]):
-    runs(commands(recipe, network, ["one", *strategies]))
+    pairs = ["one", "fsdp2", "tp"] if network == "gpt2" and exists("tasks.seq2seq") else []
+    runs(commands(recipe, network, ["one", *strategies]) | commands(recipe, "bart", pairs))
+    for name in pairs[1:]:  # encoder-decoders, which also write texts
+        assert runs.differ("one_bart", f"{name}_bart", "step", "train/loss") < 1e-5
+        assert runs.differ("one_bart", f"{name}_bart", "step", "train/gradient_norm") < 1e-3
+        assert runs.differ("one_bart", f"{name}_bart", "step", "val/loss", "val/chrf") < 1e-5
     one = f"one_{network}"
     assert len(runs.log(one, "step", "train/loss")) == 10
     for name in strategies:
@@ -327,12 +378,16 @@ def test_overlays_of_configs_train(runs, recipe):
 
 
 @pytest.mark.slow
-def test_network_that_cannot_be_split_is_refused(runs, recipe):
+def test_network_that_cannot_be_sharded_is_refused(runs, recipe):
     wrong = {
         "num_attention_heads": ("gpt2", "--model.network.n_head", 1),
         "num_key_value_heads": ("qwen3", "--model.network.num_key_value_heads", 1),
         "type bloom": ("gpt2", "--model.network", '{"model_type": "bloom", "hidden_size": 32, "n_head": 2}'),
     }
+    if exists("tasks.seq2seq"):
+        wrong |= {"type t5": ("t5",), "decoder_attention_heads": ("bart", "--model.network.decoder_attention_heads", 1)}
+    if exists("tasks.instruction"):
+        wrong |= {"FSDP2 shards the parameters, with which processes cannot write": ("chat", *FLAGS["fsdp2"])}
     flags = ("--trainer.strategy", "tp", "--trainer.devices", 2)
     runs({reason: recipe(network, *flags, *own) for reason, (network, *own) in wrong.items()})
     for reason in wrong:

@@ -1,5 +1,6 @@
 """Data of classification: converts rows with a text, or a pair of texts, and a label to batches."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Optional
 
@@ -53,14 +54,21 @@ class ClassificationData(LabelledData):
     def key(self, row: Row) -> str:
         return "\n".join(row.text(column) for column in (self.columns.text, self.columns.pair) if column is not None)
 
-    def find_labels(self, train: list[Row]) -> None:
+    def labels_in(self, row: Row) -> list[str]:
+        return self.names(row)
+
+    @property
+    def has_labels(self) -> bool:
+        return self.kind != "regression"
+
+    def find_labels(self, found: Mapping[str, str]) -> None:
         if self.kind != "regression" and not self.labels:
-            self.labels = self.label_names(train, {name for row in train for name in self.names(row)})
+            self.labels = self.label_names(found)
 
     def encode(self, split: str, rows: list[Row]) -> list[dict]:
         texts = [row.text(self.columns.text) for row in rows]
         pairs = None if self.columns.pair is None else [row.text(self.columns.pair) for row in rows]
-        examples = self.tokenize(split, texts, pairs)
+        examples = self.tokenize(texts, pairs)
         for example, row in zip(examples, rows):
             example["targets"] = torch.tensor(-100) if split == "predict" else self.target(row)
         return examples
@@ -84,7 +92,7 @@ class ClassificationData(LabelledData):
             values = value.split(self.separator) if isinstance(value, str) else [value]
         names = [cells.label(item) for item in values]
         if multiclass or not isinstance(value, str):  # white space next to separators is normal
-            self.stripped += sum(map(cells.has_outer_space, values))
+            self.counts.add("stripped", sum(map(cells.has_outer_space, values)))
         if multiclass and not names[0]:
             raise UserError(f"{row.where}: the row has no label in column {column!r}: fix or remove it")
         if any(isinstance(item, (list, dict)) for item in values):

@@ -12,6 +12,7 @@ from lm_lightning.data.order import PADDING
 from lm_lightning.errors import UserError
 from lm_lightning.finetuning.examples import network_inputs
 from lm_lightning.finetuning.mistakes import Mistakes, readable
+from lm_lightning.finetuning.store import column
 from lm_lightning.models.metrics import Mode
 from lm_lightning.models.module import LanguageModule
 from lm_lightning.tasks.classification.kinds import KINDS, Kind
@@ -82,14 +83,14 @@ class Classification(LanguageModule):
         """
         heads = [m for m in self.network.modules() if isinstance(m, nn.Linear) and m.out_features == 1]
         if heads and heads[-1].bias is not None:
-            numbers = [row["targets"] for row in self.trainer.datamodule.examples["train"].rows]
-            heads[-1].bias.data.fill_(torch.stack(numbers).mean())
+            numbers = column(self.trainer.datamodule.examples["train"].rows, "targets")
+            heads[-1].bias.data.fill_(numbers.mean())
 
     def label_weights(self) -> Tensor:
         """The weight of each label, (labels,) float32."""
         data = self.trainer.datamodule
         if self.class_weights == "balanced":
-            numbers = torch.stack([row["targets"] for row in data.examples["train"].rows])
+            numbers = column(data.examples["train"].rows, "targets")
             counts = torch.bincount(numbers, minlength=len(data.labels))
             return counts.sum() / (len(counts) * counts.clamp(min=1))
         unknown = set(self.class_weights or {}) - set(data.labels)

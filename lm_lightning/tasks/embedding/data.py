@@ -5,18 +5,25 @@ computes the embeddings of rows with one text each.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Optional
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 
 from lm_lightning.console import printable
+from lm_lightning.data.corpus import expand
 from lm_lightning.data.order import sequence_key
+from lm_lightning.data.reading import ReadReport
 from lm_lightning.errors import UserError
-from lm_lightning.finetuning import cells
-from lm_lightning.finetuning.data import LabelledData, count_phrase
+from lm_lightning.finetuning.counts import Counts, count_phrase
+from lm_lightning.finetuning.data import LabelledData
+from lm_lightning.finetuning.examples import Examples
 from lm_lightning.finetuning.tables import Row, Tables, read_files
+from lm_lightning.tasks.embedding.mining import PairExamples
+from lm_lightning.tasks.embedding.modules import prompts_of
+from lm_lightning.tasks.embedding.retrieval import Judgments, Retrieval, answers, judge, scores_of, split
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -41,42 +48,19 @@ class PairColumns:
 
 
 @dataclass
-class Retrieval:
-    """A search whose correct answers are known, in the files of BEIR (Thakur et al., 2021).
+class Prompts:
+    """Text that is inserted before texts, such as `query: ` and `passage: `. Exported models have them, for
+    sentence-transformers as the prompts `query` and `document`.
 
     Args:
-        queries: JSONL file with `_id` and `text`.
-        corpus: JSONL file with `_id`, `text` and, optionally, `title`, which is prepended to the text.
-        validation: TSV file with `query-id`, `corpus-id` and `score` (0 for wrong answers), used for validation instead
-            of rows of `tables`. Queries without a correct answer are omitted.
-        test: The same for the test split.
-        ignore_identical_ids: Whether to ignore the document that has the same `_id` as the query, as BEIR does. Set it
-            to false if queries and documents are numbered independently.
+        query: Before texts of the column `text`, queries of `retrieval`, and what `search` searches for. Default: that
+            of the pretrained model, if its folder has one.
+        document: Before pairs, hard negatives, documents of `retrieval`, and texts that `predict` embeds. Default: as
+            for `query`.
     """
 
-    queries: Optional[str] = None
-    corpus: Optional[str] = None
-    validation: Optional[str] = None
-    test: Optional[str] = None
-    ignore_identical_ids: bool = True
-
-
-class Judgments(NamedTuple):
-    """Correct answers to the queries of a split.
-
-    Attributes:
-        queries: Numbers of the queries' rows.
-        documents: Numbers of the rows that are searched.
-        relevant: For each query, the row numbers of its correct answers with their relevance. Negative numbers are
-            documents that do not exist, and count as not found.
-        excluded: For each query, the row number of a document that is not an answer because it is the query itself, or
-            None. Empty if no query has such a document.
-    """
-
-    queries: list[int]
-    documents: list[int]
-    relevant: list[dict[int, float]]
-    excluded: Sequence[Optional[int]] = ()
+    query: Optional[str] = None
+    document: Optional[str] = None
 
 
 def collate_pairs(tokenizer: "PreTrainedTokenizerFast", items: list[dict]) -> dict:
@@ -100,18 +84,13 @@ def collate_pairs(tokenizer: "PreTrainedTokenizerFast", items: list[dict]) -> di
     return batch | {"id": [item["id"] for item in items]}
 
 
-def split(example: dict) -> list[list[int]]:
-    """The tokens of each text of an example."""
-    ends = [sum(example["lengths"][: i + 1]) for i in range(len(example["lengths"]))]
-    return [example["input_ids"][end - length : end] for end, length in zip(ends, example["lengths"])]
-
-
 class PairData(LabelledData):
     """Pairs of texts that belong together, or with a number for their similarity.
 
     Args:
         columns: Names of the tables' columns.
         retrieval: A search for evaluation. `predict` embeds its corpus, unless `tables` has rows to predict.
+        prompts: Text that is inserted before texts.
         hard_negatives: Number of texts in `columns.negatives` that are used, the first ones. If a row has fewer, they
             are repeated, which does not change the loss.
         min_score: The score of texts that have nothing in common.
@@ -119,10 +98,13 @@ class PairData(LabelledData):
         options: Options of all labelled data, see `LabelledData`.
     """
 
+    not_encoded = LabelledData.not_encoded | {"judged", "answered", "retrieval", "prompts"}
+
     def __init__(
         self,
         columns: PairColumns = PairColumns(),
         retrieval: Retrieval = Retrieval(),
+        prompts: Prompts = Prompts(),
         hard_negatives: int = 1,
         min_score: float = 0.0,
         max_score: float = 5.0,
@@ -137,37 +119,91 @@ class PairData(LabelledData):
             raise UserError("data.columns.negatives cannot be combined with data.columns.score: omit one of the two")
         self.columns, self.retrieval, self.hard_negatives = columns, retrieval, hard_negatives
         self.min_score, self.max_score = min_score, max_score
+        self.prompts = prompts
         self.judged: dict[str, Judgments] = {}
-        self.answered: list[dict] = []  # `id` and `text` of each row to predict
+        self.answered: Sequence[dict] = []  # `id` and `text` of each row to predict
 
-    def setup(self, stage: str) -> None:
-        super().setup(stage)
-        self.collate = functools.partial(collate_pairs, self.tokenizer)
+    def load_tokenizer(self) -> "PreTrainedTokenizerFast":
+        """Also finds the prompts."""
+        module = self.trainer.lightning_module
+        known = {} if module.pretrained is None else prompts_of(module.pretrained_folder())
+        query, document = self.prompts.query, self.prompts.document
+        self.prompts = Prompts(
+            known.get("query", "") if query is None else query,
+            known.get("document", "") if document is None else document,
+        )
+        return super().load_tokenizer()
+
+    def encoding_options(self, split: str) -> Any:
+        return [self.prompts.query, self.prompts.document]
+
+    def make_collate(self) -> Callable[[list[dict]], dict]:
+        return functools.partial(collate_pairs, self.tokenizer)
+
+    def make_examples(self, split: str, rows: Any) -> Examples:
+        if split == "predict":
+            self.answered = rows.notes()
+        elif self.searches(split):
+            path, ignore = getattr(self.retrieval, split), self.retrieval.ignore_identical_ids
+            self.judged[split] = judge(path, scores_of(path, split, self.file_options()), rows.notes(), ignore)
+        elif split != "train" and self.columns.score is None:
+            self.judged[split] = answers(rows)
+        return PairExamples(rows, self.seed if split == "train" else None)
 
     def key(self, row: Row) -> str:
         return row.text(self.columns.text)
 
-    def read(self, split: str) -> list[Row]:
-        if split == "predict" and self.retrieval.corpus and not (self.tables.predict or self.tables.test):
-            return list(self.texts("corpus"))
-        if not getattr(self.retrieval, split, None):
-            return super().read(split)
-        queries, documents = list(self.texts("queries")), list(self.texts("corpus"))
-        self.judged[split], rows = self.judge(split, queries, documents)
-        return rows
+    # Retrieval
 
-    def texts(self, name: str) -> Iterator[Row]:
+    def searches(self, split: str) -> bool:
+        """Whether the rows of a split are the documents and queries of `retrieval`."""
+        return split in ("validation", "test") and getattr(self.retrieval, split) is not None
+
+    def embeds_corpus(self) -> bool:
+        """Whether the rows to predict are the corpus of `retrieval`."""
+        return bool(self.retrieval.corpus) and not (self.tables.predict or self.tables.test)
+
+    def files(self, split: str) -> list[Path]:
+        names = [self.retrieval.corpus] if split == "predict" and self.embeds_corpus() else []
+        if self.searches(split):
+            if missing := [name for name in ("queries", "corpus") if not getattr(self.retrieval, name)]:
+                raise UserError(f"data.retrieval.{missing[0]} is missing: give its JSONL file")
+            names = [self.retrieval.corpus, self.retrieval.queries, getattr(self.retrieval, split)]
+        if not names:
+            return super().files(split)
+        return [path for name in names if name for _, path in expand(name)]
+
+    def hub_content(self, split: str, folder: Path) -> list[str]:
+        own = self.searches(split) or (split == "predict" and self.embeds_corpus())
+        return [] if own else super().hub_content(split, folder)
+
+    def read(self, split: str, report: ReadReport) -> Iterator[Row]:
+        """The rows of a split: of the tables, or the documents and then the queries of `retrieval`, with `_id`."""
+        if split == "predict" and self.embeds_corpus():
+            yield from self.texts("corpus", report)
+        elif not self.searches(split):
+            yield from super().read(split, report)
+        else:
+            scores, known = scores_of(getattr(self.retrieval, split), split, self.file_options()), set[str]()
+            yield from self.texts("corpus", report)
+            for row in self.texts("queries", report):
+                known.add(row["_id"])
+                if any(score > 0 for score, _ in scores.get(row["_id"], {}).values()):
+                    yield Row({**row, "query": True}, row.where)
+                else:
+                    self.counts.add("unanswered")
+            for where in (where for query, of in scores.items() if query not in known for _, where in of.values()):
+                self.counts.add("unknown queries", 1, where)
+
+    def texts(self, name: str, report: ReadReport) -> Iterator[Row]:
         """The queries or the corpus of `retrieval`, with `_id` and the column of texts; texts may be empty.
 
         Raises:
             UserError: If a row has no `_id` or text, or has the same `_id` as another row.
         """
-        path = getattr(self.retrieval, name)
-        if not path:
-            raise UserError(f"data.retrieval.{name} is missing: give its JSONL file")
-        empty = 0
+        path, empty = str(getattr(self.retrieval, name)), 0
         places: dict[str, str] = {}  # file and line of each _id
-        for row in read_files(path, Tables(encoding=self.tables.encoding, encoding_errors=self.tables.encoding_errors)):
+        for row in read_files(path, self.file_options(), report=report):
             if row.get("_id") is None or "text" not in row:
                 raise UserError(f"{row.where}: a row of data.retrieval.{name} needs _id and text")
             if row.where != (first := places.setdefault(str(row["_id"]), row.where)):
@@ -177,77 +213,52 @@ class PairData(LabelledData):
             yield Row({"_id": str(row["_id"]), self.columns.text: text}, row.where)
         if not places:
             raise UserError(f"{path} has no rows: give another file with --data.retrieval.{name}")
-        if empty and self.trainer.is_global_zero:
-            print(f"{path}: {empty:,} rows have no text, and are embedded as empty texts")
+        if empty:
+            report.notes.append(f"{path}: {empty:,} rows have no text, and are embedded as empty texts")
 
-    def judge(self, split: str, queries: list[Row], documents: list[Row]) -> tuple[Judgments, list[Row]]:
-        """The correct answers in `retrieval` for a split, and the rows to which they refer."""
-        path, retrieval = getattr(self.retrieval, split), self.retrieval
-        places = {row["_id"]: number for number, row in enumerate(documents)}
-        scores: dict[str, dict[str, float]] = {row["_id"]: {} for row in queries}
-        seen: dict[tuple[str, str], str] = {}
-        unknown: list[str] = []
-        for row in read_files(path, Tables(encoding=self.tables.encoding, encoding_errors=self.tables.encoding_errors)):
-            try:
-                query, document, score = str(row["query-id"]), str(row["corpus-id"]), cells.number(row["score"])
-            except (KeyError, ValueError):
-                raise UserError(
-                    f"{row.where}: data.retrieval.{split} needs the columns query-id, corpus-id and score, a number"
-                ) from None
-            if row.where != (first := seen.setdefault((query, document), row.where)):
-                raise UserError(
-                    f"{row.where}: query {query} and document {document} already have a score at {first}: remove one"
-                )
-            if query not in scores:
-                unknown.append(row.where)
-            elif score > 0:
-                scores[query][document] = score
-        asked = [row for row in queries if scores[row["_id"]]]
-        missing = [document for row in asked for document in scores[row["_id"]] if document not in places]
-        numbers = places | {document: -1 - number for number, document in enumerate(dict.fromkeys(missing))}
-        relevant = [{numbers[document]: score for document, score in scores[row["_id"]].items()} for row in asked]
-        if all(number < 0 for answers in relevant for number in answers):
-            raise UserError(
-                f"{path} has no correct answer whose query and document are in data.retrieval.queries and "
-                "data.retrieval.corpus: give files that belong together"
+    def file_options(self) -> Tables:
+        """How the files of `retrieval` are read."""
+        return Tables(encoding=self.tables.encoding, encoding_errors=self.tables.encoding_errors)
+
+    def report(self, split: str, examples: Examples, counts: Counts) -> None:
+        if not self.searches(split):
+            super().report(split, examples, counts)
+            return
+        judged = self.judged[split]
+        itself = sum(own is not None for own in judged.excluded)
+        lost = sum(own in found for own, found in zip(judged.excluded, judged.relevant))
+        self.print(
+            f"{split}: {len(judged.queries):,} queries to {len(judged.documents):,} documents"
+            + count_phrase(counts["unanswered"], "queries without a correct answer are omitted")
+            + count_phrase(
+                counts["unknown queries"],
+                f"answers to unknown queries are ignored (first: {printable(counts.example('unknown queries'))})",
             )
-        excluded = [places.get(row["_id"]) if retrieval.ignore_identical_ids else None for row in asked]
-        if self.trainer.is_global_zero:
-            itself = sum(own is not None for own in excluded)
-            lost = sum(own in answers for own, answers in zip(excluded, relevant))
-            first = ", ".join(unknown[:1])
-            print(
-                f"{split}: {len(asked):,} queries to {len(documents):,} documents"
-                + count_phrase(len(queries) - len(asked), "queries without a correct answer are omitted")
-                + count_phrase(
-                    len(unknown),
-                    f"answers to unknown queries are ignored (first: {printable(first)})",
-                )
-                + count_phrase(
-                    len(missing),
-                    f"correct answers are not in the corpus, so cannot be found (first: {', '.join(missing[:1])})",
-                )
-                + count_phrase(
-                    itself, "documents have the _id of a query, and do not count as answers to it (as in BEIR)"
-                )
-                + count_phrase(lost, "of them are correct answers, which data.retrieval.ignore_identical_ids ignores")
+            + count_phrase(
+                len(judged.missing),
+                f"correct answers are not in the corpus, so cannot be found (first: {', '.join(judged.missing[:1])})",
             )
-        rows = list(range(len(documents), len(documents) + len(asked)))
-        return Judgments(rows, list(range(len(documents))), relevant, excluded), [*documents, *asked]
+            + count_phrase(itself, "documents have the _id of a query, and do not count as answers to it (as in BEIR)")
+            + count_phrase(lost, "of them are correct answers, which data.retrieval.ignore_identical_ids ignores")
+        )
+        super().report(split, examples, counts)
+
+    # Examples
 
     def encode(self, split: str, rows: list[Row]) -> list[dict]:
-        """Tokenizes all texts of the rows of a split; rows of a search and of `predict` have one text each."""
-        searched = split in self.judged or (rows and "_id" in rows[0] and split == "predict")
+        """Tokenizes all texts of rows; rows of a search and of `predict` have one text each."""
+        searched = self.searches(split) or (split == "predict" and self.embeds_corpus())
         alone = searched or split == "predict"
         column = self.columns.text
         first = [row[column] if searched else row.text(column) for row in rows]
-        if split == "predict":
-            ids = [row.get("_id", row.get("id", number)) for number, row in enumerate(rows)]
-            self.answered = [{"id": id_, "text": text} for id_, text in zip(ids, first)]
         others = [[] if alone else [row.text(self.columns.pair)] for row in rows]
         if split == "train" and self.columns.negatives is not None:
             others = [[*texts, *self.negatives(row)] for texts, row in zip(others, rows)]
-        texts = [[text, *more] for text, more in zip(first, others)]
+        query, document = self.prompts.query or "", self.prompts.document or ""
+        prompts = [document if alone and "query" not in row else query for row in rows]
+        texts = [
+            [prompt + text, *(document + other for other in more)] for prompt, text, more in zip(prompts, first, others)
+        ]
         encoded = self.tokenizer(
             [text for row in texts for text in row],
             return_attention_mask=False,
@@ -256,15 +267,18 @@ class PairData(LabelledData):
             max_length=self.block_size,
         )
         tokens, overflowing = iter(encoded["input_ids"]), iter(bool(e.overflowing) for e in encoded.encodings)
-        examples, truncated = [], 0
+        examples, truncated = list[dict](), 0
         for row, of_row in zip(rows, texts):
             ids_of_row = [next(tokens) for _ in of_row]
             truncated += sum(next(overflowing) for _ in of_row) > 0  # (in any text)
             example = {"input_ids": sum(ids_of_row, []), "lengths": [len(ids) for ids in ids_of_row]}
             examples.append(example | {"targets": torch.tensor(0) if alone else self.target(row)})
-        self.report(split, examples, truncated, (text for of_row in texts for text in of_row))
-        if split in ("validation", "test") and self.columns.score is None and not alone:
-            self.judged[split] = answers(examples)
+        for number, (example, row, text) in enumerate(zip(examples, rows, first) if alone else (), self.first_row):
+            name = row.get("_id", row.get("id", number))
+            example["notes"] = (
+                {"id": name, "query": "query" in row} if split != "predict" else {"id": name, "text": text}
+            )
+        self.count_tokens(examples, truncated, (text for of_row in texts for text in of_row))
         return examples
 
     def negatives(self, row: Row) -> list[str]:
@@ -286,21 +300,3 @@ class PairData(LabelledData):
                 f"{self.min_score:g} (data.min_score) to {self.max_score:g} (data.max_score)"
             )
         return torch.tensor((number - self.min_score) / (self.max_score - self.min_score))
-
-
-def answers(examples: list[dict]) -> Judgments:
-    """A search that is made of pairs: the pair of each text must be found among the pairs of all rows.
-
-    Equal texts count as one text, which may have several correct answers. A document that is equal to the query is not
-    an answer, unless it is the query's pair.
-    """
-    queries: dict[tuple, int] = {}
-    documents: dict[tuple, int] = {}
-    relevant: dict[int, dict[int, float]] = {}
-    for number, example in enumerate(examples):
-        text, pair = map(tuple, split(example)[:2])
-        query, document = queries.setdefault(text, number), documents.setdefault(pair, number)
-        relevant.setdefault(query, {})[document] = 1.0
-    equal = [documents.get(text) for text in queries]
-    excluded = [None if row in relevant[query] else row for query, row in zip(relevant, equal)]
-    return Judgments(list(relevant), list(documents.values()), list(relevant.values()), excluded)

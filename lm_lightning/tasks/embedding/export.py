@@ -15,11 +15,15 @@ class SentenceTransformersFiles(ExtraFiles):
         pooling: How states are pooled.
         size: Size of an embedding.
         max_length: Maximum number of tokens of a text; longer texts are truncated.
+        query: Text before queries.
+        document: Text before documents.
     """
 
     pooling: Pooling
     size: int
     max_length: int
+    query: str = ""
+    document: str = ""
 
     def files(self) -> dict[str, Any]:
         kinds = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
@@ -36,5 +40,9 @@ class SentenceTransformersFiles(ExtraFiles):
                 "pooling_mode_mean_sqrt_len_tokens": False,
             },
             "sentence_bert_config.json": {"max_seq_length": self.max_length, "do_lower_case": False},
-            "config_sentence_transformers.json": {"similarity_fn_name": "cosine"},
+            "config_sentence_transformers.json": {
+                "similarity_fn_name": "cosine",
+                "prompts": {"query": self.query, "document": self.document},
+                "default_prompt_name": None,
+            },
         }

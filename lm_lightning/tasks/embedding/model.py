@@ -19,10 +19,11 @@ from lm_lightning.finetuning.metrics import correlations
 from lm_lightning.models.metrics import Mode
 from lm_lightning.models.module import LanguageModule
 from lm_lightning.tasks.embedding import modules as embedding
-from lm_lightning.tasks.embedding.data import Judgments
-from lm_lightning.tasks.embedding.data import split as split_texts
 from lm_lightning.tasks.embedding.export import SentenceTransformersFiles
+from lm_lightning.tasks.embedding.mining import Mining, mine
 from lm_lightning.tasks.embedding.modules import Pooling
+from lm_lightning.tasks.embedding.retrieval import Judgments
+from lm_lightning.tasks.embedding.retrieval import split as split_texts
 
 
 class Embeddings(NamedTuple):
@@ -55,6 +56,7 @@ class SentenceEncoder(LanguageModule):
         mini_batch_size: Number of texts that are embedded at once. Their activations are recomputed in the backward
             pass, one mini-batch after the other, so that a batch of any size needs the memory of only one mini-batch
             (gradient caching, Gao et al., 2021). Default: the full batch.
+        mining: Hard negatives that are searched between epochs with the network itself.
         options: Options of all models, see `LanguageModule`.
     """
 
@@ -72,6 +74,7 @@ class SentenceEncoder(LanguageModule):
         scale: float = 20.0,
         gather_across_devices: bool = False,
         mini_batch_size: Optional[int] = None,
+        mining: Mining = Mining(),
         **options: Any,
     ) -> None:
         super().__init__(**options)
@@ -83,6 +86,9 @@ class SentenceEncoder(LanguageModule):
         self.pooling_given, self.scale = pooling is not None, scale
         self.gather_across_devices, self.mini_batch_size = gather_across_devices, mini_batch_size
         self.seen: list[Embeddings] = []
+        mining.check()
+        self.mining = mining
+        self.mined: Optional[dict[str, Any]] = None  # `epoch` at whose start the hard negatives were searched, `rows`
 
     # Network
 
@@ -92,14 +98,17 @@ class SentenceEncoder(LanguageModule):
             pooler.requires_grad_(False)  # its output is not used
         if self.pretrained is not None and not self.pooling_given:
             self.pooling = embedding.pooling_of(self.pretrained_folder()) or "mean"
+        if self.mining.every_n_epochs and self.trainer.datamodule.columns.score is not None:
+            raise UserError("model.mining is for pairs that belong together: omit it, or data.columns.score")
 
     def extra_files(self) -> SentenceTransformersFiles:
-        size = self.network.config.hidden_size
-        return SentenceTransformersFiles(self.pooling, size, self.trainer.datamodule.block_size)
+        data, size = self.trainer.datamodule, self.network.config.hidden_size
+        prompts = data.prompts.query or "", data.prompts.document or ""
+        return SentenceTransformersFiles(self.pooling, size, data.block_size, *prompts)
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         super().on_save_checkpoint(checkpoint)
-        checkpoint["pooling"] = self.pooling
+        checkpoint |= {"pooling": self.pooling, "mined": self.mined}
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         super().on_load_checkpoint(checkpoint)
@@ -109,6 +118,20 @@ class SentenceEncoder(LanguageModule):
                 f"model.pooling is {self.pooling}, but the checkpoint was made with {saved}: omit model.pooling"
             )
         self.pooling = saved
+        self.mined = checkpoint.get("mined")
+
+    # Hard negatives
+
+    def on_train_epoch_start(self) -> None:
+        """Searches hard negatives, if they are due and the checkpoint does not have them."""
+        due = self.mining.due(self.trainer.current_epoch)
+        examples = self.trainer.datamodule.examples["train"]
+        if due is None:
+            examples.mined = None
+            return
+        if self.mined is None or self.mined["epoch"] != due:
+            self.mined = {"epoch": due, "rows": mine(self, examples, self.mining)}
+        examples.mined = self.mined["rows"].numpy()
 
     # Steps
 
@@ -268,7 +291,7 @@ class SentenceEncoder(LanguageModule):
             evaluations = own.parents[1]
             if evaluations.name == "evaluations" and Path(model).is_relative_to(evaluations.parent):
                 model = Path(os.path.relpath(model, own)).as_posix()  # relative, as the run may be moved
-        about = {"model": model, "pooling": self.pooling, "max_length": data.block_size}
+        about = {"model": model, "pooling": self.pooling, "max_length": data.block_size, "prompt": data.prompts.query}
         files.write_text(folder / "index.json", json.dumps(about, indent=2))
         print(f"index: {folder}, {len(seen.rows):,} rows")
 

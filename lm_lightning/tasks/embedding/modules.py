@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lm_lightning.errors import UserError
+from lm_lightning.security.untrusted import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -59,6 +60,25 @@ def pooling_of(folder: str) -> Optional[Pooling]:
             "or cls"
         )
     return kinds[modes[0]]
+
+
+def prompts_of(folder: str) -> dict[str, str]:
+    """The prompts of a model by name, `query` and `document`; empty if its folder has none.
+
+    Raises:
+        UserError: If the prompts are not texts.
+    """
+    file = Path(folder) / "config_sentence_transformers.json"
+    if not file.is_file():
+        return {}
+    settings = read_json(file)
+    prompts = settings.get("prompts") or {}
+    if not isinstance(prompts, dict) or not all(isinstance(text, str) for text in prompts.values()):
+        raise UserError(f"{file} is damaged, as its prompts are not texts: fix it, or give --data.prompts")
+    for name in ("passage", "corpus"):  # other names for documents
+        if name in prompts:
+            prompts.setdefault("document", prompts[name])
+    return {name: prompts[name] for name in ("query", "document") if name in prompts}
 
 
 @torch.no_grad()

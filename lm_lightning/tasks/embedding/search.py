@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 LONGEST_ROW = 1 << 27  # maximum number of bytes of a line of rows.jsonl, as in other files
 LONGEST_ABOUT = 1 << 20  # maximum number of bytes of index.json
+LONGEST_PROMPT = 10_000  # maximum number of characters
 AGAIN = "run `predict` again"
 
 
@@ -28,11 +29,13 @@ class About(NamedTuple):
         model: The model of the embeddings: a folder relative to the folder of the index, another folder or a Hub name.
         pooling: `mean` or `cls`.
         max_length: Maximum number of tokens of a text; longer texts were truncated.
+        prompt: Text before a query.
     """
 
     model: str
     pooling: Any
     max_length: int
+    prompt: str = ""
 
 
 def search(
@@ -112,13 +115,14 @@ def read_about(folder: Path) -> About:
     try:
         with open(file, "rb") as stream:
             found = json.loads(stream.read(LONGEST_ABOUT).decode("utf-8"))
-        about = About(*(found[name] for name in About._fields))
+        about = About(found["model"], found["pooling"], found["max_length"], found.get("prompt") or "")
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(f"{file} is damaged ({type(error).__name__}): {AGAIN}") from error
     length = about.max_length
     for name, value, valid, needs in (
         ("model", about.model, isinstance(about.model, str) and about.model.isprintable() and about.model, "a name"),
         ("pooling", about.pooling, about.pooling in ("mean", "cls"), "mean or cls"),
+        ("prompt", about.prompt, isinstance(about.prompt, str) and len(about.prompt) <= LONGEST_PROMPT, "a text"),
         ("max_length", length, type(length) is int and length > 0, "a number of tokens"),
     ):
         if not valid:
@@ -245,7 +249,7 @@ def embedded(query: str, model: str, about: About) -> "np.ndarray":
             f"the index has a max_length of {about.max_length:,}, but {model} allows {least} to {most:,}: {AGAIN}"
         )
     try:
-        return embed(network, tokenizer, [query], about.pooling, about.max_length)[0].numpy()
+        return embed(network, tokenizer, [about.prompt + query], about.pooling, about.max_length)[0].numpy()
     except Exception as error:  # raised if a config does not match its weights or tokenizer
         reason = one_line(error, 200)
         raise UserError(f"{model} cannot embed a text ({printable(reason)}): {AGAIN}") from error

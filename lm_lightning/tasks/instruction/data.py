@@ -1,48 +1,33 @@
 """Data of instruction tuning: converts rows to conversations, and these to batches."""
 
 import functools
-import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
 from typing import Any, Optional
 
-import numpy as np
 import torch
 
 from lm_lightning.console import printable
-from lm_lightning.data.tokenizer import document_ids, fingerprint, unknown_id
+from lm_lightning.data.tokenizer import document_ids, unknown_id
 from lm_lightning.errors import UserError
-from lm_lightning.finetuning.data import LabelledData, count_phrase
+from lm_lightning.finetuning import encoding
+from lm_lightning.finetuning.counts import Counts, count_phrase
+from lm_lightning.finetuning.data import LabelledData
+from lm_lightning.finetuning.examples import Examples
 from lm_lightning.finetuning.tables import Row
 from lm_lightning.generation.chat import SPECIAL_TOKENS, ChatFormat, template_text
 from lm_lightning.generation.generation import prompt_ids
 from lm_lightning.tasks.instruction.conversations import ConversationColumns, conversation, is_answer
-from lm_lightning.tasks.instruction.examples import Packs, TokenizedConversations, collate
+from lm_lightning.tasks.instruction.examples import Packs, Questions, TokenizedConversations, collate
 
 PLAIN = "plain"  # the name of having no chat template
 
 
-@dataclass
-class Counts:
-    """What was omitted from a split, with the first row of each kind.
-
-    Attributes:
-        unanswered: Rows without an answer to something.
-        too_long: Rows whose first answer does not end within `max_length` tokens.
-        cut: Answers after the last one that does.
-    """
-
-    unanswered: list[str] = field(default_factory=list)
-    too_long: list[str] = field(default_factory=list)
-    cut: int = 0
-
-    def __str__(self) -> str:
-        parts = [
-            f"{len(rows):,} {what} (such as {rows[0]})"
-            for rows, what in ((self.unanswered, "have no answer"), (self.too_long, "are longer than data.max_length"))
-            if rows
-        ]
-        return " and ".join(parts)
+def without_targets(counts: Counts) -> str:
+    """How many rows of a split have no targets, and why; empty if all have some."""
+    kinds = (("unanswered", "have no answer"), ("too long", "are longer than data.max_length"))
+    return " and ".join(
+        f"{counts[name]:,} {what} (such as {counts.example(name)})" for name, what in kinds if counts[name]
+    )
 
 
 class InstructionData(LabelledData):
@@ -64,7 +49,7 @@ class InstructionData(LabelledData):
         options: Other options of all labelled data, see `LabelledData`.
     """
 
-    has_labels = False
+    not_encoded = LabelledData.not_encoded | {"pack", "chat", "targets_per_sample", "content", "left_out"}
 
     def __init__(
         self,
@@ -151,29 +136,47 @@ class InstructionData(LabelledData):
             said.append(str(turn.get("content")))
         return "\n".join(said)
 
-    def encode(self, split: str, rows: list[Row]) -> Any:
+    def encoding_options(self, split: str) -> Any:
+        return encoding.code(ChatFormat)
+
+    def encode(self, split: str, rows: list[Row]) -> list[dict]:
+        """Has `tokens` and `is_target`, see `TokenizedConversations`."""
         if split == "predict":
             if not hasattr(self.trainer.lightning_module, "answers"):
                 raise UserError("predict writes answers, which needs the model InstructionLM")
-            return [self.question(row) for row in rows]
-        counts = Counts()
-        content = TokenizedConversations(
-            example for row in rows for example in self.shortened(self.tokens(row, counts), row, counts)
-        )
-        self.report_conversations(split, content, len(rows), counts)
-        self.content[split] = content
-        if not self.pack:
-            samples: Any = content
-        else:
-            samples = Packs(content, self.block_size, self.padding)
-            share = content.lengths.sum() / (len(samples) * self.block_size)
-            self.print(f"{split}: {len(samples):,} rows of {self.block_size} tokens, {share:.1%} full")
-        if split == "train":
-            self.targets_per_sample = float(content.is_target.sum() / len(samples))
-        return samples
+            asked = [self.question(row) for row in rows]
+            return [{"tokens": ids, "is_target": torch.zeros(len(ids), dtype=torch.bool)} for ids in asked]
+        unknown, examples = unknown_id(self.tokenizer), list[dict]()
+        for row in rows:
+            for ids, is_target in self.shortened(self.tokens(row), row):
+                examples.append({"tokens": ids, "is_target": torch.tensor(is_target)})
+                self.counts.add("tokens", len(ids))
+                self.counts.add("targets", sum(is_target))
+                self.counts.add("unknown", 0 if unknown is None else ids.count(unknown))
+        if self.chat is not None:
+            self.counts.add("unlocated", self.chat.unlocated)
+            self.chat.unlocated = 0
+        return examples
 
-    def question(self, row: Row) -> dict[str, Any]:
-        """A row to predict: the ids before the last answer, which it need not have, without targets."""
+    def check_counts(self, split: str, counts: Counts) -> None:
+        if split != "predict" and not counts["targets"]:
+            raise UserError(
+                f"the {split} split has no targets, as of its {counts['rows']:,} rows {without_targets(counts)}: give "
+                "other data, or increase --data.max_length"
+            )
+
+    def make_examples(self, split: str, rows: Any) -> Examples:
+        return Examples(self.make_samples(split, rows), self.seed if split == "train" else None)
+
+    def make_samples(self, split: str, rows: Any) -> Any:
+        """The samples of a split: questions, conversations, or packs of them."""
+        if split == "predict":
+            return Questions(rows)
+        self.content[split] = content = TokenizedConversations(rows)
+        return Packs(content, self.block_size, self.padding) if self.pack else content
+
+    def question(self, row: Row) -> list[int]:
+        """The ids of a row to predict before the last answer, which it need not have."""
         turns = conversation(row, self.columns, answered=False)
         while turns and turns[-1]["role"] == "assistant":
             turns.pop()
@@ -181,17 +184,15 @@ class InstructionData(LabelledData):
             raise UserError(f"{row.where}: there is nothing to answer: fix or remove the row")
         if self.chat is None:
             self.check_plain([*turns, {"role": "assistant"}])
-            ids = prompt_ids(self.tokenizer, turns[0]["content"])
-        else:
-            ids = self.chat.prompt(turns)
-        return {"input_ids": np.array(ids), "targets": torch.full((len(ids),), -100)}
+            return prompt_ids(self.tokenizer, turns[0]["content"])
+        return self.chat.prompt(turns)
 
-    def tokens(self, row: Row, counts: Counts) -> list[tuple[list[int], list[bool]]]:
+    def tokens(self, row: Row) -> list[tuple[list[int], list[bool]]]:
         """The ids of a row's conversation, and which of them are targets; usually one pair, see `ChatFormat`."""
         turns = conversation(row, self.columns)
         asked = next((number for number, turn in enumerate(turns) if turn["role"] != "assistant"), len(turns))
         if not any(map(is_answer, turns[asked:])):
-            counts.unanswered.append(row.where)
+            self.counts.add("unanswered", 1, row.where)
             return []
         try:
             return [self.plain_tokens(turns)] if self.chat is None else self.chat.examples(turns)
@@ -214,9 +215,7 @@ class InstructionData(LabelledData):
                 "--data.chat_template, such as chatml"
             )
 
-    def shortened(
-        self, examples: list[tuple[list[int], list[bool]]], row: Row, counts: Counts
-    ) -> list[tuple[list[int], list[bool]]]:
+    def shortened(self, examples: list[tuple[list[int], list[bool]]], row: Row) -> list[tuple[list[int], list[bool]]]:
         """The examples of a row up to the last answer that ends within the maximum length."""
         found = []
         ends_answer = {self.tokenizer.eos_token_id} if self.chat is None else self.chat.special_ids
@@ -230,38 +229,33 @@ class InstructionData(LabelledData):
             fitting = [end for end in ends if end <= self.block_size + 1]  # the last token is only a target
             if fitting:
                 found.append((ids[: fitting[-1]], is_target[: fitting[-1]]))
-                counts.cut += len(ends) - len(fitting)
+                self.counts.add("cut", len(ends) - len(fitting))
         if examples and not found:  # a template's generation markers can also omit all answers
-            (counts.too_long if any(any(is_target) for _, is_target in examples) else counts.unanswered).append(
-                row.where
-            )
+            has_targets = any(any(is_target) for _, is_target in examples)
+            self.counts.add("too long" if has_targets else "unanswered", 1, row.where)
         return found
 
-    def report_conversations(self, split: str, content: TokenizedConversations, rows: int, counts: Counts) -> None:
-        """Prints the size of a split, and what was omitted from it.
-
-        Raises:
-            UserError: If nothing is left.
-        """
-        self.left_out[split] = str(counts)
-        if not len(content):
-            raise UserError(
-                f"the {split} split has no targets, as of its {rows:,} rows {counts}: give other data, or increase "
-                "--data.max_length"
-            )
-        unknown = unknown_id(self.tokenizer)
-        missing = 0 if unknown is None else int((content.tokens == unknown).sum())
+    def report(self, split: str, examples: Examples, counts: Counts) -> None:
+        """Prints the size of a split, and what was omitted from it."""
+        if split == "predict":
+            return
+        content = self.content[split]
+        if split == "train":
+            self.targets_per_sample = counts["targets"] / len(examples)
+        self.left_out[split] = without_targets(counts)
         self.print(
-            f"{split}: {len(content):,} conversations, {len(content.tokens):,} tokens, "
-            f"{int(content.is_target.sum()):,} of them targets" + count_phrase(missing, "unknown")
+            f"{split}: {len(content):,} conversations, {counts['tokens']:,} tokens, "
+            f"{counts['targets']:,} of them targets" + count_phrase(counts["unknown"], "unknown")
         )
-        if str(counts):
-            self.print(f"{split}: rows without targets are not used: {counts}")
-        if counts.cut:
-            self.print(f"{split}: {counts.cut:,} answers are not used, as they end after data.max_length")
-        if self.chat is not None and self.chat.unlocated:
-            self.print(f"{split}: {self.chat.unlocated:,} answers before the first question are no targets")
-            self.chat.unlocated = 0
+        if self.left_out[split]:
+            self.print(f"{split}: rows without targets are not used: {self.left_out[split]}")
+        if counts["cut"]:
+            self.print(f"{split}: {counts['cut']:,} answers are not used, as they end after data.max_length")
+        if counts["unlocated"]:
+            self.print(f"{split}: {counts['unlocated']:,} answers before the first question are no targets")
+        if self.pack:
+            share = content.lengths.sum() / (len(examples) * self.block_size)
+            self.print(f"{split}: {len(examples):,} rows of {self.block_size} tokens, {share:.1%} full")
 
     # Description
 
@@ -271,17 +265,7 @@ class InstructionData(LabelledData):
         return super().info | {"conversations": conversations, "rows_without_targets": self.left_out}
 
     def identity(self) -> dict:
-        content = self.content["train"]
-        digest = hashlib.sha256()
-        for array in (content.tokens, content.is_target, content.bounds):
-            digest.update(np.ascontiguousarray(array).tobytes())
-        return {
-            "training rows": digest.hexdigest()[:16],
-            "tokenizer": fingerprint(self.tokenizer)[:16],
-            "data.pack": self.pack and self.block_size,
-            "seed_everything": self.seed,
-            "columns": asdict(self.columns),
-        }
+        return super().identity() | {"data.pack": self.pack and self.block_size}
 
     # Command `prepare`
 
@@ -291,8 +275,10 @@ class InstructionData(LabelledData):
         Lines that begin with `>` are targets. The command `prepare` calls this method without a trainer.
         """
         self.check()
-        self.tokenizer = self.load_tokenizer()
-        samples = self.encode("train", self.read("train"))
+        self.start_encoding()
+        found = encoding.encoded(self, "train")
+        samples = self.make_samples("train", found.examples)
+        self.report("train", samples, found.counts)
         for number in show:
             if not 0 <= number < len(samples):
                 raise UserError(f"there is no sample {number}: the training split has {len(samples)} samples")

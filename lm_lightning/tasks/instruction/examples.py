@@ -1,31 +1,26 @@
 """Tokenized conversations, alone or packed into rows of equal length, and their batches."""
 
-from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from lm_lightning.finetuning.store import Store
+
 
 class TokenizedConversations:
-    """Conversations with their targets, in flat arrays, which need five bytes a token.
+    """Conversations with their targets.
 
     Args:
-        examples: Ids and whether each is a target, of each conversation.
+        store: The `tokens` of each conversation, and which of them are targets, `is_target`, a bool tensor.
 
     Items are dicts of `input_ids` (T,) int64 array, all tokens except the last, and `targets` (T,) int64, the next
     token of each, -100 where it is not one of the assistant.
     """
 
-    def __init__(self, examples: Iterable[tuple[Sequence[int], Sequence[bool]]]) -> None:
-        tokens, flags, sizes = [], [], [0]
-        for ids, is_target in examples:
-            tokens.append(np.array(ids, dtype=np.int32))
-            flags.append(np.array(is_target, dtype=bool))
-            sizes.append(len(ids))
-        self.tokens = np.concatenate(tokens) if tokens else np.zeros(0, np.int32)
-        self.is_target = np.concatenate(flags) if flags else np.zeros(0, bool)
-        self.bounds = np.cumsum(sizes)
+    def __init__(self, store: Store) -> None:
+        self.store, self.bounds = store, store.starts["tokens"]
+        self.tokens, self.is_target = store.values["tokens"], store.values["is_target"]
 
     def __len__(self) -> int:
         return len(self.bounds) - 1
@@ -49,6 +44,18 @@ class TokenizedConversations:
         return np.diff(self.bounds) - 1
 
 
+class Questions(TokenizedConversations):
+    """Conversations to be continued, all tokens of which are inputs."""
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        ids = self.tokens[self.bounds[number] : self.bounds[number + 1]].astype(np.int64)
+        return {"input_ids": ids, "targets": torch.full((len(ids),), -100)}
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.bounds)
+
+
 class Packs:
     """Several conversations in a row of T tokens, which do not see each other.
 
@@ -63,7 +70,9 @@ class Packs:
 
     def __init__(self, conversations: TokenizedConversations, size: int, padding: int) -> None:
         self.conversations, self.size, self.padding = conversations, size, padding
+        self.store = conversations.store
         self.packs = pack(conversations.lengths, size)
+        self.lengths = np.full(len(self.packs), size)
 
     def __len__(self) -> int:
         return len(self.packs)

@@ -8,7 +8,8 @@ from lm_lightning.data import contract
 from lm_lightning.data.order import PADDING
 from lm_lightning.errors import UserError
 from lm_lightning.generation.evaluation import Task, TextEvaluation
-from lm_lightning.generation.generation import Sampling, check, generate
+from lm_lightning.generation.generation import generate
+from lm_lightning.generation.sampling import Sampling, check
 from lm_lightning.models.gpt import CausalLM
 from lm_lightning.models.metrics import Mode
 from lm_lightning.strategies.capabilities import capabilities
@@ -32,7 +33,7 @@ class InstructionLM(CausalLM):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        check([""], max_new_tokens, sampling)
+        check(1, max_new_tokens, sampling)
         evaluation.check()
         self.evaluation, self.max_new_tokens, self.sampling = evaluation, max_new_tokens, sampling
 

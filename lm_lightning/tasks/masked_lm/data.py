@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from lm_lightning.data import inspection, shards
+from lm_lightning.data import cache, inspection, shards
 from lm_lightning.data.corpus import Corpus
 from lm_lightning.data.mixture import MixedCorpus, MixtureStage, labelled
 from lm_lightning.data.order import PADDING, samples_at
@@ -200,7 +200,7 @@ class MaskedData(PretrainingData):
         batch_size: int = 16,
         texts: list[str] | str = (),  # type: ignore[assignment]
         num_workers: int = 0,
-        cache_dir: str = "~/.cache/lm_lightning",
+        cache_dir: str = cache.DEFAULT,
     ) -> None:
         super().__init__(
             *(corpus, tokenizer, corpora, temperature, stages, block_size, batch_size, False, num_workers, cache_dir)

@@ -1,5 +1,6 @@
 """Data of dependency parsing: sentences with the head of each word and its relation to it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,11 +41,12 @@ class ParsingData(LabelledData):
     def key(self, row: Row) -> str:
         return " ".join(row.words(self.columns.words))
 
-    def find_labels(self, train: list[Row]) -> None:
+    def labels_in(self, row: Row) -> list[str]:
+        return self.labels_of(row, self.columns.relations)
+
+    def find_labels(self, found: Mapping[str, str]) -> None:
         if not self.labels:
-            self.labels = self.label_names(
-                train, {name for row in train for name in self.labels_of(row, self.columns.relations)}
-            )
+            self.labels = self.label_names(found)
 
     def encode(self, split: str, rows: list[Row]) -> list[dict]:
         """Tokenizes the rows of a split, and adds `words`, `targets` and `relations`, (W,) int64 each.
@@ -53,7 +55,7 @@ class ParsingData(LabelledData):
         for the root; and the id of its relation.
         """
         sentences = [row.words(self.columns.words) for row in rows]
-        examples = self.tokenize_words(split, sentences)
+        examples = self.tokenize_words(sentences)
         for example, row, words in zip(examples, rows, sentences):
             if split == "predict":
                 example["targets"] = example["relations"] = torch.full((len(words),), -100)

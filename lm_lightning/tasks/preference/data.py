@@ -11,7 +11,10 @@ import torch.nn.functional as F
 from lm_lightning.data.order import sequence_key
 from lm_lightning.data.tokenizer import document_ids
 from lm_lightning.errors import UserError
-from lm_lightning.finetuning.data import LabelledData, count_phrase
+from lm_lightning.finetuning import encoding
+from lm_lightning.finetuning.counts import Counts, count_phrase
+from lm_lightning.finetuning.data import LabelledData
+from lm_lightning.finetuning.examples import Examples
 from lm_lightning.finetuning.tables import Row
 from lm_lightning.generation.chat import ChatFormat, template_text
 from lm_lightning.tasks.preference.rows import Pair, PreferenceColumns, pair_of
@@ -49,12 +52,19 @@ class PreferenceData(LabelledData):
         pair = pair_of(row, self.columns)
         return json.dumps(pair.prompt or list(pair), ensure_ascii=False)
 
+    def load_tokenizer(self) -> Any:
+        tokenizer = super().load_tokenizer()
+        if self.chat_template is not None:
+            tokenizer.chat_template = template_text(self.chat_template)  # it is exported with the network
+        return tokenizer
+
     @functools.cached_property
     def chat_format(self) -> ChatFormat:
         """Converts messages to tokens."""
-        if self.chat_template is not None:
-            self.tokenizer.chat_template = template_text(self.chat_template)  # it is exported with the network
         return ChatFormat(self.tokenizer)
+
+    def encoding_options(self, split: str) -> Any:
+        return encoding.code(ChatFormat)
 
     def encode(self, split: str, rows: list[Row]) -> list[dict]:
         pairs = [pair_of(row, self.columns) for row in rows]
@@ -62,27 +72,27 @@ class PreferenceData(LabelledData):
         truncated = sum(example.pop("truncated") for example in examples)
         answers = (example["targets"].split(example["lengths"]) for example in examples)
         empty = [any(bool((answer == -100).all()) for answer in pair) for pair in answers]
-        if all(empty):
+        self.counts.add("empty", sum(empty))
+        self.counts.add("equal", sum(pair.chosen == pair.rejected for pair in pairs))
+        if split != "predict":  # which has a result for each row
+            examples = [example for example, is_empty in zip(examples, empty) if not is_empty]
+        self.count_tokens(examples, truncated, (text for pair in pairs for text in texts_of(pair)))
+        return examples
+
+    def check_counts(self, split: str, counts: Counts) -> None:
+        if counts["empty"] == counts["rows"]:
             raise UserError(
                 f"no pair of the {split} split has an answer within data.max_length, {self.block_size} tokens: "
                 "increase it"
             )
-        if split != "predict":  # which has a result for each row
-            examples = [example for example, is_empty in zip(examples, empty) if not is_empty]
-        self.report(split, examples, truncated, (text for pair in pairs for text in texts_of(pair)))
-        equal = sum(pair.chosen == pair.rejected for pair in pairs)
-        if any(empty) or equal:
-            self.print(
-                split
-                + ":"
-                + (
-                    count_phrase(
-                        sum(empty), "rows have no answer, as their prompts have data.max_length tokens or more"
-                    )
-                    + (count_phrase(equal, "rows have equal answers, so that nothing is learned from them"))
-                ).removeprefix(",")
-            )
-        return examples
+
+    def report(self, split: str, examples: Examples, counts: Counts) -> None:
+        super().report(split, examples, counts)
+        phrases = count_phrase(
+            counts["empty"], "rows have no answer, as their prompts have data.max_length tokens or more"
+        ) + count_phrase(counts["equal"], "rows have equal answers, so that nothing is learned from them")
+        if phrases:
+            self.print(f"{split}:{phrases.removeprefix(',')}")
 
     def example(self, row: Row, pair: Pair) -> dict:
         """The inputs of the better answer and of the worse one, concatenated, with their `lengths` and `targets`.

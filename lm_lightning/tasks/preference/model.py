@@ -127,10 +127,14 @@ class PreferenceTuning(CausalLM):
     def extra_files(self) -> Optional[PreferenceFiles]:
         if not self.objective.needs_reference:
             return None
+        if self.trainer.state.fn == "fit":
+            return PreferenceFiles(self.reference_of_training())
+        return PreferenceFiles(references.absolute(self.evaluated_reference() or ""))
+
+    def reference_of_training(self) -> str:
+        """The folder or Hub name of the reference; empty if it is a new network."""
         name = self.reference_name or (self.pretrained and self.pretrained_folder()) or ""
-        if self.trainer.state.fn != "fit":
-            name = self.evaluated_reference() or ""
-        return PreferenceFiles(references.absolute(name) if name else "")
+        return references.absolute(name)
 
     # Reference
 
@@ -147,11 +151,13 @@ class PreferenceTuning(CausalLM):
             checkpoint["reference"] = {
                 split: {"keys": keys(split), "log_probs": values} for split, values in self.references.items()
             }
+            checkpoint["reference_name"] = self.reference_of_training()
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         super().on_load_checkpoint(checkpoint)
         if self.trainer.state.fn == "fit" and self.objective.needs_reference and not self.uses_base:
             keys = self.trainer.datamodule.row_keys
+            references.refuse_other(checkpoint.get("reference_name"), self.reference_of_training())
             self.references = {
                 split: references.saved_values(checkpoint.get("reference"), split, keys(split))
                 for split in ("train", "validation")

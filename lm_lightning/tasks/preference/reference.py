@@ -38,8 +38,8 @@ class PreferenceFiles(ExtraFiles):
 
 
 def absolute(name: str) -> str:
-    """The absolute path of a folder; names of the Hub stay as they are."""
-    return str(Path(name).expanduser().absolute()) if Path(name).expanduser().exists() else name
+    """The absolute path of a folder; names of the Hub stay as they are, and so does an empty one."""
+    return str(Path(name).expanduser().absolute()) if name and Path(name).expanduser().exists() else name
 
 
 def named_in(folder: str) -> Optional[str]:
@@ -112,6 +112,21 @@ def compute(module: Any, split: str, network: Optional[transformers.PreTrainedMo
     result = values.new_zeros(len(examples), 2)
     result[rows[rows != PADDING]] = values[rows != PADDING]
     return result.cpu()
+
+
+def refuse_other(saved: Any, own: str) -> None:
+    """Refuses a checkpoint whose log-probabilities are those of another reference than this run's.
+
+    Args:
+        saved: The name of the checkpoint's reference; None if it has none.
+        own: That of this run's.
+    """
+    if saved is not None and saved != own:
+        raise UserError(
+            f"the checkpoint has the log-probabilities of the reference {saved or 'with random weights'}, but this "
+            f"run's is {own or 'a new network'}: resume with the same, or start a new run from the weights with "
+            "--model.pretrained RUN/model"
+        )
 
 
 def saved_values(saved: Any, split: str, keys: Tensor) -> Tensor:

@@ -12,7 +12,9 @@ import torch
 from lm_lightning.data.tokenizer import about_unknown
 from lm_lightning.errors import UserError
 from lm_lightning.finetuning import cells
-from lm_lightning.finetuning.data import LabelledData, count_phrase
+from lm_lightning.finetuning.counts import Counts, count_phrase, warnings
+from lm_lightning.finetuning.data import LabelledData
+from lm_lightning.finetuning.examples import Examples
 from lm_lightning.finetuning.tables import Row
 from lm_lightning.tasks.questions.squad import Squad
 
@@ -88,6 +90,7 @@ class QuestionData(LabelledData):
     """
 
     formats = (*LabelledData.formats, Squad())
+    in_memory = True
 
     def __init__(
         self,
@@ -209,17 +212,23 @@ class QuestionData(LabelledData):
         self.questions[split] = [Question(*values) for values in zip(ids, contexts, answers, texts)]
         if split != "train":
             self.windows[split] = windows
-        tokens, unknown = sum(map(len, encoded["input_ids"])), self.unknown(examples)
-        self.print(
-            f"{split}: {len(rows):,} questions"
-            + (f", {sum(not right for right in answers):,} without an answer" if split != "predict" else "")
-            + f", {len(windows):,} windows, {tokens:,} tokens"
-            + count_phrase(sum(map(str.__ne__, texts, cut)), f"questions are truncated to {self.max_question} tokens")
-            + count_phrase(len(lost), "are not used, as their answer is in no window (increase data.overlap)")
-            + about_unknown(unknown, tokens)
-        )
-        self.warn_about_unknown(split, unknown, tokens, [*cut, *contexts])
+        self.count_tokens(examples, 0, [*cut, *contexts])
+        self.counts.add("unanswered", sum(not right for right in answers))
+        self.counts.add("truncated questions", sum(map(str.__ne__, texts, cut)))
+        self.counts.add("lost", len(lost))
         return examples
+
+    def report(self, split: str, examples: Examples, counts: Counts) -> None:
+        self.print(
+            f"{split}: {len(self.questions[split]):,} questions"
+            + (f", {counts['unanswered']:,} without an answer" if split != "predict" else "")
+            + f", {len(examples):,} windows, {counts['tokens']:,} tokens"
+            + count_phrase(counts["truncated questions"], f"questions are truncated to {self.max_question} tokens")
+            + count_phrase(counts["lost"], "are not used, as their answer is in no window (increase data.overlap)")
+            + about_unknown(counts["unknown"], counts["tokens"])
+        )
+        for warning in warnings(split, counts):
+            self.print(warning)
 
 
 def span(offsets: np.ndarray, of_context: np.ndarray, answers: list[Answer]) -> tuple[int, int]:

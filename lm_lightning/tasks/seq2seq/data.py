@@ -1,19 +1,26 @@
 """Pairs of texts: a source, from which a network writes the target."""
 
 import functools
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from lm_lightning.data import cache as cached
+from lm_lightning.data.reading import ReadReport
 from lm_lightning.data.tokenizer import load, train
 from lm_lightning.errors import UserError
-from lm_lightning.finetuning.data import LabelledData, count_phrase, padded
+from lm_lightning.finetuning import encoding
+from lm_lightning.finetuning.counts import Counts, count_phrase
+from lm_lightning.finetuning.data import LabelledData, padded
 from lm_lightning.finetuning.examples import Examples
-from lm_lightning.finetuning.tables import Row, part
+from lm_lightning.finetuning.store import sizes
+from lm_lightning.finetuning.tables import Row, check_fraction, part
 from lm_lightning.finetuning.token_batches import TokenBatches, TokenBatchSampler, TokenEvaluationBatches
 from lm_lightning.tasks.seq2seq.parallel import PREFIX, Parallel, read_parallel
 from lm_lightning.tasks.seq2seq.tokens import with_languages
@@ -49,9 +56,9 @@ class PairExamples(Examples):
         batches: The batches of training, if they have a number of tokens.
     """
 
-    def __init__(self, rows: list[dict], seed: Optional[int], max_tokens: Optional[int]) -> None:
+    def __init__(self, rows: Sequence[dict], seed: Optional[int], max_tokens: Optional[int]) -> None:
         super().__init__(rows, seed)
-        self.pair_lengths = np.array([(len(row["input_ids"]), len(row["targets"])) for row in rows]).reshape(-1, 2)
+        self.pair_lengths = np.stack([self.lengths, sizes(rows, "targets")], axis=1)
         self.longest_first = np.lexsort(self.pair_lengths.T[::-1])[::-1]
         self.order = self.longest_first
         training = max_tokens is not None and seed is not None
@@ -83,7 +90,7 @@ class Seq2SeqData(LabelledData):
             source.
     """
 
-    has_labels = False
+    not_encoded = LabelledData.not_encoded | {"parallel", "max_tokens", "length_option"}
 
     def __init__(
         self,
@@ -102,9 +109,6 @@ class Seq2SeqData(LabelledData):
         if max_target_length > self.max_source_length:
             self.length_option = "max_target_length"
         self.source_language, self.target_language = source_language, target_language
-        self.training_rows: Optional[list[Row]] = None
-        self.references: dict[str, list[list[str]]] = {}  # the correct texts of each row of an evaluated split
-        self.sources: dict[str, list[str]] = {}
 
     # Setup
 
@@ -132,7 +136,14 @@ class Seq2SeqData(LabelledData):
             if language := self.source_language or self.target_language:
                 raise UserError(f"a new tokenizer has no languages, but data has {language}: omit it")
             self.print("tokenizer: trained on the sources and targets of the training split")
-            return train(self.tokenizer_options, self.training_texts(), "seq2seq")
+            folder = cached.folder_of(self.cache_dir)
+            own = folder / "tokenizers" / encoding.key(self, "train", "seq2seq", vars(self.tokenizer_options))
+
+            def make(partial: Path) -> None:
+                train(self.tokenizer_options, self.training_texts(), "seq2seq").save_pretrained(partial)
+
+            cached.make_once(own, folder, "training the tokenizer", make)
+            return load(str(own))
         tokenizer = load(path)
         if languages := with_languages(tokenizer, self.source_language, self.target_language):
             tokenizer = load(path, **languages)
@@ -140,11 +151,12 @@ class Seq2SeqData(LabelledData):
 
     def training_texts(self) -> Iterator[str]:
         """All texts of the training split."""
-        for row in self.read("train"):
-            yield self.source(row)
-            yield from self.targets(row)
+        for row in encoding.progress(self, "train", ReadReport(), "train tokenizer"):
+            if self.is_complete(row):
+                yield self.source(row)
+                yield from self.targets(row)
 
-    def make_examples(self, split: str, rows: list[dict]) -> PairExamples:
+    def make_examples(self, split: str, rows: Sequence[dict]) -> PairExamples:
         examples = PairExamples(rows, self.seed if split == "train" else None, self.max_tokens)
         if self.max_tokens is not None and (longest := int(examples.pair_lengths.sum(1).max())) > self.max_tokens:
             raise UserError(
@@ -162,34 +174,33 @@ class Seq2SeqData(LabelledData):
     def key(self, row: Row) -> str:
         return self.source(row)
 
-    def read(self, split: str) -> list[Row]:
-        if split == "train":
-            if self.training_rows is None:  # they are read for the tokenizer, too
-                self.training_rows = self.complete(self.read_all(split))
-            return self.training_rows
-        return self.read_all(split)
-
-    def read_all(self, split: str) -> list[Row]:
-        """The rows of a split."""
+    def read(self, split: str, report: ReadReport) -> Iterator[Row]:
         if not self.parallel.given():
-            return super().read(split)
-        names = (self.columns.source, self.columns.target)
-        files = self.parallel.files(split)
-        rows = list(read_parallel(files, names, self.tables))
-        if not rows:
+            yield from super().read(split, report)
+            return
+        check_fraction(self.tables)
+        names, files = (self.columns.source, self.columns.target), self.parallel.files(split)
+        rows = read_parallel(files, names, self.tables, report)
+        first = next(rows, None)
+        if first is None:
             raise UserError(f"the {split} split has no rows, as {files[0]} is empty: give other files")
+        rows = itertools.chain([first], rows)
         if split in ("train", "validation") and not self.parallel.validation:
-            return part(rows, split, self.key, self.tables.validation_fraction, PREFIX)
-        return rows
+            rows = part(rows, split, self.key, self.tables.validation_fraction, PREFIX)
+        yield from rows
 
-    def complete(self, rows: list[Row]) -> list[Row]:
-        """The rows that have a source and a target; prints how many do not."""
-        found = [row for row in rows if self.source(row).strip() and all(t.strip() for t in self.targets(row))]
-        if not found:
-            raise UserError("no row of the training split has both a source and a target: give other files")
-        if len(found) < len(rows):
-            self.print(f"train: {len(rows) - len(found):,} rows without a source or a target are omitted")
-        return found
+    def files(self, split: str) -> list[Path]:
+        return self.parallel.files(split) if self.parallel.given() else super().files(split)
+
+    def hub_content(self, split: str, folder: Path) -> list[str]:
+        return [] if self.parallel.given() else super().hub_content(split, folder)
+
+    def holds_out(self) -> bool:
+        return not (self.parallel.validation if self.parallel.given() else self.tables.validation)
+
+    def is_complete(self, row: Row) -> bool:
+        """Whether a row has a source and a target."""
+        return bool(self.source(row).strip()) and all(text.strip() for text in self.targets(row))
 
     def source(self, row: Row) -> str:
         """The source of a row; it may be empty."""
@@ -216,14 +227,22 @@ class Seq2SeqData(LabelledData):
 
     # Tokens
 
+    def encoding_options(self, split: str) -> Any:
+        return self.trainer.lightning_module.decoder_tokens()
+
     def encode(self, split: str, rows: list[Row]) -> list[dict]:
+        """Has `notes` in evaluations: the source, and the correct texts."""
+        if split == "train":
+            complete = [row for row in rows if self.is_complete(row)]
+            self.counts.add("incomplete", len(rows) - len(complete))
+            rows = complete
         sources = [self.source(row) for row in rows]
         targets = [[""] if split == "predict" else self.targets(row) for row in rows]
         if split == "train":
             sources = [source for source, texts in zip(sources, targets) for _ in texts]
             targets = [[text] for texts in targets for text in texts]
-        else:
-            self.sources[split], self.references[split] = sources, targets
+        if not rows:
+            return []
         encoded = self.tokenizer(
             sources,
             return_attention_mask=False,
@@ -233,17 +252,28 @@ class Seq2SeqData(LabelledData):
         )
         ids = self.target_ids([texts[0] for texts in targets])
         limit = self.max_target_length
-        examples = [
+        examples: list[dict[str, Any]] = [
             {"input_ids": source, "targets": torch.tensor(target[:limit])}
             for source, target in zip(encoded["input_ids"], ids)
         ]
-        truncated = sum(bool(encoding.overflowing) for encoding in encoded.encodings)
-        cut = sum(len(target) > limit for target in ids)
-        self.report(split, examples, truncated, sources)
-        if split != "predict":
-            tokens = sum(len(example["targets"]) for example in examples)
-            self.print(f"{split}: targets with {tokens:,} tokens" + count_phrase(cut, "are truncated"))
+        if split != "train":
+            examples = [example | {"notes": pair} for example, pair in zip(examples, zip(sources, targets))]
+        self.count_tokens(examples, sum(bool(encoding.overflowing) for encoding in encoded.encodings), sources)
+        self.counts.add("target tokens", sum(len(example["targets"]) for example in examples))
+        self.counts.add("truncated targets", sum(len(target) > limit for target in ids))
         return examples
+
+    def check_counts(self, split: str, counts: Counts) -> None:
+        if counts["incomplete"] == counts["rows"]:
+            raise UserError("no row of the training split has both a source and a target: give other files")
+
+    def report(self, split: str, examples: Examples, counts: Counts) -> None:
+        if incomplete := counts["incomplete"]:
+            self.print(f"train: {incomplete:,} rows without a source or a target are omitted")
+        super().report(split, examples, counts)
+        if split != "predict":
+            cut = count_phrase(counts["truncated targets"], "are truncated")
+            self.print(f"{split}: targets with {counts['target tokens']:,} tokens{cut}")
 
     def target_ids(self, texts: list[str]) -> list[list[int]]:
         """The tokens of targets, with those that the decoder writes around them."""

@@ -9,6 +9,7 @@ from torch import Tensor
 from lm_lightning import hub
 from lm_lightning.data.tokenizer import fingerprint, load, vocabulary
 from lm_lightning.errors import UserError
+from lm_lightning.finetuning.store import NotesPart
 from lm_lightning.generation.decoding import Decoding, write_texts
 from lm_lightning.generation.evaluation import Task, TextEvaluation
 from lm_lightning.losses import linear_losses
@@ -235,7 +236,9 @@ class Seq2Seq(LanguageModule):
             items = [examples.rows[row] | {"id": row} for row in rows]
             return self.texts(data.collate(items))
 
-        task = Task(data.sources[split], data.references[split], examples.lengths, generate)
+        notes = examples.rows.notes()
+        sources, references = (NotesPart(notes, place) for place in (0, 1))
+        task = Task(sources, references, examples.lengths, generate)
         return {"loss": loss, "perplexity": loss.exp()} | self.evaluation.run(self, task)
 
     def predict_step(self, batch: dict, batch_idx: int) -> list[dict]:

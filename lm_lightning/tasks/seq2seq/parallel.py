@@ -68,18 +68,19 @@ def file_of(name: str) -> Path:
     return paths[0]
 
 
-def read_parallel(files: list[Path], columns: tuple[str, str], tables: Tables) -> Iterator[Row]:
+def read_parallel(files: list[Path], columns: tuple[str, str], tables: Tables, report: ReadReport) -> Iterator[Row]:
     """The rows of parallel files; texts may be empty.
 
     Args:
         files: One of sources, or two: sources and targets.
         columns: Names for sources and targets.
         tables: Its `encoding` and `encoding_errors` are used.
+        report: Gets the number of replaced bytes.
 
     Raises:
         UserError: If the files have different numbers of lines, or cannot be read.
     """
-    options, report = ReadOptions("--data.tables", tables.encoding, tables.encoding_errors), ReadReport()
+    options = ReadOptions("--data.tables", tables.encoding, tables.encoding_errors)
     counts = [0] * len(files)
     for lines in zip_longest(*(row_lines(path, options, report) for path in files)):
         for place, line in enumerate(lines):
@@ -93,4 +94,5 @@ def read_parallel(files: list[Path], columns: tuple[str, str], tables: Tables) -
             "together"
         )
     if report.replaced_bytes:
-        print(f"{' and '.join(map(str, files))}: {report.replaced_bytes:,} invalid bytes were replaced by U+FFFD")
+        names = " and ".join(map(str, files))
+        report.notes.append(f"{names}: {report.replaced_bytes:,} invalid bytes were replaced by U+FFFD")

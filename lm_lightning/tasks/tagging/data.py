@@ -6,7 +6,7 @@ schemes with these prefixes are converted: IOB1 and IO (in which I- can begin a 
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,7 +14,9 @@ import torch
 
 from lm_lightning.console import printable
 from lm_lightning.errors import UserError
+from lm_lightning.finetuning.counts import Counts
 from lm_lightning.finetuning.data import LabelledData
+from lm_lightning.finetuning.examples import Examples
 from lm_lightning.finetuning.tables import Row
 
 OUTSIDE = "O"
@@ -90,7 +92,6 @@ class TaggingData(LabelledData):
     ) -> None:
         super().__init__(**options)
         self.columns, self.scheme = columns, scheme
-        self.converted = 0  # number of a split's labels that were converted from another scheme
 
     def key(self, row: Row) -> str:
         return " ".join(row.words(self.columns.words))
@@ -113,20 +114,23 @@ class TaggingData(LabelledData):
 
     # Labels
 
-    def find_labels(self, train: list[Row]) -> None:
+    def find_labels(self, found: Mapping[str, str]) -> None:
         if self.labels:
             return
-        found = {label for row in train for label in self.labels_in(row)}
-        known = found or set(self.trainer.lightning_module.own_labels())
+        known = set(found) or set(self.trainer.lightning_module.own_labels())
         if self.scheme == "auto":
             self.scheme = self.detect_scheme(known)
         if self.marks_spans:
             self.check_beginnings(known, bool(found))
+        names = set(found)
         if self.marks_spans and found:
-            self.check_scheme(found, train)
+            self.check_scheme(found)
             kinds = {parts(label)[1] for label in found} - {""}
-            found = {OUTSIDE} | {f"{prefix}-{kind}" for kind in kinds for prefix in PREFIXES[self.scheme]}
-        self.labels = self.label_names(train, found)
+            names = {OUTSIDE} | {f"{prefix}-{kind}" for kind in kinds for prefix in PREFIXES[self.scheme]}
+        self.labels = self.label_names(names)
+
+    def encoding_options(self, split: str) -> Any:
+        return {"scheme": self.scheme}  # that was detected
 
     def labels_in(self, row: Row) -> list[str]:
         """The labels of a row's words, not yet converted."""
@@ -170,18 +174,16 @@ class TaggingData(LabelledData):
                 f"merged{'; --data.scheme plain scores each word instead' * self.has_scheme}"
             )
 
-    def check_scheme(self, labels: set[str], rows: list[Row]) -> None:
+    def check_scheme(self, found: Mapping[str, str]) -> None:
         """Refuses labels that do not belong to the scheme; names the first one."""
         legal = tuple(f"{prefix}-" for prefix in PREFIXES[self.scheme])
-        wrong = {label for label in labels if label != OUTSIDE and (not label.startswith(legal) or len(label) < 3)}
-        for row in rows if wrong else []:
-            for label in self.labels_in(row):
-                if label in wrong:
-                    remedy = "fix it" + ", or give another --data.scheme" * self.has_scheme
-                    raise UserError(
-                        f"{row.where}: the label {label!r} does not belong to the scheme {self.scheme} (O, "
-                        f"{', '.join(mark + '...' for mark in legal)}): {remedy}"
-                    )
+        for label, where in found.items():
+            if label != OUTSIDE and (not label.startswith(legal) or len(label) < 3):
+                remedy = "fix it" + ", or give another --data.scheme" * self.has_scheme
+                raise UserError(
+                    f"{where}: the label {label!r} does not belong to the scheme {self.scheme} (O, "
+                    f"{', '.join(mark + '...' for mark in legal)}): {remedy}"
+                )
 
     def targets(self, row: Row, labels: list[str]) -> torch.Tensor:
         """The ids of labels, (W,) int64; labels of another scheme for spans are converted.
@@ -195,7 +197,7 @@ class TaggingData(LabelledData):
                 if label != OUTSIDE and not label.startswith(legal):
                     self.label_id(row, label)  # raises the error
             given, labels = labels, encoded(spans_of(labels), len(labels), self.scheme)
-            self.converted += sum(map(str.__ne__, given, labels))
+            self.counts.add("converted", sum(map(str.__ne__, given, labels)))
         return torch.tensor([self.label_id(row, label) for label in labels])
 
     # Examples
@@ -203,8 +205,7 @@ class TaggingData(LabelledData):
     def encode(self, split: str, rows: list[Row]) -> list[dict]:
         """Tokenizes the rows of a split, and adds `words` (positions of first tokens) and `targets` (ids of labels)."""
         sentences = [row.words(self.columns.words) for row in rows]
-        examples = self.tokenize_words(split, sentences)
-        self.converted = 0
+        examples = self.tokenize_words(sentences)
         for example, row, words in zip(examples, rows, sentences):
             if split == "predict":
                 example["targets"] = torch.full((len(words),), -100)
@@ -212,14 +213,12 @@ class TaggingData(LabelledData):
                 example["targets"] = self.targets(row, self.labels_of(row, self.columns.labels, len(words)))
         return examples
 
-    def report_labels(self, split: str) -> None:
-        """Prints how many labels of a split were changed, and how many were converted."""
-        super().report_labels(split)
-        if self.converted:
+    def report(self, split: str, examples: Examples, counts: Counts) -> None:
+        """Prints also how many labels were converted from another scheme."""
+        super().report(split, examples, counts)
+        if converted := counts["converted"]:
             example = "I- to B- where a span begins" if self.scheme == "bio" else "I- to E- where a span ends"
-            self.print(
-                f"{split}: {self.converted:,} labels were converted to the scheme {self.scheme} (such as {example})"
-            )
+            self.print(f"{split}: {converted:,} labels were converted to the scheme {self.scheme} (such as {example})")
 
     def prediction(self, number: int) -> dict[str, Any]:
         """Additional keys of a prediction, by the number of its example."""

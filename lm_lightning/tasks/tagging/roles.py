@@ -5,7 +5,7 @@ the frames of a sentence (Zhou and Chen, An Improved Baseline for Sentence-level
 with punctuation), and the exported model works in the `token-classification` pipeline of `transformers`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +50,7 @@ class RoleData(TaggingData):
 
     columns: RoleColumns  # type: ignore[assignment]
     has_scheme = False
+    in_memory = True
 
     def __init__(self, columns: RoleColumns = RoleColumns(), mark: str = "*", **options: Any) -> None:
         super().__init__(scheme="bio", **options)
@@ -102,8 +103,8 @@ class RoleData(TaggingData):
             )
         return number
 
-    def find_labels(self, train: list[Row]) -> None:
-        super().find_labels(train)
+    def find_labels(self, found: Mapping[str, str]) -> None:
+        super().find_labels(found)
         if not self.kinds:
             raise UserError("the labels of the frames mark no arguments, only predicates (V): use data with arguments")
 
@@ -137,7 +138,6 @@ class RoleData(TaggingData):
     def encode(self, split: str, rows: list[Row]) -> list[dict]:
         """Tokenizes the frames of a split, and adds `words` (positions of first tokens), `targets` (ids of labels)."""
         sentences, targets, self.frame_words[split] = [], [], []
-        self.converted = 0
         for number, row in enumerate(rows):
             words = row.words(self.columns.words)
             for frame in self.frames(row):
@@ -156,7 +156,7 @@ class RoleData(TaggingData):
         for example, target, (_, predicate) in zip(examples, targets, self.frame_words[split]):
             unmarked = [word for word in range(len(example["words"])) if word not in (predicate, predicate + 2)]
             example["words"], example["targets"] = example["words"][unmarked], target
-        self.report_words(split, examples, sentences)
+        self.count_words(examples, sentences)
         return examples
 
     def prediction(self, number: int) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from lm_lightning.data.order import samples_at
+from lm_lightning.data.reading import ReadReport
 from lm_lightning.data.tokenizer import Tokenizer, train
 from lm_lightning.errors import UserError
 from lm_lightning.finetuning.examples import Examples, by_length
@@ -497,12 +498,12 @@ def test_a_text_is_not_in_training_and_validation(tmp_path: Path):
     data = ClassificationData(
         tables=Tables(train=str(write(tmp_path / "rows.jsonl", content)), validation_fraction=0.3)
     )
-    train, held = ({row["text"] for row in data.read(split)} for split in ("train", "validation"))
+    train, held = ({row["text"] for row in data.read(split, ReadReport())} for split in ("train", "validation"))
     assert not train & held and train | held == {row["text"] for row in content}
     assert 0.15 < len(held) / len(train | held) < 0.45
     data.tables.validation_fraction = 1
     with pytest.raises(UserError, match="validation_fraction is 1, but must be from 0 to below 1"):
-        data.read("train")
+        list(data.read("train", ReadReport()))
 
 
 @pytest.mark.parametrize(

@@ -19,12 +19,14 @@ import yaml
 from conftest import ROOT, command, evaluation
 from scipy.stats import pearsonr, spearmanr
 
+from lm_lightning.data.reading import ReadReport
 from lm_lightning.data.tokenizer import Tokenizer, load, train
 from lm_lightning.errors import UserError
 from lm_lightning.finetuning.tables import Tables
-from lm_lightning.tasks.embedding.data import Judgments, PairColumns, PairData, Retrieval, answers, collate_pairs
+from lm_lightning.tasks.embedding.data import PairColumns, PairData, collate_pairs
 from lm_lightning.tasks.embedding.model import Embeddings, SentenceEncoder, ranking, select_candidates
 from lm_lightning.tasks.embedding.modules import embed, pool, pooling_of
+from lm_lightning.tasks.embedding.retrieval import Judgments, Retrieval, answers, judge, scores_of
 
 TOPICS = [f"{a}{b}" for a in ("ship", "tree", "song", "lamp") for b in ("wright", "house", "less", "light", "worm")]
 
@@ -355,12 +357,14 @@ def test_search_with_known_answers(fit, cli, recipe: Path, beir: Path):
     assert other["mrr_10"] != pytest.approx(expected["mrr_10"], abs=1e-3)
 
 
-def judge(queries: Path, corpus: Path, qrels: Path, **options) -> tuple[Judgments, list]:
+def judged_and_rows(queries: Path, corpus: Path, qrels: Path, **options) -> tuple[Judgments, list]:
     """What the data module reads of the files, without a run."""
     data = PairData(retrieval=Retrieval(str(queries), str(corpus), str(qrels), **options))
-    data.trainer = SimpleNamespace(is_global_zero=True)  # type: ignore[assignment]
-    found = data.read("validation")
-    return data.judged["validation"], found
+    found = list(data.read("validation", ReadReport()))
+    notes = [{"id": row["_id"], "query": "query" in row} for row in found]
+    return judge(
+        str(qrels), scores_of(str(qrels), "validation", Tables()), notes, data.retrieval.ignore_identical_ids
+    ), found
 
 
 @pytest.mark.slow
@@ -386,7 +390,7 @@ def test_cranfield_is_scored_as_by_beir(ignore: bool):
     if not folder.is_dir():
         pytest.skip("needs Cranfield")
     paths = [folder / name for name in ("queries.jsonl", "corpus.jsonl", "qrels.tsv")]
-    judged, found = judge(*paths, ignore_identical_ids=ignore)
+    judged, found = judged_and_rows(*paths, ignore_identical_ids=ignore)
     vectors = np.zeros((len(found), 4096), np.float32)
     for i, row in enumerate(found):
         for word in row["text"].lower().split():
@@ -421,7 +425,7 @@ def test_ids_that_are_there_twice_are_refused(beir: Path, name: str, line: str, 
     with open(beir / name, "a") as file:
         file.write(line + "\n")
     with pytest.raises(UserError, match=message):
-        judge(*(beir / name for name in ("queries.jsonl", "corpus.jsonl", "qrels.tsv")))
+        judged_and_rows(*(beir / name for name in ("queries.jsonl", "corpus.jsonl", "qrels.tsv")))
 
 
 def test_a_document_that_is_the_query_itself_is_no_answer():
@@ -556,7 +560,7 @@ def test_a_score_that_is_no_number_is_refused_with_its_row(tmp_path: Path, token
     file.write_text("".join(json.dumps({"text": "a", "pair": "b", "score": score}) + "\n" for score in (1, "1,5")))
     tables = Tables(str(file), str(file))
     data = PairData(columns=PairColumns(score="score"), tables=tables, tokenizer=Tokenizer(str(tokenizer)))
-    module = SimpleNamespace(own_labels=lambda: [])
+    module = SimpleNamespace(own_labels=lambda: [], pretrained=None)
     fit = SimpleNamespace(fn="fit")
     data.trainer = SimpleNamespace(state=fit, is_global_zero=True, lightning_module=module)  # type: ignore[assignment]
     with pytest.raises(

@@ -135,6 +135,8 @@ def test_resumed_run_is_the_same_and_knows_its_reference(
         other.write_text(json.dumps(pairs()[0] | {"chosen": " A letter."}) + "\n")
         message = refused("fit", *arguments, *resume, "--data.tables.validation", other)
         assert "does not have the reference's log-probabilities of 1 rows of the validation split" in message
+        message = refused("fit", *arguments, *resume, "--model.reference", tmp_path)
+        assert f"the log-probabilities of the reference {base}, but this run's is {tmp_path}" in message
     out = cli("fit", *arguments, *resume)
     assert "computing the reference" not in out
     assert same(weights(copy), weights(whole)) and metrics(copy) == metrics(whole)

@@ -1,5 +1,6 @@
-"""Losses and rewards are those that TRL computes of the same pairs. TRL is in no extra: the tests skip without it."""
+"""Losses, rewards and gradients are those of TRL for the same pairs. TRL is in no extra: the tests skip without it."""
 
+import json
 import re
 from pathlib import Path
 
@@ -7,6 +8,8 @@ import pytest
 import torch
 from test_preference import base, pairs  # noqa: F401 (a fixture)
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lm_lightning.models.module import LanguageModule
 
 pytest.importorskip("trl")
 FORMATS = ("texts", "messages")
@@ -38,19 +41,41 @@ def policy(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noq
     return folder
 
 
-def our_metrics(cli, tmp_path: Path, policy: Path, kind: str, *options: object) -> dict[str, float]:
-    """What `validate` shows."""
-    import json
-
+def command(name: str, tmp_path: Path, policy: Path, kind: str, *options: object) -> tuple:
+    """A command with all pairs in a batch."""
     file = tmp_path / "pairs.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows(kind)))
-    out = cli(
-        *("validate", "--config", Path(__file__).parents[3] / "configs" / "preference.yaml", "--runs_dir", tmp_path),
+    return (
+        *(name, "--config", Path(__file__).parents[3] / "configs" / "preference.yaml", "--runs_dir", tmp_path),
         *("--model.pretrained", policy, "--data.tables.validation", file, "--data.max_length", 120),
         *("--trainer.accelerator", "cpu", "--trainer.precision", "32-true", "--data.batch_size", 6, *options),
         *(("--data.chat_template", "headings") if kind == "messages" else ()),
     )
+
+
+def our_metrics(cli, *arguments: object) -> dict[str, float]:
+    """What `validate` shows."""
+    out = cli(*command("validate", *arguments))
     return {m[1]: float(m[2]) for m in re.finditer(r"│ +val/(\S+) +│ +([\d.e+-]+) +│", out)}
+
+
+def assert_gradients_equal(theirs: torch.nn.Module, cli, tmp_path: Path, *arguments: object) -> None:
+    """Those of the first step, and those of a network of TRL after `backward`."""
+    ours: dict[str, torch.Tensor] = {}
+
+    def note(module: LanguageModule, *_: object, **__: object) -> None:
+        ours.update({name: p.grad.clone() for name, p in module.network.named_parameters() if p.grad is not None})
+
+    once = ("--trainer.max_steps", 1, "--trainer.accumulate_grad_batches", 1, "--trainer.limit_val_batches", 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LanguageModule, "configure_gradient_clipping", note)
+        cli(*command("fit", tmp_path, *arguments), "--data.tables.train", tmp_path / "pairs.jsonl", *once)
+    expected = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
+    assert ours.keys() == expected.keys() and len(ours) > 10
+    largest = max(gradient.abs().max() for gradient in expected.values())
+    difference = max((ours[name] - expected[name]).abs().max() for name in ours)
+    print(f"gradients: the largest is {largest:.6f}, the largest difference {difference:.2e}")
+    assert difference < 1e-5 < 0.01 * largest
 
 
 def trl_batch(trainer) -> dict:
@@ -78,8 +103,10 @@ def test_dpo(kind: str, base: Path, policy: Path, cli, tmp_path: Path):  # noqa:
     data, tokenizer, settings = parts(policy, tmp_path, kind)
     network, reference = (AutoModelForCausalLM.from_pretrained(folder) for folder in (policy, base))
     trainer = DPOTrainer(network, reference, DPOConfig(**settings), train_dataset=data, processing_class=tokenizer)
-    with torch.no_grad():
-        loss = trainer.compute_loss(trainer.model, trl_batch(trainer)).item()
+    loss = trainer.compute_loss(trainer.model, trl_batch(trainer))
+    loss.backward()
+    assert_gradients_equal(trainer.model, cli, tmp_path, policy, kind, "--model.reference", base)
+    loss = loss.item()
     logged = {name: values[-1] for name, values in trainer._metrics["eval"].items()}
     ours = our_metrics(cli, tmp_path, policy, kind, "--model.reference", base)
     print(f"DPO, {kind}: TRL {loss:.8f}, here {ours['loss']:.8f}; margin {logged['rewards/margins']}, {ours['margin']}")
@@ -100,16 +127,20 @@ def test_simpo_and_orpo(kind: str, policy: Path, cli, tmp_path: Path):
     options = CPOConfig(**settings, loss_type="simpo", cpo_alpha=0.0, beta=2.0, simpo_gamma=1.0, disable_dropout=True)
     network = AutoModelForCausalLM.from_pretrained(policy)
     trainer = CPOTrainer(network, options, train_dataset=data, processing_class=tokenizer)
-    with torch.no_grad():
-        batch = trl_batch(trainer)
-        loss, logged = trainer.get_batch_loss_metrics(trainer.model, batch)
-        chosen, rejected = trainer.concatenated_forward(trainer.model, batch)[:2]
+    batch = trl_batch(trainer)
+    loss, logged = trainer.get_batch_loss_metrics(trainer.model, batch)
+    loss.backward()
+    assert_gradients_equal(trainer.model, cli, tmp_path, policy, kind, "--model.objective", "SimPO")
+    trainer.model.zero_grad()
+    chosen, rejected = trainer.concatenated_forward(trainer.model, batch)[:2]
     ours = our_metrics(cli, tmp_path, policy, kind, "--model.objective", "SimPO")
     shown = f"SimPO, {kind}: TRL {loss.item():.8f}, here {ours['loss']:.8f}; "
     assert ours["loss"] == pytest.approx(loss.item(), abs=1e-5)
     assert ours["margin"] == pytest.approx(float(logged["rewards/margins"]), abs=1e-5)
     trainer.beta = 0.1
     odds = -ORPOTrainer.odds_ratio_loss(trainer, chosen, rejected)[0].mean()
+    (odds - chosen.mean()).backward()
+    assert_gradients_equal(trainer.model, cli, tmp_path, policy, kind, "--model.objective", "ORPO")
     ours = our_metrics(cli, tmp_path, policy, kind, "--model.objective", "ORPO")
     print(f"{shown}ORPO: TRL {(odds - chosen.mean()).item():.8f}, here {ours['loss']:.8f}")
     assert ours["loss"] == pytest.approx((odds - chosen.mean()).item(), abs=1e-5)

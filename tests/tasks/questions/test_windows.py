@@ -61,7 +61,7 @@ def write(folder: Path, form: str) -> tuple[Path, QuestionColumns]:
 def test_answers_are_found_in_every_form(tokenizer: Path, tmp_path: Path, form: str):
     file, columns = write(tmp_path, form)
     own = data(tokenizer, columns=columns, tables=Tables(test=[str(file)]))
-    examples = own.encode("test", read_split(own.tables, "test", own.key, own.formats))
+    examples = own.encode("test", list(read_split(own.tables, "test", own.key, own.formats)))
     assert [q.id for q in own.questions["test"]] == ([0, 1, 2] if form == "csv" else ["x", "y", "z"])
     found: dict[int, set[str]] = {0: set(), 1: set(), 2: set()}
     ends: dict[int, list[int]] = {0: [], 1: [], 2: []}
@@ -114,7 +114,7 @@ def test_files_that_are_not_squads_are_refused(tmp_path: Path):
     ):
         (tmp_path / "a.json").write_text(text)
         with pytest.raises(UserError, match=told):
-            read_split(Tables(test=[str(tmp_path / "a.json")]), "test", lambda row: "", QuestionData.formats)
+            list(read_split(Tables(test=[str(tmp_path / "a.json")]), "test", lambda row: "", QuestionData.formats))
 
 
 def test_windows_must_go_on(tokenizer: Path):
@@ -132,7 +132,7 @@ def test_bytes_of_another_encoding_are_named_and_read_on_request(tmp_path: Path)
     file.write_bytes(b'{"data": [\n{"paragraphs": [{"context": "caf\xe9", "qas": [{"id": 1}]}]}]}')
 
     def rows(**options: str) -> list[Row]:
-        return read_split(Tables(test=[str(file)], **options), "test", lambda row: "", QuestionData.formats)
+        return list(read_split(Tables(test=[str(file)], **options), "test", lambda row: "", QuestionData.formats))
 
     with pytest.raises(UserError, match="a.json:2: byte 0xe9 .* --data.tables.encoding cp1252"):
         rows()

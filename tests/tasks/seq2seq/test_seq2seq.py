@@ -22,6 +22,7 @@ from lm_lightning.data.order import PADDING
 from lm_lightning.errors import UserError
 from lm_lightning.finetuning.token_batches import TokenBatches, TokenBatchSampler, TokenEvaluationBatches
 from lm_lightning.losses import linear_losses
+from lm_lightning.tasks.seq2seq import model
 from lm_lightning.tasks.seq2seq.data import PairExamples, Seq2SeqData
 from lm_lightning.tasks.seq2seq.model import Seq2Seq
 from lm_lightning.tasks.seq2seq.smoothing import Smoothing
@@ -137,7 +138,7 @@ def test_commands_for_other_networks_refuse_encoder_decoders_or_work(fit, refuse
 
 
 @pytest.mark.slow
-def test_scores_do_not_depend_on_batches(learned: Path, cli):
+def test_scores_do_not_depend_on_batches_or_on_an_interrupted_evaluation(learned: Path, cli, monkeypatch):
     def scores(*flags: object) -> dict:
         cli("test", learned, *flags)
         return json.loads((evaluation(learned, "test") / "evaluation.json").read_text())["metrics"]
@@ -146,13 +147,36 @@ def test_scores_do_not_depend_on_batches(learned: Path, cli):
     other = scores("--data.max_tokens", 60, "--model.evaluation.batch_size", 3)
     assert first.keys() == {"test/loss", "test/perplexity", "test/exact_match"} == other.keys()
     assert first == pytest.approx(other, rel=1e-5)
+    write_texts, batches = model.write_texts, iter(range(2))
+
+    def interrupted(*arguments: object) -> list[str]:
+        if next(batches, None) is None:
+            raise RuntimeError("power failure")
+        return write_texts(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "write_texts", interrupted)
+        with pytest.raises(RuntimeError, match="power failure"):
+            cli("test", learned)
+    assert scores() == first
 
 
 class Stop(Callback):
-    """Ends a run as a power failure would."""
+    """Ends a run as a power failure would, amid training or in a validation.
+
+    Args:
+        validating: Whether it is in a validation.
+    """
+
+    def __init__(self, validating: bool = False) -> None:
+        self.validating = validating
 
     def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
-        if trainer.global_step == 6:
+        if trainer.global_step == 6 and not self.validating:
+            raise RuntimeError("power failure")
+
+    def on_validation_batch_end(self, trainer: Trainer, *_: object) -> None:
+        if trainer.global_step == 4 and self.validating:
             raise RuntimeError("power failure")
 
 
@@ -161,12 +185,14 @@ def weights(run: Path) -> dict:
 
 
 @pytest.mark.slow
-def test_interrupted_run_ends_in_the_same_bits(fit, recipe: Path):
+@pytest.mark.parametrize("validating", [False, True])
+def test_interrupted_run_ends_in_the_same_bits(fit, recipe: Path, validating: bool):
     flags = ("--trainer.accumulate_grad_batches", 2, "--model.network.dropout", 0.1)
     flags = (*flags, "--trainer.max_steps", 10, "--last.every_n_train_steps", 4)
     whole = fit(*flags)
     with pytest.raises(RuntimeError, match="power failure"):
-        fit(*flags, "--name", "cut", "--trainer.callbacks", '[{"class_path": "test_seq2seq.Stop"}]')
+        stop = {"class_path": "test_seq2seq.Stop", "init_args": {"validating": validating}}
+        fit(*flags, "--name", "cut", "--trainer.callbacks", json.dumps([stop]))
     (cut,) = (recipe.parent / "runs" / "cut").iterdir()
     assert torch.load(cut / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 4
     fit(*flags, "--name", "cut", "--ckpt_path", "last")
