@@ -43,6 +43,7 @@ FEATURES = {
             "configs/ngram.yaml",
             "docs/baselines.md",
             "docs/images/baselines*",
+            "scripts/plot_baselines.py",
         ),
     ),
     "bert": Feature("tasks.masked_lm", "pretraining of BERTs", ("configs/bert*", "configs/modernbert*"), ("bert",)),
@@ -83,7 +84,10 @@ FEATURES = {
         "compression", "quantization, pruning, distillation", ("docs/compression.md",), ("compress",)
     ),
     "filters": Feature(
-        "filters", "filters of corpora: duplicates, quality, language", ("docs/filters.md",), ("filters",)
+        "filters",
+        "filters of corpora: duplicates, quality, language",
+        ("configs/filters/", "docs/filters.md"),
+        ("filters",),
     ),
     "diagnostics": Feature("diagnostics", "samples behind spikes of the loss, histograms of gradients"),
     "linear_layers": Feature(
