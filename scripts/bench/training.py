@@ -41,8 +41,10 @@ def throughput(
     with tempfile.TemporaryDirectory() as folder:
         prepared = work.prepare(Path(folder))
         flags = ""
+        # fork: profiling
         if breakdown and find_spec("lm_lightning.profiling"):
             flags = f"--trainer.profiler Profile --trainer.profiler.skip {warmup} --trainer.profiler.steps 0 "
+        # fork: end
         contestants: dict[str, Any] = {
             name: lambda options=options: measure_fit(prepared, steps, warmup, flags + options)
             for name, options in ours.items()
