@@ -78,7 +78,8 @@ def shrink(configs: Path, cache_dir: Path, corpus: Path) -> None:
         trainer |= {"accelerator": "cpu", "precision": "32-true", "log_every_n_steps": 1}
         if content["data"]["class_path"] in PRETRAINING and (network := model.get("network")):
             model["network"] = network | SMALL[network["model_type"]]
-            model |= {"schedule": {"warmup_steps": 1}, "compile": False}
+            if content["model"]["class_path"] != "NGramLM":  # which is not trained by gradients
+                model |= {"schedule": {"warmup_steps": 1}, "compile": False}
             algorithm = "wordpiece" if content["data"]["class_path"] == "MaskedData" else "bpe"
             data |= {"tokenizer": {"algorithm": algorithm, "vocab_size": 400, "lowercase": algorithm == "wordpiece"}}
             data |= {"block_size": 64, "batch_size": 4, "num_workers": 0, "cache_dir": str(cache_dir)}
