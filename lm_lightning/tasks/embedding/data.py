@@ -53,8 +53,8 @@ class PairColumns:
 @dataclass
 class Prompts:
     """Text that is inserted before texts, such as `query: ` and `passage: `. Exported models have them, for
-    sentence-transformers as the prompts `query` and `document`. On the command line, such a text needs quotes of its
-    own: `'"query: "'`.
+    sentence-transformers as the prompts `query` and `document`. On the command line, YAML needs quotes around such a
+    text: `--data.prompts '{query: "query: ", document: "passage: "}'`.
 
     Args:
         query: Before texts of the column `text`, queries of `retrieval`, and what `search` searches for. `pretrained`:
@@ -70,8 +70,8 @@ class Prompts:
         for name, text in vars(self).items():
             if text.startswith('{"') and text.endswith(": null}"):  # `query: ` on the command line is YAML
                 raise UserError(
-                    f"data.prompts.{name} is {text}, a mapping: on the command line, a text that ends with a colon and "
-                    f"a space needs quotes of its own, as in --data.prompts.{name} '\"{text[2:-8]}: \"'"
+                    f"data.prompts.{name} is {text}, a mapping: give a text that ends with a colon and a space as in "
+                    f"--data.prompts '{{{name}: \"{text[2:-8]}: \"}}'"
                 )
 
 

@@ -525,9 +525,9 @@ def test_export_tells_its_pooling_to_the_next_run(fit, cli, recipe: Path):
 @pytest.mark.slow
 def test_prompts_are_inserted_and_exported(fit, cli, recipe: Path, tmp_path: Path):
     """In the column of each, in the index, in the export, and in a run that starts from it."""
-    with pytest.raises(UserError, match="needs quotes of its own, as in --data.prompts.query"):
+    with pytest.raises(UserError, match="a mapping: give a text .* as in --data.prompts '{query: \"rivers: \"}'"):
         fit("--data.prompts.query", "rivers: ")
-    prompts = ("--data.prompts.query", '"rivers: "', "--data.prompts.document", "old ")
+    prompts = ("--data.prompts", '{query: "rivers: ", document: "old "}')
     run = fit(*prompts)
     settings = json.loads((run / "model" / "config_sentence_transformers.json").read_text())
     assert settings["prompts"] == {"query": "rivers: ", "document": "old "}
