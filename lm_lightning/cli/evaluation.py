@@ -175,12 +175,14 @@ def choose_run_weights(config: Any, run: Path) -> Weights:
 def files_of(config: Any) -> dict[str, Any]:
     """The options that name the data, except those that are not set."""
     options = options_of(config, "data")
-    found = {key: options[key] for key in ("corpus", "tables", "parallel", "retrieval", "texts") if options.get(key)}
-    plain = {key: value.as_dict() if hasattr(value, "as_dict") else value for key, value in found.items()}
-    return {
-        key: {name: item for name, item in value.items() if item} if isinstance(value, dict) else value
-        for key, value in plain.items()
-    }
+    names = ("corpus", "corpora", "tables", "parallel", "retrieval", "texts")
+    return {name: without_unset(options[name]) for name in names if options.get(name)}
+
+
+def without_unset(value: Any) -> Any:
+    """Options as dicts, without those that are not set."""
+    value = value.as_dict() if hasattr(value, "as_dict") else value
+    return {name: without_unset(item) for name, item in value.items() if item} if isinstance(value, dict) else value
 
 
 class Evaluation(Callback):

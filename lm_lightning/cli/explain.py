@@ -23,6 +23,7 @@ BASES = {  # base classes of the classes that an option may name
     "adapter": "lm_lightning.models.adapter.Adapter",
     "data": "lightning.pytorch.LightningDataModule",
     "callbacks": "lightning.pytorch.Callback",
+    "filters": "lm_lightning.data.filter.Filter",
     "logger": "lightning.pytorch.loggers.Logger",
     "optimizer": "torch.optim.Optimizer",
     "profiler": "lightning.pytorch.profilers.Profiler",
@@ -291,7 +292,7 @@ def subclasses(base: type) -> dict[str, type]:
 def own_classes(base: type) -> dict[str, type]:
     """The subclasses of a class that this project has for users, by their names, without those that are only bases."""
     own = {name: kind for name, kind in subclasses(base).items() if kind.__module__.startswith("lm_lightning.")}
-    return {name: kind for name, kind in own.items() if not name.startswith(("Labelled", "Stream"))}
+    return {name: kind for name, kind in own.items() if not name.startswith(("Labelled", "Stream", "Corpus"))}
 
 
 def wrong_class(text: str, match: re.Match, arguments: list[str]) -> str:
@@ -303,7 +304,11 @@ def wrong_class(text: str, match: re.Match, arguments: list[str]) -> str:
     known_base = BASES.get(option.rpartition(".")[2])
     base: Any = pydoc.locate(known_base) if known_base else None
     close = difflib.get_close_matches(name.rpartition(".")[2], subclasses(base) if base else (), n=1)
-    hint = f"use one of {', '.join(own_classes(base))}" if option in ("model", "data") else ""
+    hint = (
+        f"use one of {', '.join(own_classes(base))}"
+        if option.rpartition(".")[2] in ("model", "data", "filters")
+        else ""
+    )
     hint = f"did you mean {close[0]}?" if close else hint
     why = "" if close or not given["why"] else f" ({' '.join(given['why'].split())})"
     if base is None and option.rpartition(".")[2] not in ("plugins", "strategy", "accelerator"):

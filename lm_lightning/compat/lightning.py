@@ -160,6 +160,16 @@ def validation_is_due(trainer: Trainer) -> bool:
     return trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
 
 
+def restart_workers(trainer: Trainer) -> None:
+    """Starts the workers of the training dataloader again at the start of a pass, as they keep a copy of the dataset.
+
+    Lightning starts them before its hooks. Alternative: none, the fetcher of the loop is private.
+    """
+    fetcher = trainer.fit_loop._data_fetcher
+    if fetcher is not None:
+        iter(fetcher)
+
+
 def repeat_validation(trainer: Trainer) -> None:
     """Makes a resumed run start with the validation that was not finished when its checkpoint was saved.
 

@@ -140,11 +140,12 @@ class Mixture:
 
     def describe(self, tokens: Mapping[str, int]) -> list[str]:
         """The shares in each stage, a line for each."""
-        return [
-            f"from {f'step {stage.start}' if isinstance(stage.start, int) else f'{stage.start:.0%} of the training'}: "
-            + in_words(self.shares(stage, tokens))
-            for stage in self.stages
-        ]
+        lines = []
+        for stage in self.stages:
+            fraction = isinstance(stage.start, float)
+            start = f"{stage.start * 100:g} % of the training" if fraction else f"step {stage.start}"
+            lines.append(f"from {start}: {in_words(self.shares(stage, tokens))}")
+        return lines
 
     def used(self, split: str) -> list[str]:
         """The names of the corpora that have samples in a split."""
@@ -177,7 +178,7 @@ class Mixture:
                     "number of steps, or trainer.max_steps"
                 )
             start = round(stage.start * (steps or 0)) if isinstance(stage.start, float) else stage.start
-            if starts and start <= starts[-1]:
+            if starts and start < starts[-1]:  # they may be equal in a short run, in which the last of them counts
                 raise not_sorted(starts[-1], start)
             starts.append(start)
         return starts
@@ -206,7 +207,10 @@ def mixture_options(
     if not corpora:
         raise UserError("data.corpora has no corpora: give at least one, such as {novels: {paths: novels}}")
     if corpus != Corpus():
-        raise UserError("data.corpus and data.corpora are both given: omit one of them")
+        raise UserError(
+            "data.corpus and data.corpora are both given: omit one of them (--data.corpora null --data.temperature "
+            "null --data.stages '[]' omits the mixture of a config)"
+        )
     return Mixture(corpora, temperature, stages)
 
 
@@ -230,10 +234,17 @@ def check_temperature(option: str, temperature: Optional[float]) -> None:
         raise UserError(f"{option} is {temperature}, but must be greater than 0")
 
 
+class TokenCount(int):
+    """A number of tokens as a sized collection, without the tokens, which are in several files."""
+
+    def __len__(self) -> int:
+        return int(self)
+
+
 class JoinedSize(NamedTuple):
     """The size of a split over all corpora, see `contract.SplitSize`."""
 
-    tokens: range
+    tokens: TokenCount
     bytes: int
 
 
@@ -272,7 +283,8 @@ def train_tokens(parts: Mapping[str, Prepared]) -> dict[str, int]:
 
 def joined_size(splits: Sequence[Split]) -> JoinedSize:
     """The size of a split of all corpora; the first token of each is not a target."""
-    return JoinedSize(range(1 + sum(len(split.tokens) - 1 for split in splits)), sum(split.bytes for split in splits))
+    targets = sum(len(split.tokens) - 1 for split in splits)
+    return JoinedSize(TokenCount(targets + 1), sum(split.bytes for split in splits))
 
 
 def labelled(split: str, corpus: str) -> str:

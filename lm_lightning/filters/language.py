@@ -14,9 +14,9 @@ SAMPLES = 3  # parts of a text that are read: at its beginning, in the middle an
 class Language(Filter):
     """Removes documents that are not in one of some languages.
 
-    The model (Lui and Baldwin 2012, "langid.py: An Off-the-shelf Language Identification Tool") knows 97 languages and
-    is part of the package, so nothing is downloaded. It needs about 50 characters, less of languages with a script of
-    their own. Documents that it is not sure about are kept and marked.
+    The model (Lui and Baldwin 2012, "langid.py: An Off-the-shelf Language Identification Tool") knows more than 90
+    languages and is part of the package, so nothing is downloaded. It needs about 50 characters, less of languages with
+    a script of their own. Documents that it is not sure about are kept and marked.
 
     Args:
         keep: Languages to keep, as two letters of ISO 639-1, such as `en`, `zh`.

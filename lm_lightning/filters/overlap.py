@@ -5,7 +5,7 @@ punctuation; those in more than ten training documents are ignored, as they are 
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Optional
 
@@ -15,12 +15,12 @@ from lm_lightning import files
 from lm_lightning.data.corpus import Corpus, expand, read
 from lm_lightning.data.documents import Documents
 from lm_lightning.data.filter import CorpusFilter, Document, Finding, Marked, Removed
-from lm_lightning.data.verdicts import SPLITS
+from lm_lightning.data.verdicts import SPLITS, SplitName
 from lm_lightning.errors import UserError
 from lm_lightning.filters.words import ngrams, word_hashes
 
 
-class Overlap(CorpusFilter):
+class CorpusOverlap(CorpusFilter):
     """Base class of filters that find training documents which share sequences of words with reference texts.
 
     8 bytes of each different sequence of the reference texts are in memory and on disk, and 16 bytes of each sequence
@@ -31,7 +31,7 @@ class Overlap(CorpusFilter):
         common: Sequences in more than this number of training documents are ignored. Null: none are.
         min_shared: Least number of different sequences that a document shares with the reference texts.
         action: Whether documents are removed, or only marked and reported (`mark`).
-        options: Arguments of `Filter`; `splits` is [train] by default.
+        splits: Splits whose documents may be removed or marked.
     """
 
     def __init__(
@@ -40,9 +40,9 @@ class Overlap(CorpusFilter):
         common: Optional[int] = 10,
         min_shared: int = 1,
         action: Literal["remove", "mark"] = "remove",
-        **options: Any,
+        splits: Sequence[SplitName] = ("train",),
     ) -> None:
-        super().__init__(**({"splits": ["train"]} | options))
+        super().__init__(list(splits))
         self.ngram, self.common, self.min_shared, self.action = ngram, common, min_shared, action
 
     def check(self) -> None:
@@ -109,14 +109,14 @@ class Overlap(CorpusFilter):
         return iter(())
 
 
-class SplitOverlap(Overlap):
+class SplitOverlap(CorpusOverlap):
     """Removes training documents that share a sequence of words with a document of another split.
 
     Without it, results on the validation and test splits may measure what the network has memorized. It compares with
     the documents of all splits that are not in `splits`.
 
     Args:
-        options: Arguments of `Overlap` and `Filter`.
+        options: Arguments of `CorpusOverlap`.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -135,7 +135,7 @@ class SplitOverlap(Overlap):
                     yield split, np.frombuffer(found, np.uint64)
 
 
-class Contamination(Overlap):
+class Contamination(CorpusOverlap):
     """Removes or marks training documents that share a sequence of words with a benchmark.
 
     The report has the number of examples of each benchmark that were found in the training split.
@@ -145,7 +145,7 @@ class Contamination(Overlap):
         text_column: Column with the text of an example, in all formats except plain text.
         document: What an example of a plain text file is: the file, a paragraph or a line.
         min_ngram: Examples with fewer words than `ngram` are compared as a whole if they have at least this number.
-        options: Arguments of `Overlap` and `Filter`.
+        options: Arguments of `CorpusOverlap`.
     """
 
     def __init__(

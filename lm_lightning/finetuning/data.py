@@ -5,7 +5,6 @@ of the work of `encode`.
 """
 
 import functools
-import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from torch.utils.data import DataLoader
 
 from lm_lightning.data import cache
@@ -27,7 +25,7 @@ from lm_lightning.errors import UserError
 from lm_lightning.finetuning import cells, encoding
 from lm_lightning.finetuning.counts import Counts, described
 from lm_lightning.finetuning.examples import Examples, collate
-from lm_lightning.finetuning.store import Store
+from lm_lightning.finetuning.store import content_of
 from lm_lightning.finetuning.tables import FORMATS, Row, Tables, are_csv, read_split, sources
 from lm_lightning.finetuning.words import encode_words
 
@@ -382,20 +380,10 @@ class LabelledData(StreamData):
     def identity(self) -> dict:
         columns = {} if self.columns is None else {"columns": asdict(self.columns)}
         return {
-            "training rows": self.content_of(self.examples["train"].rows),
+            "training rows": content_of(self.examples["train"].rows),
             "tokenizer": fingerprint(self.tokenizer)[:16],
             "seed_everything": self.seed,
         } | columns
-
-    def content_of(self, rows: Any) -> str:
-        """A fingerprint of examples."""
-        if (store := getattr(rows, "store", rows)) is not rows or isinstance(rows, Store):
-            return store.info["content"]
-        content = hashlib.sha256()
-        for row in rows:
-            fields = {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in row.items()}
-            content.update(repr(fields).encode())
-        return content.hexdigest()[:16]
 
 
 def padded(tokenizer: "PreTrainedTokenizerFast") -> "PreTrainedTokenizerFast":

@@ -260,6 +260,18 @@ def sizes(rows: Sequence[dict[str, Any]], name: str) -> np.ndarray:
     return rows.sizes(name) if isinstance(rows, Store) else np.array([len(row[name]) for row in rows], np.int64)
 
 
+def content_of(rows: Any) -> str:
+    """A fingerprint of a store, of a view of one (which has it as `store`), or of a list of examples."""
+    store = getattr(rows, "store", rows)
+    if isinstance(store, Store):
+        return store.info["content"]
+    content = hashlib.sha256()
+    for row in rows:
+        fields = {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in row.items()}
+        content.update(repr(fields).encode())
+    return content.hexdigest()[:16]
+
+
 def mapped(file: Path, dtype: str) -> np.ndarray:
     """The content of a file; an empty one cannot be mapped."""
     return np.memmap(file, dtype, "r") if file.stat().st_size else np.empty(0, dtype)

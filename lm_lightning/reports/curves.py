@@ -33,6 +33,7 @@ def charts(runs: Sequence[Run]) -> list[dict[str, Any]]:
     found: dict[str, list[dict[str, Any]]] = {}
     for number, run in enumerate(runs):
         curves = {name: points for name, points in run.metrics.items() if "/" in name and name not in AXES.values()}
+        curves = {name: points for name, points in curves.items() if not name.startswith("corpora/")}  # in a table
         if run.spikes:
             curves["spike/loss"] = [(spike["step"], spike["loss"]) for spike in run.spikes]
         for name in NOISY:
@@ -56,11 +57,18 @@ def charts(runs: Sequence[Run]) -> list[dict[str, Any]]:
     return [
         {
             "name": name,
-            "title": CHARTS.get(name, name.replace("_", " ").capitalize().replace("f1", "F1")),
+            "title": CHARTS.get(name) or title(name),
             "lines": found[name],
         }
         for name in sorted(found, key=place)
     ]
+
+
+def title(name: str) -> str:
+    """The title of a chart, such as "Bits per byte of novels" of `novels/bits_per_byte`."""
+    corpus, _, metric = name.rpartition("/")
+    words = metric.replace("_", " ").capitalize().replace("f1", "F1")
+    return f"{words} of {corpus}" if corpus else words
 
 
 def thinned(values: Sequence[float], limit: int = POINTS) -> list[int]:

@@ -1,20 +1,31 @@
 """The section of a report about the filters of the corpus, from `data.json`."""
 
 import json
+import re
 
 from lm_lightning.reports.history import Run
 from lm_lightning.reports.html_parts import escape
 
-PREFIX = "filters."  # of the names in `Run.data`
+PREFIX = "filters."  # of the names in `Run.data`, after that of a corpus of a mixture
+ANY = re.compile(r"(corpora\.([^.]+)\.)?filters\.")
+FIRST = re.compile(ANY.pattern + r"0\.filter")
 COLUMNS = ("filter", "documents before", "removed", "marked", "changed", "details")
 EXAMPLE = ("document", "split", "action", "rule", "reason", "kept", "text")
 
 
 def filters(run: Run) -> str:
-    """What each filter has removed, marked and changed, with examples."""
+    """What the filters of each corpus have removed, marked and changed, with examples."""
+    found = {match[1] or "": match[2] for name in run.data if (match := FIRST.fullmatch(name))}
+    return "".join(
+        (f"<h3>{escape(corpus)}</h3>" if corpus else "") + filters_of(run, start) for start, corpus in found.items()
+    )
+
+
+def filters_of(run: Run, prefix: str) -> str:
+    """What the filters of a corpus have done; `prefix` is before their names in `Run.data`."""
     rows, examples, number = [], "", 0
-    while (name := run.data.get(f"{PREFIX}{number}.filter")) is not None:
-        start = f"{PREFIX}{number}."
+    while (name := run.data.get(f"{prefix}{PREFIX}{number}.filter")) is not None:
+        start = f"{prefix}{PREFIX}{number}."
         own = {key.removeprefix(start): text for key, text in run.data.items() if key.startswith(start)}
         cells = [name, own.get("before.documents", ""), amount(own, "removed"), amount(own, "marked")]
         rows.append([*cells, own.get("changed.documents", ""), details(own)])
@@ -66,4 +77,4 @@ def details(own: dict[str, str]) -> str:
 
 def without_filters(run: Run) -> dict[str, str]:
     """`data.json` without the filters, which have a section of their own."""
-    return {name: text for name, text in run.data.items() if not name.startswith(PREFIX)}
+    return {name: text for name, text in run.data.items() if not ANY.match(name)}

@@ -15,7 +15,7 @@ from lm_lightning.reports.curves import charts
 from lm_lightning.reports.filters import filters, without_filters
 from lm_lightning.reports.history import Run, read
 from lm_lightning.reports.html_parts import escape, folded, section, table
-from lm_lightning.reports.sections import configs, confusion, mistakes, results, samples, spikes
+from lm_lightning.reports.sections import configs, confusion, corpora, mistakes, results, samples, spikes
 from lm_lightning.reports.summary import summary
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -39,7 +39,12 @@ def page(runs: Sequence[Run]) -> str:
     parts = [section("Summary", notes(runs) + table([run.name for run in runs], [summary(run) for run in runs]))]
     drawn = charts(runs)
     parts.append(section("Curves", '<div id="curves"></div>' if drawn else "<p>Nothing was logged.</p>"))
-    labelled = (("Results by label", results), ("Confusion of labels", confusion), ("Worst mistakes", mistakes))
+    labelled = (
+        ("Corpora", corpora),
+        ("Results by label", results),
+        ("Confusion of labels", confusion),
+        ("Worst mistakes", mistakes),
+    )
     others = (("Spikes of the loss", spikes), ("Samples", samples), ("Filters of the corpus", filters))
     for title, block in (*labelled, *others):
         blocks = [(run.name, written) for run in runs if (written := block(run))]

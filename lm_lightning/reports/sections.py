@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from lm_lightning.reports.history import Run
 from lm_lightning.reports.html_parts import escape, table
 
+USED = re.compile(r"corpora/[^/]+/share")  # metrics of a mixture: the share of each corpus
+
 # Maximum numbers of items that are shown
 SAMPLES = 10  # samples of a prompt
 PROMPTS = 50
@@ -15,6 +17,37 @@ NUMBERS = 100  # samples of a spike
 MISTAKES = 100
 LABELS = 1000  # labels in the table of results
 CONFUSED = 60  # labels of a confusion matrix
+
+
+def corpora(run: Run) -> str:
+    """What a mixture consisted of so far, and how well each corpus was predicted in the last validation."""
+    names = list(dict.fromkeys(name.split("/")[1] for name in run.metrics if USED.fullmatch(name)))
+    columns = {
+        "training tokens": lambda name: amount(run.data.get(f"corpora.{name}.splits.train.tokens", "")),
+        "tokens used": lambda name: last(run, f"corpora/{name}/tokens", "{:,.0f}"),
+        "share": lambda name: last(run, f"corpora/{name}/share", "{:.2%}"),
+        "epochs": lambda name: last(run, f"corpora/{name}/epochs", "{:.2f}"),
+        "validation loss": lambda name: last(run, f"val/{name}/loss", "{:.4f}"),
+        "bits per byte": lambda name: last(run, f"val/{name}/bits_per_byte", "{:.4f}"),
+    }
+    head = "".join(f"<th scope=col>{column}</th>" for column in ("corpus", *columns))
+    body = "".join(
+        f"<tr><th scope=row>{escape(name)}</th>{''.join(f'<td>{escape(text(name))}</td>' for text in columns.values())}"
+        "</tr>"
+        for name in names
+    )
+    table = f'<table class="numbers"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+    return names and f'<div class="scroll">{table}</div>' or ""
+
+
+def last(run: Run, metric: str, shown: str) -> str:
+    """The last value of a metric, in a format; a dash if it was not logged."""
+    return shown.format(run.metrics[metric][-1][1]) if run.metrics.get(metric) else "–"
+
+
+def amount(text: str) -> str:
+    """A whole number with separators; a dash if the text is none."""
+    return f"{int(text):,}" if text.isdecimal() and len(text) < 16 else "–"
 
 
 def results(run: Run) -> str:

@@ -25,7 +25,7 @@ def summary(run: Run) -> dict[str, str]:
             )
             rows[what] = f"{best:.4f} at step {step:,}"
     for name, points in sorted(run.metrics.items(), key=lambda item: item[0] != "val/loss"):
-        if name.startswith("val/"):
+        if name.startswith("val/") and name.count("/") == 1:  # those of single corpora have their own table
             rows[f"last {words(name)}"] = f"{points[-1][1]:.4g}"
     if run.steps:
         rows["steps"] = f"{run.steps:,}"

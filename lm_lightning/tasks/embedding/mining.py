@@ -92,7 +92,7 @@ class PairExamples(Examples):
             negatives) int64; None if there are none.
     """
 
-    mined: Optional[np.ndarray] = None
+    mined: Optional[Tensor] = None
     distinct: Optional[tuple[Distinct, Distinct]] = None
 
     def texts(self) -> tuple[Distinct, Distinct]:

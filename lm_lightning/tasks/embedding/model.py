@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lm_lightning import files
+from lm_lightning.compat.lightning import restart_workers
 from lm_lightning.data.order import PADDING
 from lm_lightning.errors import UserError
 from lm_lightning.finetuning.metrics import correlations
@@ -103,8 +104,8 @@ class SentenceEncoder(LanguageModule):
 
     def extra_files(self) -> SentenceTransformersFiles:
         data, size = self.trainer.datamodule, self.network.config.hidden_size
-        prompts = data.prompts.query or "", data.prompts.document or ""
-        return SentenceTransformersFiles(self.pooling, size, data.block_size, *prompts)
+        prompts = data.prompts
+        return SentenceTransformersFiles(self.pooling, size, data.block_size, prompts.query, prompts.document)
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         super().on_save_checkpoint(checkpoint)
@@ -122,16 +123,27 @@ class SentenceEncoder(LanguageModule):
 
     # Hard negatives
 
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        self.update_negatives()  # as Lightning omits the next hook if it resumes in the middle of an epoch
+
     def on_train_epoch_start(self) -> None:
+        self.update_negatives()
+
+    def update_negatives(self) -> None:
         """Searches hard negatives, if they are due and the checkpoint does not have them."""
-        due = self.mining.due(self.trainer.current_epoch)
-        examples = self.trainer.datamodule.examples["train"]
-        if due is None:
-            examples.mined = None
+        if not self.mining.every_n_epochs:
             return
-        if self.mined is None or self.mined["epoch"] != due:
-            self.mined = {"epoch": due, "rows": mine(self, examples, self.mining)}
-        examples.mined = self.mined["rows"].numpy()
+        data, due = self.trainer.datamodule, self.mining.due(self.trainer.current_epoch)
+        examples, mined = data.examples["train"], None
+        if due is not None:
+            if self.mined is None or self.mined["epoch"] != due:
+                self.mined = {"epoch": due, "rows": mine(self, examples, self.mining)}
+            mined = self.mined["rows"]
+        if mined is not examples.mined:
+            examples.mined = mined
+            if data.num_workers:
+                restart_workers(self.trainer)
 
     # Steps
 

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lm_lightning.data import tokenizer as tokenizers
 from lm_lightning.errors import UserError
+from lm_lightning.finetuning.store import Store, StoreWriter
 from lm_lightning.finetuning.tables import Row
 from lm_lightning.generation.chat import TEMPLATES, ChatFormat
 from lm_lightning.tasks.instruction.conversations import ConversationColumns, conversation
@@ -264,14 +265,17 @@ def test_packed_batches_have_the_same_loss_and_gradients(cli, fit, recipe: Path)
     assert losses(packs)[0] == pytest.approx(losses(alone)[0], abs=1e-5)
 
 
-def test_packs_are_full_and_have_each_conversation_once():
+def test_packs_are_full_and_have_each_conversation_once(tmp_path: Path):
     lengths = np.random.default_rng(0).integers(1, 50, 1000)
     packs = pack(lengths, 100)
     assert sorted(sample for samples in packs for sample in samples) == list(range(1000))
     fill = [int(lengths[samples].sum()) for samples in packs]
     assert max(fill) <= 100 and len(packs) <= 1.02 * lengths.sum() / 100 + 1
-    content = TokenizedConversations([([1, 2, 3, 4], [False, True, False, True]), ([5, 6, 7], [False, False, True])])
-    (row,) = Packs(content, 7, 0)
+    with StoreWriter(tmp_path, vocabulary=8) as writer:
+        writer.add([{"tokens": [1, 2, 3, 4], "is_target": torch.tensor([False, True, False, True])}])
+        writer.add([{"tokens": [5, 6, 7], "is_target": torch.tensor([False, False, True])}])
+        writer.finish({})
+    (row,) = Packs(TokenizedConversations(Store(tmp_path)), 7, 0)
     assert row["input_ids"].tolist() == [1, 2, 3, 5, 6, 0, 0]
     assert row["position_ids"].tolist() == [0, 1, 2, 0, 1, 0, 1]
     assert row["targets"].tolist() == [2, -100, 4, -100, 7, -100, -100]

@@ -11,6 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from lm_lightning.data.tokenizer import Tokenizer, train
 from lm_lightning.errors import UserError
 from lm_lightning.finetuning.tables import Row
+from lm_lightning.generation.chat import template_text
 from lm_lightning.tasks.preference import log_probs
 from lm_lightning.tasks.preference.data import PreferenceData, collate_pairs
 from lm_lightning.tasks.preference.model import PreferenceTuning
@@ -20,8 +21,9 @@ from lm_lightning.tasks.preference.rows import PreferenceColumns, pair_of
 
 @pytest.fixture(scope="module")
 def data() -> PreferenceData:
-    found = PreferenceData(max_length=200, chat_template="headings")
+    found = PreferenceData(max_length=200)
     found.tokenizer = train(Tokenizer(algorithm="bpe", vocab_size=300), iter(paragraphs(30)), "gpt")
+    found.tokenizer.chat_template = template_text("headings")
     return found
 
 

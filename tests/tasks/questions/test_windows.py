@@ -10,6 +10,7 @@ import torch
 
 from lm_lightning.data.tokenizer import Tokenizer, load, train
 from lm_lightning.errors import UserError
+from lm_lightning.finetuning.examples import Examples
 from lm_lightning.finetuning.tables import Row, Tables, read_split
 from lm_lightning.tasks.questions.data import QuestionColumns, QuestionData
 
@@ -84,6 +85,7 @@ def test_an_answer_longer_than_the_overlap_is_told_and_not_learned(tokenizer: Pa
     values = FLAT[0] | {"answers": [{"text": long, "answer_start": CONTEXT.index(long)}], "question": "which " * 30}
     examples = own.encode("train", [Row(values, "a:1")])
     assert all(torch.equal(row["targets"], torch.tensor([-100, -100])) for row in examples)
+    own.report("train", Examples(examples, 0), own.counts)
     out = capsys.readouterr().out
     assert "train: 1 questions, 0 without an answer" in out and "1 questions are truncated to 8 tokens" in out
     assert "1 are not used, as their answer is in no window" in out

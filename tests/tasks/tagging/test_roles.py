@@ -129,6 +129,6 @@ def test_frames_without_any_argument_are_refused(fit, recipe: Path):
 def test_a_label_of_another_scheme_has_a_remedy_that_roles_have(tmp_path: Path):
     data = RoleData()
     data.columns = RoleColumns()
-    rows = [Row({"words": ["He", "ran"], "frames": [{"predicate": 1, "labels": ["E-ARG0", "B-V"]}]}, "rows.jsonl:1")]
+    row = Row({"words": ["He", "ran"], "frames": [{"predicate": 1, "labels": ["E-ARG0", "B-V"]}]}, "rows.jsonl:1")
     with pytest.raises(UserError, match="rows.jsonl:1.*'E-ARG0' does not belong to the scheme bio.*: fix it$"):
-        data.check_scheme({"E-ARG0", "B-V"}, rows)
+        data.check_scheme(dict.fromkeys(data.labels_in(row), row.where))
