@@ -31,6 +31,7 @@ FEATURES = {
     "gpt": Feature(
         "generation",
         "text generation and chat (GPTs can be trained without it)",
+        ("scripts/bench/generation.py",),
         extras=("scores",),
         needed_by=("seq2seq", "instruction", "preference"),
     ),
@@ -43,6 +44,7 @@ FEATURES = {
             "configs/ngram.yaml",
             "docs/baselines.md",
             "docs/images/baselines*",
+            "scripts/plot_baselines.py",
         ),
     ),
     "bert": Feature("tasks.masked_lm", "pretraining of BERTs", ("configs/bert*", "configs/modernbert*"), ("bert",)),

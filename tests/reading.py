@@ -78,11 +78,16 @@ def shrink(configs: Path, cache_dir: Path, corpus: Path) -> None:
         trainer |= {"accelerator": "cpu", "precision": "32-true", "log_every_n_steps": 1}
         if content["data"]["class_path"] in PRETRAINING and (network := model.get("network")):
             model["network"] = network | SMALL[network["model_type"]]
-            model |= {"schedule": {"warmup_steps": 1}, "compile": False}
+            if content["model"]["class_path"] != "NGramLM":  # which is not trained by gradients
+                model |= {"schedule": {"warmup_steps": 1}, "compile": False}
             algorithm = "wordpiece" if content["data"]["class_path"] == "MaskedData" else "bpe"
             data |= {"tokenizer": {"algorithm": algorithm, "vocab_size": 400, "lowercase": algorithm == "wordpiece"}}
             data |= {"block_size": 64, "batch_size": 4, "num_workers": 0, "cache_dir": str(cache_dir)}
-            data["corpus"] = {"paths": [str(corpus)], "validation_fraction": 0.1}
+            own = {"paths": [str(corpus)], "validation_fraction": 0.1}
+            if "corpora" in data:
+                data["corpora"] = {name: options | own for name, options in data["corpora"].items()}
+            else:
+                data["corpus"] = own
             trainer |= {"max_steps": 6, "val_check_interval": 3, "limit_val_batches": 2, "accumulate_grad_batches": 1}
         file.write_text(yaml.safe_dump(content), encoding="utf-8")
 

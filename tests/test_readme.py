@@ -56,6 +56,14 @@ def test_data(reader: Reader, typed: list[list[str]]):
     assert outs[1].startswith("--- sample 17") and "<|endoftext|>" in outs[1]
 
 
+@under("docs/mixtures.md", "Mixtures of corpora")
+def test_mixtures(reader: Reader, typed: list[list[str]]):
+    outs = reader.type_all(typed)
+    assert "from 80 % of the training: docs 50.0 %, python 50.0 %" in outs[0]
+    assert reader.logged("val/docs/bits_per_byte") and reader.logged("corpora/docs/share")
+    reader.validate()
+
+
 @under("docs/pretraining.md", "GPT")
 def test_pretraining(reader: Reader, typed: list[list[str]]):
     reader.type_all(typed)

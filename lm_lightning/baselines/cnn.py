@@ -116,7 +116,8 @@ class GatedCNN(nn.Module):
         self, tokens: Tensor, lengths: Optional[Tensor], state: Optional[tuple[Tensor, ...]]
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The state has the last K - 1 inputs of the convolution of each layer."""
-        outputs = locked_dropout(self.embed_tokens(tokens), self.config.dropout, self.training)
+        outputs = self.embed_tokens(tokens) * self.config.hidden_size**0.5  # about as large as outputs of the layers
+        outputs = locked_dropout(outputs, self.config.dropout, self.training)
         size, new = self.config.kernel_size - 1, list[Tensor]()
         ends = torch.full((len(tokens),), tokens.shape[1]) if lengths is None else lengths
         last = ends.to(tokens.device).unsqueeze(1) + torch.arange(size, device=tokens.device)  # in `seen`

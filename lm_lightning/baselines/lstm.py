@@ -106,6 +106,12 @@ class AWDLSTM(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         sizes = [config.hidden_size] + [config.recurrent_size] * (config.num_hidden_layers - 1) + [config.hidden_size]
         self.layers = nn.ModuleList(LSTMLayer(i, o, config.weight_dropout) for i, o in zip(sizes, sizes[1:]))
+        self.norm = nn.LayerNorm(config.hidden_size)  # else, small outputs make embeddings learn slowly
+
+    def reset_weights(self) -> None:
+        """Gives the last norm new weights."""
+        init.ones_(self.norm.weight)
+        init.zeros_(self.norm.bias)
 
     def forward(
         self, tokens: Tensor, lengths: Optional[Tensor], state: Optional[tuple[Tensor, ...]]
@@ -114,7 +120,8 @@ class AWDLSTM(nn.Module):
         config, weight = self.config, self.embed_tokens.weight
         if self.training and config.embedding_dropout:
             weight = weight * F.dropout(torch.ones_like(weight[:, :1]), config.embedding_dropout)
-        outputs = locked_dropout(F.embedding(tokens, weight), config.input_dropout, self.training)
+        outputs = F.embedding(tokens, weight) * config.hidden_size**0.5  # else, gates would hardly depend on them
+        outputs = locked_dropout(outputs, config.input_dropout, self.training)
         new: list[Tensor] = []
         layer: Any
         for number, layer in enumerate(self.layers):
@@ -123,10 +130,10 @@ class AWDLSTM(nn.Module):
             else:
                 hidden, cell = state[2 * number : 2 * number + 2]
             outputs, hidden, cell = layer(outputs, lengths, hidden, cell)
-            last = number == len(self.layers) - 1
-            outputs = locked_dropout(outputs, config.output_dropout if last else config.layer_dropout, self.training)
+            if number < len(self.layers) - 1:
+                outputs = locked_dropout(outputs, config.layer_dropout, self.training)
             new += [hidden, cell]
-        return outputs, tuple(new)
+        return locked_dropout(self.norm(outputs), config.output_dropout, self.training), tuple(new)
 
 
 class AWDLSTMForCausalLM(CausalNetwork):

@@ -86,3 +86,21 @@ def find_segments(position_ids: Optional[Tensor], attention_mask: Optional[Tenso
         last=number.view(real.shape)[:, -1],
         real=real,
     )
+
+
+def places(input_ids: Tensor, position_ids: Optional[Tensor], attention_mask: Optional[Tensor]) -> Tensor:
+    """The number of tokens before each position in its segment, (B, T) int64; see `find_segments`.
+
+    Args:
+        input_ids: (B, T) int64.
+        position_ids: (B, T) or (1, T) int64, or None.
+        attention_mask: (B, T), or None.
+    """
+    begins = torch.zeros_like(input_ids, dtype=torch.bool)
+    begins[:, :1] = True
+    if position_ids is not None:
+        begins[:, 1:] |= position_ids[:, 1:] != position_ids[:, :-1] + 1
+    if attention_mask is not None:
+        begins[:, 1:] |= attention_mask[:, :-1] == 0
+    index = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(begins)
+    return index - torch.where(begins, index, 0).cummax(1).values

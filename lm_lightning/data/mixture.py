@@ -140,11 +140,12 @@ class Mixture:
 
     def describe(self, tokens: Mapping[str, int]) -> list[str]:
         """The shares in each stage, a line for each."""
-        return [
-            f"from {f'step {stage.start}' if isinstance(stage.start, int) else f'{stage.start:.0%} of the training'}: "
-            + in_words(self.shares(stage, tokens))
-            for stage in self.stages
-        ]
+        lines = []
+        for stage in self.stages:
+            fraction = isinstance(stage.start, float)
+            start = f"{stage.start * 100:g} % of the training" if fraction else f"step {stage.start}"
+            lines.append(f"from {start}: {in_words(self.shares(stage, tokens))}")
+        return lines
 
     def used(self, split: str) -> list[str]:
         """The names of the corpora that have samples in a split."""

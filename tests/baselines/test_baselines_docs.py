@@ -5,8 +5,15 @@ from conftest import needs
 from reading import Reader, under
 
 
-@needs("generation")
 @under("docs/baselines.md", "Baselines")
 @pytest.mark.slow
-def test_networks(reader: Reader, typed: list[list[str]]):
+def test_training(reader: Reader, typed: list[list[str]]):
     reader.type_all(typed)
+    assert [run.parent.name for run in reader.fitted] == ["lstm", "cnn", "ngram"]
+
+
+@needs("generation")
+@under("docs/baselines.md", "Generation")
+@pytest.mark.slow
+def test_generation(reader: Reader, typed: list[list[str]]):
+    assert reader.type_all(typed)[1].startswith("This function returns")

@@ -7,7 +7,6 @@ import os
 import random
 import shutil
 import subprocess
-import sys
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +16,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, command, evaluation
+from forks import python
 from scipy.stats import pearsonr, spearmanr
 
 from lm_lightning.data.reading import ReadReport
@@ -482,7 +482,7 @@ print(json.dumps(torch.nn.functional.normalize(ways[chosen], dim=-1).tolist()))
 """
 
 
-@pytest.mark.parametrize("pooling", [pytest.param("mean", marks=pytest.mark.slow), "cls"])
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
 @pytest.mark.slow
 def test_export_is_complete_for_other_programs(fit, cli, recipe: Path, tmp_path: Path, pooling: str):
     """A fresh process without this project computes the embeddings of `predict`."""
@@ -495,7 +495,7 @@ def test_export_is_complete_for_other_programs(fit, cli, recipe: Path, tmp_path:
     cli("export", run)  # from the checkpoint
     model = (run / "model").rename(tmp_path / "elsewhere")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    arguments = [sys.executable, "-c", PLAIN, model, json.dumps(texts)]
+    arguments = [python("transformers"), "-c", PLAIN, model, json.dumps(texts)]
     result = subprocess.run(arguments, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
     found = np.array(json.loads(result.stdout.splitlines()[-1]))
