@@ -103,7 +103,7 @@ class _LinearLoss(torch.autograd.Function):
         rows = max(1, CHUNK_LOGITS // len(weight))
         slice_rows = max(1, SLICE_LOGITS // len(weight)) if hidden.device.type == "cpu" and group is None else rows
         buffer = hidden.new_empty(min(rows, len(targets)), len(weight))
-        fast = hidden.device.type == "cpu" and group is None and second is None
+        fast = hidden.device.type == "cpu" and group is None and (second is None or second.share == 0)
         softmax = hidden.new_empty(min(slice_rows, len(buffer)) if fast else 0, len(weight), dtype=torch.float32)
         for start in range(0, len(targets), rows):
             chunk = hidden[start : start + rows]
@@ -112,19 +112,19 @@ class _LinearLoss(torch.autograd.Function):
             inputs = logits[:, :0] if second is None else second.inputs(start, start + rows)
             parts = (logits, targets[start : start + rows], inputs)
             for part, target, second_part in zip(*(tensor.split(slice_rows) for tensor in parts)):
+                scores = part if bias is None or (fast and second is None) else part + bias
+                missing = (target == -100).unsqueeze(1)
+                if second is not None:
+                    values, slope = second.losses(scores, second_part)
+                    second_total += values.masked_fill_(missing, 0).sum()
                 if fast:
                     total += softmax_loss(part, target, bias, softmax[: len(part)], train)
                     continue
-                scores = part if bias is None else part + bias
                 log_p = log_softmax(scores, group)
                 index = (target - first).unsqueeze(1)
                 elsewhere = (index < 0) | (index >= len(weight))  # no target, or in the rows of another process
                 index = index.clamp_(0, len(weight) - 1)
                 total -= log_p.gather(1, index).masked_fill_(elsewhere, 0).sum()
-                missing = (target == -100).unsqueeze(1)
-                if second is not None:
-                    values, slope = second.losses(scores, second_part)
-                    second_total += values.masked_fill_(missing, 0).sum()
                 if train:  # the gradient of the logits, softmax - one-hot, takes their place
                     one = log_p.new_full(index.shape, -1).masked_fill_(elsewhere, 0)
                     gradient = log_p.exp_().scatter_add_(1, index, one)
