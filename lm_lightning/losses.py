@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 CHUNK_LOGITS = 1 << 26  # held at once: enough for large matrix products, but little compared to the gradients
+LEAST = 1e-30  # probabilities below have fewer digits in float32
 SLICE_LOGITS = 1 << 20  # processed at a time on a CPU, so that they stay in its cache between the passes
 
 
@@ -102,6 +103,8 @@ class _LinearLoss(torch.autograd.Function):
         rows = max(1, CHUNK_LOGITS // len(weight))
         slice_rows = max(1, SLICE_LOGITS // len(weight)) if hidden.device.type == "cpu" and group is None else rows
         buffer = hidden.new_empty(min(rows, len(targets)), len(weight))
+        fast = hidden.device.type == "cpu" and group is None and second is None
+        softmax = hidden.new_empty(min(slice_rows, len(buffer)) if fast else 0, len(weight), dtype=torch.float32)
         for start in range(0, len(targets), rows):
             chunk = hidden[start : start + rows]
             logits = torch.mm(chunk, weight.T, out=buffer[: len(chunk)])
@@ -109,6 +112,9 @@ class _LinearLoss(torch.autograd.Function):
             inputs = logits[:, :0] if second is None else second.inputs(start, start + rows)
             parts = (logits, targets[start : start + rows], inputs)
             for part, target, second_part in zip(*(tensor.split(slice_rows) for tensor in parts)):
+                if fast:
+                    total += softmax_loss(part, target, bias, softmax[: len(part)], train)
+                    continue
                 scores = part if bias is None else part + bias
                 log_p = log_softmax(scores, group)
                 index = (target - first).unsqueeze(1)
@@ -148,6 +154,39 @@ class _LinearLoss(torch.autograd.Function):
             None if gradient is None else gradient * grad_output for gradient in ctx.saved_tensors
         )
         return grad_hidden, grad_weight, grad_bias, None, None, None, None, None, None
+
+
+def softmax_loss(logits: Tensor, targets: Tensor, bias: Optional[Tensor], buffer: Tensor, train: bool) -> Tensor:
+    """The loss of some rows on a CPU, and its gradient, with as few passes over the logits as possible.
+
+    Args:
+        logits: (N, V); if `train`, replaced by the gradient with respect to them.
+        targets: (N,) int64, -100 for none.
+        bias: Added to the logits, (V,), or None.
+        buffer: (N, V) float32, is overwritten.
+        train: Whether the gradient is needed.
+
+    Returns:
+        The sum of the losses, () float32.
+    """
+    buffer.copy_(logits)
+    if bias is not None:
+        buffer += bias
+    index = targets.unsqueeze(1)
+    none = (index < 0) | (index >= logits.shape[1])
+    index = index.clamp(0, logits.shape[1] - 1)
+    torch.softmax(buffer, 1, out=buffer)
+    p = buffer.gather(1, index)
+    log_p = p.log()
+    if (p < LEAST).any():  # its logarithm is not exact
+        scores = logits.float() if bias is None else logits + bias
+        log_p = torch.where(p < LEAST, torch.log_softmax(scores, 1, torch.float32).gather(1, index), log_p)
+    if train:
+        buffer.scatter_(1, index, torch.where(none, p, p - 1))
+        if (missing := targets == -100).any():
+            buffer[missing] = 0
+        logits.copy_(buffer)
+    return -log_p.masked_fill_(none, 0).sum()
 
 
 def log_softmax(logits: Tensor, group: Optional[torch.distributed.ProcessGroup]) -> Tensor:

@@ -189,3 +189,21 @@ def test_evaluation_computes_no_gradients():
     with torch.no_grad(), Watch() as watch:
         linear_cross_entropy(hidden, weight, bias, targets)
     assert watch.products == 1
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_improbable_targets_have_their_exact_loss(bias):
+    """Probabilities that float32 cannot represent, and rows without a target between others."""
+    torch.manual_seed(0)
+    hidden = (torch.randn(12, 8) * 30).requires_grad_()
+    weight, shift = (torch.randn(40, 8) * 2).requires_grad_(), torch.randn(40).requires_grad_() if bias else None
+    targets = torch.arange(12) * 3
+    targets[[2, 7]] = -100
+    inputs = [tensor for tensor in (hidden, weight, shift) if tensor is not None]
+    logits = hidden @ weight.T if shift is None else hidden @ weight.T + shift
+    expected = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+    assert expected > 1000
+    loss = linear_cross_entropy(hidden, weight, shift, targets)
+    torch.testing.assert_close(loss, expected)
+    for ours, theirs in zip(torch.autograd.grad(loss, inputs), torch.autograd.grad(expected, inputs)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
