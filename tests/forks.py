@@ -1,10 +1,11 @@
 """Python processes that start at once: forks of two processes that have imported the libraries already.
 
 Most of a command's time is the import of torch, lightning and transformers (5 s). `python("lm_lightning")` gives the
-path of an executable which takes the place of `sys.executable` for `-m lm_lightning ...`, torchrun and `processes.py`,
-and `python("transformers")` one for `-c CODE` of a script that must not have imported anything of this project.
-Whatever else they are called with, and wherever an environment variable differs that a library may read when it is
-imported, they start a real Python. So they do on all but Linux, and where there is a GPU: no driver survives a fork.
+path of an executable which takes the place of `sys.executable` for `-m lm_lightning ...`, torchrun, `processes.py` and
+`kill.py`, and `python("transformers")` one for `-c CODE` of a script that must not have imported anything of this
+project. Whatever else they are called with, and wherever an environment variable differs that a library may read when
+it is imported, they start a real Python. So they do on all but Linux, and where there is a GPU: no driver survives a
+fork.
 
 `python forks.py FOLDER` is the server, which ends when its standard input is closed.
 """
@@ -147,7 +148,7 @@ class Job:
         if parent == "transformers":
             return kind == "-c"
         return (kind == "-m" and what.startswith(("lm_lightning", "torch.distributed.run"))) or kind.endswith(
-            "/processes.py"
+            ("/processes.py", "/kill.py")
         )
 
     def enter(self, parent: str) -> None:

@@ -1,9 +1,10 @@
-"""`scripts/bench`: each kind of measurement runs, with and without a peer, and its figures are plausible."""
+"""`scripts/bench`: each kind of measurement runs, and compares with a peer in turns."""
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,63 +12,109 @@ from conftest import ROOT, needs
 from forks import python
 
 PEER = """
-import argparse, json
+import argparse, json, transformers
 parser = argparse.ArgumentParser()
 parser.add_argument("task")
 for name in ("config", "tokenizer", "train", "out", "length", "batch", "steps", "warmup", "seed"):
     parser.add_argument("--" + name, required=True)
 given = parser.parse_args()
-assert open(given.config).read() and open(given.train).read()
-print(json.dumps({"tokens_per_s": 1000, "peak_mib": 100, "seconds": 1, "steps": int(given.steps)}))
+assert given.task == "clm" and open(given.train).read()
+config = transformers.AutoConfig.for_model(**json.load(open(given.config)))
+transformers.AutoModelForCausalLM.from_config(config).save_pretrained(given.out)
+print(json.dumps({"tokens_per_s": 1000, "peak_mib": 100, "seconds": 8, "steps": int(given.steps)}))
 """
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory, corpus_file: Path) -> Iterator[Any]:
-    """The modules of `scripts/bench`, a tiny workload and a peer that trains nothing."""
+    """The modules of `scripts/bench`, a tiny workload, and a peer that trains nothing."""
+    folder = ROOT / "scripts" / "bench"
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "scripts/bench"))
-        before = set(sys.modules)
+        patch.syspath_prepend(str(folder))
+        import data
+        import generation  # fork: gpt
         import harness
+        import startup
         import training
         import workload
 
         patch.setattr(harness, "PYTHON", python("lm_lightning"))
-
-        class Bench:
-            tiny = workload.Workload(text=str(corpus_file), layers=1, hidden=32, length=32, batch=2)
-            peer = tmp_path_factory.mktemp("peer") / "peer.py"
-
-        Bench.training = training  # type: ignore[attr-defined]
-        Bench.peer.write_text(PEER)
-        yield Bench
-        for name in set(sys.modules) - before:
-            if getattr(sys.modules[name], "__file__", None) and "scripts/bench" in str(sys.modules[name].__file__):
+        patch.setattr(startup, "HELPS", ("--help",))
+        peer = tmp_path_factory.mktemp("peer") / "peer.py"
+        peer.write_text(PEER)
+        tiny = workload.Workload(text=str(corpus_file), layers=1, hidden=32, length=32, batch=2)
+        made = SimpleNamespace(data=data, startup=startup, training=training, tiny=tiny, peer=str(peer))
+        made.generation = generation  # fork: gpt
+        yield made
+        for name, module in list(sys.modules.items()):
+            if Path(getattr(module, "__file__", None) or "/").parent == folder:
                 del sys.modules[name]
 
 
-def figures(capsys: pytest.CaptureFixture) -> dict:
+@pytest.fixture
+def measured(capsys: pytest.CaptureFixture) -> Callable[[], dict]:
     """The line of JSON of the latest measurement."""
-    return json.loads(capsys.readouterr().out.splitlines()[-1])
+    return lambda: json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
-@pytest.mark.slow
 @needs("profiling")
-def test_throughput_is_compared_with_a_peer_in_turns(bench: Any, capsys: pytest.CaptureFixture):
-    bench.training.throughput(bench.tiny, str(bench.peer), "", steps=4, warmup=1, repeats=2)
-    found = figures(capsys)
+def test_throughput_and_its_parts(bench: Any, measured: Callable[[], dict]):
+    bench.training.throughput(bench.tiny, bench.peer, "", steps=4, warmup=1, repeats=2)
+    found = measured()
     assert [run["throughput tokens/s"] for run in found["results"]["peer"]] == [1000, 1000]
     for run in found["results"]["ours"]:
         assert {"forward ms", "backward ms", "optimizer ms", "data ms"} < set(run)
         assert run["throughput tokens/s"] > 0 and run["peak memory MiB"] > 50
     ratio = found["ratios"]["ours"]["throughput tokens/s"]
     assert 0 < ratio["min"] <= ratio["median"] <= ratio["max"]
+    assert ratio["max"] * 1000 == pytest.approx(max(run["throughput tokens/s"] for run in found["results"]["ours"]))
 
 
-@pytest.mark.slow
-def test_overhead_is_the_time_of_steps_beyond_those_of_the_bare_loop(bench: Any, capsys: pytest.CaptureFixture):
+def test_overhead_over_a_bare_loop(bench: Any, measured: Callable[[], dict]):
     bench.training.overhead(bench.tiny, steps=22, warmup=2, repeats=1)
-    runs = figures(capsys)["results"]
+    runs = measured()["results"]
     assert len(runs["fit"]) == len(runs["bare loop"]) == 2
     for fit, bare in zip(runs["fit"], runs["bare loop"]):
         assert fit["overhead %"] == pytest.approx(100 * (fit["step ms"] / bare["step ms"] - 1))
+
+
+def test_time_to_the_loss_of_a_peer(bench: Any, measured: Callable[[], dict], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(bench.training, "held_out_loss", lambda prepared, folder: 3.0 if "peer" in folder else 2.0)
+    bench.training.time_to_loss(bench.tiny, bench.peer, "", seconds=0.1, shares=[1.0], repeats=1)
+    found = measured()["results"]
+    assert found["peer"] == [{"loss nats": 3.0, "time to that loss s": 8}]
+    assert found["ours"][0]["loss after 100 % nats"] == 2.0 and 0 < found["ours"][0]["time to that loss s"] < 600
+    assert bench.training.interpolated([(1, 5.0), (4, 3.0)], 4.0) == pytest.approx(2)
+    assert bench.training.interpolated([(1, 5.0), (4, 3.0)], 2.9) is None
+
+
+def test_held_out_loss_is_that_of_a_uniform_guess_without_training(bench: Any, tmp_path: Path):
+    prepared = bench.tiny.prepare(tmp_path)
+    prepared.peer(bench.peer, 1, 0)
+    vocabulary = json.loads((tmp_path / "network.json").read_text())["vocab_size"]
+    loss = bench.training.held_out_loss(prepared, str(tmp_path / "peer"))
+    assert 2.718281828**loss == pytest.approx(vocabulary, rel=0.05)
+
+
+def test_startup(bench: Any, measured: Callable[[], dict]):
+    bench.startup.startup(bench.tiny, options="--data.corpus.paths " + bench.tiny.text, repeats=1)
+    (run,) = measured()["results"]["ours"]
+    assert run["--help s"] > 0 and 0 < run["first step, filled cache s"] < 600
+
+
+def test_data(bench: Any, measured: Callable[[], dict]):
+    pytest.importorskip("datasets")
+    bench.data.data(bench.tiny, megabytes=0.1, processes=1, samples=10, repeats=1)
+    found = measured()
+    assert found["reference"] == "datasets"
+    assert all(run["tokenized and packed MB/s"] > 0 for runs in found["results"].values() for run in runs)
+
+
+@needs("generation")
+def test_generation(bench: Any, measured: Callable[[], dict]):
+    sizes = {"model_type": "gpt2", "n_layer": 1, "n_embd": 32, "n_head": 2, "vocab_size": 50}
+    bench.generation.generate(network=sizes, batch_sizes=[2], prompt=6, new=20, repeats=1)
+    found = measured()
+    assert found["settings"]["texts with the same tokens"] == {"batch 2": "2 of 2"}
+    assert found["results"]["ours"][0]["decode, batch 2 tokens/s"] > 0

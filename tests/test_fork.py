@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from forks import python
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import fork  # noqa: E402
@@ -19,7 +20,7 @@ import fork  # noqa: E402
 CLASS = re.compile(r"^class ([A-Z]\w+)", re.M)
 # A process that has imported what projects use, but nothing of this one, and forks for each line: FOLDER, NAME, RECIPE
 WARM = """
-import contextlib, gc, importlib, json, os, signal, sys
+import contextlib, gc, importlib, json, os, signal, sys, zlib
 from pathlib import Path
 import pytest
 LIBRARIES = ["lightning.pytorch", "transformers.models.gpt2.modeling_gpt2", "transformers.models.bert.modeling_bert"]
@@ -29,6 +30,9 @@ def check(folder, name, recipe):
     sys.path[:] = [folder, *(entry for entry in sys.path if entry not in ("", os.getcwd()))]
     os.environ["PYTHONPATH"] = folder
     os.chdir(folder)
+    sys.pycache_prefix = folder + ".pyc"  # what another project at this place has compiled is used again
+    for file in Path(folder).rglob("*.py"):  # if the content is the same
+        os.utime(file, (zlib.crc32(file.read_bytes()),) * 2)
     package = importlib.import_module(name)
     assert package.__file__.startswith(folder), package.__file__
     for file in sorted(Path(folder, name).rglob("*.py")):
@@ -81,7 +85,7 @@ def warm() -> Iterator[Callable[[Path, str], None]]:
 
         def check(folder: Path, recipe: str) -> None:
             if not started or started[-1].poll() is not None:
-                words = [sys.executable, "-c", WARM]
+                words = [python("transformers"), "-c", WARM]
                 process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
                 started.append(stack.enter_context(process))
             process, log = started[-1], folder.with_suffix(".log")
@@ -120,11 +124,13 @@ def run(template: Path, *arguments: object) -> subprocess.CompletedProcess:
 
 
 @pytest.fixture
-def make(template: Path, tmp_path: Path) -> Callable[..., Path]:
+def make(template: Path) -> Callable[..., Path]:
     """Makes a project `my_lm` and checks that nothing of what was removed is mentioned in it."""
 
     def make(keep: list[str]) -> Path:
-        folder = tmp_path / "my_lm"
+        folder = template.parent / "my_lm"  # the same for all, see `WARM`
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.with_suffix(".log").unlink(missing_ok=True)
         result = run(template, folder, *([] if keep == fork.CHOICES else ["--keep", ",".join(keep)]))
         assert result.returncode == 0, result.stderr
         mentions(folder, keep)

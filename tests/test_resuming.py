@@ -1,7 +1,6 @@
 """Resuming from every checkpoint that a run writes: the same steps, weights and metrics as without the interruption."""
 
 import csv
-import itertools
 import json
 import shutil
 from pathlib import Path
@@ -60,12 +59,27 @@ def snapshots(monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[Path]:
     return found
 
 
-# each end with each validation, and each of both with and without accumulation
-PAIRS = itertools.product(enumerate(ENDS), enumerate(VALIDATIONS))
-QUICK = [("steps first", "at its end"), ("epochs first", "across epochs"), ("steps", "in the epoch")]
+# Each validation with an end by steps and one by epochs, and each of both with and without accumulation
+QUICK = [
+    ("steps first", "at its end", 1),
+    ("epochs first", "across epochs", 2),
+    ("steps", "in the epoch", 2),
+]
 CELLS = [
-    pytest.param(end, validation, 2 - (i + j) % 2, marks=[] if (end, validation) in QUICK else pytest.mark.slow)
-    for (i, end), (j, validation) in PAIRS
+    *QUICK,
+    *(
+        pytest.param(*cell, marks=pytest.mark.slow)
+        for cell in (
+            ("epochs", "in the epoch", 1),
+            ("time", "in the epoch", 2),
+            ("epochs", "at its end", 2),
+            ("steps", "every second epoch", 2),
+            ("epochs", "every second epoch", 1),
+            ("steps first", "across epochs", 1),
+            ("steps", "never", 2),
+            ("epochs first", "never", 1),
+        )
+    ),
 ]
 
 

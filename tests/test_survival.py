@@ -14,6 +14,7 @@ from typing import Any, Optional
 import pytest
 import torch
 from conftest import ROOT, command, needs
+from forks import python
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from test_fit import metrics, same, weights
@@ -160,15 +161,15 @@ def poison(**options: object) -> list[object]:
 @pytest.mark.parametrize(
     ("kills", "own"),
     [
-        pytest.param(8, ("--trainer.accumulate_grad_batches", 2), id="one"),
-        pytest.param(3, ("--processes", 2, *SHARDED), id="sharded"),  # fork: sharding
+        pytest.param(6, ("--trainer.accumulate_grad_batches", 2), id="one"),
+        pytest.param(2, ("--processes", 2, *SHARDED), id="sharded"),  # fork: sharding
     ],
 )
 def test_killed_at_any_moment_a_run_goes_on_as_if_it_had_not_been(recipe: Path, kills: int, own: tuple):
     script = ROOT / "scripts" / "kill.py"
     flags = ["--trainer.max_steps", "12", "--last.every_n_train_steps", "1", *map(str, own)]
     result = subprocess.run(
-        [sys.executable, script, "--kills", str(kills), "--config", recipe, *flags],
+        [python("lm_lightning"), script, "--kills", str(kills), "--config", recipe, *flags],
         capture_output=True,
         text=True,
         timeout=900,
@@ -301,15 +302,17 @@ def test_what_is_not_a_number_is_never_the_best(fit):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("when", "step"), [(("--last.every_n_train_steps", 3), 3), (("--last.train_time_interval", "00:00:00:00"), 4)]
+    ("when", "step"),
+    [
+        (("--last.every_n_train_steps", 3), 3),
+        (("--last.train_time_interval", "00:00:00:00", "--trainer.plugins", "BackgroundCheckpoints"), 4),
+    ],
+    ids=["steps", "time, background"],
 )
-@pytest.mark.parametrize("plugins", [(), ("--trainer.plugins", "BackgroundCheckpoints")], ids=["", "background"])
-def test_saved_by_steps_or_time_a_run_goes_on_exactly(
-    fit, reference, recipe: Path, when: tuple, step: int, plugins: tuple
-):
+def test_saved_by_steps_or_time_a_run_goes_on_exactly(fit, reference, recipe: Path, when: tuple, step: int):
     # an epoch has 7 steps, so that the second one is begun; a failure comes between two micro-batches
     plain = ("--trainer.accumulate_grad_batches", 2, "--data.batch_size", 16, "--trainer.val_check_interval", 9)
-    whole, flags = reference(*plain), (*plain, *when, *plugins)
+    whole, flags = reference(*plain), (*plain, *when)
     with pytest.raises(RuntimeError, match="power failure"):
         fit("--name", "cut", *flags, *callbacks((Stop, {"batches": 9})))
     cut = only(recipe.parent / "runs" / "cut")
@@ -426,8 +429,7 @@ def test_what_is_saved_in_the_background_is_the_state_of_that_moment(tmp_path: P
 @pytest.mark.parametrize(
     ("hook", "call", "number", "step"),
     [
-        ("train", 3, signal.SIGTERM, 2),  # amid the accumulation of the second step
-        ("train", 4, signal.SIGUSR1, 2),
+        ("train", 3, signal.SIGUSR1, 2),  # amid the accumulation of the second step
         ("train", 8, signal.SIGTERM, None),  # a validation comes next
         ("train", 14, signal.SIGTERM, 7),  # the end of an epoch
         ("validation", 1, signal.SIGINT, 4),
@@ -488,9 +490,11 @@ def check_resumed_alone(fit, reference, cut: Path, strategy: tuple) -> None:
     """One process resumes what two have left, and does what it would have done from the start."""
     last = cut / "checkpoints" / "last.ckpt"
     assert last.is_dir() == ("--trainer.strategy.sharded_checkpoints" in strategy)
-    more = (*OFF, *CONSTANT, "--trainer.max_steps", load_checkpoint(last)["global_step"] + 3)
-    fit("--name", "cut", *more, "--ckpt_path", "last")
-    assert logged(cut, "train/loss") == pytest.approx(logged(reference(*more), "train/loss"), abs=1e-4)
+    step = load_checkpoint(last)["global_step"] + 3
+    flags = (*OFF, *CONSTANT, "--trainer.limit_val_batches", 0, "--trainer.max_steps")
+    fit("--name", "cut", *flags, step, "--ckpt_path", "last")
+    whole = logged(reference(*flags, -(-step // 20) * 20), "train/loss")  # the same for most steps
+    assert logged(cut, "train/loss") == pytest.approx({n: whole[n] for n in range(1, step + 1)}, abs=1e-4)
 
 
 @pytest.mark.slow
@@ -498,8 +502,7 @@ def check_resumed_alone(fit, reference, cut: Path, strategy: tuple) -> None:
     ("rank", "number", "strategy"),
     [
         pytest.param(0, signal.SIGTERM, DDP, id="first"),
-        pytest.param(1, signal.SIGUSR1, DDP, id="second"),
-        pytest.param(1, signal.SIGTERM, SHARDED, id="sharded"),  # fork: sharding
+        pytest.param(1, signal.SIGUSR1, SHARDED, id="sharded"),  # fork: sharding
         pytest.param(1, signal.SIGTERM, TENSOR_PARALLEL, id="tp"),  # fork: sharding
     ],
 )
@@ -602,6 +605,8 @@ def test_a_slurm_job_is_queued_again_when_its_time_is_over_and_resumes(
     calls = (tmp_path / "calls").read_text(encoding="utf-8") if (tmp_path / "calls").exists() else ""
     assert calls == (f"requeue {job}\n" if job else "")
     assert ("the job is requeued" in capsys.readouterr().out) == (job is not None)
+    if array or job is None:
+        return
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     run = fit(*flags, "--ckpt_path", "last")
     assert run.name == "slurm-77-0-0" and load_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == 4

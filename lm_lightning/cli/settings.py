@@ -10,7 +10,7 @@ import yaml
 from jsonargparse import ArgumentParser, set_dumper, set_loader
 
 from lm_lightning.cli.explain import flags_of
-from lm_lightning.compat.jsonargparse import find_stubs_in_process, install_class_settings
+from lm_lightning.compat.jsonargparse import find_options_by_name, find_stubs_in_process, install_class_settings
 from lm_lightning.console import printable
 from lm_lightning.errors import UserError, first_process
 from lm_lightning.security.redaction import remember
@@ -23,6 +23,7 @@ SPEC = {"class_path", "init_args", "dict_kwargs"}
 set_loader("yaml", load, (yaml.YAMLError,))  # for the values of flags, too
 install_class_settings()
 find_stubs_in_process()
+find_options_by_name()
 set_dumper("yaml", dump)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 import typeshed_client
-from jsonargparse import ArgumentParser, _actions, _stubs_resolver, _typehints
+from jsonargparse import ArgumentParser, _actions, _core, _stubs_resolver, _subcommands, _typehints
 
 UNSAVEABLE = "Unable to serialize instance"
 """The beginning of the text that `dump` writes for a value that YAML cannot represent.
@@ -77,3 +77,48 @@ def find_stubs_in_process() -> None:
     path = [Path(folder) for folder in sys.path if folder]
     context = typeshed_client.get_search_context(search_path=path, allow_py_files=False)
     _stubs_resolver.stubs_resolver = _stubs_resolver.StubsResolver(search_context=context)  # type: ignore[assignment]
+
+
+def find_options_by_name() -> None:
+    """Makes jsonargparse look up options by their names, which takes an eighth off the time of a short `fit`.
+
+    It would go through all options of a parser for each value of a config, several times. Alternative: none.
+    """
+    for module in (_core, _subcommands):
+        module.find_action_and_subcommand = find_action_and_subcommand  # type: ignore[attr-defined]
+
+
+def find_action_and_subcommand(parser: Any, dest: str, exclude: Any = None) -> tuple[Any, Optional[str]]:
+    """What the function of jsonargparse returns: an option, and the subcommand to which it belongs.
+
+    Args:
+        parser: The parser.
+        dest: Name of the option, or of a subcommand, or of an option of a subcommand.
+        exclude: Types of options that are not searched.
+    """
+    known, subcommands, options = parser.__dict__.get("_options_by_name", ((), (), {}))
+    if known != parser._actions:
+        known = list(parser._actions)
+        actions = [action for action in known if not isinstance(action, _actions.non_parsing_actions)]
+        subcommands = [action for action in actions if isinstance(action, _subcommands.ActionSubCommands)]
+        options = {}
+        for action in actions:
+            for name in {action.dest, *(flag[2:] for flag in action.option_strings if flag.startswith("--"))}:
+                options.setdefault(name, []).append(action)
+        parser.__dict__["_options_by_name"] = known, subcommands, options
+    for action in subcommands:
+        if exclude is not None and isinstance(action, exclude):
+            continue
+        if dest in action._name_parser_map:
+            return action, None
+        name, _, rest = dest.partition(".")
+        if name in action._name_parser_map:
+            found, inner = find_action_and_subcommand(action._name_parser_map[name], rest, exclude)
+            return found, name if inner is None else f"{name}.{inner}"
+    last = None
+    for action in options.get(dest, ()):
+        if exclude is None or not isinstance(action, exclude):
+            if not isinstance(action, (_actions._ActionConfigLoad, _actions.ActionFail)):
+                return action, None
+            last = action
+    return last, None

@@ -1,6 +1,6 @@
 """The base classes of filters, which remove, mark or change documents of a corpus.
 
-`lm_lightning.filters` has implementations. Your own subclass is chosen by its class path in `--data.corpus.filters`.
+A subclass of your own is chosen by its class path in `--data.corpus.filters`.
 """
 
 from collections.abc import Iterator

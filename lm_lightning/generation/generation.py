@@ -21,6 +21,7 @@ from transformers.generation.streamers import BaseStreamer
 from lm_lightning.data.order import seed_of, sequence_key
 from lm_lightning.data.tokenizer import document_ids
 from lm_lightning.errors import UserError
+from lm_lightning.generation import recording
 from lm_lightning.generation.sampling import Sampling, check
 from lm_lightning.networks import positions
 
@@ -199,6 +200,7 @@ def generate(
     write: Optional[Callable[[str], None]] = None,
     notice: Callable[[str], None] = lambda text: None,
     names: Optional[Sequence[str]] = None,
+    fast: bool = True,
 ) -> list[str]:
     """Continues prompts until an end token or the maximum number of tokens.
 
@@ -215,6 +217,7 @@ def generate(
         write: Called with each piece of the text while it is generated; only for a single prompt.
         notice: Called with a message if the network's context is too short for `max_new_tokens`.
         names: Names of the prompts, for messages.
+        fast: Whether to use the faster loop of `recording.py` on CPUs, for networks that it supports.
 
     Returns:
         The continuations, without prompts and special tokens.
@@ -239,7 +242,7 @@ def generate(
         rows = [i for i, prompt in enumerate(prompts) if rooms[i] == new and length in (0, len(prompt))]
         own = [prompts[i] for i in rows]
         streamer = Streamer(Continuation(tokenizer, own[0]), ends, write) if write else None
-        for i, answer in zip(rows, answers(network, own, new, sampling, ends, vocab_size, streamer)):
+        for i, answer in zip(rows, answers(network, own, new, sampling, ends, vocab_size, streamer, fast)):
             continuation = Continuation(tokenizer, prompts[i])
             texts[i] = "".join([continuation.add(token) for token in answer] + [continuation.rest()])
     return texts
@@ -253,17 +256,21 @@ def answers(
     ends: list[int],
     vocab_size: Optional[int],
     streamer: Optional[Streamer],
+    fast: bool = True,
 ) -> list[list[int]]:
     """The tokens that a network generates after each prompt, without the end token; see `generate`."""
+    chain = processors(sampling, prompts)
+    if vocab_size is not None:
+        chain.insert(0, ForbidPadding(vocab_size))
+    if fast and recording.supports(network.eval()):
+        found = recording.decode(network, prompts, max_new_tokens, ends, chain, streamer)
+        return [list(takewhile(lambda token: token not in ends, row)) for row in found]
     longest = max(len(prompt) for prompt in prompts)
     input_ids = torch.full((len(prompts), longest), ends[0])
     attention_mask = torch.zeros_like(input_ids)
     for i, prompt in enumerate(prompts):  # padding on the left, so that the new tokens directly follow all prompts
         input_ids[i, longest - len(prompt) :] = torch.tensor(prompt)
         attention_mask[i, longest - len(prompt) :] = 1
-    chain = processors(sampling, prompts)
-    if vocab_size is not None:
-        chain.insert(0, ForbidPadding(vocab_size))
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,  # the maximum is chosen; the processors add the randomness

@@ -13,12 +13,20 @@ if __name__ == "__main__":
     os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
     os.environ["HF_HUB_OFFLINE"] = "1"
 
+    import data
+    import generation  # fork: gpt
+    import startup
     import training
     from jsonargparse import auto_cli
 
+    from lm_lightning.compat.torch import hide_messages
     from lm_lightning.errors import UserError
 
+    hide_messages()
     try:
-        auto_cli([training.throughput, training.overhead], prog="python scripts/bench", as_positional=False)
+        kinds = [training.throughput, training.time_to_loss, training.overhead]
+        kinds += [startup.startup, data.data]
+        kinds += [generation.generate]  # fork: gpt
+        auto_cli(kinds, prog="python scripts/bench", as_positional=False)
     except UserError as error:
         sys.exit(f"error: {error}")

@@ -6,6 +6,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Optional
@@ -102,6 +103,13 @@ def run(words: list[str]) -> str:
     if done.returncode:
         raise SystemExit(f"{' '.join(words)}\nhas failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
     return done.stdout
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    """The time of a call."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
 
 
 def last_json(output: str) -> dict[str, Any]:

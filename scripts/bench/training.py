@@ -1,4 +1,4 @@
-"""Measurements of training: `throughput` and `overhead`."""
+"""Measurements of training: `throughput`, `overhead` and `time_to_loss`."""
 
 import sys
 import tempfile
@@ -41,8 +41,10 @@ def throughput(
     with tempfile.TemporaryDirectory() as folder:
         prepared = work.prepare(Path(folder))
         flags = ""
+        # fork: profiling
         if breakdown and find_spec("lm_lightning.profiling"):
             flags = f"--trainer.profiler Profile --trainer.profiler.skip {warmup} --trainer.profiler.steps 0 "
+        # fork: end
         contestants: dict[str, Any] = {
             name: lambda options=options: measure_fit(prepared, steps, warmup, flags + options)
             for name, options in ours.items()
@@ -103,3 +105,102 @@ def overhead(
                 results["fit"].append({"step ms": fit, "overhead %": 100 * (fit / bare - 1)})
                 results["bare loop"].append({"step ms": bare})
         harness.report("overhead", asdict(work) | {"options": options}, results, "bare loop")
+
+
+def time_to_loss(
+    work: Workload = Workload(),
+    peer: Optional[str] = None,
+    peer_options: str = "--bf16 --lr 1e-3",
+    options: str = "",
+    seconds: float = 120,
+    shares: list[float] = [0.1, 0.2, 0.4, 1.0],  # noqa: B006
+    goal: Optional[float] = None,
+    repeats: int = 3,
+) -> None:
+    """Time of training until the held-out text has the loss that a peer reaches in a given time.
+
+    The peer trains for that time, and this project for shares of it, each with a full schedule of the learning rate;
+    the number of steps that are possible in a time is measured before. The time is interpolated between two shares.
+    Times begin with the first step. Each turn has another seed.
+
+    Args:
+        work: What is trained.
+        peer: Script of a peer.
+        peer_options: More options of the peer, such as its best learning rate.
+        options: More flags of `fit`.
+        seconds: Time of the peer.
+        shares: Shares of that time, ascending, for which this project is trained.
+        goal: Loss to reach, in nats per token, instead of that of a peer.
+        repeats: Runs of each contestant.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        prepared = work.prepare(Path(name))
+        own_rate = prepared.fit(15, 5, options)["tokens_per_s"] / prepared.tokens_per_step
+        results: dict[str, list[harness.Measurement]] = {"ours": []} | ({"peer": []} if peer else {})
+        for seed in range(repeats):
+            reach = goal
+            if peer is not None:
+                rate = prepared.peer(peer, 15, 5, peer_options)["tokens_per_s"] / prepared.tokens_per_step
+                found = prepared.peer(peer, max(2, round(seconds * rate)), 0, peer_options, seed)
+                loss = held_out_loss(prepared, found["run"])
+                results["peer"].append({"loss nats": loss, "time to that loss s": found["seconds"]})
+                reach = loss if goal is None else goal
+            points = []
+            for share in shares:
+                found = prepared.fit(max(2, round(share * seconds * own_rate)), 0, options, seed=seed)
+                points.append((found["seconds"], held_out_loss(prepared, f"{found['run']}/model")))
+                print(f"ours, seed {seed}: {points[-1][1]:.3f} nats in {points[-1][0]:.0f} s", file=sys.stderr)
+            figures = {f"loss after {100 * share:g} % nats": loss for share, (_, loss) in zip(shares, points)}
+            reached = None if reach is None else interpolated(points, reach)
+            results["ours"].append(figures | ({} if reached is None else {"time to that loss s": reached}))
+        settings = asdict(work) | {"seconds": seconds, "options": options, "peer_options": peer and peer_options}
+        harness.report("time_to_loss", settings | {"goal": goal}, results, "peer" if peer else None)
+
+
+def interpolated(points: list[tuple[float, float]], goal: float) -> Optional[float]:
+    """The time at which a loss is reached, None if it is not; the loss is linear in the logarithm of the time.
+
+    Args:
+        points: Time and loss of several runs, by time. If the first has reached the goal, its time is the result.
+        goal: The loss.
+    """
+    before: Optional[tuple[float, float]] = None
+    for time, loss in points:
+        if loss <= goal:
+            if before is None:
+                return time
+            part = (before[1] - goal) / (before[1] - loss)
+            return float(before[0] * (time / before[0]) ** part)
+        before = time, loss
+    return None
+
+
+def held_out_loss(prepared: Prepared, folder: str, blocks: int = 200) -> float:
+    """Mean loss of an exported network on the held-out text in nats per token, computed by transformers alone.
+
+    Of a BERT, it is that of 15 % of the tokens, which are replaced by the mask token.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+
+    causal = prepared.work.task == "gpt"
+    tokenizer = AutoTokenizer.from_pretrained(prepared.folder / "tokenizer")
+    network = (AutoModelForCausalLM if causal else AutoModelForMaskedLM).from_pretrained(folder).eval()
+    lines = (prepared.folder / "held_out.txt").read_text(encoding="utf-8").split("\n\n")
+    tokens = torch.tensor([token for ids in tokenizer(lines, verbose=False)["input_ids"] for token in ids])
+    length = min(prepared.work.length, len(tokens))
+    inputs = tokens[: len(tokens) // length * length].view(-1, length)[:blocks]
+    targets = inputs.clone()
+    if not causal:
+        masked = torch.rand(inputs.shape, generator=torch.Generator().manual_seed(0)) < 0.15
+        targets[~masked] = -100
+        inputs = inputs.masked_fill(masked, tokenizer.mask_token_id)
+    total = count = 0.0
+    with torch.no_grad():
+        for ids, target in zip(inputs.split(8), targets.split(8)):
+            logits = network(input_ids=ids).logits.float()
+            if causal:
+                logits, target = logits[:, :-1], target[:, 1:]
+            total += torch.nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="sum").item()
+            count += (target != -100).sum().item()
+    return total / count

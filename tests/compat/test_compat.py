@@ -1,6 +1,7 @@
 """What `lm_lightning.compat` uses of other libraries is there, and behaves as we assume."""
 
 import dataclasses
+import importlib.util
 import inspect
 import pkgutil
 import random
@@ -234,6 +235,32 @@ def test_types_in_stub_files_are_found_without_another_python(monkeypatch):
     assert parser.parse_args(["--a=1", "--b=2"]) == jsonargparse.Namespace(a=1.0, b=2.0)
     with pytest.raises(jsonargparse.ArgumentError, match="float"):
         parser.parse_args(["--a=1", "--b=x"])
+
+
+def test_options_are_found_as_jsonargparse_finds_them(monkeypatch):
+    parser, inner = (jsonargparse.ArgumentParser(exit_on_error=False) for _ in range(2))
+    inner.add_argument("--config", action="config")
+    inner.add_subclass_arguments(Base, "base")
+    inner.add_argument("-n", "--number", "--times", type=int, default=1)
+    parser.add_argument("--fit")  # like the subcommand
+    parser.add_subcommands().add_subcommand("fit", inner)
+    core, subcommands = jsonargparse._core, jsonargparse._subcommands
+    source = importlib.util.spec_from_file_location("jsonargparse._unchanged", subcommands.__file__)
+    unchanged = importlib.util.module_from_spec(source)
+    source.loader.exec_module(unchanged)
+    monkeypatch.setattr(unchanged, "ActionSubCommands", subcommands.ActionSubCommands)
+    for module in (core, subcommands):
+        monkeypatch.setattr(module, "find_action_and_subcommand", unchanged.find_action_and_subcommand)
+    of_jsonargparse.find_options_by_name()
+    assert core.find_action_and_subcommand is subcommands.find_action_and_subcommand
+    names = ["base", "base.help", "number", "times", "n", "config", "help", "nothing", "fit", "subcommand"]
+    for name in [*names, *(f"fit.{name}" for name in names)]:
+        for kind in (None, jsonargparse._actions._ActionConfigLoad, jsonargparse._typehints.ActionTypeHint):
+            found, expected = (m.find_action_and_subcommand(parser, name, kind) for m in (core, unchanged))
+            assert found[0] is expected[0] and found[1] == expected[1], name
+    assert core.find_action_and_subcommand(parser, "fit.later")[0] is None
+    inner.add_argument("--later")
+    assert core.find_action_and_subcommand(parser, "fit.later")[0].dest == "later"
 
 
 def test_values_that_yaml_cannot_hold_are_marked():

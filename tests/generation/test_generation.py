@@ -2,13 +2,13 @@
 
 import json
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import command, paragraphs
+from forks import python
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers import PreTrainedTokenizerFast as Fast
 
@@ -105,7 +105,9 @@ for kind, folder in json.loads(sys.argv[1]).items():
 print(json.dumps(texts))
 """
     given = json.dumps({kind: str(folder) for kind, folder in folders.items()})
-    done = subprocess.run([sys.executable, "-c", code, given, json.dumps(PROMPTS)], capture_output=True, text=True)
+    done = subprocess.run(
+        [python("transformers"), "-c", code, given, json.dumps(PROMPTS)], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

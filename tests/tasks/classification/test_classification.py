@@ -260,7 +260,10 @@ assert "lm_lightning" not in sys.modules
 )
 def test_kinds(fit, cli, recipe: Path, flags: tuple, metric: str):
     off = ("--model.network.hidden_dropout_prob", 0, "--model.network.attention_probs_dropout_prob", 0)
-    run = fit(*flags, *off, "--best.monitor", "val/loss", "--trainer.max_steps", 240)
+    quickly = ("--trainer.max_steps", 80, "--trainer.val_check_interval", 80, "--model.optimizer.lr", 1e-2, *QUICK)
+    slowly = ("--trainer.max_steps", 240, "--trainer.val_check_interval", 240)
+    learning = slowly if metric == "exact_match" else quickly
+    run = fit(*flags, *off, "--best.monitor", "val/loss", *learning)
     with open(run / "metrics.csv", newline="") as file:
         values = [float(row[f"val/{metric}"]) for row in csv.DictReader(file) if row[f"val/{metric}"]]
     assert values[-1] > 0.5
@@ -278,7 +281,7 @@ def test_kinds(fit, cli, recipe: Path, flags: tuple, metric: str):
 def test_results_of_several_labels_are_those_of_the_definitions(fit, cli, recipe: Path):
     flags = ("--data.kind", "multilabel", "--data.columns.label", "several", "--best.monitor", "val/loss")
     flags = (*flags, "--model.schedule.warmup_steps", 2)
-    run = fit(*flags, "--trainer.max_steps", 120)
+    run = fit(*flags, "--trainer.max_steps", 120, "--trainer.val_check_interval", 120)
     for command_ in ("test", "predict"):
         cli(command_, "--config", recipe, *flags, "--ckpt_path", run / "checkpoints" / "best.ckpt")
     told = [
@@ -299,8 +302,9 @@ def test_results_of_several_labels_are_those_of_the_definitions(fit, cli, recipe
 @pytest.mark.slow
 def test_training_stops_early(fit):
     stop = ("--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor", "val/accuracy")
-    run = fit(*stop, "--trainer.callbacks.mode", "max", "--trainer.callbacks.patience", 2, "--trainer.max_steps", 2000)
-    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] < 1000
+    stop = (*stop, "--trainer.callbacks.mode", "max", "--trainer.callbacks.patience", 2)
+    run = fit(*stop, "--trainer.callbacks.min_delta", 1.0, "--trainer.val_check_interval", 5)  # nothing improves by 1
+    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 15
 
 
 @pytest.mark.slow
@@ -332,6 +336,7 @@ def test_resumed_run_and_other_micro_batches_are_the_same(fit, recipe: Path):
 def test_two_processes_do_and_score_what_one_does(fit, recipe: Path):
     """50 rows of validation and 8 a batch: the last batches are unequal, and padding does not count."""
     off = ("--model.network.hidden_dropout_prob", 0, "--model.network.attention_probs_dropout_prob", 0)
+    off = (*off, "--trainer.max_steps", 10, "--trainer.val_check_interval", 5)
     one = fit("--name", "one", *off)
     flags = ("--trainer.strategy", "fsdp2", "--trainer.devices", 2, "--data.batch_size", 8, "--name", "two")
     result = command("fit", "--config", recipe, *off, *flags)
@@ -343,7 +348,7 @@ def test_two_processes_do_and_score_what_one_does(fit, recipe: Path):
             rows = list(csv.DictReader(file))
         names = ("train/loss", "val/loss", "val/accuracy", "val/macro_f1", "val/matthews")
         values.append([float(row[name]) for row in rows for name in names if row[name]])
-    assert len(values[0]) == 40 + 2 * 4 and values[0] == pytest.approx(values[1], abs=1e-4)
+    assert len(values[0]) == 10 + 2 * 4 and values[0] == pytest.approx(values[1], abs=1e-4)
 
 
 @pytest.mark.slow

