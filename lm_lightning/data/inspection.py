@@ -65,5 +65,8 @@ def print_counts(parts: Mapping[str, Prepared], size: int, omitted: int, full: C
                 f"{name:12}{counts['documents']:12,}{counts['tokens']:14,}{counts['bytes']:14,}"
                 f"{counts['bytes'] / max(1, counts['tokens']):13.2f}{blocks:10,}{unknown}"
             )
+        if filtered := prepared.info.get("filtered"):
+            left, given = (filtered[count]["documents"] for count in ("after", "before"))
+            print(f"filters: {left:,} of {given:,} documents are left, {filtered['listing']} lists the others")
         perplexity = prepared.info["splits"]["validation"]["unigram_perplexity"]
         print(f"vocabulary {len(prepared.tokenizer):,}, unigram perplexity of the validation split {perplexity:.1f}")

@@ -178,7 +178,7 @@ class Mixture:
                     "number of steps, or trainer.max_steps"
                 )
             start = round(stage.start * (steps or 0)) if isinstance(stage.start, float) else stage.start
-            if starts and start <= starts[-1]:
+            if starts and start < starts[-1]:  # they may be equal in a short run, in which the last of them counts
                 raise not_sorted(starts[-1], start)
             starts.append(start)
         return starts
@@ -234,10 +234,17 @@ def check_temperature(option: str, temperature: Optional[float]) -> None:
         raise UserError(f"{option} is {temperature}, but must be greater than 0")
 
 
+class TokenCount(int):
+    """A number of tokens as a sized collection, without the tokens, which are in several files."""
+
+    def __len__(self) -> int:
+        return int(self)
+
+
 class JoinedSize(NamedTuple):
     """The size of a split over all corpora, see `contract.SplitSize`."""
 
-    tokens: range
+    tokens: TokenCount
     bytes: int
 
 
@@ -276,7 +283,8 @@ def train_tokens(parts: Mapping[str, Prepared]) -> dict[str, int]:
 
 def joined_size(splits: Sequence[Split]) -> JoinedSize:
     """The size of a split of all corpora; the first token of each is not a target."""
-    return JoinedSize(range(1 + sum(len(split.tokens) - 1 for split in splits)), sum(split.bytes for split in splits))
+    targets = sum(len(split.tokens) - 1 for split in splits)
+    return JoinedSize(TokenCount(targets + 1), sum(split.bytes for split in splits))
 
 
 def labelled(split: str, corpus: str) -> str:

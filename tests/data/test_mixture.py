@@ -126,6 +126,12 @@ def test_stages_change_the_shares_at_their_steps(texts: Path):
     assert names[:20].count("big") == 10 and set(names[20:100]) == {"big"} and set(names[100:]) == {"small"}
 
 
+def test_stages_that_begin_at_the_same_step_of_a_short_run_do_not_stop_it(texts: Path):
+    fitting = data(texts, (1, 1), stages=[MixtureStage(0.7, {"big": 1}), MixtureStage(0.8, {"small": 1})])
+    fitting.trainer.max_steps = 1
+    assert {corpus_of(fitting, sample) for sample in read(fitting, range(2, 20))} == {"small"}
+
+
 def test_workers_and_micro_batches_load_the_same_samples(texts: Path):
     whole = [sample for batch in data(texts, (3, 1)).train_dataloader() for sample in batch["id"]]
     parts = []

@@ -12,8 +12,10 @@ from conftest import command, paragraphs
 from reading import Reader, under
 
 from lm_lightning.data import documents
-from lm_lightning.data.corpus import Corpus, read
+from lm_lightning.data.corpus import Corpus, Piece, read
+from lm_lightning.data.filter import Document, Filter
 from lm_lightning.data.filtering import filter_corpus
+from lm_lightning.errors import UserError
 from lm_lightning.filters.duplicates import ExactDuplicates
 from lm_lightning.filters.near_duplicates import NearDuplicates
 from lm_lightning.filters.overlap import SplitOverlap
@@ -61,7 +63,8 @@ def test_a_killed_command_leaves_nothing_that_counts_as_complete(tmp_path: Path,
     assert "ExactDuplicates" in out and "marked" in out and not partial[0].exists()
     before = filtered(tmp_path / "cache")
     assert len(before) == 1
-    assert "marked" not in cli("prepare", "--config", recipe)  # cached
+    out = cli("prepare", "--config", recipe)
+    assert "marked" not in out and "filters: 500 of 500 documents are left" in out  # cached
     own["init_args"] = {"most": 100}
     recipe.write_text(yaml.safe_dump({"data": {"class_path": "PretrainingData", "init_args": options}}))
     assert "marked" in cli("prepare", "--config", recipe)
@@ -87,6 +90,21 @@ def test_the_number_of_processes_does_not_matter(tmp_path: Path, monkeypatch: py
     assert results[0] == results[1]
     report = json.loads(results[0]["info.json"])
     assert [entry["removed"]["documents"] > 0 for entry in report["filters"][1:]] == [True] * 4
+
+
+class Dies(Filter):
+    """Kills the process in which it is."""
+
+    def judge(self, document: Document) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
+def test_a_killed_process_ends_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(documents, "ALONE", 0)
+    with pytest.raises(UserError, match="a process that filters was killed"):
+        filter_corpus([Dies()], [Piece("train", "a", "text", True)], None, 2, tmp_path)
 
 
 @under("docs/filters.md", "Filters")

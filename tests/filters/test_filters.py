@@ -88,6 +88,10 @@ def test_near_duplicates_are_found_and_others_kept(tmp_path: Path):
     template = "On day {} the weather in {} was {} with {} degrees, and wind of {} knots from {} until noon."
     templated = [template.format(*(sentences(draw, 1) for _ in range(6))) for _ in range(30)]
     different = [changed(draw, text, 0.3) for text in originals]
+    begins = [sentences(draw, 30) for _ in range(5)]
+    templated += [
+        f"{begin} {sentences(draw, 1)}" for begin in begins for _ in range(2)
+    ]  # 1 of 31 words: similarity 0.75
     texts = [("train", text) for text in (*originals, *short, *templated, *different)]
     texts += [("validation" if number < 10 else "train", text) for number, text in enumerate(copies)]
     expected = {("validation" if number < 10 else "train", text) for number, text in enumerate(copies)}  # (the longer)

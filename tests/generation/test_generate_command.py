@@ -79,3 +79,18 @@ def test_generate_refuses_what_is_no_model(cli, tmp_path: Path):
     with pytest.raises(UserError, match="lm_lightning export"):
         cli("generate", tmp_path, "--prompt", "a")
     assert "only one of" in refusal(command("generate", tmp_path, "--prompt", "a", "--chat", "true"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--temperature", 0), "temperature is 0.0, but must be a number above 0: for deterministic text, use greedy"),
+        (("--top_p", 1.5), "top_p is 1.5, but must be above 0 and at most 1"),
+        (("--top_k", -1), "top_k is -1"),
+        (("--max_new_tokens", 0), "max_new_tokens is 0, but must be 1 or more"),
+    ],
+)
+def test_impossible_settings_are_refused_before_the_model_is_loaded(cli, monkeypatch, flags: tuple, message: str):
+    monkeypatch.setattr(generate, "load", lambda *_: pytest.fail("the model is loaded"))
+    with pytest.raises(UserError, match=message):
+        cli("generate", "model", *flags)

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
+PRETRAINED = "pretrained"  # value of an option: that of the pretrained model
+
+
 @dataclass
 class PairColumns:
     """Names of the columns.
@@ -50,17 +53,26 @@ class PairColumns:
 @dataclass
 class Prompts:
     """Text that is inserted before texts, such as `query: ` and `passage: `. Exported models have them, for
-    sentence-transformers as the prompts `query` and `document`.
+    sentence-transformers as the prompts `query` and `document`. On the command line, YAML needs quotes around such a
+    text: `--data.prompts '{query: "query: ", document: "passage: "}'`.
 
     Args:
-        query: Before texts of the column `text`, queries of `retrieval`, and what `search` searches for. Default: that
-            of the pretrained model, if its folder has one.
-        document: Before pairs, hard negatives, documents of `retrieval`, and texts that `predict` embeds. Default: as
-            for `query`.
+        query: Before texts of the column `text`, queries of `retrieval`, and what `search` searches for. `pretrained`:
+            that of the pretrained model, if it has one.
+        document: Before pairs, hard negatives, documents of `retrieval`, and texts that `predict` embeds. `pretrained`:
+            as for `query`.
     """
 
-    query: Optional[str] = None
-    document: Optional[str] = None
+    query: str = PRETRAINED
+    document: str = PRETRAINED
+
+    def __post_init__(self) -> None:
+        for name, text in vars(self).items():
+            if text.startswith('{"') and text.endswith(": null}"):  # `query: ` on the command line is YAML
+                raise UserError(
+                    f"data.prompts.{name} is {text}, a mapping: give a text that ends with a colon and a space as in "
+                    f"--data.prompts '{{{name}: \"{text[2:-8]}: \"}}'"
+                )
 
 
 def collate_pairs(tokenizer: "PreTrainedTokenizerFast", items: list[dict]) -> dict:
@@ -127,11 +139,8 @@ class PairData(LabelledData):
         """Also finds the prompts."""
         module = self.trainer.lightning_module
         known = {} if module.pretrained is None else prompts_of(module.pretrained_folder())
-        query, document = self.prompts.query, self.prompts.document
-        self.prompts = Prompts(
-            known.get("query", "") if query is None else query,
-            known.get("document", "") if document is None else document,
-        )
+        given = {name: text for name, text in vars(self.prompts).items() if text != PRETRAINED}
+        self.prompts = Prompts(**({"query": "", "document": ""} | known | given))
         return super().load_tokenizer()
 
     def encoding_options(self, split: str) -> Any:
@@ -254,7 +263,7 @@ class PairData(LabelledData):
         others = [[] if alone else [row.text(self.columns.pair)] for row in rows]
         if split == "train" and self.columns.negatives is not None:
             others = [[*texts, *self.negatives(row)] for texts, row in zip(others, rows)]
-        query, document = self.prompts.query or "", self.prompts.document or ""
+        query, document = self.prompts.query, self.prompts.document
         prompts = [document if alone and "query" not in row else query for row in rows]
         texts = [
             [prompt + text, *(document + other for other in more)] for prompt, text, more in zip(prompts, first, others)

@@ -104,8 +104,8 @@ class SentenceEncoder(LanguageModule):
 
     def extra_files(self) -> SentenceTransformersFiles:
         data, size = self.trainer.datamodule, self.network.config.hidden_size
-        prompts = data.prompts.query or "", data.prompts.document or ""
-        return SentenceTransformersFiles(self.pooling, size, data.block_size, *prompts)
+        prompts = data.prompts
+        return SentenceTransformersFiles(self.pooling, size, data.block_size, prompts.query, prompts.document)
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         super().on_save_checkpoint(checkpoint)

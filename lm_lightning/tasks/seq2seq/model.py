@@ -192,24 +192,33 @@ class Seq2Seq(LanguageModule):
         their end, -100 where there is none; and `id`, B ints.
         """
         targets = batch["targets"].flatten()
-        smoothing = self.label_smoothing if self.network.training else 0.0
         if self.has_linear_head:
             hidden, bias = self.hidden(batch)
-            weight, second = self.network.get_output_embeddings().weight, Smoothing(smoothing) if smoothing else None
+            weight = self.network.get_output_embeddings().weight
+            second = Smoothing(self.smoothing) if self.smoothing else None
             loss, _ = linear_losses(hidden.flatten(0, 1), weight, bias, targets, self.vocab_size, second)
         else:
-            logits = self.logits(batch).flatten(0, 1)[:, : self.vocab_size].float()
-            loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
+            loss = self.loss_of(self.logits(batch).flatten(0, 1), targets)
         return loss, (targets != -100).sum()
 
+    @property
+    def smoothing(self) -> float:
+        """The label smoothing of the loss, which is used in training only."""
+        return self.label_smoothing if self.network.training else 0.0
+
+    def loss_of(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """The loss of (N, V) logits, summed over those of the N targets that are not -100, () float32."""
+        logits = logits[:, : self.vocab_size].float()
+        return torch.nn.functional.cross_entropy(logits, targets, reduction="sum", label_smoothing=self.smoothing)
+
     def distillation_loss(self, batch: dict, teacher: Any, distiller: Any) -> tuple[Tensor, Tensor, Tensor]:
-        targets = batch["targets"].flatten()
-        own, count = self.loss(batch)
+        targets, logits = batch["targets"].flatten(), self.logits(batch).flatten(0, 1)
         with torch.no_grad():
-            other = teacher.logits(batch).flatten(0, 1)[:, : self.vocab_size]
-        losses = distiller.divergence(self.logits(batch).flatten(0, 1)[:, : self.vocab_size], other)
+            other = teacher.logits(batch).flatten(0, 1)
+        losses = distiller.divergence(logits[:, : self.vocab_size], other[:, : self.vocab_size])
         distillation = losses.masked_fill(targets == -100, 0).sum()
-        return distiller.mix(own, distillation), count, distillation
+        loss = distiller.mix(self.loss_of(logits, targets), distillation)
+        return loss, (targets != -100).sum(), distillation
 
     # Texts
 

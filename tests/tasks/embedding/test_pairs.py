@@ -22,11 +22,11 @@ from scipy.stats import pearsonr, spearmanr
 from lm_lightning.data.reading import ReadReport
 from lm_lightning.data.tokenizer import Tokenizer, load, train
 from lm_lightning.errors import UserError
-from lm_lightning.finetuning.tables import Tables
+from lm_lightning.finetuning.tables import Row, Tables
 from lm_lightning.tasks.embedding.data import PairColumns, PairData, collate_pairs
 from lm_lightning.tasks.embedding.model import Embeddings, SentenceEncoder, ranking, select_candidates
 from lm_lightning.tasks.embedding.modules import embed, pool, pooling_of
-from lm_lightning.tasks.embedding.retrieval import Judgments, Retrieval, answers, judge, scores_of
+from lm_lightning.tasks.embedding.retrieval import Judgments, Retrieval, answers, judge, scores_of, split
 
 TOPICS = [f"{a}{b}" for a in ("ship", "tree", "song", "lamp") for b in ("wright", "house", "less", "light", "worm")]
 
@@ -520,6 +520,34 @@ def test_export_tells_its_pooling_to_the_next_run(fit, cli, recipe: Path):
     file.write_text(json.dumps({"pooling_mode_max_tokens": True}))
     with pytest.raises(UserError, match="has the pooling max_tokens, .*: give --model.pooling"):
         fit("--name", "next", "--model.network", "null", "--model.pretrained", run)
+
+
+@pytest.mark.slow
+def test_prompts_are_inserted_and_exported(fit, cli, recipe: Path, tmp_path: Path):
+    """In the column of each, in the index, in the export, and in a run that starts from it."""
+    with pytest.raises(UserError, match="a mapping: give a text .* as in --data.prompts '{query: \"rivers: \"}'"):
+        fit("--data.prompts.query", "rivers: ")
+    prompts = ("--data.prompts", '{query: "rivers: ", document: "old "}')
+    run = fit(*prompts)
+    settings = json.loads((run / "model" / "config_sentence_transformers.json").read_text())
+    assert settings["prompts"] == {"query": "rivers: ", "document": "old "}
+    texts = [row["text"] for row in rows(5, 9)]
+    table = write(tmp_path / "texts.jsonl", [{"text": text} for text in texts])
+    cli("predict", run, "--data.tables.predict", table)
+    (index,) = run.glob("evaluations/*/index")
+    expected = embeddings(run / "model", [f"old {text}" for text in texts])
+    assert np.allclose(np.load(index / "embeddings.npy"), expected, atol=1e-5)
+    (query,) = embeddings(run / "model", [f"rivers: {texts[0]}"])
+    found = cli("search", run, texts[0], "--top", 1).split("\t")[0]
+    assert float(found) == pytest.approx(float((expected @ query).max()), abs=2e-3)
+    data = PairData(tokenizer=Tokenizer(str(run / "model")))
+    module = SimpleNamespace(pretrained="x", pretrained_folder=lambda: str(run / "model"))
+    data.trainer = SimpleNamespace(is_global_zero=True, lightning_module=module)  # type: ignore[assignment]
+    data.start_encoding()
+    assert (data.prompts.query, data.prompts.document) == ("rivers: ", "old ")
+    first, second = split(data.encode("train", [Row({"text": texts[0], "pair": texts[1]}, "a:1")])[0])
+    assert first == data.tokenizer(f"rivers: {texts[0]}")["input_ids"]
+    assert second == data.tokenizer(f"old {texts[1]}")["input_ids"]
 
 
 def loaded(model: Path) -> tuple:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, evaluation, exists, unchanged
+from conftest import ROOT, evaluation, exists, needs, unchanged
 from forks import python
 from lightning.pytorch import Callback, Trainer
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
@@ -301,6 +301,30 @@ def test_the_loss_is_the_same_for_networks_with_logits_of_their_own(monkeypatch,
         loss, count = module.loss(batch)
         losses.append((loss.item(), count.item()))
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@needs("compression")
+def test_distillation_mixes_the_loss_with_the_divergence_from_the_teacher(monkeypatch):
+    """From a network with the same weights, there is none."""
+    from lm_lightning.compression.distilling import Distiller
+
+    config = AutoConfig.for_model(**BART, vocab_size=64, pad_token_id=1, decoder_start_token_id=2)
+    monkeypatch.setattr(Seq2Seq, "vocab_size", 60)
+    student, teacher = (Seq2Seq(network=BART, label_smoothing=0.2) for _ in range(2))
+    for seed, module in enumerate((student, teacher)):
+        torch.manual_seed(seed)
+        module.network, module.has_linear_head = AutoModelForSeq2SeqLM.from_config(config), True
+    student.network.train()
+    tokens = torch.randint(3, 60, (2, 5))
+    batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "targets": tokens.clone()}
+    batch["targets"][1, 3:] = -100
+    own, count = student.loss(batch)
+    loss, same_count, distance = student.distillation_loss(batch, teacher, Distiller(0.3, 2.0))
+    log_p, log_q = ((module.logits(batch)[..., :60] / 2).log_softmax(-1) for module in (student, teacher))
+    apart = 4 * (log_q.exp() * (log_q - log_p)).sum(-1)[batch["targets"] != -100].sum()
+    assert distance.item() == pytest.approx(apart.item(), rel=1e-4) and distance > 0.1 and same_count == count == 8
+    assert loss.item() == pytest.approx(0.7 * own.item() + 0.3 * apart.item(), rel=1e-4)
+    assert abs(student.distillation_loss(batch, student, Distiller(0.3, 2.0))[2].item()) < 1e-5
 
 
 NETWORKS = {
