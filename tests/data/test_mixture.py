@@ -280,7 +280,7 @@ def test_two_processes_do_what_one_does(mixed: Path, tmp_path: Path):
     runs({"one": command, "shared": (*command, *two)})
     assert not runs.error("one") + runs.error("shared")
     for ours, theirs in zip(logged(tmp_path / "one"), logged(tmp_path / "shared"), strict=True):
-        assert ours == pytest.approx(theirs, abs=1e-4)
+        assert ours == pytest.approx(theirs, abs=1e-4, rel=1e-5)
 
 
 @pytest.mark.slow

@@ -138,7 +138,8 @@ class PairData(LabelledData):
     def load_tokenizer(self) -> "PreTrainedTokenizerFast":
         """Also finds the prompts."""
         module = self.trainer.lightning_module
-        known = {} if module.pretrained is None else prompts_of(module.pretrained_folder())
+        has_prompts = getattr(module, "pretrained", None) is not None  # not of a module of the user
+        known = prompts_of(module.pretrained_folder()) if has_prompts else {}
         given = {name: text for name, text in vars(self.prompts).items() if text != PRETRAINED}
         self.prompts = Prompts(**({"query": "", "document": ""} | known | given))
         return super().load_tokenizer()
