@@ -41,7 +41,7 @@ class NGramLM(CausalLM):
     Args:
         network: Settings of the n-gram model: `{model_type: ngram, order: 5}`.
         pretrained: Run folder or `from_pretrained` folder of an n-gram model that is evaluated, instead of `network`.
-        ngrams_in_memory: Number of n-grams that are sorted in memory at a time, with about 200 bytes each.
+        ngrams_in_memory: Number of n-grams that are sorted in memory at a time, with about 100 bytes each.
     """
 
     def __init__(
@@ -74,6 +74,7 @@ class NGramLM(CausalLM):
         if not isinstance(self.network, NGramForCausalLM):
             raise UserError(f"NGramLM counts n-grams, but the network is a {self.network.config.model_type}: use ngram")
         self.network.config.pad_token_id = None
+        self.has_linear_head = False
 
     # Counting
 
@@ -156,6 +157,9 @@ class NGramLM(CausalLM):
     def on_train_epoch_end(self) -> None:
         super().on_train_epoch_end()
         self.update()
+
+    def distillation_loss(self, batch: dict, teacher: Any, distiller: Any) -> tuple[Tensor, Tensor, Tensor]:
+        raise UserError("NGramLM counts tokens, and cannot be trained with a teacher: omit the callback Distillation")
 
     # Checkpoints
 

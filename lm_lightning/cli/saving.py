@@ -29,11 +29,12 @@ def checked(parser: LightningArgumentParser, config: Any) -> Any:
         UserError: If there are other such values; names the option.
     """
     saved = config.clone()
-    lost = [name for name, value in leaves(yaml_text.load(dumped(parser, saved))) if str(value).startswith(UNSAVEABLE)]
+    text = dumped(parser, saved)
+    lost = [name for name, value in leaves(yaml_text.load(text)) if str(value).startswith(UNSAVEABLE)]
     for name in lost:
         remove(saved, name)
     try:
-        again = parser.parse_string(dumped(parser, saved))
+        again = parser.parse_string(dumped(parser, saved) if lost else text)
         if changed := different(config, again):
             for name in changed:
                 remove(saved, name)

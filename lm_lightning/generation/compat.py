@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 from torch import Tensor, fx
@@ -22,16 +22,18 @@ class Slots(StaticLayer):
 
     Attributes:
         where: The slots of the next tokens, (T,) int64.
+        end: Number of slots to attend to; None for all.
     """
 
     where: Tensor
+    end: Optional[int] = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **settings: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.keys.index_copy_(2, self.where, key_states)
         self.values.index_copy_(2, self.where, value_states)
-        return self.keys, self.values
+        return self.keys[:, :, : self.end], self.values[:, :, : self.end]
 
     def get_seq_length(self, *args: Any) -> int:
         return 0  # positions and masks are given

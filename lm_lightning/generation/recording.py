@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers.generation.streamers import BaseStreamer
 
 SLOTS = 128  # sizes of the cache are multiples of it, so that a recorded step serves prompts of several lengths
-PATIENCE = 100  # steps before a recording, which needs about the time that it then saves in as many steps
+PATIENCE = 100  # steps before a recording, whose time 80 to 340 further steps save: short generations do without
 SHARED = 16  # least number of tokens at the beginning of all prompts for which sharing them pays
 KEPT = 4  # kinds of steps of a network that are kept
 COPIES = 2 << 30  # maximum size in bytes of the copies of a network's matrices for one kind of step
@@ -66,9 +66,10 @@ class Step:
         Returns:
             Logits of the last token, (B, V).
         """
-        where, slots = torch.arange(start, start + input_ids.shape[1]).unsqueeze(1), torch.arange(self.slots)
+        end = start + input_ids.shape[1]
+        where, slots = torch.arange(start, end).unsqueeze(1), torch.arange(end)
         # (padding sees itself, as the softmax of nothing is not a number)
-        mask = valid[:, None, None] & (slots <= where) | (slots == where)
+        mask = valid[:, None, None, :end] & (slots <= where) | (slots == where)
         return self.forward(input_ids, mask, positions, where.squeeze(1), None, None)
 
     def __call__(self, input_ids: Tensor, valid: Tensor, positions: Tensor, start: int) -> Tensor:
@@ -91,7 +92,7 @@ class Step:
     ) -> Tensor:
         """The pass through the modules of the network."""
         for i, layer in enumerate(self.layers):
-            layer.where = where
+            layer.where, layer.end = where, None if keys is not None else mask.shape[-1]
             if keys is not None and values is not None:  # inputs of a recording
                 layer.keys, layer.values = keys[i], values[i]
         inputs = {"input_ids": input_ids, "attention_mask": mask, "position_ids": positions, "logits_to_keep": 1}

@@ -1,5 +1,6 @@
 """N-gram models: probabilities as defined by Kneser and Ney and by Chen and Goodman, on disk, by the usual commands."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -175,6 +176,9 @@ def test_fit_counts_resumes_exports_and_generates(fit, cli, flags, tmp_path: Pat
     blocks = int(np.unpackbits(saved[0]["ngrams"]["counted"].numpy()).sum())
     assert saved[0]["ngrams"]["total"] == 32 * blocks == saved[1]["ngrams"]["total"]  # each sample once
     assert "bits_per_byte" in cli("validate", full)
+    cli("predict", full)
+    rows = [json.loads(line) for line in next(full.rglob("predictions*.jsonl")).read_text().splitlines()]
+    assert sum(row["tokens"] for row in rows) > 0
     cli("export", full, "--output", tmp_path / "exported")
     script = (
         "import sys, torch, lm_lightning.baselines.networks\n"
