@@ -80,7 +80,7 @@ ELSEWHERE = {
     "how the machine is used; the losses stay the same": "accelerator strategy devices num_nodes precision "
     "deterministic benchmark compile attn_implementation num_workers cache_dir plugins sync_batchnorm detect_anomaly "
     "inference_mode use_distributed_sampler reload_dataloaders_every_n_epochs gather_across_devices mini_batch_size "
-    "barebones",
+    "barebones ngrams_in_memory",
     "what is shown and recorded": "logger enable_progress_bar enable_model_summary profiler enable_autolog_hparams "
     "model_registry default_root_dir verbose log_rank_zero_only callbacks num_sanity_val_steps",
     "other commands and trial runs": "limit_test_batches limit_predict_batches fast_dev_run texts",
@@ -93,9 +93,11 @@ ELSEWHERE = {
     "part of the fingerprint of the training rows or of the data's identity": "tables columns max_length language "
     "masking next_sentence kind separator scheme mark overlap max_question retrieval hard_negatives min_score "
     "max_score parallel max_target_length max_tokens source_language target_language "
-    "pack special_tokens chat_template",
+    "pack special_tokens chat_template prompts",
     "of the loss or the evaluation, read anew": "top_k class_weights label_smoothing dropout max_answer threshold "
-    "scoring scale pooling decoding evaluation objective reference sampling max_new_tokens",
+    "scoring scale pooling decoding evaluation objective reference sampling max_new_tokens "
+    "mining",
+    "of a mixture of corpora: they change what follows the stages in the checkpoint": "corpora temperature stages",
     "sizes of the network, which a checkpoint does not fit otherwise": "arc_size relation_size",
     "settings with options of their own, which are checked": "schedule network",
     "of the schedule, read anew": "warmup_ratio warmup_steps min_lr_ratio decay_ratio",
