@@ -280,6 +280,8 @@ def test_two_processes_do_what_one_does(mixed: Path, tmp_path: Path):
     runs({"one": command, "shared": (*command, *two)})
     assert not runs.error("one") + runs.error("shared")
     for ours, theirs in zip(logged(tmp_path / "one"), logged(tmp_path / "shared"), strict=True):
+        norms = [row.pop("train/gradient_norm", 0.0) for row in (ours, theirs)]  # rounding has more effect on these
+        assert norms[0] == pytest.approx(norms[1], abs=1e-3)
         assert ours == pytest.approx(theirs, abs=1e-4, rel=1e-5)
 
 
