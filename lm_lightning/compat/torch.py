@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 # Messages of torch.distributed when another process of the run has died. Alternative: none; they are RuntimeErrors
 # (`torch.distributed.DistNetworkError` is raised by stores only).
-LOST_PEER = re.compile(r"(closed|reset) by peer|remote (process|worker)|Broken pipe")
+LOST_PEER = re.compile(r"(closed|reset) by peer|remote (process|worker|server shutdown)|Broken pipe")
 
 
 def multiply(tensors: Sequence["Tensor"], factor: "Tensor") -> None:

@@ -323,5 +323,6 @@ def test_messages_of_lost_peers_are_recognized():
         "[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:2345",
         "Connection reset by peer",
         "NCCL error: remote process exited or there was a network error",
+        "Failed to recv, got 0 bytes. Connection was likely closed. Did the remote server shutdown or crash?",
     ):
         assert of_torch.LOST_PEER.search(message)
