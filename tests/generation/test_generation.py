@@ -139,8 +139,8 @@ def test_prompt_near_the_end_of_the_context_does_not_shorten_the_answers_of_othe
     flags = ("--max_new_tokens", 30, "--seed", 4)
     result = command("generate", folders["gpt2"], "--prompts_file", tmp_path / "p.txt", *flags)
     together = [json.loads(line)["text"] for line in result.stdout.splitlines()]
-    told = [line for line in result.stderr.splitlines() if "leaves room" in line]
-    assert [line.split(": ")[0] for line in told] == [f"[{tmp_path}/p.txt:2", f"[{tmp_path}/p.txt:4"]
+    notices = [line for line in result.stderr.splitlines() if "leaves room" in line]
+    assert [line.split(": ")[0] for line in notices] == [f"[{tmp_path}/p.txt:2", f"[{tmp_path}/p.txt:4"]
     for prompt, text in zip(prompts, together):
         assert cli("generate", folders["gpt2"], "--prompt", prompt, *flags) == prompt + text + "\n"
     (tmp_path / "p.txt").write_text("\n".join([*prompts * 3, long * 4]), encoding="utf-8")

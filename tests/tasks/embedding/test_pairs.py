@@ -140,11 +140,11 @@ def test_right_answers_are_no_negatives():
     offered = torch.tensor([True] * 6 + [False]).repeat(2)
     allowed = select_candidates(texts, torch.arange(7), keys, owners, offered)
     assert allowed.diagonal().all()
-    told = [{i for i, on in enumerate(row) if on} for row in allowed.tolist()]
+    scored = [{i for i, on in enumerate(row) if on} for row in allowed.tolist()]
     hard = {8, 11}  # the first of equal ones; 12 and 13 are of the row that fills up, or equal to others
-    assert told[0] == {0, 2, 4, 5} | hard | {12} and told[1] == {1, 2, 4, 5} | hard | {12}
-    assert told[2] == {0, 1, 2, 4, 5} | hard | {12} and told[3] == {0, 1, 3, 4, 5} | hard | {12}
-    assert 4 not in told[5] and 10 not in told[5]
+    assert scored[0] == {0, 2, 4, 5} | hard | {12} and scored[1] == {1, 2, 4, 5} | hard | {12}
+    assert scored[2] == {0, 1, 2, 4, 5} | hard | {12} and scored[3] == {0, 1, 3, 4, 5} | hard | {12}
+    assert 4 not in scored[5] and 10 not in scored[5]
 
 
 def losses_by_hand(run: Path, content: list[dict]) -> float:
@@ -277,9 +277,9 @@ def test_ranking_is_that_of_scikit_learn():
     gains[:, 7] = 1  # each has an answer
     relevant = [{int(j): float(row[j]) for j in np.flatnonzero(row)} for row in gains]
     seen = Embeddings(torch.arange(340), vectors, vectors)
-    told = ranking(seen, Judgments(list(range(300, 340)), list(range(300)), relevant))
+    scored = ranking(seen, Judgments(list(range(300, 340)), list(range(300)), relevant))
     expected = scores_by_hand((vectors[300:] @ vectors[:300].T).numpy(), gains)
-    assert {name: float(number) for name, number in told.items()} == pytest.approx(expected, abs=1e-5)
+    assert {name: float(number) for name, number in scored.items()} == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.fixture
@@ -397,14 +397,14 @@ def test_cranfield_is_scored_as_by_beir(ignore: bool):
             vectors[i, zlib.crc32(word.encode()) % 4096] += len(word)
     vectors += 1e-3 * np.random.default_rng(0).random(vectors.shape, np.float32)  # no ties
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    told = ranking(Embeddings(torch.arange(len(found)), *[torch.from_numpy(vectors)] * 2), judged)
+    scored = ranking(Embeddings(torch.arange(len(found)), *[torch.from_numpy(vectors)] * 2), judged)
     cosines = vectors[judged.queries] @ vectors[:1400].T
     results = {
         found[row]["_id"]: {document["_id"]: float(c) for document, c in zip(found[:1400], cosines_of_row)}
         for row, cosines_of_row in zip(judged.queries, cosines)
     }
     expected = beir_by_hand(results, judgements(paths[2]), ignore)
-    assert {name: float(number) for name, number in told.items()} == pytest.approx(expected, abs=1e-4)
+    assert {name: float(number) for name, number in scored.items()} == pytest.approx(expected, abs=1e-4)
     assert 0.1 < expected["ndcg_10"] < 0.6
 
 
@@ -512,8 +512,8 @@ def test_export_tells_its_pooling_to_the_next_run(fit, cli, recipe: Path):
     next_run = fit("--name", "next", "--model.network", "null", "--model.pretrained", run)
     assert pooling_of(str(next_run / "model")) == "cls"
     test = ("test", "--config", recipe, "--ckpt_path", run / "checkpoints" / "best.ckpt")
-    told = value(cli(*test, "--model.pooling", "cls"), "loss")
-    assert value(cli(*test), "loss") == told
+    scored = value(cli(*test, "--model.pooling", "cls"), "loss")
+    assert value(cli(*test), "loss") == scored
     with pytest.raises(UserError, match="model.pooling is mean, but the checkpoint was made with cls"):
         cli(*test, "--model.pooling", "mean")
     file = run / "model" / "1_Pooling" / "config.json"

@@ -55,8 +55,8 @@ def test_a_query_finds_the_nearest_texts(fit, cli, recipe: Path, tmp_path: Path)
     """By a checkpoint, whose weights the index keeps, or by a model's folder; moved, and by any of two names."""
     run = fit()
     cli("predict", "--config", recipe, "--ckpt_path", run / "checkpoints" / "last.ckpt")
-    told = [json.loads(line) for line in (evaluation(run) / "predictions.jsonl").read_text().splitlines()]
-    assert told == [{"id": i, "text": text} for i, text in enumerate(TEXTS)]
+    predicted = [json.loads(line) for line in (evaluation(run) / "predictions.jsonl").read_text().splitlines()]
+    assert predicted == [{"id": i, "text": text} for i, text in enumerate(TEXTS)]
     vectors = np.load(evaluation(run) / "index" / "embeddings.npy")
     assert vectors.shape == (6, 32) and vectors.dtype == np.float32
     for number, text in enumerate(TEXTS):

@@ -43,9 +43,9 @@ def test_spanning_tree_is_the_best_of_all(words: int):
         scores[draw.random(scores.shape) < 0.2] -= 50
         scores[np.arange(words), np.arange(words) + 1] = -np.inf
         values = [sum(scores[word, head] for word, head in enumerate(heads)) for heads in trees]
-        told = spanning_tree(scores)
-        assert is_tree(tuple(told.tolist()))
-        assert sum(scores[np.arange(words), told]) == pytest.approx(max(values))
+        predicted = spanning_tree(scores)
+        assert is_tree(tuple(predicted.tolist()))
+        assert sum(scores[np.arange(words), predicted]) == pytest.approx(max(values))
 
 
 def logged(run: Path, *names: str) -> list[float]:
@@ -62,12 +62,14 @@ def test_trees_are_learned_scored_and_told_again_by_the_export(fit, cli, recipe:
     run = fit("--trainer.max_steps", 100, "--trainer.val_check_interval", 50)
     out = cli("test", "--config", recipe, "--ckpt_path", run / "checkpoints" / "best.ckpt")
     cli("predict", "--config", recipe, "--ckpt_path", run / "checkpoints" / "best.ckpt")
-    told, gold = predictions(run), sentences(45, 2)
-    assert all(is_tree(tuple(row["heads"])) for row in told)
-    assert all((head == 0) == (name == "root") for row in told for head, name in zip(row["heads"], row["relations"]))
+    predicted, gold = predictions(run), sentences(45, 2)
+    assert all(is_tree(tuple(row["heads"])) for row in predicted)
+    assert all(
+        (head == 0) == (name == "root") for row in predicted for head, name in zip(row["heads"], row["relations"])
+    )
     pairs = [
         (head == right_head, name.partition(":")[0] == right_name.partition(":")[0])
-        for row, right in zip(told, gold)
+        for row, right in zip(predicted, gold)
         for head, name, right_head, right_name in zip(row["heads"], row["relations"], right["head"], right["deprel"])
     ]
     assert len(pairs) == sum(len(row["words"]) for row in gold)
@@ -90,7 +92,7 @@ assert "lm_lightning" not in sys.modules
     content = ("--model.network", "null", "--model.pretrained", run / "model", "--data.tables.train", "[]")
     out = cli("predict", "--config", recipe, *content, "--runs_dir", tmp_path / "again")
     (again,) = (tmp_path / "again").glob("*/*")
-    assert predictions(again) == told
+    assert predictions(again) == predicted
     exported = cli("export", run, "--checkpoint", "best", "--output", tmp_path / "exported")
     assert (tmp_path / "exported" / "head.safetensors").is_file(), exported
 

@@ -131,8 +131,8 @@ def test_answers_are_learned_and_plain_transformers_finds_the_same(fit, cli, rec
     run = fit("--trainer.max_steps", 200, "--trainer.val_check_interval", 100)
     out = cli("test", "--config", recipe, "--ckpt_path", run / "checkpoints" / "best.ckpt")
     cli("predict", "--config", recipe, "--ckpt_path", run / "checkpoints" / "best.ckpt")
-    told, gold = predictions(run), flat(recipe.parent / "test.json")
-    assert [row["id"] for row in told] == [question["id"] for _, question in gold]
+    predicted, gold = predictions(run), flat(recipe.parent / "test.json")
+    assert [row["id"] for row in predicted] == [question["id"] for _, question in gold]
     pairs = [(question["question"], context) for context, question in gold]
     result = subprocess.run(
         [python("transformers"), "-c", PLAIN, str(run / "model")],
@@ -141,13 +141,17 @@ def test_answers_are_learned_and_plain_transformers_finds_the_same(fit, cli, rec
         text=True,
     )
     assert result.returncode == 0, result.stderr
-    for row, (context, _), (score, start, end, none) in zip(told, gold, json.loads(result.stdout.splitlines()[-1])):
+    for row, (context, _), (score, start, end, none) in zip(
+        predicted, gold, json.loads(result.stdout.splitlines()[-1])
+    ):
         assert (row["score"], row["no_answer_score"]) == pytest.approx((score, none), abs=1e-4)
         # the tokenizer takes the accent off; the answer has it again
         assert row["start"] == start and row["end"] in (end, end + 1)
         assert row["answer"] in ("", context[row["start"] : row["end"]])
         assert (row["answer"] == "") == (row["no_answer_score"] > row["score"])
-    scores = [squad(row["answer"], [a["text"] for a in question["answers"]]) for row, (_, question) in zip(told, gold)]
+    scores = [
+        squad(row["answer"], [a["text"] for a in question["answers"]]) for row, (_, question) in zip(predicted, gold)
+    ]
     exact, f1 = np.mean(scores, axis=0)
     assert exact > 0.8
     for name, value in {"exact_match": exact, "f1": f1}.items():
@@ -179,7 +183,7 @@ def test_two_processes_join_windows_as_one_does(fit, cli, recipe: Path):
         names = ("train/loss", "val/loss", "val/exact_match", "val/f1", "val/best_f1", "val/best_threshold")
         values.append([float(row[name]) for row in rows for name in names if row[name]])
     assert len(values[0]) == 20 + 5 and values[0] == pytest.approx(values[1], abs=1e-3)
-    told = []
+    predicted = []
     for more in ((), ddp):
         checkpoint = one / "checkpoints" / "last.ckpt"
         flags = ("predict", "--config", recipe, "--ckpt_path", checkpoint, *more)
@@ -187,9 +191,9 @@ def test_two_processes_join_windows_as_one_does(fit, cli, recipe: Path):
             assert command(*flags).returncode == 0
         else:
             cli(*flags)
-        told.append(predictions(one))
-    assert len(told[0]) == 41
-    for a, b in zip(*told, strict=True):
+        predicted.append(predictions(one))
+    assert len(predicted[0]) == 41
+    for a, b in zip(*predicted, strict=True):
         assert a["id"] == b["id"] and a["score"] == pytest.approx(b["score"], abs=1e-4)
 
 
@@ -236,7 +240,7 @@ def official_normalize(s):
     return white_space_fix(remove_articles(remove_punc(s.lower())))
 
 
-def official_v2(told: str, answers: list[str]) -> tuple[float, float]:
+def official_v2(predicted: str, answers: list[str]) -> tuple[float, float]:
     """compute_exact and compute_f1 of evaluate-v2.0.py."""
 
     def tokens(s):
@@ -253,7 +257,9 @@ def official_v2(told: str, answers: list[str]) -> tuple[float, float]:
         return (2 * precision * recall) / (precision + recall)
 
     gold = [a for a in answers if official_normalize(a)] or [""]
-    return max(int(official_normalize(a) == official_normalize(told)) for a in gold), max(f1(a, told) for a in gold)
+    return max(int(official_normalize(a) == official_normalize(predicted)) for a in gold), max(
+        f1(a, predicted) for a in gold
+    )
 
 
 PIECES = [
@@ -287,18 +293,20 @@ def test_scores_are_those_of_the_official_script():
 
     draw, first = random.Random(0), SQuAD()
     for _ in range(3000):
-        told, answers = drawn(draw, PIECES), [drawn(draw, PIECES) for _ in range(draw.randint(0, 3))]
+        predicted, answers = drawn(draw, PIECES), [drawn(draw, PIECES) for _ in range(draw.randint(0, 3))]
         if answers and draw.random() < 0.3:
-            told = answers[0] + draw.choice(["", ".", " the", " x"])
-        assert squad(told, answers) == pytest.approx(official_v2(told, answers)), (told, answers)
-        if official_normalize(told) and answers and all(map(official_normalize, answers)):
+            predicted = answers[0] + draw.choice(["", ".", " the", " x"])
+        assert squad(predicted, answers) == pytest.approx(official_v2(predicted, answers)), (predicted, answers)
+        if official_normalize(predicted) and answers and all(map(official_normalize, answers)):
             gold = {"answers": {"text": answers, "answer_start": [0] * len(answers)}, "id": "0"}
             first.reset()
-            first.update([{"prediction_text": told, "id": "0"}], [gold])
-            assert [v * 100 for v in squad(told, answers)] == pytest.approx([*map(float, first.compute().values())])
+            first.update([{"prediction_text": predicted, "id": "0"}], [gold])
+            assert [v * 100 for v in squad(predicted, answers)] == pytest.approx(
+                [*map(float, first.compute().values())]
+            )
 
 
-def official_cmrc(told: str, answers: list[str]) -> tuple[float, float]:
+def official_cmrc(predicted: str, answers: list[str]) -> tuple[float, float]:
     """calc_em_score and calc_f1_score of cmrc2018_evaluate.py, with words at white space in the place of NLTK's."""
     marks = list("-:_*^/\\~`+=，。：？！“”；’《》·、「」（）－～『』") + ["……"]
 
@@ -328,8 +336,8 @@ def official_cmrc(told: str, answers: list[str]) -> tuple[float, float]:
     def bare(text):
         return "".join(character for character in text.lower().strip() if character not in marks)
 
-    exact = max(int(bare(answer) == bare(told)) for answer in answers)
-    return exact, max(f1(segmented(answer), segmented(told)) for answer in answers)
+    exact = max(int(bare(answer) == bare(predicted)) for answer in answers)
+    return exact, max(f1(segmented(answer), segmented(predicted)) for answer in answers)
 
 
 def test_chinese_scores_are_those_of_the_official_script():
@@ -338,8 +346,8 @@ def test_chinese_scores_are_those_of_the_official_script():
         ["北", "京", "大", "学", "，", "。", "……", "《", "NLP", " ", "Bert", "19", "年", "-", "🙂"],
     )
     for _ in range(3000):
-        told, answers = drawn(draw, pieces), [drawn(draw, pieces) + "学" for _ in range(draw.randint(1, 3))]
-        assert cmrc(told, answers) == pytest.approx(official_cmrc(told, answers)), (told, answers)
+        predicted, answers = drawn(draw, pieces), [drawn(draw, pieces) + "学" for _ in range(draw.randint(1, 3))]
+        assert cmrc(predicted, answers) == pytest.approx(official_cmrc(predicted, answers)), (predicted, answers)
     assert cmrc("", []) == (1, 1) and cmrc("北", []) == (0, 0)
 
 

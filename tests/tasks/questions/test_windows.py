@@ -92,7 +92,7 @@ def test_an_answer_longer_than_the_overlap_is_told_and_not_learned(tokenizer: Pa
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"answers": [{"text": "eleven", "answer_start": 3}]}, "a:7: the answer 'eleven' is not at .* it is at "),
         ({"answers": [{"text": "absent", "answer_start": 3}]}, "it is not in the context"),
@@ -103,19 +103,19 @@ def test_an_answer_longer_than_the_overlap_is_told_and_not_learned(tokenizer: Pa
         ({"context": " "}, "column 'context' is .* must be text"),
     ],
 )
-def test_rows_that_are_wrong_are_named(tokenizer: Path, change: dict, told: str):
-    with pytest.raises(UserError, match=told):
+def test_rows_that_are_wrong_are_named(tokenizer: Path, change: dict, message: str):
+    with pytest.raises(UserError, match=message):
         data(tokenizer).encode("test", [Row(FLAT[2] | change, "a:7")])
 
 
 def test_files_that_are_not_squads_are_refused(tmp_path: Path):
-    for text, told in (
+    for text, message in (
         ("[]", "not in the format of SQuAD's"),
         ('{"data": [{}]}', "not in the format of SQuAD's"),
         ('{"a": 1}\n{}', "not valid JSON"),
     ):
         (tmp_path / "a.json").write_text(text)
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             list(read_split(Tables(test=[str(tmp_path / "a.json")]), "test", lambda row: "", QuestionData.formats))
 
 

@@ -46,15 +46,15 @@ def test_each_predicate_has_arguments_of_its_own_which_the_pipeline_tells_too(fi
     run = fit("--trainer.max_steps", 200, "--trainer.val_check_interval", 50)
     gold = sentences(45, 2)
     cli("predict", "--config", recipe, "--ckpt_path", run / "checkpoints" / "best.ckpt")
-    told = predictions(run)
+    predicted = predictions(run)
     frames = [(number, frame) for number, row in enumerate(gold) for frame in row["frames"]]
-    assert [(row["row"], row["predicate"]) for row in told] == [(n, frame["predicate"]) for n, frame in frames]
-    right = sum(sorted(row["spans"]) == sorted(frame["spans"]) for row, (_, frame) in zip(told, frames))
+    assert [(row["row"], row["predicate"]) for row in predicted] == [(n, frame["predicate"]) for n, frame in frames]
+    right = sum(sorted(row["spans"]) == sorted(frame["spans"]) for row, (_, frame) in zip(predicted, frames))
     assert right > 0.8 * len(frames) > 45  # some sentences have two
 
     tell = pipeline("token-classification", str(run / "model"), ignore_labels=[])
     compared = 0
-    for row in told[:20]:
+    for row in predicted[:20]:
         words, predicate = gold[row["row"]]["words"], row["predicate"]
         marked = [*words[:predicate], "*", words[predicate], "*", *words[predicate + 1 :]]
         first = {word["start"]: word["entity"] for word in tell(" ".join(marked))}

@@ -48,8 +48,8 @@ def is_legal(labels: tuple[str, ...], closed: bool) -> bool:
 def test_decoded_labels_are_the_best_of_all_legal_ones(labels: list[str], scheme: str):
     torch.manual_seed(0)
     scores, lengths = torch.randn(20, 4, len(labels)) * 3, torch.tensor([4, 1, 2, 3] * 5)
-    told = decode(scores, lengths, legal(labels, scheme))
-    for row, length, own in zip(scores, lengths.tolist(), told):
+    predicted = decode(scores, lengths, legal(labels, scheme))
+    for row, length, own in zip(scores, lengths.tolist(), predicted):
         sequences = [
             numbers
             for numbers in itertools.product(range(len(labels)), repeat=length)
@@ -76,16 +76,16 @@ def test_names_are_learned_scored_as_by_seqeval_and_told_by_the_pipeline(fit, cl
     out = cli("test", *flags)
     assert "words are truncated, and count as false negatives" in out
     cli("predict", *flags)
-    told = [json.loads(line) for line in (evaluation(run) / "predictions.jsonl").read_text().splitlines()]
-    assert [len(row["labels"]) for row in told] == [len(row["words"]) for row in gold]
-    own = [[label or "O" for label in row["labels"]] for row in told]
-    assert any(None in row["labels"] for row in told)
+    predicted = [json.loads(line) for line in (evaluation(run) / "predictions.jsonl").read_text().splitlines()]
+    assert [len(row["labels"]) for row in predicted] == [len(row["words"]) for row in gold]
+    own = [[label or "O" for label in row["labels"]] for row in predicted]
+    assert any(None in row["labels"] for row in predicted)
     f1 = seqeval.f1_score([row["labels"] for row in gold], own)
     assert 0.2 < f1 < 1
     (line,) = [line for line in out.splitlines() if "test/f1" in line]
     assert float(line.split("│")[2]) == pytest.approx(f1, abs=1e-6)
     # The loss is that of the words that are there.
-    kept = [[n for n, label in enumerate(row["labels"]) if label is not None] for row in told]
+    kept = [[n for n, label in enumerate(row["labels"]) if label is not None] for row in predicted]
     short = [{k: [row[k][n] for n in own] for k in ("words", "labels")} for row, own in zip(gold, kept)]
     again = cli("test", *flags, "--data.tables.test", write(tmp_path / "short.jsonl", short))
     losses = [line.split("│")[2] for text in (out, again) for line in text.splitlines() if "test/loss" in line]
@@ -105,17 +105,17 @@ print(json.dumps([[(w["entity"], float(w["score"]), w["start"]) for w in tell(te
 assert "lm_lightning" not in sys.modules
 """
     cli("predict", *flags, "--data.max_length", 60)
-    told = [json.loads(line) for line in (evaluation(run) / "predictions.jsonl").read_text().splitlines()]
+    predicted = [json.loads(line) for line in (evaluation(run) / "predictions.jsonl").read_text().splitlines()]
     texts = [" ".join(row["words"]) for row in gold]
     done = subprocess.run(
         [python("transformers"), "-c", script, run / "model"], input=json.dumps(texts), capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     same = 0
-    for row, row_told, tokens in zip(gold, told, json.loads(done.stdout.splitlines()[-1])):
+    for row, row_predicted, tokens in zip(gold, predicted, json.loads(done.stdout.splitlines()[-1])):
         starts = list(itertools.accumulate((len(word) + 1 for word in row["words"]), initial=0))
         first = {start: (label, score) for label, score, start in reversed(tokens)}
-        for start, label, score in zip(starts, row_told["labels"], row_told["scores"]):
+        for start, label, score in zip(starts, row_predicted["labels"], row_predicted["scores"]):
             if label == first[start][0]:  # the pipeline knows no rules
                 assert score == pytest.approx(first[start][1], abs=1e-5)
                 same += 1
