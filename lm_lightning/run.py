@@ -156,9 +156,18 @@ def find_run(path: str | Path) -> Path:
             return folder
     if not given.exists():
         raise UserError(f"the run folder {path} does not exist")
-    if runs := sorted(str(run) for kind in ("*/", "*/*/") for run in given.glob(kind) if is_run(run)):
-        raise UserError(f"{path} is not a run folder, but contains {len(runs)} of them: give one, such as {runs[-1]}")
+    refuse_parent(given)
     raise UserError(f"{path} is not a run folder: it has no config.yaml of a run")
+
+
+def refuse_parent(folder: Path) -> None:
+    """Refuses a folder of several runs, such as `runs/gpt`, in place of a run.
+
+    Raises:
+        UserError: Names one of the runs.
+    """
+    if runs := sorted(str(run) for kind in ("*/", "*/*/") for run in folder.glob(kind) if is_run(run)):
+        raise UserError(f"{folder} is not a run folder, but contains {len(runs)} of them: give one, such as {runs[-1]}")
 
 
 def is_run(folder: Path) -> bool:
@@ -175,7 +184,7 @@ def pretrained_name(name: str | Path, part: Literal["model", "tokenizer"] = "mod
         part: Which of the two to return for a run folder.
 
     Raises:
-        UserError: If it is a run that has no model because it has not finished.
+        UserError: If it is a run that has no model because it has not finished, or a folder of several runs.
     """
     folder = Path(name).expanduser()
     if not folder.is_dir():
@@ -190,6 +199,7 @@ def pretrained_name(name: str | Path, part: Literal["model", "tokenizer"] = "mod
             f"{name} is a run that has not finished, so it has no model/ yet: create it with "
             f"`python -m lm_lightning export {name}`"
         )
+    refuse_parent(folder)
     return str(folder)
 
 

@@ -72,6 +72,13 @@ def test_chat_remembers_and_ends(cli, run: Path, monkeypatch: pytest.MonkeyPatch
 def test_generate_refuses_what_is_no_model(cli, tmp_path: Path):
     with pytest.raises(UserError, match="neither a run folder nor a from_pretrained folder"):
         cli("generate", tmp_path, "--prompt", "a")
+    run = tmp_path / "runs" / "gpt" / "first"
+    run.mkdir(parents=True)
+    for name in ("config.yaml", "metrics.csv"):
+        (run / name).touch()
+    for arguments in (("generate", run.parent, "--prompt", "a"), ("validate", run.parent)):
+        with pytest.raises(UserError, match="gpt is not a run folder, but contains 1 of them: give one, such as .*first"):
+            cli(*arguments)
     (tmp_path / "novel.txt").write_text("words")
     with pytest.raises(UserError, match="novel.txt is a file, but must be the folder of a run or a model"):
         cli("generate", tmp_path / "novel.txt", "--prompt", "a")
