@@ -41,9 +41,8 @@ def test_no_position_sees_the_future(network):
         assert not torch.allclose(after[:, place], before[:, place], atol=1e-3)  # but it sees itself
 
 
+@pytest.mark.parametrize("network", ["gated_cnn"], indirect=True)
 def test_convolutions_see_as_many_tokens_as_documented(network):
-    if network.config.model_type != "gated_cnn":
-        pytest.skip("of convolutions")
     size = network.config.num_hidden_layers * (network.config.kernel_size - 1) + 1
     changed = TOKENS.clone()
     changed[:, 0] = 49

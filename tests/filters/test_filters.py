@@ -177,7 +177,7 @@ def test_c4_quality():
     assert judge(C4Quality(), good + " int main() {}.") == "braces"
     wrapped = good.replace("seven", "seven\n").replace("last", "last\n")
     assert judge(C4Quality(wrapped=True), wrapped) is None
-    assert judge(C4Quality(), wrapped) != wrapped
+    assert judge(C4Quality(), wrapped) == "min_sentences"
 
 
 def test_languages():

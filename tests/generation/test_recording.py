@@ -77,5 +77,7 @@ def test_networks_with_other_attention_or_weights_are_not_supported():
     window = {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 0}
     config = AutoConfig.for_model("qwen2", **SIZES["llama"], **window, vocab_size=97)
     assert not recording.supports(AutoModelForCausalLM.from_config(config))
-    assert not recording.supports(AutoModelForCausalLM.from_config(config, attn_implementation="eager"))
+    config = AutoConfig.for_model("llama", **SIZES["llama"], vocab_size=97)
+    assert recording.supports(AutoModelForCausalLM.from_config(config).eval())
+    assert not recording.supports(AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval())
     assert not recording.supports(made("gpt2").to("meta"))

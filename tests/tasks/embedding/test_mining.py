@@ -28,7 +28,7 @@ def test_they_are_searched_after_some_epochs():
 @pytest.mark.slow
 def test_two_processes_find_the_same(fit, recipe: Path):  # noqa: F811
     flags = ("--model.mining.every_n_epochs", 1, "--model.mining.first_epoch", 0, "--model.mining.negatives", 2)
-    flags += ("--model.mining.margin", 0)  # the network is not trained
+    flags += ("--model.mining.margin", 0)  # a new network ranks nothing well
     one = fit("--name", "one", "--model.gather_across_devices", "true", *flags)
     two_flags = ("--trainer.strategy", "ddp", "--trainer.devices", 2, "--data.batch_size", 8, "--name", "two")
     result = command("fit", "--config", recipe, "--model.gather_across_devices", "true", *flags, *two_flags)

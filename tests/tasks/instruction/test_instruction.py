@@ -281,7 +281,7 @@ def test_packs_are_full_and_have_each_conversation_once(tmp_path: Path):
     assert row["targets"].tolist() == [2, -100, 4, -100, 7, -100, -100]
 
 
-@pytest.mark.parametrize("packed", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.slow
 def test_a_run_resumes_bit_for_bit(packed: bool, fit, cli, recipe: Path):
     flags = ("--trainer.max_steps", 6, "--trainer.val_check_interval", 2, "--data.batch_size", 3, "--data.pack", packed)
