@@ -5,6 +5,7 @@ punctuation; those in more than ten training documents are ignored, as they are 
 """
 
 import functools
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Optional
@@ -60,10 +61,13 @@ class CorpusOverlap(CorpusFilter):
 
     def find(self, documents: Documents) -> Iterator[Finding | str]:
         groups, owners, hashes = self.table(documents)
-        path = documents.folder / "temporary-ngrams.npy"
-        np.save(path, hashes)
+        # Each filter has a new name for its table, as the processes remember the table of a name.
+        with tempfile.NamedTemporaryFile(
+            prefix="temporary-ngrams-", suffix=".npy", dir=documents.folder, delete=False
+        ) as table:
+            np.save(table, hashes)
         hits = documents.folder / "temporary-hits"
-        function = functools.partial(shared, path=str(path), sizes=self.sizes())
+        function = functools.partial(shared, path=table.name, sizes=self.sizes())
         with open(hits, "wb") as file:
             counts = np.fromiter(
                 (
@@ -180,6 +184,7 @@ class Contamination(CorpusOverlap):
         for name, path in self.files():
             options: dict[str, Any] = {"document": self.document, "text_column": self.text_column}
             benchmark = Corpus([str(path)], max_line=0, validation_fraction=0, test_fraction=0, **options)
+            benchmark.prefix = "filters.Contamination"  # for messages
             text = ""
             for piece in read(benchmark, path.parent):
                 text += piece.text

@@ -214,6 +214,8 @@ def test_overlap_with_other_splits_and_benchmarks(tmp_path: Path):
         "questions.jsonl: 2 of 4 examples (50.00%) were found; 1 have fewer than 8 words and cannot be found"
     ]
     assert len(apply(tmp_path / "d", [Contamination(**options)], texts)[0]) == len(texts) - 4
+    overlaps = [SplitOverlap(), Contamination(**options)]  # each with its own table
+    assert len(apply(tmp_path / "e", overlaps, texts)[0]) == len(texts) - 4
     before = Contamination(**options).identity()
     benchmark.write_text(json.dumps({"question": "another"}))
     assert Contamination(**options).identity() != before
