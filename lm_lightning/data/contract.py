@@ -170,7 +170,7 @@ def sample_ids(batch: Mapping[str, Any]) -> list[int]:
 
 def corpus_of(batch: Mapping[str, Any]) -> Optional[str]:
     """The corpus of a batch of evaluation; None if the data has no corpora."""
-    return next(iter(batch["corpus"]), None) if isinstance(batch, Mapping) and "corpus" in batch else None
+    return batch["corpus"][0] if isinstance(batch, Mapping) and batch.get("corpus") else None
 
 
 def rows(batch: Mapping[str, Any]) -> int:

@@ -81,7 +81,7 @@ class Documents:
                 if characters > LONGEST:
                     raise UserError(
                         f"the document {piece.name} has more than {LONGEST:,} characters, too many for filters, which "
-                        "hold a document in memory: choose smaller documents with --data.corpus.document"
+                        "hold a document in memory: choose smaller documents with the option `document` of the corpus"
                     )
                 if piece.last:
                     name = piece.name.encode(errors="replace")
@@ -92,8 +92,7 @@ class Documents:
                     splits.append(SPLITS.index(piece.split))
                     bar.update(size)
                     position, size, characters = position + size, 0, 0
-        self.offsets, self.sizes = np.frombuffer(offsets, np.int64).copy(), np.frombuffer(sizes, np.int64).copy()
-        self.labels, self.splits = np.frombuffer(labels, np.int64).copy(), np.frombuffer(splits, np.uint8).copy()
+        self.offsets, self.sizes, self.labels, self.splits = map(np.array, (offsets, sizes, labels, splits))
 
     def __len__(self) -> int:
         return len(self.splits)
@@ -136,7 +135,7 @@ class Documents:
 
         Yields:
             The number of each document and the function's result, in the order of the documents; those for which the
-            function returns None or something empty are omitted.
+            function returns None or an empty list are omitted.
         """
         numbers = np.flatnonzero(self.remaining if where is None else self.remaining & where)
         total = int(self.sizes[numbers].sum())
@@ -168,8 +167,8 @@ class Documents:
                 yield waiting.popleft().result()
         except BrokenProcessPool as error:
             raise UserError(
-                "a process that filters was killed, perhaps because memory ran out: use fewer with "
-                "--data.corpus.filter_processes"
+                "a process that filters was killed, perhaps because memory ran out: use fewer with the option "
+                "`filter_processes` of the corpus"
             ) from error
 
     def save(self) -> None:

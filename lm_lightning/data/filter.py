@@ -102,7 +102,6 @@ class CorpusFilter(Filter):
 
     def removable(self, documents: "Documents") -> "np.ndarray":
         """Whether each document may be found, (documents,) bool."""
-        allowed = documents.remaining & False
-        for split in self.splits:
-            allowed |= documents.splits == SPLITS.index(split)
-        return allowed & documents.remaining
+        import numpy as np
+
+        return documents.remaining & np.isin(documents.splits, [SPLITS.index(split) for split in self.splits])

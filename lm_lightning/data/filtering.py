@@ -192,8 +192,8 @@ def filter_corpus(
         if not (documents.remaining & (documents.splits == SPLITS.index("train"))).any():
             raise UserError(
                 f"no training document is left of {before['documents']:,} documents after the filters "
-                f"{', '.join(own['filter'] for own in report)}: remove some of --data.corpus.filters, or relax their "
-                "thresholds"
+                f"{', '.join(own['filter'] for own in report)}: remove some of the `filters` of the corpus, or relax "
+                "their thresholds"
             )
         documents.save()
     info = {"before": before, "after": documents.count(), "filters": report}

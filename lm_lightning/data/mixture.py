@@ -131,6 +131,8 @@ class Mixture:
         """
         if stage.temperature is None:
             return whole_numbers([stage.weights.get(name, 0) for name in self.names])
+        if not any(tokens.values()):  # as in an evaluation, whose corpora may have no training split
+            return (1,) * len(self.names)
         return whole_numbers([tokens[name] ** (1 / stage.temperature) for name in self.names])
 
     def shares(self, stage: MixtureStage, tokens: Mapping[str, int]) -> dict[str, float]:
@@ -229,9 +231,9 @@ def check_weights(where: str, weights: Mapping[str, float]) -> None:
 
 
 def check_temperature(option: str, temperature: Optional[float]) -> None:
-    """Refuses a temperature that is not positive; none is allowed."""
-    if temperature is not None and not (math.isfinite(temperature) and temperature > 0):
-        raise UserError(f"{option} is {temperature}, but must be greater than 0")
+    """Refuses a temperature at which the power of a number of tokens could overflow; none is allowed."""
+    if temperature is not None and not (math.isfinite(temperature) and temperature >= 0.1):
+        raise UserError(f"{option} is {temperature}, but must be 0.1 or more")
 
 
 class TokenCount(int):
@@ -283,7 +285,7 @@ def train_tokens(parts: Mapping[str, Prepared]) -> dict[str, int]:
 
 def joined_size(splits: Sequence[Split]) -> JoinedSize:
     """The size of a split of all corpora; the first token of each is not a target."""
-    targets = sum(len(split.tokens) - 1 for split in splits)
+    targets = sum(max(0, len(split.tokens) - 1) for split in splits)
     return JoinedSize(TokenCount(targets + 1), sum(split.bytes for split in splits))
 
 

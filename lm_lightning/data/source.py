@@ -61,7 +61,7 @@ class Source:
             "filters": self._info["filters"],
         }
 
-    @property
+    @functools.cached_property
     def _info(self) -> dict[str, Any]:
         assert self.filtered is not None
         return json.loads((self.filtered / "info.json").read_text(encoding="utf-8"))

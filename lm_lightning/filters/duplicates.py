@@ -45,7 +45,7 @@ class ExactDuplicates(CorpusFilter):
         return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little"), text_hash(document.text)
 
     def find(self, documents: Documents) -> Iterator[Finding | str]:
-        measured = ((number, *hashes) for number, hashes in documents.map(self.measure) if hashes is not None)
+        measured = ((number, *hashes) for number, hashes in documents.map(self.measure))
         records = np.fromiter(measured, RECORD)
         numbers = records["number"]
         preferred = longest_first(documents.sizes[numbers], documents.splits[numbers], records["text"])

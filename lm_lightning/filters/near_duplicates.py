@@ -85,10 +85,9 @@ class NearDuplicates(CorpusFilter):
         with open(path, "wb") as file:
 
             def written() -> Iterator[tuple[int, int]]:
-                for number, result in documents.map(self.signature):
-                    if result is not None:
-                        file.write(result[0])
-                        yield number, result[1]
+                for number, (signature, text) in documents.map(self.signature):
+                    file.write(signature)
+                    yield number, text
 
             records = np.fromiter(written(), record)
         if not len(records):

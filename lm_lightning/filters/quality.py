@@ -73,11 +73,8 @@ class GopherQuality(Filter):
         self.min_mean_word, self.max_mean_word = min_mean_word, max_mean_word
         self.max_hashes, self.max_ellipses = max_hashes, max_ellipses
         self.max_bullet_lines, self.max_ellipsis_lines = max_bullet_lines, max_ellipsis_lines
-        self.min_alphabetic, self.min_stop_words, self.stop_words = (
-            min_alphabetic,
-            min_stop_words,
-            list(stop_words or ()),
-        )
+        self.min_alphabetic, self.min_stop_words = min_alphabetic, min_stop_words
+        self.stop_words = list(stop_words or ())
         self.wrapped = wrapped
 
     def check(self) -> None:

@@ -22,6 +22,8 @@ CONFUSED = 60  # labels of a confusion matrix
 def corpora(run: Run) -> str:
     """What a mixture consisted of so far, and how well each corpus was predicted in the last validation."""
     names = list(dict.fromkeys(name.split("/")[1] for name in run.metrics if USED.fullmatch(name)))
+    if not names:
+        return ""
     columns = {
         "training tokens": lambda name: amount(run.data.get(f"corpora.{name}.splits.train.tokens", "")),
         "tokens used": lambda name: last(run, f"corpora/{name}/tokens", "{:,.0f}"),
@@ -36,8 +38,8 @@ def corpora(run: Run) -> str:
         "</tr>"
         for name in names
     )
-    table = f'<table class="numbers"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
-    return names and f'<div class="scroll">{table}</div>' or ""
+    rows = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
+    return f'<div class="scroll"><table class="numbers">{rows}</table></div>'
 
 
 def last(run: Run, metric: str, shown: str) -> str:

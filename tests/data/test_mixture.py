@@ -193,7 +193,7 @@ def test_all_ranks_together_evaluate_each_token_once_in_batches_of_one_corpus(te
         ({"weights": (float("nan"), 1)}, "the weight of small is nan"),
         ({"weights": (0, 0)}, "all weights are 0"),
         ({"weights": (1, 1), "temperature": 2.0}, "data.temperature is given: omit one"),
-        ({"temperature": 0.0}, "data.temperature is 0.0, but must be greater than 0"),
+        ({"temperature": 0.01}, "data.temperature is 0.01, but must be 0.1 or more"),
         (
             {"stages": [MixtureStage(5, {"huge": 1})]},
             "data.stages.0 has a weight for 'huge', but the corpora are big, s",
