@@ -55,7 +55,7 @@ def hub_content(name: str, config: Optional[str], split: str, revision: Optional
         dataset = datasets.load_dataset(name, config, split=split, revision=revision, streaming=False)
         files = [Path(file["filename"]) for file in getattr(dataset, "cache_files", [])]
     except Exception:  # `hub_rows` reports it
-        return ""
+        return f"{name} {config} {split} {revision}"
     if files:
         return " ".join(cached.content(file, cache) for file in files)
     digest = hashlib.sha256()

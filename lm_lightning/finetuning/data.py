@@ -309,8 +309,9 @@ class LabelledData(StreamData):
             UserError: If neither the training split nor the network has labels, or they have different ones and the
                 network is only evaluated.
         """
-        one = cells.merged(set(labels))
-        found = {one.get(name, name) for name in labels}
+        found = set(labels)
+        one = cells.merged(found)
+        found = {one.get(name, name) for name in found}
         own, names = self.trainer.lightning_module.own_labels(), sorted(found)
         if self.reads_labels and len(names) < 2:
             raise UserError(f"the training split has {len(names)} label, but must have 2 or more")

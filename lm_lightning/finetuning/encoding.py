@@ -29,7 +29,7 @@ from lm_lightning.finetuning.store import Field, Store, StoreWriter
 from lm_lightning.finetuning.tables import Row
 
 FORMAT = 1  # part of every fingerprint: increase it when the meaning of the files changes
-ROWS = 4096  # rows that are tokenized at once, unless they have more
+ROWS = 4096  # rows that are tokenized at once; fewer if they have more than CHARACTERS
 CHARACTERS = 1 << 22
 INPUTS = "inputs"  # name of the notes with the rows of `predict`
 READING = ("header", "delimiter", "quoting", "encoding", "encoding_errors", "validation_fraction")  # options of tables
@@ -75,6 +75,8 @@ def encoded(data: Any, split: str) -> Encoded:
         tokenizer_fingerprint(data.tokenizer),
         data.tokenizer.chat_template,
         data.tokenizer.padding_side,
+        data.tokenizer.truncation_side,
+        data.tokenizer.model_input_names,
         transformers.__version__,
         tokenizers.__version__,
     ]

@@ -4,7 +4,7 @@ Each split of a table is a folder of the cache:
 
     <cache>/tables/<fingerprint>/info.json        fields with their types, counts, notes, sizes and checksums
                                  <field>.values   the values of all examples, concatenated
-                                 <field>.starts   int64, where each example begins in them, and the end; not of numbers
+                                 <field>.starts   int64, where each example begins in them; not of numbers
 """
 
 import hashlib
@@ -56,7 +56,7 @@ class Column:
     """
 
     def __init__(self, folder: Path, name: str, field: Field, stack: ExitStack) -> None:
-        self.field, self.digest, self.end = field, hashlib.blake2b(digest_size=16), 0
+        self.name, self.field, self.digest, self.end = name, field, hashlib.blake2b(digest_size=16), 0
         self.values = stack.enter_context((folder / f"{name}.values").open("wb"))
         self.starts: Any = None
         if field.has_starts:
@@ -72,8 +72,12 @@ class Column:
             sizes = list(map(len, items))
             data = np.fromiter(chain.from_iterable(items), self.field.dtype, sum(sizes)).tobytes()
         else:
-            sizes = [item.numel() for item in items]
-            data = torch.cat([item.reshape(-1) for item in items]).numpy().tobytes()
+            joined = torch.cat([item.reshape(-1) for item in items]).numpy()
+            if str(joined.dtype) != self.field.dtype:
+                raise TypeError(
+                    f"{self.name} of an example is {joined.dtype}, but {self.field.dtype} in other examples"
+                )
+            sizes, data = [item.numel() for item in items], joined.tobytes()
         self.write(self.values, data)
         if self.starts is not None:
             ends = list(accumulate(sizes, initial=self.end))[1:]
@@ -126,10 +130,6 @@ class StoreWriter:
     def add(self, examples: list[dict[str, Any]]) -> None:
         """Appends examples, which all must have the same keys."""
         for name, value in (examples[0] if examples else {}).items():
-            if isinstance(value, torch.Tensor) and self.rows and name in self.columns:
-                expected = self.columns[name].field.dtype
-                if str(value.numpy().dtype) != expected:
-                    raise TypeError(f"{name} of an example is {value.dtype}, but {expected} in other examples")
             self.column(name, self.field(name, value)).add([example[name] for example in examples])
         self.rows += len(examples)
 
@@ -274,7 +274,7 @@ def content_of(rows: Any) -> str:
 
 def mapped(file: Path, dtype: str) -> np.ndarray:
     """The content of a file; an empty one cannot be mapped."""
-    return np.memmap(file, dtype, "r") if file.stat().st_size else np.empty(0, dtype)
+    return np.asarray(np.memmap(file, dtype, "r")) if file.stat().st_size else np.empty(0, dtype)
 
 
 def check(folder: Path) -> None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers.generation.streamers import BaseStreamer
 
 SLOTS = 128  # sizes of the cache are multiples of it, so that a recorded step serves prompts of several lengths
-PATIENCE = 100  # steps before a recording, whose time 80 to 340 further steps save: short generations do without
+PATIENCE = 100  # steps before a recording, which pays off after 80 to 340 further steps: short generations have none
 SHARED = 16  # least number of tokens at the beginning of all prompts for which sharing them pays
 KEPT = 4  # kinds of steps of a network that are kept
 COPIES = 2 << 30  # maximum size in bytes of the copies of a network's matrices for one kind of step

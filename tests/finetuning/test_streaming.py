@@ -97,6 +97,11 @@ def test_whatever_changes_the_examples_tokenizes_again(table: Path, tokenizer: s
     others = [made(table, tokenizer, least=3), made(table, tokenizer, max_length=20)]
     table.write_text(table.read_text().replace("ship", "boat") + table.read_text().splitlines()[0] + "\n")
     others.append(made(table, tokenizer))
+    for name, value in (("model_input_names", ["input_ids", "attention_mask"]), ("truncation_side", "left")):
+        copy = Path(shutil.copytree(tokenizer, table.parent / name))
+        settings = json.loads((copy / "tokenizer_config.json").read_text())
+        (copy / "tokenizer_config.json").write_text(json.dumps(settings | {name: value}))
+        assert hasattr(made(table, str(copy)), "seen"), name
     monkeypatch.setattr(encoding, "code", lambda *_: "changed")
     assert hasattr(made(table, tokenizer), "seen")
     assert len({data.identity()["training rows"] for data in (first, *others)}) == 4

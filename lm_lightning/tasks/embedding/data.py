@@ -145,7 +145,7 @@ class PairData(LabelledData):
         return super().load_tokenizer()
 
     def encoding_options(self, split: str) -> Any:
-        return [self.prompts.query, self.prompts.document]
+        return [self.prompts.query, self.prompts.document, self.of_retrieval(split)]
 
     def make_collate(self) -> Callable[[list[dict]], dict]:
         return functools.partial(collate_pairs, self.tokenizer)
@@ -169,6 +169,10 @@ class PairData(LabelledData):
         """Whether the rows of a split are the documents and queries of `retrieval`."""
         return split in ("validation", "test") and getattr(self.retrieval, split) is not None
 
+    def of_retrieval(self, split: str) -> bool:
+        """Whether the rows of a split are those of `retrieval`, not of the tables."""
+        return self.searches(split) or (split == "predict" and self.embeds_corpus())
+
     def embeds_corpus(self) -> bool:
         """Whether the rows to predict are the corpus of `retrieval`."""
         return bool(self.retrieval.corpus) and not (self.tables.predict or self.tables.test)
@@ -184,8 +188,7 @@ class PairData(LabelledData):
         return [path for name in names if name for _, path in expand(name)]
 
     def hub_content(self, split: str, folder: Path) -> list[str]:
-        own = self.searches(split) or (split == "predict" and self.embeds_corpus())
-        return [] if own else super().hub_content(split, folder)
+        return [] if self.of_retrieval(split) else super().hub_content(split, folder)
 
     def read(self, split: str, report: ReadReport) -> Iterator[Row]:
         """The rows of a split: of the tables, or the documents and then the queries of `retrieval`, with `_id`."""
@@ -257,7 +260,7 @@ class PairData(LabelledData):
 
     def encode(self, split: str, rows: list[Row]) -> list[dict]:
         """Tokenizes all texts of rows; rows of a search and of `predict` have one text each."""
-        searched = self.searches(split) or (split == "predict" and self.embeds_corpus())
+        searched = self.of_retrieval(split)
         alone = searched or split == "predict"
         column = self.columns.text
         first = [row[column] if searched else row.text(column) for row in rows]

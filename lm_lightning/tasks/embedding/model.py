@@ -142,6 +142,8 @@ class SentenceEncoder(LanguageModule):
             mined = self.mined["rows"]
         if mined is not examples.mined:
             examples.mined = mined
+            if mined is not None:
+                examples.texts()  # once, before the workers get copies
             if data.num_workers:
                 restart_workers(self.trainer)
 

@@ -136,14 +136,17 @@ class InstructionData(LabelledData):
             said.append(str(turn.get("content")))
         return "\n".join(said)
 
+    def setup(self, stage: str) -> None:
+        if stage == "predict" and not hasattr(self.trainer.lightning_module, "answers"):
+            raise UserError("predict writes answers, which needs the model InstructionLM")
+        super().setup(stage)
+
     def encoding_options(self, split: str) -> Any:
         return encoding.code(ChatFormat)
 
     def encode(self, split: str, rows: list[Row]) -> list[dict]:
         """Has `tokens` and `is_target`, see `TokenizedConversations`."""
         if split == "predict":
-            if not hasattr(self.trainer.lightning_module, "answers"):
-                raise UserError("predict writes answers, which needs the model InstructionLM")
             asked = [self.question(row) for row in rows]
             return [{"tokens": ids, "is_target": torch.zeros(len(ids), dtype=torch.bool)} for ids in asked]
         unknown, examples = unknown_id(self.tokenizer), list[dict]()

@@ -22,6 +22,9 @@ class TokenizedConversations:
         self.store, self.bounds = store, store.starts["tokens"]
         self.tokens, self.is_target = store.values["tokens"], store.values["is_target"]
 
+    def __reduce__(self) -> tuple:  # a process to which it is sent maps the files itself
+        return type(self), (self.store,)
+
     def __len__(self) -> int:
         return len(self.bounds) - 1
 
@@ -45,7 +48,7 @@ class TokenizedConversations:
 
 
 class Questions(TokenizedConversations):
-    """Conversations to be continued, all tokens of which are inputs."""
+    """Conversations to be continued: all their tokens are inputs."""
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         ids = self.tokens[self.bounds[number] : self.bounds[number + 1]].astype(np.int64)
