@@ -179,7 +179,7 @@ def softmax_loss(logits: Tensor, targets: Tensor, bias: Optional[Tensor], buffer
     p = buffer.gather(1, index)
     log_p = p.log()
     if (p < LEAST).any():  # its logarithm is not exact
-        scores = logits.float() if bias is None else logits + bias
+        scores = logits.float() if bias is None else logits.float() + bias
         log_p = torch.where(p < LEAST, torch.log_softmax(scores, 1, torch.float32).gather(1, index), log_p)
     if train:
         buffer.scatter_(1, index, torch.where(none, p, p - 1))

@@ -16,6 +16,8 @@ from lm_lightning.networks import blocks
 
 SMALL = 1 << 17  # elements of a matrix; the products of larger ones are as fast one at a time on a CPU
 
+TOGETHER = 1 << 25  # elements of the matrices that are updated at once, which bounds the memory
+
 OptimizerFactory = Callable[[Iterable], torch.optim.Optimizer]
 
 
@@ -184,7 +186,11 @@ def batches(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
         if parameter.grad is not None and small and not isinstance(parameter, DTensor):
             key = (parameter.shape, parameter.dtype, parameter.grad.dtype, parameter.device)
             found.setdefault(key, []).append(parameter)
-    return [group for group in found.values() if len(group) > 1]
+    parts = []
+    for group in found.values():
+        size = max(1, TOGETHER // group[0].numel())
+        parts += [group[i : i + size] for i in range(0, len(group), size)]
+    return [part for part in parts if len(part) > 1]
 
 
 def orthogonalize(matrices: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:

@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lm_lightning.baselines.network import CausalNetwork, locked_dropout
+from lm_lightning.baselines.network import CausalNetwork, check_settings, locked_dropout
 
 
 class GatedCNNConfig(PreTrainedConfig):
@@ -45,11 +45,7 @@ class GatedCNNConfig(PreTrainedConfig):
         self.vocab_size, self.hidden_size, self.num_hidden_layers = vocab_size, hidden_size, num_hidden_layers
         self.kernel_size, self.dropout = kernel_size, dropout
         self.initializer_range, self.use_cache = initializer_range, use_cache
-        for name in ("num_hidden_layers", "kernel_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, but must be 1 or more")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout is {dropout}, but must be at least 0 and below 1")
+        check_settings(self, ("num_hidden_layers", "kernel_size"), ("dropout",))
         super().__init__(tie_word_embeddings=tie_word_embeddings, **options)
 
 
@@ -72,14 +68,12 @@ class GatedConvolution(GradientCheckpointingLayer):
         self.kernel_size, self.dropout = kernel_size, dropout
 
     def reset_weights(self) -> None:
-        """Gives the layer new weights."""
+        """Gives the convolution new weights."""
         init.normal_(self.convolution.weight, std=self.convolution.in_features**-0.5)
         init.zeros_(self.convolution.bias)
-        init.ones_(self.norm.weight)
-        init.zeros_(self.norm.bias)
 
     def forward(self, inputs: Tensor, before: Optional[Tensor]) -> tuple[Tensor, Tensor]:
-        """Outputs, (B, T, H), and the last K - 1 normalized inputs, (B, K - 1, H), or 0 where there are fewer.
+        """Outputs, (B, T, H), and the normalized inputs with the K - 1 before them, (B, K - 1 + T, H).
 
         Args:
             inputs: (B, T, H) float.
@@ -106,11 +100,6 @@ class GatedCNN(nn.Module):
             for _ in range(config.num_hidden_layers)
         )
         self.norm = nn.LayerNorm(config.hidden_size)
-
-    def reset_weights(self) -> None:
-        """Gives the last norm new weights."""
-        init.ones_(self.norm.weight)
-        init.zeros_(self.norm.bias)
 
     def forward(
         self, tokens: Tensor, lengths: Optional[Tensor], state: Optional[tuple[Tensor, ...]]

@@ -50,7 +50,7 @@ def discounts_of(found: list[int]) -> tuple[tuple[float, float, float], bool]:
         one, two, three, four = found
         share = one / (one + 2 * two)
         values = (1 - 2 * share * two / one, 2 - 3 * share * three / two, 3 - 4 * share * four / three)
-        if all(0 <= value <= count for count, value in enumerate(values, start=1)):
+        if all(0 < value <= count for count, value in enumerate(values, start=1)):  # 0 leaves nothing for unseen tokens
             return values, True
     return FALLBACK, False
 

@@ -10,7 +10,7 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lm_lightning.baselines.compat import lstm
-from lm_lightning.baselines.network import CausalNetwork, locked_dropout
+from lm_lightning.baselines.network import CausalNetwork, check_settings, locked_dropout
 
 
 class AWDLSTMConfig(PreTrainedConfig):
@@ -55,11 +55,8 @@ class AWDLSTMConfig(PreTrainedConfig):
         self.embedding_dropout, self.input_dropout = embedding_dropout, input_dropout
         self.layer_dropout, self.output_dropout, self.weight_dropout = layer_dropout, output_dropout, weight_dropout
         self.initializer_range, self.use_cache = initializer_range, use_cache
-        for name in ("embedding_dropout", "input_dropout", "layer_dropout", "output_dropout", "weight_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 0 and below 1")
-        if num_hidden_layers < 1:
-            raise ValueError(f"num_hidden_layers is {num_hidden_layers}, but must be 1 or more")
+        dropouts = ("embedding_dropout", "input_dropout", "layer_dropout", "output_dropout", "weight_dropout")
+        check_settings(self, ("num_hidden_layers",), dropouts)
         super().__init__(tie_word_embeddings=tie_word_embeddings, **options)
 
 
@@ -107,11 +104,6 @@ class AWDLSTM(nn.Module):
         sizes = [config.hidden_size] + [config.recurrent_size] * (config.num_hidden_layers - 1) + [config.hidden_size]
         self.layers = nn.ModuleList(LSTMLayer(i, o, config.weight_dropout) for i, o in zip(sizes, sizes[1:]))
         self.norm = nn.LayerNorm(config.hidden_size)  # else, small outputs make embeddings learn slowly
-
-    def reset_weights(self) -> None:
-        """Gives the last norm new weights."""
-        init.ones_(self.norm.weight)
-        init.zeros_(self.norm.bias)
 
     def forward(
         self, tokens: Tensor, lengths: Optional[Tensor], state: Optional[tuple[Tensor, ...]]

@@ -1,5 +1,6 @@
 """What the recurrent and the convolutional network share: embeddings, head, documents, and the state in generation."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Optional, Union
 
@@ -50,12 +51,36 @@ class CausalOutput(ModelOutput):
     state: Optional[State] = None
 
 
-class CausalNetwork(PassesState, PreTrainedModel, GenerationMixin):  # type: ignore[misc]
-    """Base class of networks that are not transformers, with `body`, a module that has `embed_tokens`.
+def check_settings(config: PreTrainedConfig, counts: Sequence[str], shares: Sequence[str]) -> None:
+    """Refuses settings of a network.
 
-    `body(tokens, lengths, layers)` reads tokens, (B, T) int64, of which the first `lengths`, (B,) int64 on the CPU, of
-    each row are no padding (None for all), after what the `layers` of a state have read (None for nothing). It returns
-    its last hidden states, (B, T, H), and the layers of its new state.
+    Raises:
+        ValueError: If one of the `counts` is below 1, or one of the `shares` is not at least 0 and below 1.
+    """
+    for name in counts:
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} is {getattr(config, name)}, but must be 1 or more")
+    for name in shares:
+        if not 0 <= getattr(config, name) < 1:
+            raise ValueError(f"{name} is {getattr(config, name)}, but must be at least 0 and below 1")
+
+
+class OwnNetwork(PassesState, PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+    """Base class of the networks of this package, which `transformers` does not have."""
+
+    @classmethod
+    def register(cls) -> None:
+        """Makes the auto classes of `transformers` know this network."""
+        AutoConfig.register(cls.config_class.model_type, cls.config_class, exist_ok=True)
+        AutoModelForCausalLM.register(cls.config_class, cls, exist_ok=True)
+
+
+class CausalNetwork(OwnNetwork):
+    """Base class of the recurrent and the convolutional network, with `body`, a module that has `embed_tokens`.
+
+    `body(tokens, lengths, layers)` reads tokens, (B, T) int64. In each row, the first `lengths`, (B,) int64 on the CPU,
+    are tokens and the others padding (None: there is none). It continues after what the `layers` of a state have read
+    (None: nothing), and returns its last hidden states, (B, T, H), and the layers of its new state.
 
     `position_ids` separate packed documents as for transformers: what follows a position that is not the previous one
     plus 1 does not see what is before. Padding, for which `attention_mask` is 0, is not read.
@@ -73,23 +98,11 @@ class CausalNetwork(PassesState, PreTrainedModel, GenerationMixin):  # type: ign
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
         self.post_init()
 
-    @classmethod
-    def register(cls) -> None:
-        """Makes the auto classes of `transformers` know this network."""
-        AutoConfig.register(cls.config_class.model_type, cls.config_class, exist_ok=True)
-        AutoModelForCausalLM.register(cls.config_class, cls, exist_ok=True)
-
     def get_input_embeddings(self) -> nn.Embedding:
         return self.body.embed_tokens
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.body.embed_tokens = value
-
-    def get_output_embeddings(self) -> nn.Linear:
-        return self.lm_head
-
-    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
-        self.lm_head = new_embeddings
 
     def forward(
         self,
@@ -117,16 +130,16 @@ class CausalNetwork(PassesState, PreTrainedModel, GenerationMixin):  # type: ign
             options: Other options of `transformers`, which have no effect.
         """
         use_cache = use_cache if use_cache is not None else not self.training and self.config.use_cache
-        segments = find_segments(position_ids, attention_mask) if state is None else None
+        segments = None
+        if state is None:
+            positions = None if position_ids is None else position_ids.expand_as(input_ids)
+            segments = find_segments(positions, attention_mask)
         tokens, lengths = (input_ids, None) if segments is None else (segments.split(input_ids), segments.lengths)
         hidden, layers = self.body(tokens, lengths, None if state is None else state.layers)
         if segments is not None:
             hidden, layers = segments.join(hidden), tuple(layer[segments.last] for layer in layers)
         logits = self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
-        loss = None
-        if labels is not None:
-            targets = F.pad(labels, (0, 1), value=-100)[:, 1:].flatten()
-            loss = F.cross_entropy(logits.flatten(0, 1).float(), targets)
+        loss = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size)
         new = None
         if use_cache:
             read = input_ids if state is None else torch.cat([state.tokens, input_ids], dim=1)
@@ -155,6 +168,9 @@ class CausalNetwork(PassesState, PreTrainedModel, GenerationMixin):  # type: ign
             reset()
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=self.config.initializer_range)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
         elif module is self.lm_head:
             init.zeros_(module.bias)
 

@@ -4,12 +4,6 @@ Importing this module registers them with `transformers`, so that `AutoModelForC
 of them, without remote code.
 """
 
-from lm_lightning.baselines.cnn import GatedCNNConfig, GatedCNNForCausalLM
-from lm_lightning.baselines.lstm import AWDLSTMConfig, AWDLSTMForCausalLM
-from lm_lightning.baselines.ngram import NGramConfig, NGramForCausalLM
+from lm_lightning import features
 
-__all__ = ["AWDLSTMConfig", "AWDLSTMForCausalLM", "GatedCNNConfig", "GatedCNNForCausalLM"]
-__all__ += ["NGramConfig", "NGramForCausalLM"]
-
-for network in (AWDLSTMForCausalLM, GatedCNNForCausalLM, NGramForCausalLM):
-    network.register()
+features.register_networks()

@@ -6,13 +6,12 @@ from typing import Any, Optional, Union
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 from transformers import initialization as init
 
-from lm_lightning.baselines.compat import PassesState
 from lm_lightning.baselines.counts import MAX_ORDER
 from lm_lightning.baselines.kneser_ney import Tables
-from lm_lightning.baselines.network import CausalOutput
+from lm_lightning.baselines.network import CausalOutput, OwnNetwork
 from lm_lightning.baselines.segments import places
 
 
@@ -43,7 +42,7 @@ class NGramConfig(PreTrainedConfig):
         super().__init__(**options | {"tie_word_embeddings": False})
 
 
-class NGramForCausalLM(PassesState, PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+class NGramForCausalLM(OwnNetwork):
     """Probabilities of the next token after up to `order - 1` tokens, see `kneser_ney`.
 
     Without counts, all tokens are equally probable. Logits are log-probabilities.
@@ -58,17 +57,8 @@ class NGramForCausalLM(PassesState, PreTrainedModel, GenerationMixin):  # type: 
         self.resize(config.sizes)
         self.post_init()
 
-    @classmethod
-    def register(cls) -> None:
-        """Makes the auto classes of `transformers` know this network."""
-        AutoConfig.register(NGramConfig.model_type, NGramConfig, exist_ok=True)
-        AutoModelForCausalLM.register(NGramConfig, cls, exist_ok=True)
-
     def get_input_embeddings(self) -> nn.Embedding:
         return self.unigrams
-
-    def get_output_embeddings(self) -> None:
-        return None
 
     def resize_token_embeddings(self, *args: Any, **options: Any) -> Any:
         """An n-gram model has no probabilities for other tokens than those that it has counted.
@@ -187,9 +177,7 @@ class NGramForCausalLM(PassesState, PreTrainedModel, GenerationMixin):  # type: 
         if logits_to_keep:
             windows, known = windows[:, -logits_to_keep:], known[:, -logits_to_keep:]
         logits = self.probabilities(windows.flatten(0, 1), known.flatten()).log().view(*known.shape, -1)
-        loss = None
-        if labels is not None:
-            loss = F.cross_entropy(logits.flatten(0, 1), F.pad(labels, (0, 1), value=-100)[:, 1:].flatten())
+        loss = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size)
         output = CausalOutput(loss=loss, logits=logits)
         return output if return_dict is not False else output.to_tuple()
 

@@ -44,7 +44,7 @@ def find_segments(position_ids: Optional[Tensor], attention_mask: Optional[Tenso
     """The segments of a batch; None if each row is one segment without padding.
 
     Args:
-        position_ids: (B, T) or (1, T) int64: a segment begins where a position is not the previous one plus 1.
+        position_ids: (B, T) int64: a segment begins where a position is not the previous one plus 1.
         attention_mask: (B, T): 0 for padding.
 
     Raises:
@@ -61,14 +61,9 @@ def find_segments(position_ids: Optional[Tensor], attention_mask: Optional[Tenso
         real = torch.ones_like(position_ids, dtype=torch.bool)
     else:
         real = attention_mask.bool()
-        position_ids = position_ids if position_ids is None else position_ids.expand_as(real)
         if not bool(real.any(1).all()):
             raise ValueError("a row of the batch consists of padding only")
-    begins = torch.ones_like(real)
-    begins[:, 1:] = ~real[:, :-1]
-    if position_ids is not None:
-        begins[:, 1:] |= position_ids[:, 1:] != position_ids[:, :-1] + 1
-    begins &= real
+    begins = beginnings(real, position_ids) & real
     number = begins.flatten().cumsum(0) - 1  # of the segment of each position
     index = torch.arange(number.numel(), device=number.device)
     first = index[begins.flatten()]
@@ -88,6 +83,20 @@ def find_segments(position_ids: Optional[Tensor], attention_mask: Optional[Tenso
     )
 
 
+def beginnings(real: Tensor, position_ids: Optional[Tensor]) -> Tensor:
+    """Whether a segment begins at each position, (B, T) bool; padding may have any value.
+
+    Args:
+        real: Whether a position is a token, not padding, (B, T) bool.
+        position_ids: See `find_segments`; also (1, T).
+    """
+    begins = torch.ones_like(real)
+    begins[:, 1:] = ~real[:, :-1]
+    if position_ids is not None:
+        begins[:, 1:] |= position_ids[:, 1:] != position_ids[:, :-1] + 1
+    return begins
+
+
 def places(input_ids: Tensor, position_ids: Optional[Tensor], attention_mask: Optional[Tensor]) -> Tensor:
     """The number of tokens before each position in its segment, (B, T) int64; see `find_segments`.
 
@@ -96,11 +105,7 @@ def places(input_ids: Tensor, position_ids: Optional[Tensor], attention_mask: Op
         position_ids: (B, T) or (1, T) int64, or None.
         attention_mask: (B, T), or None.
     """
-    begins = torch.zeros_like(input_ids, dtype=torch.bool)
-    begins[:, :1] = True
-    if position_ids is not None:
-        begins[:, 1:] |= position_ids[:, 1:] != position_ids[:, :-1] + 1
-    if attention_mask is not None:
-        begins[:, 1:] |= attention_mask[:, :-1] == 0
+    real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    begins = beginnings(real, position_ids)
     index = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(begins)
     return index - torch.where(begins, index, 0).cummax(1).values

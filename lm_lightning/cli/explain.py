@@ -301,17 +301,14 @@ def wrong_class(text: str, match: re.Match, arguments: list[str]) -> str:
     given = match.groupdict()
     name = next((given[key] for key in ("name", "path", "value", "kind", "other") if given[key]), "")
     name = name or given_value(text[match.start() :])
-    known_base = BASES.get(option.rpartition(".")[2])
+    last = option.rpartition(".")[2]
+    known_base = BASES.get(last)
     base: Any = pydoc.locate(known_base) if known_base else None
     close = difflib.get_close_matches(name.rpartition(".")[2], subclasses(base) if base else (), n=1)
-    hint = (
-        f"use one of {', '.join(own_classes(base))}"
-        if option.rpartition(".")[2] in ("model", "data", "filters")
-        else ""
-    )
+    hint = f"use one of {', '.join(own_classes(base))}" if last in ("model", "data", "filters") else ""
     hint = f"did you mean {close[0]}?" if close else hint
     why = "" if close or not given["why"] else f" ({' '.join(given['why'].split())})"
-    if base is None and option.rpartition(".")[2] not in ("plugins", "strategy", "accelerator"):
+    if base is None and last not in ("plugins", "strategy", "accelerator"):
         return f"{place(option, arguments)} is {shown(name)}, but must have options by name, such as {{name: value}}"
     what = f"subclass of {base.__name__}" if base else "class"
     return f"{place(option, arguments)} is {shown(name)}, which is not a {what}{why}: " + (

@@ -26,7 +26,11 @@ def print_help(command: str, make: Callable[[], Any]) -> None:
     saved. There is one for each width of the terminal.
     """
     width = shutil.get_terminal_size().columns
-    file, key = Path(FOLDER).expanduser() / f"{command}-{width}.txt", key_of(command)
+    try:
+        folder = Path(FOLDER).expanduser()
+    except RuntimeError:  # there is no home folder
+        return make()
+    file, key = folder / f"{command}-{width}.txt", key_of(command)
     with contextlib.suppress(OSError, ValueError):
         saved, _, text = file.read_text(encoding="utf-8").partition("\n")
         if saved == key:

@@ -75,7 +75,7 @@ class Deferred(Loader):
 
     def read(self, module: ModuleType, name: str) -> Any:
         """A value of a module that is not executed yet."""
-        if name.startswith("__"):
+        if name.startswith("__") and name not in ("__version__", "__all__"):
             raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
         if module.__name__ == PLOTS and name.isupper():  # a type
             return object

@@ -1,10 +1,11 @@
 """Writes the figures of measurements into docs/speed.md: `python scripts/bench/table.py RESULTS.txt ...`.
 
-Each file has the output of `python scripts/bench`, of which the lines of JSON are read. Measurements on a machine that
+Each file has the output of `python scripts/bench`, whose lines of JSON are read. Measurements on a machine that
 was busy with other work are marked as preliminary.
 """
 
 import json
+import statistics
 import sys
 from pathlib import Path
 
@@ -24,14 +25,13 @@ def rows(found: dict) -> list[str]:
         if name == found["reference"]:
             continue
         for metric in dict.fromkeys(metric for run in runs for metric in run):
-            values = sorted(run[metric] for run in runs if metric in run)
+            median = statistics.median(run[metric] for run in runs if metric in run)
             ratio = found["ratios"].get(name, {}).get(metric)
             shown = (
                 f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f}) to {found['reference']}"
                 if ratio
                 else ""
             )
-            median = values[len(values) // 2]
             lines.append(f"| {found['kind']}{note}: {what} | {name}: {metric} | {median:,.4g} | {shown} |")
     return lines
 

@@ -143,7 +143,8 @@ def time_to_loss(
                 rate = prepared.peer(peer, 15, 5, peer_options)["tokens_per_s"] / prepared.tokens_per_step
                 found = prepared.peer(peer, max(2, round(seconds * rate)), 0, peer_options, seed)
                 loss = held_out_loss(prepared, found["run"])
-                results["peer"].append({"loss nats": loss, "time to that loss s": found["seconds"]})
+                timed = {"time to that loss s": found["seconds"]} if goal is None else {}  # it stopped at another loss
+                results["peer"].append({"loss nats": loss} | timed)
                 reach = loss if goal is None else goal
             points = []
             for share in shares:
