@@ -92,7 +92,7 @@ def estimate(levels: Mapping[int, np.ndarray], vocab_size: int, folder: Path, li
 def add_level(
     tables: Tables, rows: np.ndarray, level: int, parents: int, vocab_size: int, folder: Path, limit: int
 ) -> None:
-    """Adds the n-grams of `level` tokens to the tables, of which the first tokens are one of `parents` n-grams."""
+    """Adds the n-grams of `level` tokens to the tables; their first tokens are one of `parents` n-grams."""
 
     def array(name: str, size: int, kind: type) -> np.ndarray:
         """A new memory-mapped array of zeros."""

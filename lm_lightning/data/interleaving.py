@@ -98,7 +98,7 @@ def cycle(counts: tuple[int, ...]) -> Cycle:
 
 
 class Interleaving:
-    """Which sample of which corpus is at each position of the stream.
+    """Maps each position of the stream to a corpus, and to a position in the stream of this corpus.
 
     Args:
         stages: The stages, from the first position, 0, on; all with the same number of corpora.

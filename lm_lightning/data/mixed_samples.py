@@ -1,4 +1,4 @@
-"""Samples of mixtures: which sample of which corpus is used when, in training and evaluation.
+"""The order of the samples of a mixture, in training and evaluation.
 
 The stream of a mixture takes the next sample of one of the corpora at each position (`interleaving.py` decides of
 which), and each corpus has its own endless stream of shuffled epochs, so that small corpora are repeated and large ones
@@ -47,9 +47,20 @@ class MixedStream(Dataset):
         return sum(len(part) for part in self.parts if part is not None)
 
     def __getitem__(self, position: int) -> dict:
-        corpus, own = self.interleaving.locate(position)
-        item = self.parts[corpus][own]  # type: ignore[index]
-        return item | {"id": item["id"] + self.first_ids[corpus]}
+        return self.__getitems__([position])[0]
+
+    def __getitems__(self, positions: list[int]) -> list[dict]:
+        """Several items; those of each corpus are read together, see `Blocks.__getitems__`."""
+        places = [self.interleaving.locate(position) for position in positions]
+        items: list[dict] = [{}] * len(places)
+        for corpus in {corpus for corpus, _ in places}:
+            part: Any = self.parts[corpus]
+            chosen = [i for i, (other, _) in enumerate(places) if other == corpus]
+            own = [places[i][1] for i in chosen]
+            read = getattr(part, "__getitems__", lambda own, part=part: [part[place] for place in own])
+            for i, item in zip(chosen, read(own)):
+                items[i] = item | {"id": item["id"] + self.first_ids[corpus]}
+        return items
 
     def describe(self, position: int) -> str:
         """The share of each corpus in the stage of a position, as text."""

@@ -221,7 +221,7 @@ class PretrainingData(StreamData):
                     self.report(split, name)
 
     def used(self, split: str) -> list[str]:
-        """The names of the corpora of which a split is used."""
+        """The names of the corpora whose split is used."""
         return [""] if self.options is None else self.options.used(split)
 
     def require_samples(self, split: str, name: str) -> None:

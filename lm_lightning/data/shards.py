@@ -207,7 +207,7 @@ def training_texts(source: Source) -> Iterator[str]:
 
 
 def in_turn(sources: Sequence[Iterator[str]]) -> Iterator[str]:
-    """The texts of all sources, each from the source of which there were the fewest characters so far."""
+    """The texts of all sources; the next one is always of the source with the fewest characters so far."""
     read = dict.fromkeys(range(len(sources)), 0)
     while read:
         source = min(read, key=read.__getitem__)

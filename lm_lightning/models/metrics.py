@@ -47,7 +47,7 @@ class LossRatio(Ratio):
 
     Attributes:
         corpus: The corpus of the next batch; None if the data has no corpora.
-        parts: The mean loss of each corpus of which there was a batch.
+        parts: The mean loss of each corpus that had a batch.
     """
 
     def __init__(self) -> None:

@@ -70,7 +70,7 @@ def spread(values: list[float]) -> tuple[float, float, float]:
 
 
 def is_time(metric: str) -> bool:
-    """Whether a number is a time, of which less is better; its unit is at the end of its name."""
+    """Whether a number is a time, so that less is better: its name ends with its unit."""
     return metric.split()[-1] in ("s", "ms")
 
 

@@ -24,7 +24,7 @@ V, ORDER = 7, 4
 
 
 def text(size: int, seed: int = 0) -> list[list[int]]:
-    """Documents of tokens, some of which are frequent."""
+    """Documents of tokens, some of them frequent."""
     draw = np.random.default_rng(seed)
     return [(draw.integers(0, V, 20) * draw.integers(0, 2, 20)).tolist() for _ in range(size)]
 

@@ -156,7 +156,7 @@ def test_past_of_a_resumed_run_is_kept_when_batch_size_length_and_weights_change
         return fitting
 
     assert read(resumed(), range(120, 200)) == read(first, range(120, 200))
-    other = resumed(batch_size=1)  # the last stage begins at step 80, of which the first 60 had two samples
+    other = resumed(batch_size=1)  # the last stage begins at step 80; the first 60 steps had two samples
     assert read(other, range(120, 140)) == read(first, range(120, 140))
     assert {corpus_of(other, sample) for sample in read(other, range(140, 150))} == {"big"}
     other = resumed(stages=[MixtureStage(0, {"big": 1})], weights=(None, None))
@@ -226,7 +226,7 @@ def test_options_of_a_mixture_need_one():
 
 @pytest.fixture
 def mixed(recipe: Path, tmp_path: Path) -> Path:
-    """The tiny recipe with two corpora, of which the shares change after half of the training."""
+    """The tiny recipe with two corpora, whose shares change after half of the training."""
     content = yaml.safe_load(recipe.read_text())
     options = content["data"]["init_args"]
     (tmp_path / "code.txt").write_text("\n\n".join(f"Number {i}. Its square is {i * i}." for i in range(400)))

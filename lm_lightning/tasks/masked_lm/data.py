@@ -203,7 +203,7 @@ class MaskedData(PretrainingData):
         cache_dir: str = cache.DEFAULT,
     ) -> None:
         super().__init__(
-            *(corpus, tokenizer, corpora, temperature, stages, block_size, batch_size, False, num_workers, cache_dir)
+            corpus, tokenizer, corpora, temperature, stages, block_size, batch_size, False, num_workers, cache_dir
         )
         self.masking, self.next_sentence, self.language = masking, next_sentence, language
         self.texts = [texts] if isinstance(texts, str) else list(texts)
