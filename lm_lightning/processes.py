@@ -1,8 +1,11 @@
 """Processes that this project starts: trials, ranks and measurements end when the process that started them ends."""
 
+import contextlib
 import ctypes
 import os
+import random
 import signal
+import socket
 import sys
 
 RUN_FOLDER = "LM_LIGHTNING_RUN"  # environment variable: the run folder, created by the first process of a run
@@ -40,3 +43,17 @@ def kill_with_parent() -> None:
     """Makes Linux kill this process as soon as its parent has ended."""
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+def free_ports(number: int) -> int:
+    """The first of successive ports that nobody uses, below those that the system gives to connections.
+
+    A port of these could be taken before it is used. It is drawn with the system's randomness, as after a fit, `random`
+    gives the same in each process.
+    """
+    while True:
+        first = random.SystemRandom().randint(10_000, 32_000)
+        with contextlib.suppress(OSError), contextlib.ExitStack() as held:
+            for port in range(first, first + number):
+                held.enter_context(socket.create_server(("", port)))
+            return first

@@ -14,7 +14,6 @@ import json
 import os
 import random
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -30,6 +29,7 @@ from lm_lightning import run as runs
 from lm_lightning.__main__ import main as command_line
 from lm_lightning.checkpoints.files import OLD
 from lm_lightning.checkpoints.loading import load_checkpoint
+from lm_lightning.processes import free_ports
 
 
 class Samples(Callback):
@@ -43,8 +43,7 @@ class Samples(Callback):
 
 def start(processes: int, folder: Path, name: str, *flags: str) -> set[int]:
     """Starts `fit` in forks, as a launcher does, and returns their process IDs."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_ports(1)
     if "--ckpt_path" not in flags:
         os.environ[runs.ENVIRONMENT] = str(runs.make_run(Path(folder) / name, runs.now()))
     forks = set()

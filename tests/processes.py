@@ -4,13 +4,10 @@
 is refused with is written to `<run folder>/error`.
 """
 
-import contextlib
 import csv
 import json
 import os
-import random
 import resource
-import socket
 import subprocess
 import sys
 import traceback
@@ -46,6 +43,8 @@ class Runs:
 
     def launch(self, nodes: int, processes: int, commands: dict[str, tuple]) -> None:
         from forks import python  # beside the tests, as processes.py itself is run from its own folder
+
+        from lm_lightning.processes import free_ports
 
         file = self.folder / "commands.json"
         file.write_text(json.dumps([[str(self.folder / name), *map(str, c)] for name, c in commands.items()]))
@@ -90,19 +89,6 @@ class Runs:
         pairs = list(zip(self.log(name, *columns), self.log(other, *columns), strict=True))
         assert pairs, f"{name} has logged no {columns}"
         return max(abs(a - b) for row, other_row in pairs for a, b in zip(row, other_row))
-
-
-def free_ports(number: int) -> int:
-    """The first of successive ports that nobody uses, below those that the system gives to connections.
-
-    Drawn with the system's randomness: after a fit, `random` gives the same in each process that runs tests.
-    """
-    while True:
-        first = random.SystemRandom().randint(10_000, 32_000)
-        with contextlib.suppress(OSError), contextlib.ExitStack() as held:
-            for port in range(first, first + number):
-                held.enter_context(socket.create_server(("", port)))
-            return first
 
 
 class Order(Callback):

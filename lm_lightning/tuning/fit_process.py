@@ -4,7 +4,6 @@ import contextlib
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,7 +14,7 @@ from typing import Optional
 from lm_lightning import yaml_text
 from lm_lightning.callbacks.metrics_reader import read_metrics
 from lm_lightning.errors import UserError
-from lm_lightning.processes import kill_with_parent
+from lm_lightning.processes import free_ports, kill_with_parent
 
 
 def read_settings(fit_flags: list[str], folder: Path, timeout: float = 600) -> dict:
@@ -79,9 +78,7 @@ def fit(
     """
     environments: list[dict[str, str]] = [{}]
     if nodes > 1:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            main = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        main = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(2))}  # the next one is for the run folder
         environments = [main | {"NODE_RANK": str(rank)} for rank in range(nodes)]
     out, err = folder / "out.txt", folder / "err.txt"
     processes: list[subprocess.Popen] = []
