@@ -236,18 +236,17 @@ class PretrainingData(StreamData):
             remedy += f"increase {corpus.prefix}.{split}_fraction (or give files with {corpus.prefix}.{split}_paths)"
         shards.require_full_block(self.opened[split][name], labelled(split, name), self.block_size, remedy)
 
-    def report(self, name: str, corpus: str = "") -> None:
+    def report(self, split: str, corpus: str) -> None:
         """Prints the size of a split of a corpus, and how much of it is not used."""
-        split, blocks = self.opened[name][corpus], self.corpus_samples(name, corpus)
-        left = len(split.tokens) - 1 - len(blocks) * self.block_size  # one token less, as the first is not a target
+        opened, blocks = self.opened[split][corpus], self.corpus_samples(split, corpus)
+        left = len(opened.tokens) - 1 - len(blocks) * self.block_size  # one token less, as the first is not a target
         prepared = self.prepared if self.options is None else self.prepared.parts[corpus]
         print(
-            f"{labelled(name, corpus)}: {len(split.documents):,} documents, {split.bytes:,} bytes, "
-            f"{len(split.tokens):,} tokens of "
-            f"{len(self.tokenizer):,} kinds, unigram perplexity {split.unigram_perplexity:.1f}, {len(blocks):,} blocks "
-            f"of {self.block_size}"
+            f"{labelled(split, corpus)}: {len(opened.documents):,} documents, {opened.bytes:,} bytes, "
+            f"{len(opened.tokens):,} tokens of {len(self.tokenizer):,} kinds, "
+            f"unigram perplexity {opened.unigram_perplexity:.1f}, {len(blocks):,} blocks of {self.block_size}"
             + (f", {left} tokens at the end are not used, as they do not fill a block" if left > 0 else "")
-            + prepared.about_unknown(name)
+            + prepared.about_unknown(split)
         )
 
     def corpus_samples(self, split: str, corpus: str) -> Any:

@@ -137,10 +137,11 @@ def time_to_loss(
         prepared = work.prepare(Path(name))
         own_rate = prepared.fit(15, 5, options)["tokens_per_s"] / prepared.tokens_per_step
         results: dict[str, list[harness.Measurement]] = {"ours": []} | ({"peer": []} if peer else {})
+        if peer is not None:
+            rate = prepared.peer(peer, 15, 5, peer_options)["tokens_per_s"] / prepared.tokens_per_step
         for seed in range(repeats):
             reach = goal
             if peer is not None:
-                rate = prepared.peer(peer, 15, 5, peer_options)["tokens_per_s"] / prepared.tokens_per_step
                 found = prepared.peer(peer, max(2, round(seconds * rate)), 0, peer_options, seed)
                 loss = held_out_loss(prepared, found["run"])
                 timed = {"time to that loss s": found["seconds"]} if goal is None else {}  # it stopped at another loss

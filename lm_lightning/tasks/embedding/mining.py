@@ -143,11 +143,11 @@ def mine(module: Any, examples: PairExamples, options: Mining) -> Tensor:
     for part in progress(module, batches, "search"):
         rows = [max(row, 0) for row in part]
         cosines = (queries[rows] @ documents.T).round(decimals=6)
-        limit = cosines.new_empty(len(rows))
-        for line, row in enumerate(rows):
-            own = list(answers[row])
-            limit[line] = cosines[line, own].min()
-            cosines[line, own if same[row] is None else [*own, same[row]]] = -torch.inf
+        own = [(line, passage) for line, row in enumerate(rows) for passage in answers[row]]
+        lines, columns = torch.tensor(own, device=cosines.device).T
+        limit = cosines.new_full((len(rows),), torch.inf).scatter_reduce(0, lines, cosines[lines, columns], "amin")
+        own += [(line, same[row]) for line, row in enumerate(rows) if same[row] is not None]
+        cosines[tuple(torch.tensor(own, device=cosines.device).T)] = -torch.inf
         parts.append(select(cosines, limit - options.margin * limit.abs(), options))
         places += part
     found = gathered(module, torch.cat(parts), places, len(texts.rows)).cpu()
