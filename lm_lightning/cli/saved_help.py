@@ -13,9 +13,10 @@ from typing import Any
 
 from lm_lightning import files
 from lm_lightning.cli.explain import program
+from lm_lightning.data import cache
 from lm_lightning.errors import first_process
 
-FOLDER = "~/.cache/lm_lightning/help"
+FOLDER = f"{cache.DEFAULT}/help"
 LIBRARIES = ("jsonargparse", "lightning", "torch", "transformers")  # whose options or docstrings are in the help
 
 
