@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 
-from lm_lightning import console, features
+from lm_lightning import console, features, memory
 from lm_lightning.cli import saved_help
 from lm_lightning.cli.explain import command_line_error, program
 from lm_lightning.compat import slow_imports
@@ -54,6 +54,7 @@ def main() -> None:
             raise UserError(f"there is no command {command}: {hint}")
         # The tokenizers library would otherwise warn about forked data loaders.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+        memory.keep_freed_memory()
         hide_messages()
         slow_imports.defer()
         trust.read_options()

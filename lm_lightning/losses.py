@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 
 CHUNK_LOGITS = 1 << 26  # held at once: enough for large matrix products, but little compared to the gradients
 LEAST = 1e-30  # probabilities below have fewer digits in float32
+ADDED_ROWS = 1 << 11  # of the gradient of the head at a time, so that their copy in float32 stays in the cache
 SLICE_LOGITS = 1 << 20  # processed at a time on a CPU, so that they stay in its cache between the passes
 
 
@@ -119,6 +120,8 @@ class _LinearLoss(torch.autograd.Function):
                     second_total += values.masked_fill_(missing, 0).sum()
                 if fast:
                     total += softmax_loss(part, target, bias, softmax[: len(part)], train)
+                    if grad_bias is not None:
+                        grad_bias += softmax[: len(part)].sum(0)
                     continue
                 log_p = log_softmax(scores, group)
                 index = (target - first).unsqueeze(1)
@@ -135,8 +138,9 @@ class _LinearLoss(torch.autograd.Function):
             if grad_hidden is not None:
                 grad_hidden[start : start + rows] = logits @ weight
             if grad_weight is not None:
-                grad_weight += logits.T @ chunk
-            if grad_bias is not None:
+                for sums, part in zip(grad_weight.split(ADDED_ROWS), (logits.T @ chunk).split(ADDED_ROWS)):
+                    sums += part
+            if grad_bias is not None and not fast:
                 grad_bias += logits.sum(0, dtype=torch.float32)
         if group is not None:
             torch.distributed.all_reduce(total, group=group)
@@ -163,7 +167,7 @@ def softmax_loss(logits: Tensor, targets: Tensor, bias: Optional[Tensor], buffer
         logits: (N, V); if `train`, replaced by the gradient with respect to them.
         targets: (N,) int64, -100 for none.
         bias: Added to the logits, (V,), or None.
-        buffer: (N, V) float32, is overwritten.
+        buffer: (N, V) float32; if `train`, the gradient in float32 is written to it.
         train: Whether the gradient is needed.
 
     Returns:

@@ -178,17 +178,19 @@ def prepare_all(
         name: Source(corpus, cache, cache / "filtered" / fingerprint(inputs[name])) for name, corpus in mixed.items()
     }
 
-    if options.path is not None:
-        tokenizer = tokenizers.load(options.path)
+    if not options.is_made:
+        tokenizer = tokenizers.load(str(options.path))
     else:
-        known: Any = list(inputs.values()) if len(inputs) > 1 else next(iter(inputs.values()))
-        folder = cache / "tokenizers" / fingerprint(known, vars(options), layout.special)
+        known: list = [list(inputs.values()) if len(inputs) > 1 else next(iter(inputs.values())), vars(options)]
+        known.append(layout.special if options.path is None else tokenizers.fingerprint(tokenizers.load(options.path)))
+        folder = cache / "tokenizers" / fingerprint(*known)
 
-        def train(unfinished: Path) -> None:
+        def make(unfinished: Path) -> None:
             texts = in_turn([training_texts(source) for source in sources.values()])
-            tokenizers.train(options, texts, layout.special).save_pretrained(unfinished)
+            tokenizers.make(options, texts, layout.special).save_pretrained(unfinished)
 
-        cached.make_once(folder, cache, "training the tokenizer", train)
+        what = "training the tokenizer" if options.path is None else "choosing the tokens of the tokenizer"
+        cached.make_once(folder, cache, what, make)
         tokenizer = tokenizers.load(str(folder))
 
     prepared = {}

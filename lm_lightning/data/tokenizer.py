@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Literal, Optional
 
 from lm_lightning import features, hub
 from lm_lightning import run as runs
+from lm_lightning.data import used_tokens
 from lm_lightning.errors import UserError
 from lm_lightning.security.trust import trust_remote_code
 
@@ -46,6 +47,10 @@ class Tokenizer:
 
     Args:
         path: Folder or Hub name of an existing tokenizer. Default: a tokenizer is trained with the other options.
+        min_count: How often a token of `path` must occur in the training text to be kept. With 1, the text has the same
+            tokens as with the whole vocabulary, and a new network has a smaller one, which makes training faster.
+            Tokens from which others are made, single characters and special tokens are always kept. 0 keeps all tokens,
+            as a pretrained network needs them.
         algorithm: `bpe` (byte-level), `wordpiece` (as in BERT), `unigram` (byte-level), `characters` (a token per
             Unicode character) or `bytes` (a token per byte). All except `wordpiece`, which drops white space, restore
             the exact text when decoding. `wordpiece` and `characters` know only characters of the training text.
@@ -56,13 +61,16 @@ class Tokenizer:
     """
 
     path: Optional[str] = None
+    min_count: int = 0
     algorithm: Literal["bpe", "wordpiece", "unigram", "characters", "bytes"] = "bpe"
     vocab_size: int = 4096
     lowercase: bool = False
     training_megabytes: int = 200
 
-
-GAPS = 100_000  # maximum number of unused ids of a vocabulary
+    @property
+    def is_made(self) -> bool:
+        """Whether the tokenizer is made from the training text."""
+        return self.path is None or self.min_count > 0
 
 
 def load(path: str, **options: str) -> "PreTrainedTokenizerFast":
@@ -110,6 +118,16 @@ def save(tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:
         tokenizer.save_pretrained(folder)
     finally:
         tokenizer.init_kwargs["split_special_tokens"], tokenizer.split_special_tokens = own
+
+
+def make(options: Tokenizer, texts: Iterator[str], special: SpecialTokens) -> "PreTrainedTokenizerFast":
+    """Trains a tokenizer or, with `path`, removes the tokens that are too rare in the texts; see `train`."""
+    if options.path is None:
+        return train(options, texts, special)
+    whole = load(options.path)
+    reduced = used_tokens.keep_used(whole, texts, options.min_count)
+    print(f"tokenizer: {len(reduced):,} of the {len(whole):,} tokens of {options.path} are used")
+    return reduced
 
 
 def train(options: Tokenizer, texts: Iterator[str], special: SpecialTokens) -> "PreTrainedTokenizerFast":

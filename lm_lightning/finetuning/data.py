@@ -187,6 +187,8 @@ class LabelledData(StreamData):
         ):
             if value < least:
                 raise UserError(f"data.{name} is {value}, but must be {least} or more")
+        if self.tokenizer_options.min_count:
+            raise UserError("data.tokenizer.min_count is for pretraining: omit it")
         if self.tokenizer_options.path is None:
             raise UserError("there is no tokenizer: give --data.tokenizer.path, or a --model.pretrained that has one")
 
