@@ -33,4 +33,4 @@ print(faults() - before)
 def test_steps_with_tensors_of_the_same_sizes_have_no_page_faults():
     run = lambda how: subprocess.run([sys.executable, "-c", PROGRAM, how], capture_output=True, text=True)  # noqa: E731
     kept, returned = (int(run(how).stdout.split()[-1]) for how in ("kept", "returned"))
-    assert kept < 1_000 < 100_000 < returned
+    assert 5 * kept < returned and returned > 100_000
