@@ -5,7 +5,7 @@ Networks are created in `build.py` and exported in `export.py`; gradients are sc
 
 import os
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, Optional
 
@@ -273,9 +273,9 @@ class LanguageModule(LightningModule):
         """The folder or Hub name for `pretrained`, which may also be a run."""
         return pretrained_name(str(self.pretrained))
 
-    @property
+    @cached_property
     def vocab_size(self) -> int:
-        """Rows of the vocabulary that are tokens; a new network has up to 63 more."""
+        """Rows of the vocabulary that are tokens; a new network has up to 63 more. Known when the network exists."""
         if self.settings is None or self.tokenizer is None:
             return self.network.get_input_embeddings().weight.shape[0]
         return vocabulary(self.tokenizer)
