@@ -1,5 +1,7 @@
-"""Attention on a CPU: short sequences in bfloat16 use matrix products instead of torch's fused kernel."""
+"""Attention: short sequences in bfloat16 use matrix products on a CPU; checks of networks whose kernels need a GPU."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Optional
 
 import torch
@@ -16,6 +18,32 @@ def choose(implementation: Optional[str]) -> None:
     Without one, `sdpa` is the default of `transformers` for networks that have it.
     """
     transformers.AttentionInterface.register("sdpa", attention if implementation is None else sdpa_attention_forward)
+
+
+def is_flash(network: transformers.PreTrainedModel) -> bool:
+    """Whether a network uses one of the flash attentions of `transformers`."""
+    return (network.config._attn_implementation or "").startswith("flash_attention")
+
+
+@contextmanager
+def for_checks(network: transformers.PreTrainedModel) -> Iterator[None]:
+    """Within this context, a new network can be called with a few tokens, whatever its attention is.
+
+    Flash attention needs bfloat16, and a GPU, as does flex attention in training. A network that is not on a GPU yet,
+    since it will be sharded, is called with another attention.
+    """
+    chosen = network.config._attn_implementation
+    if network.device.type == "cuda":
+        with torch.autocast("cuda", torch.bfloat16, enabled=is_flash(network)):
+            yield
+    elif is_flash(network) or chosen == "flex_attention":
+        network.set_attn_implementation("eager")
+        try:
+            yield
+        finally:
+            network.set_attn_implementation(chosen)
+    else:
+        yield
 
 
 def attention(
