@@ -45,8 +45,7 @@ class Float8(Callback):
         if stage != "fit":
             return
         package("torchao.float8", "the callback Float8", "cuda")
-        if not self.emulate:
-            refuse_device(trainer.strategy.root_device, str(trainer.precision))
+        refuse_device(trainer.strategy.root_device, str(trainer.precision), self.emulate)
         if pl_module.adapter is not None:
             raise UserError("the callback Float8 does not support model.adapter: omit one of the two")
         if capabilities(trainer.strategy).splits_matrices:
@@ -80,22 +79,26 @@ def suits(layer: nn.Module) -> bool:
     return type(layer) is nn.Linear and not (layer.in_features % MULTIPLE or layer.out_features % MULTIPLE)
 
 
-def refuse_device(device: torch.device, precision: str) -> None:
-    """Refuses devices that cannot multiply 8-bit numbers, and precisions in which torchao does not use them.
+def refuse_device(device: torch.device, precision: str, emulate: bool) -> None:
+    """Refuses devices that cannot multiply 8-bit numbers, and precisions for which torchao was not made.
 
     Raises:
         UserError: Names the device or the precision.
     """
-    found = device.type
-    if device.type == "cuda":
+    needed, found = "bf16-mixed", device.type
+    if device.type == "cuda" and not emulate:
         major, minor = torch.cuda.get_device_capability(device)
         found = f"{torch.cuda.get_device_name(device)}, {major}.{minor}"
-    if device.type != "cuda" or torch.version.cuda is None or (major, minor) < CAPABILITY:
+        known = torch.version.cuda is not None and (major, minor) >= CAPABILITY
+    else:
+        known = emulate
+        needed = precision if device.type == "cuda" else "32-true"  # torchao reads the autocast of GPUs only
+    if not known:
         raise UserError(
             f"the callback Float8 needs an NVIDIA GPU of compute capability {'.'.join(map(str, CAPABILITY))} or more, "
-            f"but this run uses {found}: omit it, or emulate it with its option emulate"
+            f"but this run uses {found}: omit it, or set its option emulate"
         )
-    if precision != "bf16-mixed":
+    if precision != needed:
         raise UserError(
-            f"the callback Float8 needs --trainer.precision bf16-mixed, but this run's precision is {precision}"
+            f"the callback Float8 needs --trainer.precision {needed} on this device, but this run has {precision}"
         )

@@ -22,7 +22,7 @@ def choose(implementation: Optional[str]) -> None:
 
 def is_flash(network: transformers.PreTrainedModel) -> bool:
     """Whether a network uses one of the flash attentions of `transformers`."""
-    return (network.config._attn_implementation or "").startswith("flash_attention")
+    return "flash" in (network.config._attn_implementation or "")
 
 
 @contextmanager
@@ -44,6 +44,24 @@ def for_checks(network: transformers.PreTrainedModel) -> Iterator[None]:
             network.set_attn_implementation(chosen)
     else:
         yield
+
+
+def packed_inputs(input_ids: Tensor, position_ids: Tensor) -> dict[str, Any]:
+    """The inputs of a network with flash attention, which separates documents only in a batch with a single row.
+
+    Args:
+        input_ids: (B, T) int64.
+        position_ids: (B, T) int64, which restart from 0 at each document, and at each row.
+
+    Returns:
+        Both as (1, B * T), and where documents begin, which each layer would otherwise compute from the positions.
+    """
+    positions = position_ids.reshape(1, -1)
+    starts = (positions[0] == 0).nonzero().flatten()
+    bounds = nn.functional.pad(starts, (0, 1), value=positions.shape[1]).int()
+    longest = position_ids.shape[1]
+    lengths = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
+    return {"input_ids": input_ids.reshape(1, -1), "position_ids": positions} | lengths
 
 
 def attention(

@@ -10,7 +10,7 @@ from lm_lightning.data import contract
 from lm_lightning.data.order import PADDING
 from lm_lightning.errors import UserError
 from lm_lightning.losses import cross_entropy, linear_cross_entropy
-from lm_lightning.models.attention import for_checks, is_flash
+from lm_lightning.models.attention import for_checks, is_flash, packed_inputs
 from lm_lightning.models.metrics import Mode, bits_per_byte
 from lm_lightning.models.module import LanguageModule
 from lm_lightning.models.unigram import start_at_frequencies
@@ -106,8 +106,8 @@ class CausalLM(LanguageModule):
         """The inputs of the head if `has_linear_head`, (B, T, H), else the logits: (B, T, V)."""
         inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch}
         packed = is_flash(self.network) and "position_ids" in inputs and "attention_mask" not in inputs
-        if packed:  # flash attention separates documents by their positions only in a batch with a single row
-            inputs = {key: values.reshape(1, -1) for key, values in inputs.items()}
+        if packed:
+            inputs = packed_inputs(**inputs)
         output = self.hidden(inputs) if self.has_linear_head else self.network(**inputs, use_cache=False).logits
         return output.reshape(*batch["input_ids"].shape, -1) if packed else output
 

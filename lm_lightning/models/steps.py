@@ -158,7 +158,9 @@ class OptimizerSteps:
         if in_kernel:
             skip_step_if(optimizer, ~torch.isfinite(loss))
         if not scaled:
-            self.nonfinite.pending.append(Step(sums.step + 1, sums.samples, Copied(loss) if loss.is_cuda else loss))
+            self.nonfinite.pending.append(
+                Step(sums.step + 1, sums.samples, Copied(loss) if device.type == "cuda" else loss)
+            )
         at_once = device.type == "cpu" or (skip and not in_kernel)
         if at_once or not capabilities(trainer.strategy).lazy or sums.step % trainer.log_every_n_steps == 0:
             finite = self.nonfinite.check(keep=0 if at_once else 1)

@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from conftest import needs
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from reading import Reader, under
 
 from lm_lightning.checkpoints.loading import load_checkpoint
 from lm_lightning.cuda import float8
@@ -62,8 +64,13 @@ def test_run_is_resumed_exactly_and_exported_as_any_other(fit):
             ("--model.network", json.dumps({"model_type": "llama", **SIZES, "intermediate_size": 40}), *FLOAT8),
             "Float8 skips 6 of 14 .* multiples of 16",
         ),
+        pytest.param(
+            (*LLAMA, "--trainer.callbacks+=Quantization", "--trainer.callbacks.start", 2, *FLOAT8),
+            "quantization .* cannot round model.layers.0.self_attn.q_proj, whose class is Float8Linear",
+            marks=needs("compression"),
+        ),
     ],
-    ids=["device", "class", "sizes"],
+    ids=["device", "class", "sizes", "quantization"],
 )
 def test_what_cannot_be_computed_is_refused(fit, flags: tuple, reason: str):
     with pytest.raises(UserError, match=reason):
@@ -71,20 +78,31 @@ def test_what_cannot_be_computed_is_refused(fit, flags: tuple, reason: str):
 
 
 @pytest.mark.parametrize(
-    ("capability", "precision", "reason"),
+    ("capability", "precision", "emulate", "reason"),
     [
-        ((8, 6), "bf16-mixed", "8.9 or more, but this run uses A GPU, 8.6"),
-        ((8, 9), "32-true", "needs --trainer.precision bf16-mixed"),
-        ((8, 9), "bf16-mixed", None),
-        ((10, 0), "bf16-mixed", None),
+        ((8, 6), "bf16-mixed", False, "8.9 or more, but this run uses A GPU, 8.6"),
+        ((8, 6), "bf16-mixed", True, None),
+        ((8, 9), "32-true", False, "needs --trainer.precision bf16-mixed"),
+        ((8, 9), "bf16-mixed", False, None),
+        ((10, 0), "bf16-mixed", False, None),
+        (None, "bf16-mixed", True, "needs --trainer.precision 32-true"),
     ],
 )
-def test_gpus_are_judged_by_their_capability(monkeypatch, capability: tuple, precision: str, reason: str | None):
+def test_gpus_are_judged_by_their_capability(
+    monkeypatch, capability: tuple | None, precision: str, emulate: bool, reason: str | None
+):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
+    device = torch.device("cuda" if capability else "cpu")
     if reason is None:
-        float8.refuse_device(torch.device("cuda", 0), precision)
+        float8.refuse_device(device, precision, emulate)
     else:
         with pytest.raises(UserError, match=reason):
-            float8.refuse_device(torch.device("cuda", 0), precision)
+            float8.refuse_device(device, precision, emulate)
+
+
+@under("docs/cuda.md", "NVIDIA GPUs")
+def test_command_of_the_page(reader: Reader, typed: list[list[str]]):
+    reader.type_all(typed)
+    reader.validate()
