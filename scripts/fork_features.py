@@ -84,7 +84,7 @@ FEATURES = {
     "compression": Feature(
         "compression", "quantization, pruning, distillation", ("docs/compression.md",), ("compress",)
     ),
-    "cuda": Feature("cuda", "kernels of Liger and 8-bit floating point on NVIDIA GPUs", ("docs/cuda.md",), ("cuda",)),
+    "cuda": Feature("cuda", "kernels of Liger and 8-bit floating point on NVIDIA GPUs", extras=("cuda",)),
     "filters": Feature(
         "filters",
         "filters of corpora: duplicates, quality, language",
