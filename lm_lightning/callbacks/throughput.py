@@ -63,6 +63,8 @@ class Throughput(Callback):
         self.step_tokens += batch["input_ids"].numel() * contract.place(trainer)["num_replicas"]
         if pl_module.optimizer_steps.current is not None:  # the optimizer has not stepped yet
             return
+        if pl_module.compile_body and trainer.global_step == pl_module.resumed_at + 1:
+            pl_module.print(f"compiled: the first step took {time.perf_counter() - self.begin:.1f} s")
         self.total, self.step_tokens = self.total + self.step_tokens, 0
         if trainer.global_step % trainer.log_every_n_steps:
             return
@@ -101,7 +103,7 @@ def peak_flops(device: torch.device, precision: str) -> Optional[float]:
     """Peak FLOPs per second of a device; None if unknown.
 
     Args:
-        device: The device. The value of a GPU is from its data sheet; that of a CPU is measured in 0.25 s.
+        device: The device. The value of a GPU is from its data sheet; that of a CPU is measured in 0.1 s.
         precision: Lightning's name of the precision, such as `bf16-mixed`.
     """
     dtype = {"bf16": torch.bfloat16, "16": torch.float16}.get(precision.split("-")[0], torch.float32)
@@ -123,7 +125,7 @@ def cpu_flops(dtype: torch.dtype, threads: int) -> float:
     a = torch.ones(1024, 1024, dtype=dtype)
     a @ a
     best, begin = float("inf"), time.perf_counter()
-    while (start := time.perf_counter()) - begin < 0.25:
+    while (start := time.perf_counter()) - begin < 0.1:
         a @ a
         best = min(best, time.perf_counter() - start)
     return 2 * 1024**3 / best

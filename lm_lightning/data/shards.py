@@ -17,6 +17,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 KINDS = {"tokens": None, "documents": "int64", "sentences": "int64", "words": "uint8"}  # files and their types
 SPLITS = ("train", "validation", "test")
 FORMAT = 3  # part of every fingerprint: increase it when the meaning of the files changes
-BATCH_CHARACTERS = 1 << 22  # text tokenized at once: enough for all cores, but little enough to limit memory
+BATCH_CHARACTERS = 1 << 20  # text tokenized at once: enough for all cores, but little enough to limit memory
 
 
 @dataclass(frozen=True)
@@ -261,9 +262,8 @@ def tokenize(
             for split in SPLITS
             for kind in KINDS
         }
-        for pieces in batches(source.read()):
-            parts = [segment(piece.text) for piece in pieces]
-            encodings = iter(encode([part for texts in parts for part in texts], add_special_tokens=False))
+        for pieces, parts, encoded in ahead(batches(source.read()), segment, encode):
+            encodings = iter(encoded)
             new: dict[tuple[str, str], list[int]] = {key: [] for key in streams}
             for piece, texts in zip(pieces, parts):
                 split = piece.split
@@ -314,6 +314,29 @@ def sentence_splitter(language: str) -> Callable[[str], list[str]]:
     except ImportError as error:
         raise UserError("next-sentence prediction needs a sentence splitter: pip install sentencex") from error
     return lambda text: list(segment(language, text))
+
+
+def ahead(
+    found: Iterator[list[corpora.Piece]],
+    segment: Callable[[str], list[str]],
+    encode: Callable[..., list],
+) -> Iterator[tuple[list[corpora.Piece], list[list[str]], list]]:
+    """Encodes batches of pieces in a thread, while the one before is processed and the next one is read.
+
+    Yields:
+        The pieces, the parts of each that `segment` returns, and the encodings of all these parts.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        waiting: Optional[tuple[Any, Any, Future]] = None
+        for pieces in found:
+            parts = [segment(piece.text) for piece in pieces]
+            texts = [part for own in parts for part in own]
+            started = pool.submit(encode, texts, add_special_tokens=False)
+            if waiting is not None:
+                yield waiting[0], waiting[1], waiting[2].result()
+            waiting = pieces, parts, started
+        if waiting is not None:
+            yield waiting[0], waiting[1], waiting[2].result()
 
 
 def batches(pieces: Iterator[corpora.Piece]) -> Iterator[list[corpora.Piece]]:

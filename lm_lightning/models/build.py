@@ -3,6 +3,7 @@
 import copy
 import difflib
 import fnmatch
+import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from lightning.pytorch.strategies import Strategy
 from torch import nn
 
 from lm_lightning import hub
-from lm_lightning.data import contract
+from lm_lightning.data import cache, contract
 from lm_lightning.data.tokenizer import adopt, document_ids, fingerprint, load, vocabulary
 from lm_lightning.errors import UserError
 from lm_lightning.models.adapter import Adapter
@@ -363,6 +364,15 @@ def checkpoint_activations(network: transformers.PreTrainedModel, every: int) ->
     network.gradient_checkpointing_enable({"use_reentrant": False})
     for number, block in enumerate(blocks(network)):
         setattr(block, "gradient_checkpointing", number % every == 0)  # noqa: B010 (mypy)
+
+
+def compile_body(network: transformers.PreTrainedModel) -> None:
+    """Compiles the body of a network when it is first used; later runs find the code in the cache.
+
+    By default, `torch.compile` keeps it in a temporary folder, which does not outlive a restart of the machine.
+    """
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache.folder_of(cache.DEFAULT) / "compiled"))
+    network.base_model.compile()
 
 
 def refuse_untrained(network: transformers.PreTrainedModel, name: str, new: list[str], training: bool) -> None:

@@ -5,7 +5,7 @@ Networks are created in `build.py` and exported in `export.py`; gradients are sc
 
 import os
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, Optional
 
@@ -52,7 +52,8 @@ class LanguageModule(LightningModule):
         schedule: Learning rate over the steps.
         attn_implementation: Attention implementation of `transformers` (`sdpa`, `eager`, `flash_attention_2`, ...).
             Default: the best that `transformers` finds; on a CPU, `sdpa` is then made faster for short sequences.
-        compile: Whether to compile the network's body with `torch.compile`: slower to start, then faster.
+        compile: Whether to compile the network's body with `torch.compile`: slower to start, then faster. The compiled
+            code is cached for later runs.
         activation_checkpointing: Recomputes the activations of every n-th block in the backward pass instead of keeping
             them, which needs less memory but more time: 1 for all blocks, 2 for every second, ... 0 for none.
         on_nonfinite: What to do when the loss or gradient of an optimizer step is not finite: `stop` the run, or `skip`
@@ -222,7 +223,7 @@ class LanguageModule(LightningModule):
         build.checkpoint_activations(self.network, self.activation_checkpointing)
         self.print(f"network: {type(self.network).__name__}, {self.network.num_parameters():,} parameters")
         if self.compile_body:
-            self.network.base_model.compile()
+            build.compile_body(self.network)
         self.network_made()
         if self.adapter is not None:
             self.print(adapters.summary(self.adapter, self.network))
@@ -274,9 +275,9 @@ class LanguageModule(LightningModule):
         """The folder or Hub name for `pretrained`, which may also be a run."""
         return pretrained_name(str(self.pretrained))
 
-    @property
+    @cached_property
     def vocab_size(self) -> int:
-        """Rows of the vocabulary that are tokens; a new network has up to 63 more."""
+        """Rows of the vocabulary that are tokens; a new network has up to 63 more. Known when the network exists."""
         if self.settings is None or self.tokenizer is None:
             return self.network.get_input_embeddings().weight.shape[0]
         return vocabulary(self.tokenizer)

@@ -3,6 +3,7 @@
 Otherwise, a task that accidentally reuses a name of the base class would break training silently.
 """
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -55,13 +56,19 @@ def check_class(cls: type, base: type, lightning: type) -> None:
                 raise UserError(f"{where} must call super().{name}(...), as {base.__name__} needs it")
 
 
+@functools.cache
+def methods(base: type) -> frozenset[str]:
+    """The names of the methods that a class itself defines."""
+    return frozenset(name for name, value in vars(base).items() if inspect.isroutine(value))
+
+
 def check_attribute(module: Any, base: type, name: str) -> None:
     """Checks that setting an attribute does not replace one that the base class needs.
 
     Raises:
         UserError: Names it.
     """
-    method = inspect.isroutine(vars(base).get(name))
+    method = name in methods(base)
     if method or (name in FIXED and (name in vars(module) or name in vars(module).get("_modules", {}))):
         raise UserError(
             f"{type(module).__name__} sets self.{name}, which is {'a method' if method else 'an attribute'} of "

@@ -111,8 +111,9 @@ class OptimizerSteps:
         # Lightning has divided by the micro-batches, the strategy by the replicas, `add` by its constant; a replica of
         # several processes (tensor parallelism) has counted its tokens on each.
         constant = contract.optional(data, "tokens_per_batch")
-        scale_gradients(module.parameters(), trainer.accumulate_grad_batches * trainer.world_size * constant / tokens)
-        self.gradient_norm = gradient_norm(module.parameters())
+        parameters = list(module.parameters())  # once, as finding them takes time
+        scale_gradients(parameters, trainer.accumulate_grad_batches * trainer.world_size * constant / tokens)
+        self.gradient_norm = gradient_norm(parameters)
         skipping = self.check_finite(trainer, module, optimizer, device, sums, (loss_sum, tokens))
         if hasattr(data, "advance"):
             data.advance(sums.rows)

@@ -27,6 +27,8 @@ def rows(found: dict) -> list[str]:
         for metric in dict.fromkeys(metric for run in runs for metric in run):
             median = statistics.median(run[metric] for run in runs if metric in run)
             ratio = found["ratios"].get(name, {}).get(metric)
+            if found["reference"] and ratio is None:  # nothing to compare with
+                continue
             shown = (
                 f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f}) to {found['reference']}"
                 if ratio

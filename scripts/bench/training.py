@@ -180,16 +180,21 @@ def interpolated(points: list[tuple[float, float]], goal: float) -> Optional[flo
 def held_out_loss(prepared: Prepared, folder: str, blocks: int = 200) -> float:
     """Mean loss of an exported network on the held-out text in nats per token, computed by transformers alone.
 
-    Of a BERT, it is that of 15 % of the tokens, which are replaced by the mask token.
+    Of a BERT, it is that of 15 % of the tokens, which are replaced by the mask token. If the network has a tokenizer of
+    its own, the loss is still for each token of the workload's tokenizer, so that losses can be compared.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
     causal = prepared.work.task == "gpt"
-    tokenizer = AutoTokenizer.from_pretrained(prepared.folder / "tokenizer")
+    shared = AutoTokenizer.from_pretrained(prepared.folder / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     network = (AutoModelForCausalLM if causal else AutoModelForMaskedLM).from_pretrained(folder).eval()
     lines = (prepared.folder / "held_out.txt").read_text(encoding="utf-8").split("\n\n")
-    tokens = torch.tensor([token for ids in tokenizer(lines, verbose=False)["input_ids"] for token in ids])
+    own, of_shared = (
+        [token for ids in kind(lines, verbose=False)["input_ids"] for token in ids] for kind in (tokenizer, shared)
+    )
+    tokens = torch.tensor(own)
     length = min(prepared.work.length, len(tokens))
     inputs = tokens[: len(tokens) // length * length].view(-1, length)[:blocks]
     targets = inputs.clone()
@@ -205,4 +210,4 @@ def held_out_loss(prepared: Prepared, folder: str, blocks: int = 200) -> float:
                 logits, target = logits[:, :-1], target[:, 1:]
             total += torch.nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="sum").item()
             count += (target != -100).sum().item()
-    return total / count
+    return total / count * len(own) / len(of_shared)
