@@ -222,13 +222,13 @@ class LanguageModule(LightningModule):
         self.network_class = type(self.network).__name__  # sharding changes it
         build.checkpoint_activations(self.network, self.activation_checkpointing)
         self.print(f"network: {type(self.network).__name__}, {self.network.num_parameters():,} parameters")
-        if self.compile_body:
-            build.compile_body(self.network)
         self.network_made()
         if self.adapter is not None:
             self.print(adapters.summary(self.adapter, self.network))
         for change in self.network_changes:
             change(self.network)
+        if self.compile_body:  # last: not for the few tokens of checks, nor with layers that callbacks replace
+            build.compile_body(self.network)
 
     def builder(self) -> build.NetworkBuilder:
         """Creates networks for this run's data and trainer."""
