@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 
 CHUNK_LOGITS = 1 << 26  # held at once: enough for large matrix products, but little compared to the gradients
 LEAST = 1e-30  # probabilities below have fewer digits in float32
-ADDED_ROWS = 1 << 11  # of the gradient of the head at a time, so that their copy in float32 stays in the cache
+ADDED_ROWS = 1 << 11  # rows of the gradient of the head that are added at a time, to stay in the cache of a CPU
 SLICE_LOGITS = 1 << 20  # processed at a time on a CPU, so that they stay in its cache between the passes
 
 

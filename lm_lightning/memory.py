@@ -9,9 +9,9 @@ MMAP_MAX, TRIM_THRESHOLD = -4, -1  # parameters of `mallopt`, see its manual pag
 def keep_freed_memory() -> None:
     """Makes the C library keep freed memory for the next allocation, instead of returning it to the system.
 
-    Each step of training allocates tensors of the same sizes. If their memory was returned, each page of it, 4 KiB, is
-    mapped and cleared again, which takes a sixth of the time of a step on a CPU. The peak of memory does not increase.
-    Does nothing if the C library is not the one of GNU.
+    Each step of training allocates tensors of the same sizes. Without this, the system maps and clears each page of
+    them, 4 KiB, in each step, which takes a sixth of its time on a CPU. If the sizes change often, the memory may
+    become fragmented, and its peak higher. Does nothing if the C library is not the one of GNU.
     """
     if platform.libc_ver()[0] == "glibc":
         library = ctypes.CDLL(None)

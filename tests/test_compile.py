@@ -1,14 +1,13 @@
 """`model.compile`: the same losses and the same checkpoint as without, and a run may change it when it resumes."""
 
 import csv
+import platform
 import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-
-from lm_lightning.data import cache
 
 pytestmark = [
     pytest.mark.slow,
@@ -30,12 +29,12 @@ def losses(run: Path) -> list[float]:
 def test_compiled_training_is_that_of_the_plain_network(cli, fit, recipe, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # restored afterwards
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
-    monkeypatch.setattr(cache, "DEFAULT", str(tmp_path / "cache"))
+    monkeypatch.setenv("HOME", str(tmp_path))
     plain = fit(*FLAGS, "--trainer.max_steps", 4)
     output = cli("fit", "--config", recipe, *FLAGS, "--trainer.max_steps", 4, "--model.compile", "true")
     compiled = Path(re.search(r"^run folder: (.*)$", output, re.M)[1])
     assert re.search(r"^compiled: the first step took [0-9.]+ s$", output, re.M)
-    assert any((tmp_path / "cache" / "compiled").iterdir())
+    assert any((tmp_path / ".cache" / "lm_lightning" / "compiled" / platform.node()).iterdir())
     assert losses(compiled) == pytest.approx(losses(plain), abs=1e-4) and len(losses(plain)) == 6
     first, second = (
         torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for run in (plain, compiled)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -207,8 +208,11 @@ def test_a_run_names_the_limit_that_has_ended_it(cli, recipe: Path):
     assert said(cli(*flags, "b", *epochs)) == "finished: reached trainer.max_epochs 2 (step 4)"
     with pytest.raises(UserError, match="step 4, where trainer.max_epochs 2 ended this run: raise trainer.max_epochs"):
         cli(*flags, "b", *epochs, "--ckpt_path", "last")
-    time = ("--trainer.max_steps", 10**6, "--trainer.max_time", "00:00:00:01")
-    assert said(cli(*flags, "c", *time)).startswith("stopped: reached trainer.max_time 0:00:01 (step ")
+    time = ("--trainer.max_steps", -1, "--trainer.max_time", "00:00:00:01", "--trainer.log_every_n_steps", 1)
+    output = cli(*flags, "c", *time, "--trainer.enable_progress_bar", "true")
+    assert said(output).startswith("stopped: reached trainer.max_time 0:00:01 (step ")
+    shown = [list(map(int, numbers)) for numbers in re.findall(r"^train (\d+)/(\d+) \d+%, 00:0", output, re.M)]
+    assert len(shown) > 1 and all(step <= steps < 10_000 for step, steps in shown)  # the steps that the time allows
     with pytest.raises(UserError, match="where trainer.max_time 0:00:01 ended this run: raise trainer.max_time"):
         cli(*flags, "c", *time, "--ckpt_path", "last")
 

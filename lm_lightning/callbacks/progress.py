@@ -6,7 +6,7 @@ import sys
 from typing import Any, Optional
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.callbacks import ProgressBar, Timer
 from tqdm import tqdm
 
 # (tqdm adds a comma before the postfix)
@@ -49,6 +49,7 @@ class RunProgress(ProgressBar):
         self.is_enabled = True  # Lightning's name, read by LightningModule.print
         self.steps = self.batches = Line(disable=True)
         self.printed = -1  # the step of the last line
+        self.timer: Optional[Timer] = None  # of a run whose number of steps is not known, but its time
 
     def enable(self) -> None:
         self.is_enabled = True
@@ -78,6 +79,8 @@ class RunProgress(ProgressBar):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         total = pl_module.total_steps()
         total = int(total) if total != float("inf") else None
+        timers = [c for c in trainer.callbacks if isinstance(c, Timer) and c.time_remaining() is not None]
+        self.timer = timers[0] if timers and total is None else None
         self.steps = self.bar(total=total, initial=trainer.global_step, unit="step", desc="train")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -93,6 +96,9 @@ class RunProgress(ProgressBar):
             return
         step, done = trainer.global_step, trainer.global_step - self.steps.n
         due = step % trainer.log_every_n_steps == 0 or step == self.steps.total or ended
+        if self.timer is not None and step:  # as many steps as are possible in `trainer.max_time` at the present speed
+            passed, left = self.timer.time_elapsed(), self.timer.time_remaining() or 0
+            self.steps.total = max(step, round(step * (passed + left) / max(passed, 1e-9)))
         if done or (ended and self.printed != step):
             if due:
                 self.steps.set_postfix_str(self.numbers(trainer), refresh=False)

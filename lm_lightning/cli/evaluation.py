@@ -151,7 +151,7 @@ def choose_run_weights(config: Any, run: Path) -> Weights:
     data, model = options_of(config, "data"), options_of(config, "model")
     tokenizer = data.get("tokenizer")
     if hasattr(tokenizer, "path") and tokenizer.as_dict() == (saved_data.get("tokenizer") or {}):
-        tokenizer.path = str(run / "tokenizer")
+        tokenizer.path, tokenizer.min_count = str(run / "tokenizer"), 0
     if config.ckpt_path is not None:
         return use_checkpoint(config, find_checkpoint(config.ckpt_path, run / "checkpoints"))
     pretrained = model.get("pretrained")

@@ -14,6 +14,7 @@ that determines the content of the files, so that later runs find them, and any 
 
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -179,15 +180,18 @@ def prepare_all(
         name: Source(corpus, cache, cache / "filtered" / fingerprint(inputs[name])) for name, corpus in mixed.items()
     }
 
+    options.check()
     if not options.is_made:
         tokenizer = tokenizers.load(str(options.path))
     else:
         known: list = [list(inputs.values()) if len(inputs) > 1 else next(iter(inputs.values())), vars(options)]
-        known.append(layout.special if options.path is None else tokenizers.fingerprint(tokenizers.load(options.path)))
+        known.append(layout.special if options.path is None else tokenizers.everything(tokenizers.load(options.path)))
         folder = cache / "tokenizers" / fingerprint(*known)
 
         def make(unfinished: Path) -> None:
             texts = in_turn([training_texts(source) for source in sources.values()])
+            if options.path is not None and layout.sentences is not None:  # which are tokenized one by one
+                texts = itertools.chain.from_iterable(map(sentence_splitter(layout.sentences), texts))
             tokenizers.make(options, texts, layout.special).save_pretrained(unfinished)
 
         what = "training the tokenizer" if options.path is None else "choosing the tokens of the tokenizer"

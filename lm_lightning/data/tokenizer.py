@@ -67,6 +67,15 @@ class Tokenizer:
     lowercase: bool = False
     training_megabytes: int = 200
 
+    def check(self) -> None:
+        """Refuses a `min_count` that has no effect."""
+        if self.min_count < 0:
+            raise UserError(f"--data.tokenizer.min_count is {self.min_count}, but must be 0 or more")
+        if self.min_count and self.path is None:
+            raise UserError(
+                "--data.tokenizer.min_count is for an existing tokenizer: give its --data.tokenizer.path, or omit it"
+            )
+
     @property
     def is_made(self) -> bool:
         """Whether the tokenizer is made from the training text."""
@@ -126,7 +135,7 @@ def make(options: Tokenizer, texts: Iterator[str], special: SpecialTokens) -> "P
         return train(options, texts, special)
     whole = load(options.path)
     reduced = used_tokens.keep_used(whole, texts, options.min_count)
-    print(f"tokenizer: {len(reduced):,} of the {len(whole):,} tokens of {options.path} are used")
+    print(f"tokenizer: {len(reduced):,} of the {len(whole):,} tokens of {options.path} are kept")
     return reduced
 
 
@@ -187,6 +196,11 @@ def fingerprint(tokenizer: "PreTrainedTokenizerFast") -> str:
     ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in tokenizer.special_tokens_map.items()}
     state = json.dumps([backend, ids, tokenizer.split_special_tokens], sort_keys=True)
     return hashlib.sha256(state.encode()).hexdigest()
+
+
+def everything(tokenizer: "PreTrainedTokenizerFast") -> list[str]:
+    """`fingerprint` and the settings that do not change ids, such as the chat template."""
+    return [fingerprint(tokenizer), repr(sorted(used_tokens.settings_of(tokenizer).items()))]
 
 
 def adopt(tokenizer: "PreTrainedTokenizerFast", other: "PreTrainedTokenizerFast") -> None:

@@ -14,14 +14,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 BATCH_CHARACTERS = 1 << 22  # text that is tokenized at once
-KEPT = ("chat_template", "padding_side", "truncation_side", "clean_up_tokenization_spaces", "model_input_names")
+KEPT = ["chat_template", "padding_side", "truncation_side", "clean_up_tokenization_spaces", "model_input_names"]
+KEPT += ["extra_special_tokens"]
 
 
 def keep_used(tokenizer: "PreTrainedTokenizerFast", texts: Iterable[str], min_count: int) -> "PreTrainedTokenizerFast":
     """A tokenizer without the tokens that are rare in the texts.
 
     With `min_count` 1, both tokenizers divide these texts into the same tokens, and any other text into tokens that
-    give the same text. Tokens are numbered again, in the same order.
+    give the same text. Tokens are numbered again.
 
     Args:
         tokenizer: The tokenizer, which is not changed.
@@ -30,7 +31,7 @@ def keep_used(tokenizer: "PreTrainedTokenizerFast", texts: Iterable[str], min_co
             that no text becomes unknown, and the tokens of which a kept one is merged.
 
     Raises:
-        UserError: If the algorithm of the tokenizer is unknown.
+        UserError: If the tokenizer has another algorithm than BPE, WordPiece and Unigram.
     """
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
@@ -38,38 +39,42 @@ def keep_used(tokenizer: "PreTrainedTokenizerFast", texts: Iterable[str], min_co
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     state["padding"] = state["truncation"] = None
     model = state["model"]
-    if model["type"] not in ("BPE", "WordPiece", "WordLevel", "Unigram"):
+    if model["type"] not in ("BPE", "WordPiece", "Unigram"):
         raise UserError(f"--data.tokenizer.min_count is not possible for a tokenizer of type {model['type']}: omit it")
-    counts = count(Tokenizer.from_str(json.dumps(state)), texts)
+    backend = Tokenizer.from_str(json.dumps(state))
+    backend.encode_special_tokens = tokenizer.split_special_tokens
+    counts = count(backend, texts)
     ids = tokenizer.get_vocab()
     special = {token["content"] for token in state["added_tokens"]} | {model.get("unk_token")}
     if model["type"] == "Unigram" and model.get("unk_id") is not None:
         special.add(model["vocab"][model["unk_id"]][0])
-    prefix = model.get("continuing_subword_prefix") or ""
+    prefix, suffix = (model.get(name) or "" for name in ("continuing_subword_prefix", "end_of_word_suffix"))
     kept = {
         token
         for token, id in ids.items()
-        if counts[id] >= min_count or token in special or is_character(token.removeprefix(prefix))
+        if counts[id] >= min_count or token in special or is_character(token.removeprefix(prefix).removesuffix(suffix))
     }
     if model["type"] == "BPE":
         model["merges"] = merges_of(kept, model["merges"], prefix)
-    new = {token: number for number, token in enumerate(sorted(kept, key=ids.__getitem__))}
+    # The library numbers the tokens of the model first, then the added ones that the model lacks, in their order.
     if model["type"] == "Unigram":
+        unknown = None if model.get("unk_id") is None else model["vocab"][model["unk_id"]][0]
         model["vocab"] = [piece for piece in model["vocab"] if piece[0] in kept]
-        new = {piece: number for number, (piece, _) in enumerate(model["vocab"])}
-        new |= {token: number for number, token in enumerate((t for t in kept if t not in new), len(new))}
-        if model.get("unk_id") is not None:
-            model["unk_id"] = new[[token for token, id in ids.items() if id == model["unk_id"]][0]]
+        order = [piece for piece, _ in model["vocab"]]
+        if unknown is not None:
+            model["unk_id"] = order.index(unknown)
     else:
-        model["vocab"] = {token: new[token] for token in model["vocab"] if token in kept}
+        order = sorted((token for token in model["vocab"] if token in kept), key=model["vocab"].__getitem__)
+        model["vocab"] = {token: number for number, token in enumerate(order)}
+    order += [token["content"] for token in state["added_tokens"] if token["content"] not in set(order)]
+    new = {token: number for number, token in enumerate(order)}
     for token in state["added_tokens"]:
         token["id"] = new[token["content"]]
-    renumber(state["post_processor"], {id: new[token] for token, id in ids.items() if token in kept})
-    settings: dict[str, Any] = {name: getattr(tokenizer, name) for name in KEPT if hasattr(tokenizer, name)}
+    renumber(state["post_processor"], {id: new[token] for token, id in ids.items() if token in new})
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(state)),
         split_special_tokens=tokenizer.split_special_tokens,
-        **settings,
+        **settings_of(tokenizer),
         **tokenizer.special_tokens_map,
     )
 
@@ -99,6 +104,11 @@ def batches(texts: Iterable[str]) -> Iterator[list[str]]:
             yield batch
             batch, size = [], 0
     yield batch
+
+
+def settings_of(tokenizer: "PreTrainedTokenizerFast") -> dict[str, Any]:
+    """The settings of a tokenizer that are not in its backend, and which the smaller one gets."""
+    return {name: getattr(tokenizer, name) for name in KEPT if getattr(tokenizer, name, None) is not None}
 
 
 def is_character(token: str) -> bool:

@@ -9,7 +9,8 @@ import transformers
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
-LONGEST = 512  # tokens of a sequence; the probabilities of longer ones need too much memory
+LONGEST = 512  # tokens of a sequence; longer ones are as fast with torch's kernel
+LARGEST = 1 << 25  # probabilities of a layer, which are kept for the backward pass
 
 
 def choose(implementation: Optional[str]) -> None:
@@ -79,7 +80,8 @@ def attention(
 
     On a CPU, torch's fused kernel multiplies single rows. For bfloat16 and the lengths of small networks, batched
     matrix products are faster: 4 times at 128 tokens, 2.5 times at 512, forward and backward together. In float32 they
-    are not, so that all other cases are passed on.
+    are not, so that all other cases are passed on. As in the attention `eager` of `transformers`, scores are rounded
+    to bfloat16 before the softmax.
 
     Args:
         module: The layer, which may say whether it `is_causal`.
@@ -91,14 +93,15 @@ def attention(
         dropout: Probability with which an attention probability becomes zero.
         scaling: Factor of the scores. Default: 1 / sqrt(D).
         is_causal: Whether queries attend only to earlier tokens, if there is no mask. Default: that of `module`.
-        options: More arguments, with which torch's kernel is used.
+        options: More arguments; with `position_bias` or `softcap`, the call is passed on.
 
     Returns:
         (batch, Q, heads, D), and None.
     """
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = bool(causal) and attention_mask is None and query.shape[2] > 1
-    if not suits(query, key, causal) or options.get("position_bias") is not None:
+    more = any(options.get(name) is not None for name in ("position_bias", "softcap"))
+    if more or not suits(query, key, causal):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **options
         )
@@ -108,7 +111,8 @@ def attention(
         for x in (query, key, value)
     )
     bias = added_to_scores(attention_mask, causal, length, keys, query)
-    if bias.dim() == 4 and len(bias) * bias.shape[1] > 1:
+    bias = bias.expand(*bias.shape[:-2], length, keys)
+    if bias.numel() > length * keys:  # else it is the same for all
         bias = bias.expand(batch, heads, length, keys).reshape(batch * heads, length, keys)
     scale = size**-0.5 if scaling is None else scaling
     scores = torch.baddbmm(bias.view(-1, length, keys), query, key.mT, alpha=scale)
@@ -121,6 +125,8 @@ def suits(query: Tensor, key: Tensor, causal: bool) -> bool:
     """Whether matrix products are faster."""
     if query.device.type != "cpu" or not 1 < query.shape[2] <= LONGEST >= key.shape[2]:
         return False
+    if len(query) != len(key) or len(query) * query.shape[1] * query.shape[2] * key.shape[2] > LARGEST:
+        return False
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
     return dtype == torch.bfloat16 and not (causal and query.shape[2] != key.shape[2])
 
@@ -128,7 +134,7 @@ def suits(query: Tensor, key: Tensor, causal: bool) -> bool:
 def added_to_scores(mask: Optional[Tensor], causal: bool, length: int, keys: int, like: Tensor) -> Tensor:
     """What a mask adds to the scores, in the data type of `like`: (1, Q, K) or of the shape of the mask."""
     if mask is not None and mask.dtype != torch.bool:
-        return mask.to(like.dtype)
+        return mask.clamp(min=torch.finfo(like.dtype).min).to(like.dtype)
     if mask is None:
         hidden = like.new_ones(length, keys, dtype=torch.bool)
         hidden = (hidden.triu(1) if causal else hidden.logical_not()).unsqueeze(0)

@@ -1,12 +1,15 @@
 """Building networks: settings or pretrained weights in, a network of `transformers` that fits the data out."""
 
+import contextlib
 import copy
 import difflib
 import fnmatch
 import os
+import platform
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Optional
 
 import torch
@@ -15,7 +18,7 @@ from lightning.pytorch.strategies import Strategy
 from torch import nn
 
 from lm_lightning import hub
-from lm_lightning.data import cache, contract
+from lm_lightning.data import contract
 from lm_lightning.data.tokenizer import adopt, document_ids, fingerprint, load, vocabulary
 from lm_lightning.errors import UserError
 from lm_lightning.models.adapter import Adapter
@@ -196,7 +199,8 @@ class NetworkBuilder:
         adopt(own, self.tokenizer)
         if fingerprint(own) != fingerprint(self.tokenizer):
             raise UserError(
-                f"{name} was not trained with the data's tokenizer: give --data.tokenizer.path {name}, or remove the "
+                f"{name} was not trained with the data's tokenizer: give --data.tokenizer.path {name} without "
+                "--data.tokenizer.min_count, or remove the "
                 "tokenizer from that folder if this is intended"
             )
 
@@ -369,9 +373,13 @@ def checkpoint_activations(network: transformers.PreTrainedModel, every: int) ->
 def compile_body(network: transformers.PreTrainedModel) -> None:
     """Compiles the body of a network when it is first used; later runs find the code in the cache.
 
-    By default, `torch.compile` keeps it in a temporary folder, which does not outlive a restart of the machine.
+    By default, `torch.compile` keeps it in a temporary folder, which does not outlive a restart of the machine. The
+    code is executed and is for the processor, so its folder is that of the user and the host, and not `data.cache_dir`.
     """
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache.folder_of(cache.DEFAULT) / "compiled"))
+    with contextlib.suppress(OSError, RuntimeError):  # without a home, or if it cannot be written
+        folder = Path("~/.cache/lm_lightning/compiled").expanduser() / platform.node()
+        folder.mkdir(parents=True, exist_ok=True)
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
     network.base_model.compile()
 
 

@@ -59,7 +59,11 @@ def check_class(cls: type, base: type, lightning: type) -> None:
 @functools.cache
 def methods(base: type) -> frozenset[str]:
     """The names of the methods that a class itself defines."""
-    return frozenset(name for name, value in vars(base).items() if inspect.isroutine(value))
+    return frozenset(
+        name
+        for name, value in vars(base).items()
+        if inspect.isroutine(value) or isinstance(value, functools.cached_property)
+    )
 
 
 def check_attribute(module: Any, base: type, name: str) -> None:

@@ -3,11 +3,16 @@
 import json
 
 import pytest
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer as Backend
+from tokenizers.models import BPE, Unigram
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lm_lightning.data import shards
 from lm_lightning.data.corpus import Corpus
-from lm_lightning.data.tokenizer import Tokenizer, make, train
+from lm_lightning.data.tokenizer import Tokenizer, load, make, train
+from lm_lightning.data.used_tokens import keep_used
 from lm_lightning.errors import UserError
 
 TEXTS = ["The cat sat on the mat.\n", "A dog reads; the old house sleeps.\n", "Naïve cafés, 你好 and 1984!\n"]
@@ -67,15 +72,46 @@ def test_a_corpus_has_the_same_tokens(whole, tmp_path):
     assert found[0] == found[1]
 
 
-def test_other_models_are_refused(tmp_path):
-    from lm_lightning.data.used_tokens import keep_used
+def test_special_tokens_that_are_text_are_counted_as_text(tmp_path):
+    texts = ["<|endoftext|>" * 5, *TEXTS]
+    train(Tokenizer(vocab_size=700), iter(texts * 20), "gpt").save_pretrained(tmp_path)
+    before = load(str(tmp_path))
+    after = keep_used(before, texts, 1)
+    assert after.tokenize(texts[0]) == before.tokenize(texts[0]) != ["<|endoftext|>"] * 5
 
-    class Backend:
+
+def test_the_end_of_a_word_is_no_part_of_a_character():
+    vocabulary = {"<unk>": 0, "a": 1, "b": 2, "a</w>": 3, "b</w>": 4, "ab</w>": 5}
+    backend = Backend(BPE(vocabulary, [("a", "b</w>")], unk_token="<unk>", end_of_word_suffix="</w>"))
+    backend.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    assert keep_used(tokenizer, ["ab"], 1).tokenize("a b ab") == ["a</w>", "b</w>", "ab</w>"]
+
+
+def test_added_tokens_keep_their_order_and_their_ids_in_the_template():
+    backend = Backend(Unigram([("<unk>", 0.0), ("a", -1.0), ("b", -2.0), ("ab", -1.5), ("ba", -9.0)], unk_id=0))
+    backend.add_special_tokens(["<s>", "de", "en", "</s>"])
+    special = [(token, backend.token_to_id(token)) for token in ("en", "</s>")]
+    backend.post_processor = TemplateProcessing(single="en $A </s>", special_tokens=special)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>")
+    after = keep_used(tokenizer, ["ab"], 1)
+    assert after.convert_ids_to_tokens(after("ab")["input_ids"]) == ["en", "ab", "</s>"]
+    assert after.convert_ids_to_tokens(range(len(after))) == ["<unk>", "a", "b", "ab", "<s>", "de", "en", "</s>"]
+
+
+@pytest.mark.parametrize(("options", "message"), [({"min_count": -1}, "is -1"), ({"min_count": 1}, "path, or omit it")])
+def test_a_minimum_without_effect_is_refused(options, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        shards.prepare(Corpus(), Tokenizer(**options), shards.Layout("gpt"), str(tmp_path))
+
+
+def test_other_models_are_refused():
+    class Other:
         def to_str(self):
             return json.dumps({"model": {"type": "Other"}, "added_tokens": []})
 
-    class Other:
-        backend_tokenizer = Backend()
+    class Holder:
+        backend_tokenizer = Other()
 
     with pytest.raises(UserError, match="of type Other: omit it"):
-        keep_used(Other(), TEXTS, 1)
+        keep_used(Holder(), TEXTS, 1)
