@@ -29,6 +29,7 @@ FEATURES = (
     "tasks.preference",
     "lora",
     "compression",
+    "cuda",
     "diagnostics",
     "tuning",
     "reports",

@@ -84,6 +84,7 @@ FEATURES = {
     "compression": Feature(
         "compression", "quantization, pruning, distillation", ("docs/compression.md",), ("compress",)
     ),
+    "cuda": Feature("cuda", "kernels of Liger and 8-bit floating point on NVIDIA GPUs", extras=("cuda",)),
     "filters": Feature(
         "filters",
         "filters of corpora: duplicates, quality, language",
@@ -94,7 +95,7 @@ FEATURES = {
     "linear_layers": Feature(
         "linear_layers",
         "linear layers of networks",
-        needed_by=("lora", "compression"),
+        needed_by=("lora", "compression", "cuda"),
         choosable=False,
     ),
     "tuning": Feature(

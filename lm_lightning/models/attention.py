@@ -1,5 +1,7 @@
-"""Attention on a CPU: short sequences in bfloat16 use matrix products instead of torch's fused kernel."""
+"""Attention: short sequences in bfloat16 use matrix products on a CPU; checks of networks whose kernels need a GPU."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Optional
 
 import torch
@@ -17,6 +19,50 @@ def choose(implementation: Optional[str]) -> None:
     Without one, `sdpa` is the default of `transformers` for networks that have it.
     """
     transformers.AttentionInterface.register("sdpa", attention if implementation is None else sdpa_attention_forward)
+
+
+def is_flash(network: transformers.PreTrainedModel) -> bool:
+    """Whether a network uses one of the flash attentions of `transformers`."""
+    return "flash" in (network.config._attn_implementation or "")
+
+
+@contextmanager
+def for_checks(network: transformers.PreTrainedModel) -> Iterator[None]:
+    """Within this context, a new network can be called with a few tokens, whatever its attention is.
+
+    Flash attention needs bfloat16, and a GPU, as does flex attention in training. A network that is not on a GPU yet,
+    since it will be sharded, is called with another attention.
+    """
+    chosen = network.config._attn_implementation
+    if network.device.type == "cuda":
+        with torch.autocast("cuda", torch.bfloat16, enabled=is_flash(network)):
+            yield
+    elif is_flash(network) or chosen == "flex_attention":
+        network.set_attn_implementation("eager")
+        try:
+            yield
+        finally:
+            network.set_attn_implementation(chosen)
+    else:
+        yield
+
+
+def packed_inputs(input_ids: Tensor, position_ids: Tensor) -> dict[str, Any]:
+    """The inputs of a network with flash attention, which separates documents only in a batch with a single row.
+
+    Args:
+        input_ids: (B, T) int64.
+        position_ids: (B, T) int64, which restart from 0 at each document, and at each row.
+
+    Returns:
+        Both as (1, B * T), and where documents begin, which each layer would otherwise compute from the positions.
+    """
+    positions = position_ids.reshape(1, -1)
+    starts = (positions[0] == 0).nonzero().flatten()
+    bounds = nn.functional.pad(starts, (0, 1), value=positions.shape[1]).int()
+    longest = position_ids.shape[1]
+    lengths = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
+    return {"input_ids": input_ids.reshape(1, -1), "position_ids": positions} | lengths
 
 
 def attention(

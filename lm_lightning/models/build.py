@@ -358,7 +358,9 @@ def freeze(network: nn.Module, patterns: Sequence[str], print: Callable[[str], A
 
 
 def checkpoint_activations(network: transformers.PreTrainedModel, every: int) -> None:
-    """Recomputes the activations of every n-th block in the backward pass instead of keeping them."""
+    """Recomputes the activations of every n-th block in the backward pass instead of keeping them; 0 for none."""
+    if not every:
+        return
     if not network.supports_gradient_checkpointing:
         raise UserError(
             f"networks of type {network.config.model_type} do not support model.activation_checkpointing: omit it"

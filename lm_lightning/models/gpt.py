@@ -10,6 +10,7 @@ from lm_lightning.data import contract
 from lm_lightning.data.order import PADDING
 from lm_lightning.errors import UserError
 from lm_lightning.losses import cross_entropy, linear_cross_entropy
+from lm_lightning.models.attention import for_checks, is_flash, packed_inputs
 from lm_lightning.models.metrics import Mode, bits_per_byte
 from lm_lightning.models.module import LanguageModule
 from lm_lightning.models.unigram import start_at_frequencies
@@ -37,8 +38,9 @@ class CausalLM(LanguageModule):
         # search for it in every batch, which makes the host wait for a GPU, and its embedding would get no gradient.
         self.network.config.pad_token_id = None
         self.network.get_input_embeddings().padding_idx = None
-        self.has_linear_head = self.head_is_last()
-        self.refuse_leaks()
+        with for_checks(self.network):
+            self.has_linear_head = self.head_is_last()
+            self.refuse_leaks()
         counts = contract.optional(self.trainer.datamodule, "token_counts")
         if self.unigram_start and self.settings is not None and counts is not None and self.trainer.state.fn == "fit":
             start_at_frequencies(self.network, counts)
@@ -103,7 +105,11 @@ class CausalLM(LanguageModule):
     def outputs(self, batch: dict) -> Tensor:
         """The inputs of the head if `has_linear_head`, (B, T, H), else the logits: (B, T, V)."""
         inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch}
-        return self.hidden(inputs) if self.has_linear_head else self.network(**inputs, use_cache=False).logits
+        packed = is_flash(self.network) and "position_ids" in inputs and "attention_mask" not in inputs
+        if packed:
+            inputs = packed_inputs(**inputs)
+        output = self.hidden(inputs) if self.has_linear_head else self.network(**inputs, use_cache=False).logits
+        return output.reshape(*batch["input_ids"].shape, -1) if packed else output
 
     def loss(self, batch: dict) -> tuple[Tensor, Tensor]:
         return self.token_loss(self.outputs(batch).flatten(0, 1), batch["targets"].flatten())

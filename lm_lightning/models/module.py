@@ -105,6 +105,7 @@ class LanguageModule(LightningModule):
         self.optimizer_steps = OptimizerSteps(on_nonfinite, skip_limit, partial(gather_samples, self), self.print)
         self.resumed_at = 0  # optimizer step of the checkpoint that this run resumed from
         self.checked = set[str]()  # stages whose batches were checked
+        self.network_changes = list[Callable[[Any], None]]()  # by callbacks, before the network is sharded
         self.training_loss: Optional[Callable[[dict], tuple[Tensor, Tensor]]] = None  # set by a callback
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -219,14 +220,15 @@ class LanguageModule(LightningModule):
             new = [name for name in self.new_tensors if not name.startswith(self.unused)]
             build.refuse_untrained(self.network, str(self.pretrained), new, training=self.trainer.state.fn == "fit")
         self.network_class = type(self.network).__name__  # sharding changes it
-        if self.activation_checkpointing:
-            build.checkpoint_activations(self.network, self.activation_checkpointing)
+        build.checkpoint_activations(self.network, self.activation_checkpointing)
         self.print(f"network: {type(self.network).__name__}, {self.network.num_parameters():,} parameters")
-        if self.compile_body:
-            build.compile_body(self.network)
         self.network_made()
         if self.adapter is not None:
             self.print(adapters.summary(self.adapter, self.network))
+        for change in self.network_changes:
+            change(self.network)
+        if self.compile_body:  # last: not for the few tokens of checks, nor with layers that callbacks replace
+            build.compile_body(self.network)
 
     def builder(self) -> build.NetworkBuilder:
         """Creates networks for this run's data and trainer."""

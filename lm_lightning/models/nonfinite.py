@@ -4,9 +4,26 @@ import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, Optional
 
+import torch
 from torch import Tensor
 
 from lm_lightning.errors import UserError
+
+
+class Copied:
+    """A number on a CUDA GPU, copied to the host without waiting; `float` waits only for the copy.
+
+    Reading the tensor itself would wait for all operations that were started since then.
+    """
+
+    def __init__(self, value: Tensor) -> None:
+        self.copy = value.detach().to("cpu", non_blocking=True)  # into pinned memory
+        self.copied = torch.cuda.Event()
+        self.copied.record()
+
+    def __float__(self) -> float:
+        self.copied.synchronize()
+        return self.copy.item()
 
 
 class Step(NamedTuple):
@@ -21,7 +38,7 @@ class Step(NamedTuple):
 
     number: int
     samples: list[int]
-    loss: Tensor | float
+    loss: Tensor | Copied | float
 
 
 class NonFiniteGuard:

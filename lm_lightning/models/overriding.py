@@ -15,7 +15,7 @@ Function = TypeVar("Function", bound=Callable)
 FIXED = frozenset(
     {"settings", "pretrained", "adapter", "optimizer_factory", "schedule", "attn_implementation"}
     | {"compile_body", "activation_checkpointing", "val_loss", "freeze_patterns", "layer_decay", "keep_head"}
-    | {"optimizer_steps", "checked"}
+    | {"optimizer_steps", "checked", "network_changes"}
 )
 
 

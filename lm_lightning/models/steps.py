@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from lm_lightning.compat.torch import multiply, skip_step_if
 from lm_lightning.data import contract
 from lm_lightning.data.order import PADDING
-from lm_lightning.models.nonfinite import NonFiniteGuard, Step
+from lm_lightning.models.nonfinite import Copied, NonFiniteGuard, Step
 from lm_lightning.networks import gradient_norm
 from lm_lightning.strategies.capabilities import capabilities
 
@@ -147,9 +147,9 @@ class OptimizerSteps:
     ) -> bool:
         """Stops the run at a loss or gradient that is not finite, or skips the step; returns whether steps are skipped.
 
-        Reading a value makes the host wait for the device. Therefore a GPU's value is read one step late, when it is
-        available, and that of a lazy device (XLA) after a step that was logged, which waits anyway. With float16, the
-        scaler itself causes infinite gradients and skips their steps.
+        Reading a value makes the host wait for the device. Therefore a GPU's value is copied to the host, and the copy
+        is read one step later; that of a lazy device (XLA) is read after a step that was logged, which waits anyway.
+        With float16, the scaler itself causes infinite gradients and skips their steps.
         """
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         skip = self.nonfinite.on_nonfinite == "skip" and not scaled
@@ -159,7 +159,9 @@ class OptimizerSteps:
         if in_kernel:
             skip_step_if(optimizer, ~torch.isfinite(loss))
         if not scaled:
-            self.nonfinite.pending.append(Step(sums.step + 1, sums.samples, loss))
+            self.nonfinite.pending.append(
+                Step(sums.step + 1, sums.samples, Copied(loss) if device.type == "cuda" else loss)
+            )
         at_once = device.type == "cpu" or (skip and not in_kernel)
         if at_once or not capabilities(trainer.strategy).lazy or sums.step % trainer.log_every_n_steps == 0:
             finite = self.nonfinite.check(keep=0 if at_once else 1)

@@ -128,6 +128,38 @@ def test_documents_of_a_block_do_not_see_each_other_when_masked(name: str, token
     assert torch.allclose(masked[:, 12:], logits(first[:, 12:]), atol=1e-5)
 
 
+def test_flash_attention_gets_packed_documents_in_a_single_row(tokenizer, monkeypatch):
+    """In batches with several rows, transformers would ignore where documents begin."""
+    model = made(CausalLM(network=NETWORKS["llama"]), tokenizer, mask_documents=True).eval()
+    tokens = torch.randint(0, 200, (3, 12), generator=torch.Generator().manual_seed(0))
+    positions = torch.stack([torch.cat([torch.arange(n), torch.arange(12 - n)]) for n in (4, 12, 7)])
+    batch = {"input_ids": tokens, "position_ids": positions}
+    expected = model.outputs(batch)
+    given = []
+    model.network.register_forward_pre_hook(lambda _, args, inputs: given.append(inputs), with_kwargs=True)
+    monkeypatch.setattr("lm_lightning.models.gpt.is_flash", lambda network: True)
+    torch.testing.assert_close(model.outputs(batch), expected)
+    assert given[0]["input_ids"].shape == given[0]["position_ids"].shape == (1, 36)
+    for name in "qk":
+        assert given[0][f"cu_seq_lens_{name}"].tolist() == [0, 4, 12, 24, 31, 36]
+        assert given[0][f"max_length_{name}"] == 12
+        assert given[0][f"cu_seq_lens_{name}"].dtype == torch.int32
+
+
+def test_new_network_is_checked_where_its_attention_does_not_work(tokenizer, monkeypatch):
+    used = []
+    head_is_last = CausalLM.head_is_last
+
+    def spy(model: CausalLM) -> bool:
+        used.append(model.network.config._attn_implementation)
+        return head_is_last(model)
+
+    monkeypatch.setattr(CausalLM, "head_is_last", spy)
+    model = made(CausalLM(network=NETWORKS["llama"], attn_implementation="flex_attention"), tokenizer, True)
+    assert used == ["eager"] and model.has_linear_head
+    assert model.network.config._attn_implementation == "flex_attention"
+
+
 def trained(tokenizer, batch_size: int, accumulate: int) -> dict[str, torch.Tensor]:
     """The weights after one optimizer step on four sequences of very unequal length."""
     model = CausalLM(

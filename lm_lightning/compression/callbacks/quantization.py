@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from lm_lightning.compression import recipes
 from lm_lightning.compression.callbacks.after_training import compress_alone
@@ -73,6 +74,8 @@ class Quantization(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for step, value in self.steps:
             step.method.check(pl_module.network, value, self.modules)
+        if self.start is not None:
+            refuse_replaced(linear_layers(pl_module.network, self.modules))
         if self.start is not None and self.start >= pl_module.total_steps():
             raise UserError(
                 f"the quantization starts at step {self.start}, but the run ends at step "
@@ -99,6 +102,19 @@ class Quantization(Callback):
         config = str(run / "config.yaml")  # given explicitly, so that the user's own classes are imported
         flags = ["--recipe", self.recipe, "--modules", ",".join(self.modules), "--config", config]
         compress_alone(run, *flags, *(() if self.table else ("--measure", "false")))
+
+
+def refuse_replaced(layers: dict[str, nn.Linear]) -> None:
+    """Refuses layers that another callback has replaced, as their products would be replaced again.
+
+    Raises:
+        UserError: Names the first such layer.
+    """
+    if replaced := [name for name, layer in layers.items() if type(layer) not in (nn.Linear, Conv1D)]:
+        raise UserError(
+            f"a quantization with a start cannot round {replaced[0]}, whose class is "
+            f"{type(layers[replaced[0]]).__name__}: omit its start, or the callback that replaces layers"
+        )
 
 
 def rounded(layer: nn.Linear, rounding: Rounding, inputs: Tensor) -> Tensor:

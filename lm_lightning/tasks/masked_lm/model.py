@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lm_lightning.console import printable
 from lm_lightning.errors import UserError
 from lm_lightning.losses import cross_entropy, linear_cross_entropy
+from lm_lightning.models.attention import for_checks
 from lm_lightning.models.metrics import Mode, Ratio
 from lm_lightning.models.module import LanguageModule
 from lm_lightning.networks import headless
@@ -45,7 +46,8 @@ class MaskedLM(LanguageModule):
         # There is an attention mask. With a padding token, networks would also search for it, which synchronizes GPUs.
         self.network.config.pad_token_id = None
         self.has_linear_head = True
-        self.has_linear_head = self.head_is_last()
+        with for_checks(self.network):
+            self.has_linear_head = self.head_is_last()
         bias = getattr(self.network.get_output_embeddings(), "bias", None)
         if self.unigram_start and self.settings is not None and bias is not None:
             counts = torch.from_numpy(self.trainer.datamodule.prepared.frequencies() + 1.0)

@@ -14,6 +14,7 @@ from lm_lightning.generation.decoding import Decoding, write_texts
 from lm_lightning.generation.evaluation import Task, TextEvaluation
 from lm_lightning.losses import linear_losses
 from lm_lightning.models import build
+from lm_lightning.models.attention import for_checks
 from lm_lightning.models.metrics import Mode
 from lm_lightning.models.module import LanguageModule
 from lm_lightning.networks import headless, positions
@@ -138,7 +139,8 @@ class Seq2Seq(LanguageModule):
                 f"model.decoding.max_new_tokens is {self.decoding.max_new_tokens}, but this network has positions for "
                 f"{limit} tokens: lower it, or use a network with more positions"
             )
-        self.has_linear_head = self.head_is_last()
+        with for_checks(network):
+            self.has_linear_head = self.head_is_last()
 
     @torch.no_grad()
     def head_is_last(self) -> bool:
