@@ -123,12 +123,12 @@ def attention(
 
 def suits(query: Tensor, key: Tensor, causal: bool) -> bool:
     """Whether matrix products are faster."""
-    if query.device.type != "cpu" or not 1 < query.shape[2] <= LONGEST >= key.shape[2]:
-        return False
-    if len(query) != len(key) or len(query) * query.shape[1] * query.shape[2] * key.shape[2] > LARGEST:
-        return False
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
-    return dtype == torch.bfloat16 and not (causal and query.shape[2] != key.shape[2])
+    if query.device.type != "cpu" or dtype != torch.bfloat16 or torch.compiler.is_exporting():
+        return False  # (exported operations must not depend on the length)
+    if not 1 < query.shape[2] <= LONGEST >= key.shape[2] or (causal and query.shape[2] != key.shape[2]):
+        return False
+    return len(query) == len(key) and query.shape[:3].numel() * key.shape[2] <= LARGEST
 
 
 def added_to_scores(mask: Optional[Tensor], causal: bool, length: int, keys: int, like: Tensor) -> Tensor:
