@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import math
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -96,6 +97,7 @@ def test_held_out_loss_is_that_of_a_uniform_guess_without_training(bench: Any, t
     prepared = bench.tiny.prepare(tmp_path)
     config = AutoConfig.for_model(**json.loads((tmp_path / "network.json").read_text()))
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "network")
+    shutil.copytree(tmp_path / "tokenizer", tmp_path / "network", dirs_exist_ok=True)
     loss = bench.training.held_out_loss(prepared, str(tmp_path / "network"))
     assert math.exp(loss) == pytest.approx(config.vocab_size, rel=0.05)
 
