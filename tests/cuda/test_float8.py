@@ -102,6 +102,7 @@ def test_gpus_are_judged_by_their_capability(
             float8.refuse_device(device, precision, emulate)
 
 
+@pytest.mark.slow
 @under("docs/cuda.md", "NVIDIA GPUs")
 def test_command_of_the_page(reader: Reader, typed: list[list[str]]):
     assert "float8: 28 linear layers (tensorwise)" in reader.type_all(typed)[0]
