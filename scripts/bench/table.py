@@ -19,6 +19,7 @@ def rows(found: dict) -> list[str]:
     settings, machine = found["settings"], found["machine"]
     names = ("task", "layers", "hidden", "length", "batch", "seconds", "megabytes", "prompt", "new")
     what = ", ".join(f"{name} {settings[name]}" for name in names if settings.get(name) is not None)
+    what += f", threads {machine['threads']}"
     note = " (preliminary)" if (machine["load"] or 0) > machine["cores"] * (1 + BUSY) else ""
     lines = []
     for name, runs in found["results"].items():
@@ -34,7 +35,8 @@ def rows(found: dict) -> list[str]:
                 if ratio
                 else ""
             )
-            lines.append(f"| {found['kind']}{note}: {what} | {name}: {metric} | {median:,.4g} | {shown} |")
+            value = f"{median:,.0f}" if median >= 1000 else f"{median:.4g}"
+            lines.append(f"| {found['kind']}{note}: {what} | {name}: {metric} | {value} | {shown} |")
     return lines
 
 
@@ -43,7 +45,7 @@ def main(paths: list[str]) -> None:
     lines = [line for path in paths for line in Path(path).read_text(encoding="utf-8").splitlines()]
     measured = [json.loads(line) for line in lines if line.startswith('{"kind"')]
     machine = measured[-1]["machine"]
-    parts = [machine["cpu"], f"{machine['cores']} cores", f"{machine['threads']} threads", machine["gpu"]]
+    parts = [machine["cpu"], f"{machine['cores']} cores", machine["gpu"]]
     parts += [f"PyTorch {machine['torch']}", f"transformers {machine['transformers']}"]
     where = ", ".join(filter(None, parts))
     head = f"Measured on {where}.\nValues and ratios are medians, with the smallest and largest ratio.\n"
