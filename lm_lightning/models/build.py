@@ -379,7 +379,8 @@ def compile_body(network: transformers.PreTrainedModel) -> None:
     with contextlib.suppress(OSError, RuntimeError):  # without a home, or if it cannot be written
         folder = Path("~/.cache/lm_lightning/compiled").expanduser() / platform.node()
         folder.mkdir(parents=True, exist_ok=True)
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+        if os.access(folder, os.W_OK):
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
     network.base_model.compile()
 
 
