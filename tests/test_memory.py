@@ -31,6 +31,8 @@ print(faults() - before)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs the C library of GNU")
 def test_steps_with_tensors_of_the_same_sizes_have_no_page_faults():
-    run = lambda how: subprocess.run([sys.executable, "-c", PROGRAM, how], capture_output=True, text=True)  # noqa: E731
-    kept, returned = (int(run(how).stdout.split()[-1]) for how in ("kept", "returned"))
+    kept, returned = (
+        int(subprocess.run([sys.executable, "-c", PROGRAM, how], capture_output=True, text=True).stdout.split()[-1])
+        for how in ("kept", "returned")
+    )
     assert 5 * kept < returned and returned > 100_000

@@ -28,7 +28,7 @@ def keep_used(tokenizer: "PreTrainedTokenizerFast", texts: Iterable[str], min_co
         tokenizer: The tokenizer, which is not changed.
         texts: Texts, which are read once.
         min_count: How often a token must occur in them. Also kept are special tokens, single characters and bytes, so
-            that no text becomes unknown, and the tokens of which a kept one is merged.
+            that no text becomes unknown, and the parts from which kept tokens are merged.
 
     Raises:
         UserError: If the tokenizer has another algorithm than BPE, WordPiece and Unigram.
@@ -45,9 +45,10 @@ def keep_used(tokenizer: "PreTrainedTokenizerFast", texts: Iterable[str], min_co
     backend.encode_special_tokens = tokenizer.split_special_tokens
     counts = count(backend, texts)
     ids = tokenizer.get_vocab()
-    special = {token["content"] for token in state["added_tokens"]} | {model.get("unk_token")}
+    unknown = model.get("unk_token")
     if model["type"] == "Unigram" and model.get("unk_id") is not None:
-        special.add(model["vocab"][model["unk_id"]][0])
+        unknown = model["vocab"][model["unk_id"]][0]
+    special = {token["content"] for token in state["added_tokens"]} | {unknown}
     prefix, suffix = (model.get(name) or "" for name in ("continuing_subword_prefix", "end_of_word_suffix"))
     kept = {
         token
@@ -58,7 +59,6 @@ def keep_used(tokenizer: "PreTrainedTokenizerFast", texts: Iterable[str], min_co
         model["merges"] = merges_of(kept, model["merges"], prefix)
     # The library numbers the tokens of the model first, then the added ones that the model lacks, in their order.
     if model["type"] == "Unigram":
-        unknown = None if model.get("unk_id") is None else model["vocab"][model["unk_id"]][0]
         model["vocab"] = [piece for piece in model["vocab"] if piece[0] in kept]
         order = [piece for piece, _ in model["vocab"]]
         if unknown is not None:
@@ -66,7 +66,8 @@ def keep_used(tokenizer: "PreTrainedTokenizerFast", texts: Iterable[str], min_co
     else:
         order = sorted((token for token in model["vocab"] if token in kept), key=model["vocab"].__getitem__)
         model["vocab"] = {token: number for number, token in enumerate(order)}
-    order += [token["content"] for token in state["added_tokens"] if token["content"] not in set(order)]
+    known = set(order)
+    order += [token["content"] for token in state["added_tokens"] if token["content"] not in known]
     new = {token: number for number, token in enumerate(order)}
     for token in state["added_tokens"]:
         token["id"] = new[token["content"]]
@@ -141,7 +142,7 @@ def renumber(part: Any, new: dict[int, int]) -> None:
         for name in ("cls", "sep"):
             if isinstance(part.get(name), list):  # [token, id]
                 part[name][1] = new[part[name][1]]
-        for special in part.get("special_tokens", {}).values() if "special_tokens" in part else ():
+        for special in part.get("special_tokens", {}).values():
             special["ids"] = [new[id] for id in special["ids"]]
         for item in part.get("processors", ()):
             renumber(item, new)

@@ -9,7 +9,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
-LONGEST = 512  # tokens of a sequence; longer ones are as fast with torch's kernel
+LONGEST = 512  # tokens of a sequence; the probabilities of longer ones need too much memory
 LARGEST = 1 << 25  # probabilities of a layer, which are kept for the backward pass
 
 

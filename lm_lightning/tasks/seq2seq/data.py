@@ -127,6 +127,7 @@ class Seq2SeqData(LabelledData):
                 "there is no training data: give parallel files with --data.parallel.train '[SOURCES, TARGETS]', or "
                 "tables with --data.tables.train"
             )
+        self.tokenizer_options.check()
         if self.tokenizer_options.path is not None or self.trainer.state.fn != "fit":
             super().check()
 
