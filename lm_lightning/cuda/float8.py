@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
+from lm_lightning.cuda.changes import add_change
 from lm_lightning.errors import UserError, package
 from lm_lightning.linear_layers.blocks import linear_layers
 from lm_lightning.linear_layers.quantized import refuse_skipped
@@ -50,7 +51,7 @@ class Float8(Callback):
             raise UserError("the callback Float8 does not support model.adapter: omit one of the two")
         if capabilities(trainer.strategy).splits_matrices:
             raise UserError("the callback Float8 does not support tensor parallelism: use --trainer.strategy ddp")
-        pl_module.network_changes.append(partial(self.convert, pl_module))
+        add_change(pl_module, "Float8", partial(self.convert, pl_module))
 
     def convert(self, pl_module: LightningModule, network: Any) -> None:
         """Replaces the linear layers of a network.

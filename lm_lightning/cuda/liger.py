@@ -4,6 +4,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lm_lightning.cuda.changes import add_change
 from lm_lightning.cuda.compat import apply_liger, liger_types
 from lm_lightning.errors import UserError
 from lm_lightning.strategies.capabilities import capabilities
@@ -35,4 +36,4 @@ class LigerKernels(Callback):
             changed = sum("forward" in vars(module) for module in network.modules())
             pl_module.print(f"liger: {changed} layers of {type(network).__name__} use other kernels")
 
-        pl_module.network_changes.append(change)
+        add_change(pl_module, "LigerKernels", change)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
+from lm_lightning.cuda.changes import add_change
 from lm_lightning.cuda.liger import LigerKernels
 from lm_lightning.errors import UserError
 
@@ -26,7 +27,7 @@ def applied(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 def changed(model_type: str, device: str = "cuda:0") -> None:
     """Sets the callback up on a device, and lets it change a network of a type."""
-    module = SimpleNamespace(network_changes=[], print=print)
+    module = SimpleNamespace(network=None, network_changes=[], print=print)
     trainer = SimpleNamespace(strategy=SingleDeviceStrategy(torch.device(device)))
     LigerKernels().setup(trainer, module, "validate")
     assert module.network_changes == []
@@ -35,6 +36,12 @@ def changed(model_type: str, device: str = "cuda:0") -> None:
     network.config = SimpleNamespace(model_type=model_type)  # type: ignore[assignment]
     for change in module.network_changes:
         change(network)
+
+
+def test_a_network_that_exists_already_is_not_left_unchanged():
+    module = SimpleNamespace(network=torch.nn.Linear(1, 1), network_changes=[])
+    with pytest.raises(UserError, match="list Float8 before it"):
+        add_change(module, "Float8", print)
 
 
 def test_kernels_are_applied_without_the_loss(applied):
